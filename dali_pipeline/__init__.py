@@ -1,0 +1,47 @@
+"""dali_pipeline: streams sequences and graphs from data sets far larger than memory. README.md lists the modules in order."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dali_pipeline.manifest import Dataset, open_dataset
+from dali_pipeline.schema import DataError, Field, FormatError, Graphs, PipelineError, Record, Schema, UsageError
+from dali_pipeline.split import Split
+from dali_pipeline.state import StateError
+from dali_pipeline.timing import StepTimer
+from dali_pipeline.world import World
+from dali_pipeline.writer import ShardWriter
+
+if TYPE_CHECKING:
+    from dali_pipeline.graphs import GraphBatch, GraphLoader
+    from dali_pipeline.sequences import SequenceBatch, SequenceLoader
+
+__version__ = "0.1.0"
+__all__ = [
+    "DataError",
+    "Dataset",
+    "Field",
+    "FormatError",
+    "GraphBatch",
+    "GraphLoader",
+    "Graphs",
+    "PipelineError",
+    "Record",
+    "Schema",
+    "SequenceBatch",
+    "SequenceLoader",
+    "ShardWriter",
+    "Split",
+    "StateError",
+    "StepTimer",
+    "UsageError",
+    "World",
+    "open_dataset",
+]
+# torch takes 3 seconds to import and PyG 4 more: who converts, or loads sequences alone, does not pay for them
+_LAZY = {"GraphBatch": "graphs", "GraphLoader": "graphs", "SequenceBatch": "sequences", "SequenceLoader": "sequences"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f"dali_pipeline.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'dali_pipeline' has no attribute {name!r}")

@@ -1,0 +1,213 @@
+"""GraphLoader: shards, through parallel torch workers, to PyG batches on the device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch_geometric.data import Batch, Data
+
+from dali_pipeline.loader import Loader, Workers
+from dali_pipeline.manifest import Dataset
+from dali_pipeline.plan import WINDOW_BYTES, EpochPlan, Tail
+from dali_pipeline.schema import PipelineError
+from dali_pipeline.source import GraphRows, GraphSource, Layers, shared_sound_map
+
+PROCESS_EPOCH_BYTES = 64 << 20  # of graphs a rank and epoch, from which starting processes pays
+PREFETCH_BATCHES = 2  # a worker
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GraphBatch:
+    """One batch of one rank, on the loader's device but for `positions`.
+
+    graphs: a PyG `Batch` of all graphs of all records, record-major, then layer: x (N, F), edge_index (2, E) int64,
+    edge_attr, batch (N,), ptr (G + 1,); `to_data_list()` gives them one by one · graphs_per_record: (B,) int64 ·
+    layer_index: (G,) int64, the graph's number in its stored record · last_node: (G,) int64, each graph's last node in x ·
+    labels: (B,) int64 · valid: (B,) bool; a record that is not valid is padding and repeats a real one · ids: B texts ·
+    positions: (B,) int64 on the CPU, the records' numbers in their split.
+    """
+
+    graphs: Batch
+    graphs_per_record: torch.Tensor
+    layer_index: torch.Tensor
+    last_node: torch.Tensor
+    labels: torch.Tensor
+    valid: torch.Tensor
+    ids: list[str]
+    positions: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the node features, edges and edge features as delivered."""
+        return sum(self.graphs[name].nbytes for name in ("x", "edge_index", "edge_attr") if name in self.graphs)
+
+
+class GraphLoader(Loader[GraphBatch]):
+    """Batches of a split's graphs; see `Loader` for epochs and state.
+
+    batch_size: records per rank · layers: graphs of each record to read, a slice or a list · dtype: of x and edge_attr as
+    delivered · workers: processes that read and gather ahead, 0 for the caller's own thread; "auto" starts processes only
+    for an epoch that is long enough to pay for them · the others as in `SequenceLoader`.
+
+    Raises UsageError for an argument that makes no sense, DataError for data without graphs; while iterating, FormatError
+    for a damaged shard and PipelineError for a worker that died.
+    """
+
+    kind = "graphs"
+
+    def __init__(
+        self,
+        data: Dataset,
+        split: str = "train",
+        batch_size: int = 16,
+        shuffle: bool = True,
+        seed: int = 0,
+        layers: Layers = None,
+        device: str | torch.device = "auto",
+        dtype: torch.dtype = torch.float32,
+        window_bytes: int = WINDOW_BYTES,
+        lanes: int = 1,
+        workers: Workers = "auto",
+        tail: Tail = "pad",
+        on_error: str = "raise",
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        super().__init__(
+            data,
+            split=split,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            device=device,
+            window_bytes=window_bytes,
+            lanes=lanes,
+            workers=workers,
+            tail=tail,
+            on_error=on_error,
+            rank=rank,
+            world_size=world_size,
+        )
+        self.dtype, self.layers = dtype, layers
+        self.sound = shared_sound_map(self._table)
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that an epoch starts."""
+        if self.workers != "auto":
+            return self.workers
+        pays = sum(self._table.bytes) / self.world.world_size >= PROCESS_EPOCH_BYTES
+        return min(2, (os.cpu_count() or 1)) if pays else 0
+
+    def _batches(self, plan: EpochPlan, start: int) -> Iterator[GraphBatch]:
+        steps = _Steps(self, plan, start)
+        workers = min(self.num_workers, plan.num_steps - start)
+        gathered: Any = steps
+        if workers:
+            gathered = DataLoader(
+                steps,
+                batch_size=None,
+                num_workers=workers,
+                prefetch_factor=PREFETCH_BATCHES,
+                multiprocessing_context="fork",  # no main guard needed; workers touch neither CUDA nor DALI
+            )
+        try:
+            for wire in gathered:
+                if isinstance(wire, Exception):
+                    raise wire
+                yield collate(wire, self.device, self.dtype)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = str(error).split("\n")[0]
+            raise PipelineError(
+                f"a worker process of the graph loader died ({reason}); expected enough memory for it"
+            ) from error
+
+
+Wire = dict[str, torch.Tensor | list[str]]
+
+
+class _Steps(IterableDataset[Wire | PipelineError]):
+    """The gathered batches from step `start` on, in the types they are stored in; a worker takes every num_workers-th."""
+
+    def __init__(self, loader: GraphLoader, plan: EpochPlan, start: int) -> None:
+        self._loader, self._plan, self._start = loader, plan, start
+
+    def __iter__(self) -> Iterator[Wire | PipelineError]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        loader, world = self._loader, self._loader.world
+        source = GraphSource(
+            loader.data, loader.split, loader.layers, sound=loader.sound, index_bytes=loader.order.window_bytes
+        )
+        for step in range(self._start + worker, self._plan.num_steps, workers):
+            shares = self._plan.batch(step, world.rank, world.world_size)
+            try:
+                rows = source.gather(shares.positions)
+            except PipelineError as error:  # travels as an item: torch would wrap it in the worker's traceback
+                yield error
+                return
+            yield {**to_tensors(rows), "valid": torch.from_numpy(shares.valid)}
+
+
+def to_tensors(rows: GraphRows) -> Wire:
+    """The arrays as tensors, sharing memory; ids stay texts."""
+    values = {field.name: getattr(rows, field.name) for field in fields(rows)}
+    return {
+        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def collate(wire: Wire, device: torch.device, dtype: torch.dtype) -> GraphBatch:
+    """A GraphBatch from gathered rows, by arithmetic on the device: equal to `Batch.from_data_list` on the same graphs.
+
+    Moves the stored types, then widens: x and edge_attr to `dtype`, indices to int64. No loop over graphs or records.
+    """
+    on_device = {name: value.to(device, non_blocking=True) for name, value in wire.items() if isinstance(value, torch.Tensor)}
+    node_counts, edge_counts = on_device["node_counts"], on_device["edge_counts"]
+    num_graphs = len(node_counts)
+    node_ptr, edge_ptr = _pointers(node_counts), _pointers(edge_counts)  # (G + 1,)
+    first_node_of_edge = torch.repeat_interleave(node_ptr[:-1], edge_counts, output_size=len(on_device["edge_index"]))  # (E,)
+    graphs = Batch(_base_cls=Data)
+    graphs.x = on_device["x"].to(dtype)
+    # (E, 2) local to the graph -> (2, E) numbered through the batch
+    graphs.edge_index = on_device["edge_index"].to(torch.int64).t().contiguous() + first_node_of_edge
+    slices = {"x": node_ptr, "edge_index": edge_ptr}
+    increments = {"x": torch.zeros_like(node_counts), "edge_index": node_ptr[:-1]}
+    if "edge_attr" in on_device:
+        graphs.edge_attr = on_device["edge_attr"].to(dtype)
+        slices["edge_attr"], increments["edge_attr"] = edge_ptr, torch.zeros_like(edge_counts)
+    graphs.batch = torch.repeat_interleave(torch.arange(num_graphs, device=device), node_counts, output_size=len(graphs.x))
+    graphs.ptr = node_ptr
+    # what Batch.to_data_list and indexing need
+    graphs._num_graphs, graphs._slice_dict, graphs._inc_dict = num_graphs, slices, increments
+    ids, positions = wire["ids"], wire["positions"]
+    assert isinstance(ids, list)
+    assert isinstance(positions, torch.Tensor)
+    return GraphBatch(
+        graphs=graphs,
+        graphs_per_record=on_device["graphs_per_record"],
+        layer_index=on_device["layer_index"],
+        last_node=node_ptr[1:] - 1,
+        labels=on_device["labels"],
+        valid=on_device["valid"],
+        ids=ids,
+        positions=positions,
+    )
+
+
+def _pointers(counts: torch.Tensor) -> torch.Tensor:
+    """(G,) counts to (G + 1,) offsets, beginning with 0."""
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))

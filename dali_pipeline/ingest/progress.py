@@ -1,0 +1,39 @@
+"""One progress bar for every long job: done of total, rate, time left. Silent when standard error is not a terminal."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed or 0.0
+        return Text(f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.2f}/s")
+
+
+def progress_bar(*extra: ProgressColumn) -> Progress:
+    """A rich Progress on standard error; `extra` columns stand at its end."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        *extra,
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+    )

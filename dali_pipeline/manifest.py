@@ -1,0 +1,190 @@
+"""The manifest: what a data set holds, in one JSON file that is written last; and Dataset, an opened one."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import xxhash
+
+from dali_pipeline.schema import KINDS, SPLITS, DataError, FormatError, Kind, Schema, UsageError
+from dali_pipeline.shard import ShardInfo, write_whole
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_NAME = "dali_pipeline"
+FORMAT_VERSION = 1
+
+
+@dataclass(kw_only=True)
+class ShardTable:
+    """The shards of one split and kind, column by column, so that a million of them parse quickly.
+
+    records, bytes (file sizes), blocks: one entry a shard · digests: 32 hex digits a shard, in one string · labels: records
+    of each label · rows: fewest and most rows of a record, by axis (`step`; or `graph`, `node` and `edge`).
+    """
+
+    records: list[int] = field(default_factory=list)
+    bytes: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    digests: str = ""
+    labels: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def append(self, info: ShardInfo) -> None:
+        """Adds a shard behind the others."""
+        self.records.append(info.records)
+        self.bytes.append(info.bytes)
+        self.blocks.append(info.blocks)
+        self.digests += info.digest
+
+    def digest(self, shard: int) -> str:
+        """The header digest of one shard."""
+        return self.digests[32 * shard : 32 * shard + 32]
+
+    def count(self, label: int, rows: dict[str, int]) -> None:
+        """Takes one record's label and row counts into `labels` and `rows`."""
+        self.labels[str(label)] = self.labels.get(str(label), 0) + 1
+        for axis, rows_of_record in rows.items():
+            fewest, most = self.rows.get(axis, (rows_of_record, rows_of_record))
+            self.rows[axis] = (min(fewest, rows_of_record), max(most, rows_of_record))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureStatistics:
+    """Mean and standard deviation of every feature of a sequence's rows, over the training split."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything that is known of a data set without opening a shard.
+
+    digest: 32 hex digits over all the rest; the order of every epoch depends on it. source: where the data came from,
+    for people (model, threshold, files left out); it names no path, as a data set may be moved.
+    """
+
+    schema: Schema
+    splits: dict[str, dict[Kind, ShardTable]]
+    statistics: FeatureStatistics | None = None
+    source: dict[str, Any] = field(default_factory=dict)
+    format: str = FORMAT_NAME
+    version: int = FORMAT_VERSION
+    digest: str = ""
+
+    def compute_digest(self) -> str:
+        """XXH3-128 over the canonical JSON of everything but the digest."""
+        return xxhash.xxh3_128_hexdigest(msgspec.json.encode(dataclasses.replace(self, digest=""), order="sorted"))
+
+    def save(self, root: Path) -> None:
+        """Writes `manifest.json` with its digest: whole or not at all, and on the disk before this returns."""
+        whole = dataclasses.replace(self, digest=self.compute_digest())
+        write_whole(root / MANIFEST_NAME, msgspec.json.encode(whole, order="sorted") + b"\n")
+
+    @classmethod
+    def load(cls, root: Path) -> Manifest:
+        """Reads and checks `manifest.json`; raises FormatError with the reason where it is none."""
+        path = root / MANIFEST_NAME
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise FormatError(f"{root} has no {MANIFEST_NAME}: not a data set, or one that was never finished") from None
+        except OSError as error:
+            raise FormatError(f"{path} cannot be read ({error.strerror})") from error
+        try:
+            manifest = msgspec.json.decode(data, type=cls)
+        except (msgspec.DecodeError, UsageError) as error:
+            raise FormatError(f"{path} is not a {FORMAT_NAME} manifest ({error})") from None
+        if (manifest.format, manifest.version) != (FORMAT_NAME, FORMAT_VERSION):
+            raise FormatError(
+                f"{path} is {manifest.format!r} version {manifest.version}; expected {FORMAT_NAME!r} version {FORMAT_VERSION}"
+            )
+        if manifest.digest != manifest.compute_digest():
+            raise FormatError(f"{path} does not have the digest that it names: edited or damaged; restore it or convert again")
+        for split, tables in manifest.splits.items():
+            for kind, table in tables.items():
+                if not len(table.records) == len(table.bytes) == len(table.blocks) == len(table.digests) / 32:
+                    raise FormatError(f"{path}, {split}/{kind}: columns of unequal length")
+        return manifest
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An opened data set; cheap, holds no file open. Made by `open_dataset`."""
+
+    root: Path
+    manifest: Manifest
+
+    @property
+    def schema(self) -> Schema:
+        """The fields of every record."""
+        return self.manifest.schema
+
+    @property
+    def digest(self) -> str:
+        """The manifest's digest: the identity of these data."""
+        return self.manifest.digest
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(sum(table.bytes) for tables in self.manifest.splits.values() for table in tables.values())
+
+    @property
+    def num_classes(self) -> int:
+        """Highest label of any split plus one, at least 2."""
+        labels = (int(label) for split in self.manifest.splits for label in self.label_counts(split))
+        return max(2, max(labels, default=0) + 1)
+
+    def table(self, split: str, kind: Kind) -> ShardTable:
+        """The shards of a split and kind. Raises UsageError for a split, DataError for a kind, that is not there."""
+        if split not in self.manifest.splits:
+            raise UsageError(f"unknown split {split!r}; {self.root} has {', '.join(self.manifest.splits)}")
+        if kind not in self.schema.kinds:
+            raise DataError(f"{self.root} holds no {kind}; it has {' and '.join(self.schema.kinds)}")
+        return self.manifest.splits[split].get(kind, ShardTable())
+
+    def num_records(self, split: str, kind: Kind) -> int:
+        """Records of a split and kind."""
+        return sum(self.table(split, kind).records)
+
+    def label_counts(self, split: str) -> dict[int, int]:
+        """Records of each label in a split, of the kind that has more records."""
+        tables = [self.table(split, kind) for kind in self.schema.kinds]
+        fullest = max(tables, key=lambda table: sum(table.records))
+        return {int(label): count for label, count in sorted(fullest.labels.items(), key=lambda item: int(item[0]))}
+
+    def shard_path(self, split: str, kind: Kind, shard: int) -> Path:
+        """The file of one shard."""
+        return shard_path(self.root, split, kind, shard)
+
+
+def shard_path(root: Path, split: str, kind: Kind, shard: int) -> Path:
+    """`train/sequences-00000.safetensors` and so on."""
+    return root / split / f"{kind}-{shard:05d}.safetensors"
+
+
+def open_dataset(root: str | os.PathLike[str]) -> Dataset:
+    """Opens the data set in folder `root`. Reads `manifest.json` and nothing else.
+
+    Raises FormatError, in one sentence, where the folder is missing, or its manifest is missing, unreadable or damaged.
+    """
+    path = Path(root)
+    if "://" in os.fspath(root):
+        raise UsageError(f"{os.fspath(root)} is a URL; this version opens local folders only")
+    if not path.is_dir():
+        raise FormatError(f"{path} is not a folder; expected a data set, as `convert` or `extract` writes it")
+    return Dataset(root=path, manifest=Manifest.load(path))
+
+
+def empty_splits(kinds: tuple[Kind, ...] = KINDS) -> dict[str, dict[Kind, ShardTable]]:
+    """Tables without a shard for every split and kind."""
+    return {split: {kind: ShardTable() for kind in kinds} for split in SPLITS}

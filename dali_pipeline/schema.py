@@ -1,0 +1,205 @@
+"""What a record is: its fields, the schema that all records of a data set share, and the errors that name what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Kind = Literal["sequences", "graphs"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+SPLITS = ("train", "val", "test")
+
+
+class PipelineError(Exception):
+    """Any error with a message for the user: one sentence that says what is wrong, where, and what was expected."""
+
+
+class FormatError(PipelineError):
+    """A file is not what it says: shard, manifest or foreign input."""
+
+
+class DataError(PipelineError):
+    """The data are readable, but not what was asked for."""
+
+
+class UsageError(PipelineError, ValueError):
+    """An argument makes no sense: the caller can mend it without touching the data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """One array of a record: a row for each step, node or edge.
+
+    dtype: name of the stored NumPy type; shape: shape of one row, () for a scalar, (F,) for a feature vector.
+    """
+
+    dtype: str
+    shape: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        try:
+            known = np.dtype(self.dtype).kind in "fiu"
+        except TypeError:
+            known = False
+        if not known:
+            raise UsageError(f"field dtype {self.dtype!r} is not a NumPy float or integer type")
+        if any(size < 1 for size in self.shape):
+            raise UsageError(f"field shape {self.shape} has a size below 1")
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return int(np.dtype(self.dtype).itemsize * np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schema:
+    """The fields of every record of a data set; None where a field is absent.
+
+    sequence: rows of a sequence (T, *shape). x: node features (N, *shape). edge_attr: edge features (E, *shape).
+    A schema with `x` has graphs, with `edge_index` (2, E) always beside it, in the narrowest unsigned type.
+    """
+
+    sequence: Field | None = None
+    x: Field | None = None
+    edge_attr: Field | None = None
+
+    def __post_init__(self) -> None:
+        if self.sequence is None and self.x is None:
+            raise UsageError("a schema needs `sequence`, `x` (node features), or both")
+        if self.edge_attr is not None and self.x is None:
+            raise UsageError("a schema with `edge_attr` needs `x` (node features)")
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of record the schema has fields for."""
+        return tuple(kind for kind, field in zip(KINDS, (self.sequence, self.x), strict=True) if field is not None)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Graphs:
+    """The graphs of one record, flat: what PyG would call a batch, without its offsets.
+
+    x: (N, F) nodes of all graphs, one graph after the other · edge_index: (2, E) integer, local to each graph ·
+    edge_attr: (E,) or (E, D), or None · node_counts, edge_counts: (G,) integers that sum to N and E.
+    """
+
+    x: Array
+    edge_index: Array
+    edge_attr: Array | None
+    node_counts: Array
+    edge_counts: Array
+
+    @classmethod
+    def stack(cls, graphs: Iterable[Any]) -> Graphs:
+        """From graphs one by one: anything with `x`, `edge_index` and perhaps `edge_attr` (PyG `Data`, for one)."""
+        parts = list(graphs)
+        if not parts:
+            raise DataError("a record has no graphs; expected at least one")
+        xs = [np.asarray(part.x) for part in parts]
+        edges = [np.asarray(part.edge_index) for part in parts]
+        for edge_index in edges:
+            if edge_index.ndim != 2 or edge_index.shape[0] != 2:
+                raise DataError(f"edge_index has shape {edge_index.shape}; expected (2, edges)")
+        attrs = [getattr(part, "edge_attr", None) for part in parts]
+        present = [np.asarray(attr) for attr in attrs if attr is not None]
+        if present and len(present) != len(parts):
+            raise DataError(f"{len(present)} of a record's {len(parts)} graphs have edge_attr; expected all or none")
+        return cls(
+            x=np.concatenate(xs),
+            edge_index=np.concatenate(edges, axis=1),
+            edge_attr=np.concatenate(present) if present else None,
+            node_counts=np.array([len(x) for x in xs], dtype=np.int64),
+            edge_counts=np.array([edge.shape[1] for edge in edges], dtype=np.int64),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Record:
+    """One example: an id, a class label, and a sequence (T, F), graphs, or both.
+
+    group: what must not be torn apart by a split (a question id); the id itself where it is None.
+    graphs: a `Graphs`, or a list of objects with `x`, `edge_index`, `edge_attr`.
+    """
+
+    id: str
+    label: int
+    group: str | None = None
+    sequence: Any = None
+    graphs: Any = None
+
+    @classmethod
+    def of(cls, value: Record | Mapping[str, Any]) -> Record:
+        """A record from itself or from a mapping with the same names."""
+        if isinstance(value, Record):
+            return value
+        try:
+            return cls(**value)
+        except TypeError as error:
+            raise DataError(f"a record has the fields {sorted(value)}; expected id, label, group, sequence, graphs") from error
+
+
+def sequence_rows(record: Record, field: Field) -> Array:
+    """The record's sequence in the schema's type, (T, *shape), T >= 1; raises DataError where it does not fit."""
+    return _rows(record, "sequence", record.sequence, field)
+
+
+def graph_rows(record: Record, schema: Schema) -> Graphs:
+    """The record's graphs in the schema's types, checked: every edge between nodes of its own graph, no empty graph."""
+    assert schema.x is not None
+    graphs = record.graphs if isinstance(record.graphs, Graphs) else Graphs.stack(record.graphs)
+    where = f"record {record.id!r}"
+    x = _rows(record, "x", graphs.x, schema.x)
+    edge_index = np.asarray(graphs.edge_index)
+    nodes, edges = np.asarray(graphs.node_counts, np.int64), np.asarray(graphs.edge_counts, np.int64)
+    if nodes.ndim != 1 or nodes.shape != edges.shape or nodes.sum() != len(x) or (edges < 0).any():
+        raise DataError(f"{where}: node_counts and edge_counts do not describe {len(x)} nodes; expected one of each a graph")
+    if (nodes < 1).any():
+        raise DataError(f"{where}, graph {int(np.argmax(nodes < 1))} has no nodes; expected at least one")
+    if edge_index.shape != (2, edges.sum()) or (edge_index.size and edge_index.dtype.kind not in "iu"):
+        raise DataError(f"{where}, edge_index is {edge_index.dtype} {edge_index.shape}; expected integers (2, {edges.sum()})")
+    limit = np.repeat(nodes, edges)  # (E,)
+    wrong = ((edge_index < 0) | (edge_index >= limit)).any(axis=0)
+    if wrong.any():
+        edge = int(np.argmax(wrong))
+        graph = int(np.searchsorted(np.cumsum(edges), edge, side="right"))
+        raise DataError(
+            f"{where}, graph {graph}: edge {tuple(int(node) for node in edge_index[:, edge])} leaves the graph's "
+            f"{nodes[graph]} nodes; expected indices 0 to {nodes[graph] - 1}"
+        )
+    attr = None
+    if schema.edge_attr is not None:
+        given = np.asarray(graphs.edge_attr) if graphs.edge_attr is not None else np.zeros((0, *schema.edge_attr.shape))
+        if given.ndim == 2 and given.shape[1] == 1 and schema.edge_attr.shape == ():
+            given = given[:, 0]
+        if len(given) != edge_index.shape[1]:
+            raise DataError(f"{where}: {len(given)} rows of edge_attr for {edge_index.shape[1]} edges; expected one an edge")
+        attr = _cast(where, "edge_attr", given, schema.edge_attr)
+    return Graphs(x=x, edge_index=edge_index, edge_attr=attr, node_counts=nodes, edge_counts=edges)
+
+
+def _rows(record: Record, name: str, value: Any, field: Field) -> Array:
+    rows = np.asarray(value)
+    if rows.ndim == 0 or len(rows) == 0:
+        raise DataError(f"record {record.id!r}, {name} has shape {rows.shape}; expected at least one row")
+    return _cast(f"record {record.id!r}", name, rows, field)
+
+
+def _cast(where: str, name: str, rows: Array, field: Field) -> Array:
+    """`rows` in the field's stored type; a value the type cannot hold is an error, never an infinity or a wrapped number."""
+    if rows.shape[1:] != field.shape:
+        raise DataError(f"{where}, {name} has rows of shape {rows.shape[1:]}; expected {field.shape} as in the schema")
+    dtype = np.dtype(field.dtype)
+    if rows.dtype == dtype:
+        return rows
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = rows.astype(dtype)
+    lost = bool((np.isinf(cast) & np.isfinite(rows)).any()) if dtype.kind == "f" else not np.array_equal(cast, rows)
+    if lost:
+        raise DataError(f"{where}, {name} holds {rows.dtype} values that {dtype} cannot; expected a wider dtype in the schema")
+    return cast

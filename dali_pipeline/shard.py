@@ -1,0 +1,245 @@
+"""One shard: a safetensors file of concatenated arrays, their offsets, and a hash of every block. docs/format.md has the bytes.
+
+Written whole or not at all; read by `pread`, each block checked against its hash the first time this process reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import xxhash
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from dali_pipeline.schema import Array, FormatError, Kind, PipelineError
+
+BLOCK_BYTES = 1 << 20
+METADATA_KEY = "dali_pipeline"
+DTYPES = {
+    "F16": "float16", "F32": "float32", "F64": "float64",
+    "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
+    "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64",
+}  # fmt: skip
+_MAX_HEADER_BYTES = 100 << 20  # as the safetensors library
+SoundMap: TypeAlias = "memoryview | bytearray"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardInfo:
+    """What the manifest keeps of a shard. bytes: the file's size · blocks: hashes in it · digest: of the header."""
+
+    records: int
+    bytes: int
+    blocks: int
+    digest: str
+
+
+def write_shard(path: Path, kind: Kind, records: int, arrays: Mapping[str, Array]) -> ShardInfo:
+    """Writes the arrays to `path`, whole or not at all (temporary name, fsync, rename). Costs one hash pass and one write."""
+    arrays = {name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}
+    hashes = {name: _block_hashes(array) for name, array in arrays.items()}
+    meta = {"kind": kind, "records": records, "block_bytes": BLOCK_BYTES, "hashes": hashes, "version": 1}
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save_file(dict(arrays), temporary, metadata={METADATA_KEY: json.dumps(meta, sort_keys=True, separators=(",", ":"))})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+            digest = xxhash.xxh3_128_hexdigest(_read_header(file.fileno(), path, os.fstat(file.fileno()).st_size))
+            size = os.fstat(file.fileno()).st_size
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise PipelineError(f"{path} could not be written ({error}); expected a writable folder with free space") from error
+    _sync_folder(path.parent)
+    return ShardInfo(records=records, bytes=size, blocks=sum(len(text) // 16 for text in hashes.values()), digest=digest)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """A small file, whole or not at all, and on the disk before this returns."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise PipelineError(f"{path} could not be written ({error.strerror}); expected free space and permission") from error
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename in `folder` outlast a power cut."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _block_hashes(array: Array) -> str:
+    """XXH3 of every block of the array's bytes, 16 hex digits each, one after the other."""
+    data = array.reshape(-1).view(np.uint8).data
+    return "".join(xxhash.xxh3_64_hexdigest(data[at : at + BLOCK_BYTES]) for at in range(0, len(data), BLOCK_BYTES))
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where an array lies: its first byte in the file, and its first block among the shard's blocks."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    begin: int
+    nbytes: int
+    first_block: int
+
+
+class Files:
+    """Open files by path, at most `limit` at a time, the least recently used closed first; several threads may share it."""
+
+    def __init__(self, limit: int = 96) -> None:
+        self._limit = limit
+        self._open: OrderedDict[Path, _File] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, path: Path) -> _File:
+        """The file, opened for reading; stays open while the caller holds it, even if it is put out here."""
+        with self._lock:
+            file = self._open.pop(path, None) or _File(path)
+            self._open[path] = file
+            if len(self._open) > self._limit:
+                self._open.popitem(last=False)
+            return file
+
+
+class _File:
+    """A file descriptor that is closed when the object is dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd = -1
+        try:
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise FormatError(f"{path} cannot be opened ({error.strerror}); the manifest names it") from error
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+class Shard:
+    """One shard, checked as far as its header; several threads may read at once.
+
+    nbytes, digest: what the manifest says of the file. sound: a byte a block, 1 once the block's hash was right; workers
+    share it where it is shared memory, so that no block is hashed twice.
+    """
+
+    def __init__(self, path: Path, *, nbytes: int, digest: str, sound: SoundMap, files: Files) -> None:
+        self.path = path
+        self._files = files
+        self._sound = sound
+        fd = files.get(path)
+        size = os.fstat(fd.fd).st_size
+        if size != nbytes:
+            raise FormatError(f"{path} has {size} bytes; expected {nbytes} as in the manifest: truncated or replaced")
+        header = _read_header(fd.fd, path, size)
+        if xxhash.xxh3_128_hexdigest(header) != digest:
+            raise FormatError(f"{path}: the header does not have the digest that the manifest names: damaged or replaced")
+        self.arrays, self._hashes, self.records = parse_header(path, header, size)
+        if len(self._hashes) != len(sound):
+            raise FormatError(f"{path} has {len(self._hashes)} block hashes; expected {len(sound)} as in the manifest")
+
+    def read_into(self, name: str, start: int, out: memoryview) -> None:
+        """Bytes `start` to `start + len(out)` of array `name` into `out`; raises FormatError on damage or a short file."""
+        layout = self.arrays[name]
+        stop = start + len(out)
+        if not 0 <= start <= stop <= layout.nbytes:
+            raise FormatError(f"{self.path}, {name}: bytes {start} to {stop} asked of {layout.nbytes}; offsets do not fit")
+        if not len(out):
+            return
+        first = layout.first_block + start // BLOCK_BYTES
+        last = layout.first_block + (stop - 1) // BLOCK_BYTES
+        for block in range(first, last + 1):
+            if not self._sound[block]:
+                self._check_block(name, layout, block)
+        self._pread(name, layout.begin + start, out)
+
+    def read(self, name: str, begin: int = 0, end: int | None = None) -> Array:
+        """Rows begin to end of an array, all by default, checked."""
+        layout = self.arrays[name]
+        end = layout.shape[0] if end is None else end
+        row_bytes = layout.dtype.itemsize * math.prod(layout.shape[1:])
+        array = np.empty((end - begin, *layout.shape[1:]), layout.dtype)
+        self.read_into(name, begin * row_bytes, array.reshape(-1).view(np.uint8).data)
+        return array
+
+    def _check_block(self, name: str, layout: Layout, block: int) -> None:
+        start = (block - layout.first_block) * BLOCK_BYTES
+        data = memoryview(bytearray(min(BLOCK_BYTES, layout.nbytes - start)))
+        self._pread(name, layout.begin + start, data)
+        if xxhash.xxh3_64_intdigest(data) != self._hashes[block]:
+            raise FormatError(
+                f"{self.path}, {name}: bytes {start} to {start + len(data)} are damaged (wrong hash); "
+                "restore the file or convert again"
+            )
+        self._sound[block] = 1
+
+    def _pread(self, name: str, offset: int, out: memoryview) -> None:
+        file = self._files.get(self.path)
+        done = os.preadv(file.fd, [out], offset)
+        while done < len(out):
+            got = os.preadv(file.fd, [out[done:]], offset + done)
+            if got == 0:
+                raise FormatError(f"{self.path}, {name}: the file ends at byte {offset + done}; it was cut while in use")
+            done += got
+
+
+def _read_header(fd: int, path: Path, size: int) -> bytes:
+    """The 8-byte length and the JSON behind it; raises FormatError where they cannot be."""
+    prefix = os.pread(fd, 8, 0)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+        raise FormatError(f"{path}: a header of {length} bytes does not fit a file of {size}; not a safetensors file")
+    return prefix + os.pread(fd, length, 8)
+
+
+def parse_header(path: Path, header: bytes, size: int) -> tuple[dict[str, Layout], Array, int]:
+    """Layouts by name, block hashes (uint64), number of records. Raises FormatError unless the arrays tile the file exactly."""
+    try:
+        table = json.loads(header[8:])
+        meta = json.loads(table.pop("__metadata__")[METADATA_KEY])
+        entries = sorted(
+            (*entry["data_offsets"], name, DTYPES[entry["dtype"]], entry["shape"]) for name, entry in table.items()
+        )
+        hashes, records, block_bytes = meta["hashes"], int(meta["records"]), int(meta["block_bytes"])
+        texts = [hashes[name] for _, _, name, _, _ in entries]
+        every_hash = np.frombuffer(bytes.fromhex("".join(texts)), ">u8").astype(np.uint64)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{path}: the header is not one of a dali_pipeline shard ({type(error).__name__}: {error})") from None
+    if block_bytes != BLOCK_BYTES:
+        raise FormatError(f"{path}: blocks of {block_bytes} bytes; expected {BLOCK_BYTES}")
+    layouts: dict[str, Layout] = {}
+    at = block = 0
+    for (begin, end, name, dtype, shape), text in zip(entries, texts, strict=True):
+        sizes_fit = all(isinstance(size, int) and size >= 0 for size in shape)
+        if not sizes_fit or begin != at or end - begin != math.prod(shape) * np.dtype(dtype).itemsize:
+            raise FormatError(
+                f"{path}, {name}: bytes {begin} to {end} for {dtype} {shape}; arrays must fill the file without gaps"
+            )
+        if len(text) != 16 * math.ceil((end - begin) / BLOCK_BYTES):
+            raise FormatError(f"{path}, {name}: {len(text) // 16} block hashes for {end - begin} bytes")
+        layouts[name] = Layout(np.dtype(dtype), tuple(shape), len(header) + begin, end - begin, block)
+        at, block = end, block + len(text) // 16
+    if len(header) + at != size:
+        raise FormatError(f"{path}: arrays end at byte {len(header) + at} of {size}; arrays must fill the file without gaps")
+    return layouts, every_hash, records

@@ -1,0 +1,297 @@
+"""Sources: positions in a split to one gathered batch of rows, read straight from the shards into fresh buffers."""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeAlias, TypedDict
+
+import numpy as np
+
+from dali_pipeline.manifest import Dataset, ShardTable
+from dali_pipeline.plan import WINDOW_BYTES, Ints
+from dali_pipeline.schema import Array, DataError, FormatError, Kind
+from dali_pipeline.shard import Files, Shard, SoundMap
+
+Layers: TypeAlias = "slice | Sequence[int] | None"
+INDEX_ROWS = 4096
+MAX_SHARDS = 1024  # parsed headers kept
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SequenceRows:
+    """A batch of sequences as stored.
+
+    values: (sum of lengths, *row) · lengths, labels, positions: (B,) int64 · ids: B texts.
+    """
+
+    values: Array
+    lengths: Ints
+    labels: Ints
+    ids: list[str]
+    positions: Ints
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GraphRows:
+    """A batch of graphs as stored, record-major, then layer; every index local to its graph, in the stored type.
+
+    x: (N, *row) · edge_index: (E, 2) · edge_attr: (E, *row) or None · node_counts, edge_counts, layer_index: (G,) int64 ·
+    graphs_per_record, labels, positions: (B,) int64 · ids: B texts.
+    """
+
+    x: Array
+    edge_index: Array
+    edge_attr: Array | None
+    node_counts: Ints
+    edge_counts: Ints
+    layer_index: Ints
+    graphs_per_record: Ints
+    labels: Ints
+    ids: list[str]
+    positions: Ints
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Index:
+    """Labels, ids and offsets of up to INDEX_ROWS consecutive records of a shard."""
+
+    shard: Shard
+    labels: Ints
+    ids: bytes
+    id_offsets: Ints
+    offsets: dict[str, Ints]
+
+    @property
+    def nbytes(self) -> int:
+        return self.labels.nbytes + len(self.ids) + self.id_offsets.nbytes + sum(part.nbytes for part in self.offsets.values())
+
+
+def shared_sound_map(table: ShardTable) -> memoryview:
+    """A zeroed byte for every block of a split and kind, in memory that forked workers share."""
+    return memoryview(mmap.mmap(-1, max(1, sum(table.blocks))))
+
+
+class BatchSource:
+    """The records of one split and kind by position. Thread-safe; keeps at most 96 files open and `index_bytes` of indices.
+
+    layers: which steps, or graphs, of each record: a slice, a list, or None for all; the others' bytes are not read. sound:
+    from `shared_sound_map`. `gather` raises FormatError for damage, DataError for layers that a record does not have.
+    """
+
+    kind: Kind
+    index_arrays: tuple[str, ...]  # offsets with an entry a record; those of graphs' rows follow `graphs`
+
+    def __init__(
+        self,
+        data: Dataset,
+        split: str,
+        layers: Layers = None,
+        *,
+        sound: SoundMap | None = None,
+        index_bytes: int = WINDOW_BYTES,
+    ) -> None:
+        self._data, self._split, self._layers = data, split, layers
+        self._table = data.table(split, self.kind)
+        self._sound = shared_sound_map(self._table) if sound is None else memoryview(sound)
+        self._block_ends = np.cumsum(self._table.blocks)
+        self._ends = np.cumsum(self._table.records)  # (shards,) position behind each shard's last record
+        self._files = Files()
+        self._shards: OrderedDict[int, Shard] = OrderedDict()
+        self._indices: OrderedDict[tuple[int, int], _Index] = OrderedDict()
+        self._index_bytes_left = index_bytes
+        self._lock = threading.Lock()
+        self._selected = lru_cache(maxsize=4096)(self._compute_selected)
+
+    def _locate(self, positions: Ints) -> list[tuple[_Index, int]]:
+        """The index that holds each position's record, and the record's row in it."""
+        shards = np.searchsorted(self._ends, positions, side="right")
+        rows = positions - (self._ends - self._table.records)[shards]
+        with self._lock:
+            return [
+                (self._index(shard, row // INDEX_ROWS), row % INDEX_ROWS)
+                for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)
+            ]
+
+    def _index(self, number: int, chunk: int) -> _Index:
+        index = self._indices.get((number, chunk))
+        if index is not None:
+            self._indices.move_to_end((number, chunk))
+            return index
+        index = self._read_index(self._shard(number), chunk * INDEX_ROWS)
+        self._indices[number, chunk] = index
+        self._index_bytes_left -= index.nbytes
+        while self._index_bytes_left < 0 and len(self._indices) > 1:
+            self._index_bytes_left += self._indices.popitem(last=False)[1].nbytes
+        return index
+
+    def _shard(self, number: int) -> Shard:
+        shard = self._shards.pop(number, None)
+        if shard is None:
+            block_end, blocks = int(self._block_ends[number]), self._table.blocks[number]
+            shard = Shard(
+                self._data.shard_path(self._split, self.kind, number),
+                nbytes=self._table.bytes[number],
+                digest=self._table.digest(number),
+                sound=self._sound[block_end - blocks : block_end],
+                files=self._files,
+            )
+            if shard.records != self._table.records[number]:
+                raise FormatError(
+                    f"{shard.path} has {shard.records} records; expected {self._table.records[number]} as in the manifest"
+                )
+        self._shards[number] = shard
+        if len(self._shards) > MAX_SHARDS:
+            self._shards.popitem(last=False)
+        return shard
+
+    def _read_index(self, shard: Shard, first: int) -> _Index:
+        end = min(first + INDEX_ROWS, shard.records)
+        id_offsets = shard.read("ids.offsets", first, end + 1)
+        leading, *following = self.index_arrays
+        offsets = {leading: shard.read(f"{leading}.offsets", first, end + 1)}
+        for name in following:
+            offsets[name] = shard.read(f"{name}.offsets", int(offsets[leading][0]), int(offsets[leading][-1]) + 1)
+        for name, array in (("ids", id_offsets), *offsets.items()):
+            if (np.diff(array) < 0).any():
+                raise FormatError(f"{shard.path}, {name}.offsets go backward between records {first} and {end}")
+        return _Index(
+            shard=shard,
+            labels=shard.read("labels", first, end),
+            ids=shard.read("ids", int(id_offsets[0]), int(id_offsets[-1])).tobytes(),
+            id_offsets=id_offsets - id_offsets[0],
+            offsets=offsets,
+        )
+
+    def _compute_selected(self, count: int) -> list[tuple[int, int]]:
+        """Runs (begin, end) of the selected ones among `count` steps or graphs, in the order asked for."""
+        if self._layers is None:
+            return [(0, count)]
+        if isinstance(self._layers, slice):
+            chosen = list(range(count))[self._layers]
+        elif all(-count <= layer < count for layer in self._layers):
+            chosen = [layer % count for layer in self._layers]
+        else:
+            chosen = []
+        if not chosen:
+            raise DataError(
+                f"layers {self._layers} asked of a record with {count} in split {self._split!r} of {self._data.root}"
+            )
+        cuts = [0, *(at for at in range(1, len(chosen)) if chosen[at] != chosen[at - 1] + 1), len(chosen)]
+        return [(chosen[a], chosen[b - 1] + 1) for a, b in itertools.pairwise(cuts)]
+
+
+class SequenceSource(BatchSource):
+    """Gathers sequences."""
+
+    kind = "sequences"
+    index_arrays = ("sequence",)
+
+    def gather(self, positions: Ints) -> SequenceRows:
+        """The records at `positions` (B,), any order, repeats allowed. Costs one `pread` a record and run of layers."""
+        field = self._data.schema.sequence
+        assert field is not None
+        found = self._locate(positions)
+        spans: list[list[tuple[int, int]]] = []  # of each record, runs of rows in the shard's array
+        for index, row in found:
+            begin, end = index.offsets["sequence"][row : row + 2].tolist()
+            spans.append([(begin + a, begin + b) for a, b in self._selected(end - begin)])
+        lengths = np.array([sum(b - a for a, b in runs) for runs in spans], np.int64)
+        values = np.empty((int(lengths.sum()), *field.shape), field.dtype)
+        out = _Cursor(values)
+        for (index, _), runs in zip(found, spans, strict=True):
+            for begin, end in runs:
+                out.read(index.shard, "sequence", begin, end)
+        return SequenceRows(values=values, lengths=lengths, positions=positions, **_labels_and_ids(found))
+
+
+class GraphSource(BatchSource):
+    """Gathers graphs."""
+
+    kind = "graphs"
+    index_arrays = ("graphs", "x", "edge_index")
+
+    def gather(self, positions: Ints) -> GraphRows:
+        """The records at `positions` (B,), any order, repeats allowed. Costs three `pread`s a record and run of layers."""
+        schema = self._data.schema
+        assert schema.x is not None
+        found = self._locate(positions)
+        runs: list[tuple[Shard, tuple[int, int], tuple[int, int]]] = []  # shard, its nodes, its edges
+        node_counts, edge_counts, layer_index, graphs_per_record = [], [], [], []
+        for index, row in found:
+            graphs = index.offsets["graphs"]
+            begin, end = (graphs[row : row + 2] - graphs[0]).tolist()
+            nodes, edges = index.offsets["x"][begin : end + 1], index.offsets["edge_index"][begin : end + 1]
+            selected = self._selected(end - begin)
+            for a, b in selected:
+                runs.append((index.shard, (int(nodes[a]), int(nodes[b])), (int(edges[a]), int(edges[b]))))
+                node_counts.append(np.diff(nodes[a : b + 1]))
+                edge_counts.append(np.diff(edges[a : b + 1]))
+                layer_index.append(np.arange(a, b))
+            graphs_per_record.append(sum(b - a for a, b in selected))
+        num_nodes = sum(end - begin for _, (begin, end), _ in runs)
+        num_edges = sum(end - begin for _, _, (begin, end) in runs)
+        x = np.empty((num_nodes, *schema.x.shape), schema.x.dtype)
+        edge_index = np.empty((num_edges, 2), np.result_type(*{shard.arrays["edge_index"].dtype for shard, _, _ in runs}))
+        edge_attr = None
+        outs = {"x": _Cursor(x), "edge_index": _Cursor(edge_index)}
+        if schema.edge_attr is not None:
+            edge_attr = np.empty((num_edges, *schema.edge_attr.shape), schema.edge_attr.dtype)
+            outs["edge_attr"] = _Cursor(edge_attr)
+        for shard, nodes_span, edges_span in runs:
+            for name, out in outs.items():
+                out.read(shard, name, *(nodes_span if name == "x" else edges_span))
+        return GraphRows(
+            x=x,
+            edge_index=edge_index,
+            edge_attr=edge_attr,
+            node_counts=np.concatenate(node_counts),
+            edge_counts=np.concatenate(edge_counts),
+            layer_index=np.concatenate(layer_index),
+            graphs_per_record=np.array(graphs_per_record, np.int64),
+            positions=positions,
+            **_labels_and_ids(found),
+        )
+
+
+class _Cursor:
+    """Fills an array from the front, shard rows after shard rows."""
+
+    def __init__(self, array: Array) -> None:
+        self._array = array
+        self._bytes = array.reshape(-1).view(np.uint8).data
+        self._row_bytes = array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
+        self._at = 0  # rows filled
+
+    def read(self, shard: Shard, name: str, begin: int, end: int) -> None:
+        """Rows begin to end of the shard's array, widened where it stores a narrower type."""
+        stored = shard.arrays[name]
+        if stored.shape[1:] != self._array.shape[1:]:
+            raise FormatError(
+                f"{shard.path}, {name} has rows of shape {stored.shape[1:]}; expected {self._array.shape[1:]} as in the schema"
+            )
+        stop = self._at + end - begin
+        if stored.dtype == self._array.dtype:
+            shard.read_into(name, begin * self._row_bytes, self._bytes[self._at * self._row_bytes : stop * self._row_bytes])
+        elif np.can_cast(stored.dtype, self._array.dtype):
+            self._array[self._at : stop] = shard.read(name, begin, end)
+        else:
+            raise FormatError(f"{shard.path}, {name} is {stored.dtype}; expected {self._array.dtype} as in the schema")
+        self._at = stop
+
+
+class _LabelsAndIds(TypedDict):
+    labels: Ints
+    ids: list[str]
+
+
+def _labels_and_ids(found: list[tuple[_Index, int]]) -> _LabelsAndIds:
+    return {
+        "labels": np.array([index.labels[row] for index, row in found], np.int64),
+        "ids": [index.ids[index.id_offsets[row] : index.id_offsets[row + 1]].decode() for index, row in found],
+    }

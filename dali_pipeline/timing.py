@@ -1,0 +1,71 @@
+"""StepTimer: how long a training loop waited for data and how long it computed."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class StepTimer:
+    """Splits a loop's time into waiting for the next batch and everything else.
+
+        timer = StepTimer()
+        for batch in timer(loader):
+            train(batch)
+        print(timer.wait_seconds, timer.compute_seconds)
+
+    Costs two clock readings a step. On a GPU the two are the host's seconds: what runs asynchronously counts where
+    the host waits for it.
+    """
+
+    def __init__(self) -> None:
+        self.wait_seconds = 0.0
+        self.compute_seconds = 0.0
+        self.records = 0
+        self.bytes = 0
+        self.steps = 0
+
+    def __call__(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yields the batches; a batch's `len()` counts as records, its `nbytes` as bytes, where it has them."""
+        mark = time.perf_counter()
+        for batch in batches:
+            now = time.perf_counter()
+            self.wait_seconds += now - mark
+            self.steps += 1
+            self.records += len(batch) if hasattr(batch, "__len__") else 0
+            self.bytes += int(getattr(batch, "nbytes", 0))
+            mark = now
+            yield batch
+            now = time.perf_counter()
+            self.compute_seconds += now - mark
+            mark = now
+        self.wait_seconds += time.perf_counter() - mark
+
+    @property
+    def seconds(self) -> float:
+        """Wait and compute together."""
+        return self.wait_seconds + self.compute_seconds
+
+    @property
+    def wait_share(self) -> float:
+        """Share of the time spent waiting for data, 0 to 1."""
+        return self.wait_seconds / self.seconds if self.seconds else 0.0
+
+    @property
+    def records_per_second(self) -> float:
+        """Records through the loop a second, padding rows included."""
+        return self.records / self.seconds if self.seconds else 0.0
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Bytes of batches through the loop a second."""
+        return self.bytes / self.seconds if self.seconds else 0.0
+
+
+def peak_rss_bytes() -> int:
+    """The most resident memory this process has had so far, in bytes (Linux counts it in KiB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,51 @@
+"""World: the one place that finds out which process of how many this is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from dali_pipeline.schema import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among all that train together.
+
+    rank: 0 to world_size - 1 over all nodes. local_rank: the same within the node; picks the GPU of `device="auto"`.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    def __post_init__(self) -> None:
+        if self.world_size < 1:
+            raise UsageError(f"world_size is {self.world_size}; expected at least 1")
+        if not 0 <= self.rank < self.world_size:
+            raise UsageError(f"rank is {self.rank}; expected 0 to {self.world_size - 1} for a world size of {self.world_size}")
+
+    @classmethod
+    def detect(cls, rank: int | None = None, world_size: int | None = None) -> World:
+        """What the arguments say; else an initialised process group; else torchrun's variables; else one process.
+
+        Raises UsageError where only one of `rank` and `world_size` is given, or a variable is not a number.
+        """
+        if (rank is None) != (world_size is None):
+            raise UsageError("give both rank and world_size, or neither")
+        local_rank = _variable("LOCAL_RANK", 0)
+        if rank is not None and world_size is not None:
+            return cls(rank=rank, world_size=world_size, local_rank=local_rank)
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            return cls(rank=dist.get_rank(), world_size=dist.get_world_size(), local_rank=local_rank)
+        return cls(rank=_variable("RANK", 0), world_size=_variable("WORLD_SIZE", 1), local_rank=local_rank)
+
+
+def _variable(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"environment variable {name} is {text!r}; expected a whole number") from None

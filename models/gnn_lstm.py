@@ -1,0 +1,86 @@
+"""Graph network within each layer, LSTM over the layers. Shapes as in lstm.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch_geometric.data import Batch
+from torch_geometric.nn import GINEConv
+
+from models.lstm import Output, StepsClassifier
+
+
+class GraphEncoder(nn.Module):
+    """Two GINE convolutions (Hu et al. 2020) over all graphs of all records in one call, the edge weight as edge feature.
+
+    Residual, with LayerNorm a node: nothing is normalised over the batch, so its make-up, or the number of processes it is
+    spread over, does not change a record's result.
+    """
+
+    def __init__(self, features: int, hidden: int, edge_features: int, dropout: float) -> None:
+        super().__init__()
+        self.edge_features = edge_features
+        self.embed = nn.Sequential(nn.LayerNorm(features), nn.Linear(features, hidden), nn.Dropout(dropout))
+        self.convs = nn.ModuleList(
+            GINEConv(nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, hidden)), edge_dim=edge_features)
+            for _ in range(2)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(2))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, graphs: Batch) -> torch.Tensor:
+        """Returns states_NH."""
+        weights_E1 = edge_weights(graphs, self.edge_features)
+        states_NH: torch.Tensor = self.embed(graphs.x)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            states_NH = states_NH + self.dropout(conv(norm(states_NH), graphs.edge_index, weights_E1))
+        return states_NH
+
+
+class GNNLSTMDetector(nn.Module):
+    """Graphs to logits: encoder, last token's state beside its raw one, LSTM over the record's graphs, head."""
+
+    def __init__(
+        self,
+        features: int,
+        num_classes: int = 2,
+        *,
+        edge_features: int = 1,
+        hidden: int = 64,
+        num_layers: int = 1,
+        dropout: float = 0.3,
+    ) -> None:
+        super().__init__()
+        self.encode = GraphEncoder(features, hidden, edge_features, dropout)
+        self.raw = nn.Sequential(nn.LayerNorm(features), nn.Linear(features, hidden), nn.Dropout(dropout))
+        self.classify = StepsClassifier(2 * hidden, num_classes, hidden=hidden, num_layers=num_layers, dropout=dropout)
+
+    def forward(self, graphs: Batch, graphs_per_record_B: torch.Tensor, last_node_G: torch.Tensor) -> Output:
+        """graphs: PyG batch, record-major · graphs_per_record_B: int64, at least 1 each · last_node_G: rows of graphs.x."""
+        states_GH = self.encode(graphs)[last_node_G]
+        raw_GH = self.raw(graphs.x[last_node_G])
+        steps_BLF, lengths_B = to_steps(torch.cat([states_GH, raw_GH], dim=1), graphs_per_record_B)
+        logits_BK = self.classify(steps_BLF, lengths_B)
+        return Output(logits_BK, logits_BK.new_zeros(len(logits_BK)))
+
+
+def edge_weights(graphs: Batch, edge_features: int) -> torch.Tensor:
+    """edge_attr as (E, D) in the type of x; ones where the graphs have none."""
+    x_NF: torch.Tensor = graphs.x
+    if graphs.edge_attr is None:
+        return x_NF.new_ones(graphs.edge_index.shape[1], edge_features)
+    weights: torch.Tensor = graphs.edge_attr
+    return weights.reshape(-1, edge_features).to(x_NF.dtype)
+
+
+def to_steps(values_GF: torch.Tensor, graphs_per_record_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One row a graph to one sequence a record: (B, L, F), zero behind a record's last graph, and lengths (B,) on the CPU."""
+    lengths_B = graphs_per_record_B.cpu()
+    records, longest = len(lengths_B), int(lengths_B.max())
+    record_G = torch.repeat_interleave(
+        torch.arange(records, device=values_GF.device), graphs_per_record_B, output_size=len(values_GF)
+    )
+    first_B = graphs_per_record_B.cumsum(0) - graphs_per_record_B
+    step_G = torch.arange(len(values_GF), device=values_GF.device) - first_B[record_G]
+    steps_BLF = values_GF.new_zeros(records, longest, values_GF.shape[1])
+    return steps_BLF.index_put((record_G, step_G), values_GF), lengths_B

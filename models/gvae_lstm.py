@@ -1,0 +1,67 @@
+"""Variational graph encoder within each layer, LSTM over the layers. Shapes as in lstm.py.
+
+Kingma and Welling 2014, with a graph encoder as in Kipf and Welling 2016; it rebuilds node features rather than edges, as
+edges of a causal attention graph are mostly given by its order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch_geometric.data import Batch
+
+from models.gnn_lstm import GraphEncoder, to_steps
+from models.lstm import Output, StepsClassifier
+
+
+class GVAELSTMDetector(nn.Module):
+    """Graphs to logits: mean and log-variance a node, a decoder, LSTM over each graph's last token [raw, mean, log-variance].
+
+    The penalty is reconstruction (mean squared error of the layer-normalised node features) plus `kl_weight` times the KL
+    divergence from a standard normal, each the mean over a record's nodes. In training the decoder sees a sample, in
+    evaluation the mean; the classifier always sees mean and log-variance, so that evaluation has no randomness.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        num_classes: int = 2,
+        *,
+        edge_features: int = 1,
+        hidden: int = 64,
+        latent: int = 32,
+        num_layers: int = 1,
+        dropout: float = 0.3,
+        kl_weight: float = 1e-3,
+    ) -> None:
+        super().__init__()
+        self.kl_weight = kl_weight
+        self.encode = GraphEncoder(features, hidden, edge_features, dropout)
+        self.mean = nn.Linear(hidden, latent)
+        self.log_variance = nn.Linear(hidden, latent)
+        self.decode = nn.Sequential(nn.Linear(latent, hidden), nn.ReLU(), nn.Linear(hidden, features))
+        self.target = nn.LayerNorm(features, elementwise_affine=False)
+        self.raw = nn.Sequential(nn.LayerNorm(features), nn.Linear(features, hidden), nn.Dropout(dropout))
+        self.classify = StepsClassifier(hidden + 2 * latent, num_classes, hidden=hidden, num_layers=num_layers, dropout=dropout)
+
+    def forward(self, graphs: Batch, graphs_per_record_B: torch.Tensor, last_node_G: torch.Tensor) -> Output:
+        """As `GNNLSTMDetector.forward`."""
+        states_NH = self.encode(graphs)
+        mean_NZ, log_variance_NZ = self.mean(states_NH), self.log_variance(states_NH).clamp(-10, 10)
+        latent_NZ = mean_NZ
+        if self.training:
+            latent_NZ = mean_NZ + torch.randn_like(mean_NZ) * (0.5 * log_variance_NZ).exp()
+        reconstruction_N = (self.decode(latent_NZ) - self.target(graphs.x)).square().mean(dim=1)
+        kl_N = 0.5 * (mean_NZ.square() + log_variance_NZ.exp() - 1 - log_variance_NZ).sum(dim=1)
+        penalty_B = record_means(reconstruction_N + self.kl_weight * kl_N, graphs, graphs_per_record_B)
+        steps_GF = torch.cat([self.raw(graphs.x[last_node_G]), mean_NZ[last_node_G], log_variance_NZ[last_node_G]], dim=1)
+        return Output(self.classify(*to_steps(steps_GF, graphs_per_record_B)), penalty_B)
+
+
+def record_means(values_N: torch.Tensor, graphs: Batch, graphs_per_record_B: torch.Tensor) -> torch.Tensor:
+    """The mean of a value over the nodes of all graphs of each record, (B,)."""
+    records = len(graphs_per_record_B)
+    record_G = torch.repeat_interleave(torch.arange(records, device=values_N.device), graphs_per_record_B)
+    record_N = record_G[graphs.batch]
+    totals_B = values_N.new_zeros(records).index_add(0, record_N, values_N)
+    return totals_B / torch.bincount(record_N, minlength=records)
