@@ -16,7 +16,7 @@ from dali_pipeline.loader import Loader, Workers
 from dali_pipeline.manifest import Dataset
 from dali_pipeline.plan import WINDOW_BYTES, EpochPlan, Tail
 from dali_pipeline.schema import PipelineError
-from dali_pipeline.source import GraphRows, GraphSource, Layers, shared_sound_map
+from dali_pipeline.source import GraphRows, GraphSource, Layers
 
 PROCESS_EPOCH_BYTES = 64 << 20  # of graphs a rank and epoch, from which starting processes pays
 PREFETCH_BATCHES = 2  # a worker
@@ -97,8 +97,8 @@ class GraphLoader(Loader[GraphBatch]):
             rank=rank,
             world_size=world_size,
         )
-        self.dtype, self.layers = dtype, layers
-        self.sound = shared_sound_map(self._table)
+        self.dtype = dtype
+        self.source = GraphSource(data, split, layers, index_bytes=window_bytes)  # forked workers inherit it
 
     @property
     def num_workers(self) -> int:
@@ -146,14 +146,11 @@ class _Steps(IterableDataset[Wire | PipelineError]):
     def __iter__(self) -> Iterator[Wire | PipelineError]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        loader, world = self._loader, self._loader.world
-        source = GraphSource(
-            loader.data, loader.split, loader.layers, sound=loader.sound, index_bytes=loader.order.window_bytes
-        )
+        world = self._loader.world
         for step in range(self._start + worker, self._plan.num_steps, workers):
             shares = self._plan.batch(step, world.rank, world.world_size)
             try:
-                rows = source.gather(shares.positions)
+                rows = self._loader.source.gather(shares.positions)
             except PipelineError as error:  # travels as an item: torch would wrap it in the worker's traceback
                 yield error
                 return

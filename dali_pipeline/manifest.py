@@ -113,6 +113,8 @@ class Manifest:
             for kind, table in tables.items():
                 if not len(table.records) == len(table.bytes) == len(table.blocks) == len(table.digests) / 32:
                     raise FormatError(f"{path}, {split}/{kind}: columns of unequal length")
+                if (labels := sum(table.labels.values())) != (records := sum(table.records)):
+                    raise FormatError(f"{path}, {split}/{kind}: {labels} labels for {records} records")
         return manifest
 
 
@@ -134,6 +136,11 @@ class Dataset:
         return self.manifest.digest
 
     @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits, train first."""
+        return tuple(sorted(self.manifest.splits, key=lambda split: SPLITS.index(split) if split in SPLITS else len(SPLITS)))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all shards."""
         return sum(sum(table.bytes) for tables in self.manifest.splits.values() for table in tables.values())
@@ -141,13 +148,13 @@ class Dataset:
     @property
     def num_classes(self) -> int:
         """Highest label of any split plus one, at least 2."""
-        labels = (int(label) for split in self.manifest.splits for label in self.label_counts(split))
+        labels = (int(label) for split in self.splits for label in self.label_counts(split))
         return max(2, max(labels, default=0) + 1)
 
     def table(self, split: str, kind: Kind) -> ShardTable:
         """The shards of a split and kind. Raises UsageError for a split, DataError for a kind, that is not there."""
         if split not in self.manifest.splits:
-            raise UsageError(f"unknown split {split!r}; {self.root} has {', '.join(self.manifest.splits)}")
+            raise UsageError(f"unknown split {split!r}; {self.root} has {', '.join(self.splits)}")
         if kind not in self.schema.kinds:
             raise DataError(f"{self.root} holds no {kind}; it has {' and '.join(self.schema.kinds)}")
         return self.manifest.splits[split].get(kind, ShardTable())

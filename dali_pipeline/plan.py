@@ -15,7 +15,6 @@ the result a full permutation.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal, get_args
 
 import numpy as np
@@ -133,7 +132,7 @@ class _Lane:
         group_starts = np.concatenate([[0], self._group_ends[:-1]]).astype(np.int64)
         # block_ends: (groups + 1,) from the middle of a group to the middle of the next
         self._block_ends = np.concatenate([(group_starts + self._group_ends) // 2, self._group_ends[-1:]])
-        self._block = lru_cache(maxsize=2)(self._compute_block)
+        self._recent: tuple[tuple[int, Ints], ...] = ()  # the last two blocks computed; replaced whole, so threads may share it
 
     def take(self, begin: int, end: int) -> Shares:
         """Places begin to end of the lane's order; beyond its last record that record again, not valid."""
@@ -155,13 +154,18 @@ class _Lane:
     def _block_start(self, block: int) -> int:
         return int(self._block_ends[block - 1]) if block else 0
 
-    def _compute_block(self, block: int) -> Ints:
+    def _block(self, block: int) -> Ints:
         """Places in the line of the block's records, in delivered order: (records of the block,)."""
+        for number, places in self._recent:
+            if number == block:
+                return places
         parts = [self._group(block - 1)[1]] if block else []
         if block < len(self._group_ends):
             parts.append(self._group(block)[0])
         members = np.concatenate(parts)
-        return members[np.argsort(hashed_keys(members, self._key[_ACROSS_GROUPS]), kind="stable")]
+        places = members[np.argsort(hashed_keys(members, self._key[_ACROSS_GROUPS]), kind="stable")]
+        self._recent = (*self._recent[-1:], (block, places))
+        return places
 
     def _group(self, group: int) -> tuple[Ints, Ints]:
         """The group's places in the line, permuted, as the half before its middle and the half behind."""

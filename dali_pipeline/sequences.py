@@ -14,7 +14,7 @@ from dali_pipeline.loader import Loader, Workers, map_ahead
 from dali_pipeline.manifest import Dataset
 from dali_pipeline.plan import WINDOW_BYTES, EpochPlan, Shares, Tail
 from dali_pipeline.schema import Array, UsageError
-from dali_pipeline.source import Layers, SequenceRows, SequenceSource, shared_sound_map
+from dali_pipeline.source import Layers, SequenceRows, SequenceSource
 
 Engine = Literal["dali", "torch"]
 PREFETCH_BATCHES = 2  # that DALI runs ahead
@@ -98,7 +98,7 @@ class SequenceLoader(Loader[SequenceBatch]):
             world_size=world_size,
         )
         self.dtype, self.engine = dtype, engine
-        self._source = SequenceSource(data, split, layers, sound=shared_sound_map(self._table), index_bytes=window_bytes)
+        self._source = SequenceSource(data, split, layers, index_bytes=window_bytes)
 
     def _batches(self, plan: EpochPlan, start: int) -> Iterator[SequenceBatch]:
         def load(step: int) -> tuple[SequenceRows, Shares]:

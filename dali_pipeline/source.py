@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import mmap
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TypeAlias, TypedDict
 
 import numpy as np
 
-from dali_pipeline.manifest import Dataset, ShardTable
+from dali_pipeline.manifest import Dataset
 from dali_pipeline.plan import WINDOW_BYTES, Ints
+from dali_pipeline.records import IndexPart, RecordIndex
 from dali_pipeline.schema import Array, DataError, FormatError, Kind
-from dali_pipeline.shard import Files, Shard, SoundMap
+from dali_pipeline.shard import Shard
 
 Layers: TypeAlias = "slice | Sequence[int] | None"
-INDEX_ROWS = 4096
-MAX_SHARDS = 1024  # parsed headers kept
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,127 +52,34 @@ class GraphRows:
     positions: Ints
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Index:
-    """Labels, ids and offsets of up to INDEX_ROWS consecutive records of a shard."""
-
-    shard: Shard
-    labels: Ints
-    ids: bytes
-    id_offsets: Ints
-    offsets: dict[str, Ints]
-
-    @property
-    def nbytes(self) -> int:
-        return self.labels.nbytes + len(self.ids) + self.id_offsets.nbytes + sum(part.nbytes for part in self.offsets.values())
-
-
-def shared_sound_map(table: ShardTable) -> memoryview:
-    """A zeroed byte for every block of a split and kind, in memory that forked workers share."""
-    return memoryview(mmap.mmap(-1, max(1, sum(table.blocks))))
-
-
 class BatchSource:
-    """The records of one split and kind by position. Thread-safe; keeps at most 96 files open and `index_bytes` of indices.
+    """What both sources share. layers: which steps, or graphs, of each record; the others' bytes are not read.
 
-    layers: which steps, or graphs, of each record: a slice, a list, or None for all; the others' bytes are not read. sound:
-    from `shared_sound_map`. `gather` raises FormatError for damage, DataError for layers that a record does not have.
+    `gather` raises FormatError for damage, DataError for layers that a record does not have. Several threads may gather.
     """
 
     kind: Kind
-    index_arrays: tuple[str, ...]  # offsets with an entry a record; those of graphs' rows follow `graphs`
+    ragged: tuple[str, ...]
 
-    def __init__(
-        self,
-        data: Dataset,
-        split: str,
-        layers: Layers = None,
-        *,
-        sound: SoundMap | None = None,
-        index_bytes: int = WINDOW_BYTES,
-    ) -> None:
+    def __init__(self, data: Dataset, split: str, layers: Layers = None, index_bytes: int = WINDOW_BYTES) -> None:
         self._data, self._split, self._layers = data, split, layers
-        self._table = data.table(split, self.kind)
-        self._sound = shared_sound_map(self._table) if sound is None else memoryview(sound)
-        self._block_ends = np.cumsum(self._table.blocks)
-        self._ends = np.cumsum(self._table.records)  # (shards,) position behind each shard's last record
-        self._files = Files()
-        self._shards: OrderedDict[int, Shard] = OrderedDict()
-        self._indices: OrderedDict[tuple[int, int], _Index] = OrderedDict()
-        self._index_bytes_left = index_bytes
-        self._lock = threading.Lock()
-        self._selected = lru_cache(maxsize=4096)(self._compute_selected)
+        self._index = RecordIndex(data, split, self.kind, self.ragged, index_bytes)
+        self._selections: dict[int, list[tuple[int, int]]] = {}
 
-    def _locate(self, positions: Ints) -> list[tuple[_Index, int]]:
-        """The index that holds each position's record, and the record's row in it."""
-        shards = np.searchsorted(self._ends, positions, side="right")
-        rows = positions - (self._ends - self._table.records)[shards]
-        with self._lock:
-            return [
-                (self._index(shard, row // INDEX_ROWS), row % INDEX_ROWS)
-                for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)
-            ]
-
-    def _index(self, number: int, chunk: int) -> _Index:
-        index = self._indices.get((number, chunk))
-        if index is not None:
-            self._indices.move_to_end((number, chunk))
-            return index
-        index = self._read_index(self._shard(number), chunk * INDEX_ROWS)
-        self._indices[number, chunk] = index
-        self._index_bytes_left -= index.nbytes
-        while self._index_bytes_left < 0 and len(self._indices) > 1:
-            self._index_bytes_left += self._indices.popitem(last=False)[1].nbytes
-        return index
-
-    def _shard(self, number: int) -> Shard:
-        shard = self._shards.pop(number, None)
-        if shard is None:
-            block_end, blocks = int(self._block_ends[number]), self._table.blocks[number]
-            shard = Shard(
-                self._data.shard_path(self._split, self.kind, number),
-                nbytes=self._table.bytes[number],
-                digest=self._table.digest(number),
-                sound=self._sound[block_end - blocks : block_end],
-                files=self._files,
-            )
-            if shard.records != self._table.records[number]:
-                raise FormatError(
-                    f"{shard.path} has {shard.records} records; expected {self._table.records[number]} as in the manifest"
-                )
-        self._shards[number] = shard
-        if len(self._shards) > MAX_SHARDS:
-            self._shards.popitem(last=False)
-        return shard
-
-    def _read_index(self, shard: Shard, first: int) -> _Index:
-        end = min(first + INDEX_ROWS, shard.records)
-        id_offsets = shard.read("ids.offsets", first, end + 1)
-        leading, *following = self.index_arrays
-        offsets = {leading: shard.read(f"{leading}.offsets", first, end + 1)}
-        for name in following:
-            offsets[name] = shard.read(f"{name}.offsets", int(offsets[leading][0]), int(offsets[leading][-1]) + 1)
-        for name, array in (("ids", id_offsets), *offsets.items()):
-            if (np.diff(array) < 0).any():
-                raise FormatError(f"{shard.path}, {name}.offsets go backward between records {first} and {end}")
-        return _Index(
-            shard=shard,
-            labels=shard.read("labels", first, end),
-            ids=shard.read("ids", int(id_offsets[0]), int(id_offsets[-1])).tobytes(),
-            id_offsets=id_offsets - id_offsets[0],
-            offsets=offsets,
-        )
-
-    def _compute_selected(self, count: int) -> list[tuple[int, int]]:
+    def _selected(self, count: int) -> list[tuple[int, int]]:
         """Runs (begin, end) of the selected ones among `count` steps or graphs, in the order asked for."""
         if self._layers is None:
             return [(0, count)]
+        if count not in self._selections:
+            self._selections[count] = self._select(count)
+        return self._selections[count]
+
+    def _select(self, count: int) -> list[tuple[int, int]]:
+        chosen: list[int] = []
         if isinstance(self._layers, slice):
             chosen = list(range(count))[self._layers]
-        elif all(-count <= layer < count for layer in self._layers):
+        elif self._layers is not None and all(-count <= layer < count for layer in self._layers):
             chosen = [layer % count for layer in self._layers]
-        else:
-            chosen = []
         if not chosen:
             raise DataError(
                 f"layers {self._layers} asked of a record with {count} in split {self._split!r} of {self._data.root}"
@@ -190,13 +92,13 @@ class SequenceSource(BatchSource):
     """Gathers sequences."""
 
     kind = "sequences"
-    index_arrays = ("sequence",)
+    ragged = ("sequence",)
 
     def gather(self, positions: Ints) -> SequenceRows:
         """The records at `positions` (B,), any order, repeats allowed. Costs one `pread` a record and run of layers."""
         field = self._data.schema.sequence
         assert field is not None
-        found = self._locate(positions)
+        found = self._index.locate(positions)
         spans: list[list[tuple[int, int]]] = []  # of each record, runs of rows in the shard's array
         for index, row in found:
             begin, end = index.offsets["sequence"][row : row + 2].tolist()
@@ -214,13 +116,13 @@ class GraphSource(BatchSource):
     """Gathers graphs."""
 
     kind = "graphs"
-    index_arrays = ("graphs", "x", "edge_index")
+    ragged = ("graphs", "x", "edge_index")
 
     def gather(self, positions: Ints) -> GraphRows:
         """The records at `positions` (B,), any order, repeats allowed. Costs three `pread`s a record and run of layers."""
         schema = self._data.schema
         assert schema.x is not None
-        found = self._locate(positions)
+        found = self._index.locate(positions)
         runs: list[tuple[Shard, tuple[int, int], tuple[int, int]]] = []  # shard, its nodes, its edges
         node_counts, edge_counts, layer_index, graphs_per_record = [], [], [], []
         for index, row in found:
@@ -290,8 +192,8 @@ class _LabelsAndIds(TypedDict):
     ids: list[str]
 
 
-def _labels_and_ids(found: list[tuple[_Index, int]]) -> _LabelsAndIds:
+def _labels_and_ids(found: list[tuple[IndexPart, int]]) -> _LabelsAndIds:
     return {
         "labels": np.array([index.labels[row] for index, row in found], np.int64),
-        "ids": [index.ids[index.id_offsets[row] : index.id_offsets[row + 1]].decode() for index, row in found],
+        "ids": [index.id_of(row) for index, row in found],
     }

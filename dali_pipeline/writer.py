@@ -18,18 +18,8 @@ import xxhash
 
 from dali_pipeline.manifest import MANIFEST_NAME, Manifest, ShardTable, empty_splits, shard_path
 from dali_pipeline.moments import Moments
-from dali_pipeline.schema import (
-    SPLITS,
-    Array,
-    DataError,
-    FormatError,
-    Kind,
-    Record,
-    Schema,
-    UsageError,
-    graph_rows,
-    sequence_rows,
-)
+from dali_pipeline.pending import Pending, record_arrays, whole_label
+from dali_pipeline.schema import SPLITS, DataError, FormatError, Kind, Record, Schema, UsageError
 from dali_pipeline.shard import Files, Shard, write_shard, write_whole
 from dali_pipeline.split import Split
 
@@ -82,7 +72,7 @@ class ShardWriter:
         self.source = dict(source or {})
         self._journal = self._claim_folder(fingerprint)
         self._save_journal()
-        self._pending = {(name, kind): _Pending(kind) for name in SPLITS for kind in schema.kinds}
+        self._pending = {(name, kind): Pending(kind) for name in SPLITS for kind in schema.kinds}
 
     @property
     def cursor(self) -> int:
@@ -93,27 +83,28 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None:
-            self.close()
-        elif not self.cursor:
-            self._remove()
+        try:
+            if error is None:
+                self.close()
+        finally:
+            if not self.cursor and not (self.root / MANIFEST_NAME).exists():
+                self._remove()
 
     def write(self, record: Record | Mapping[str, Any]) -> None:
         """Adds a `Record`, or a mapping with its names, to the split of its group."""
         record = Record.of(record)
-        label = _whole_label(record)
+        label = whole_label(record)
         group = record.id if record.group is None else record.group
         split = self.split.of(group)
         written = False
         for kind in self.schema.kinds:
             if (record.sequence if kind == "sequences" else record.graphs) is None:
                 continue
-            arrays, rows = _record_arrays(record, self.schema, kind)
+            arrays, rows = record_arrays(record, self.schema, kind)
             nbytes = sum(array.nbytes for array in arrays.values())
-            pending = self._pending[split, kind]
-            if pending.labels and pending.nbytes + nbytes > self.shard_bytes:
+            if self._pending[split, kind].nbytes + nbytes > self.shard_bytes:
                 self._flush(split, kind)
-            pending.add(record.id, group, label, arrays, nbytes)
+            self._pending[split, kind].add(record.id, group, label, arrays, nbytes)
             self._journal.splits[split][kind].count(label, rows)
             written = True
         if not written:
@@ -134,7 +125,6 @@ class ShardWriter:
             self._flush(split, kind)
         splits = self._journal.splits
         if not any(len(table) for tables in splits.values() for table in tables.values()):
-            self._remove()
             raise DataError(f"no records were written to {self.root}; expected at least one")
         self._check_ids()
         kinds = self.schema.kinds
@@ -158,7 +148,7 @@ class ShardWriter:
         path = shard_path(self.root, split, kind, len(table))
         path.parent.mkdir(parents=True, exist_ok=True)
         table.append(write_shard(path, kind, len(pending.labels), arrays))
-        self._pending[split, kind] = _Pending(kind)
+        self._pending[split, kind] = Pending(kind)
 
     def _check_ids(self) -> None:
         """Reads every id back; a hash a record finds candidates, the ids themselves decide."""
@@ -216,72 +206,3 @@ class ShardWriter:
             (self.root / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.root.rmdir()
-
-
-class _Pending:
-    """Records of one split and kind that are not yet in a shard."""
-
-    def __init__(self, kind: Kind) -> None:
-        self.kind = kind
-        self.ids: list[bytes] = []
-        self.groups: list[bytes] = []
-        self.labels: list[int] = []
-        self.parts: dict[str, list[Array]] = {}
-        self.nbytes = 0
-
-    def add(self, id_: str, group: str, label: int, arrays: dict[str, Array], nbytes: int) -> None:
-        self.ids.append(id_.encode())
-        self.groups.append(group.encode())
-        self.labels.append(label)
-        for name, array in arrays.items():
-            self.parts.setdefault(name, []).append(array)
-        self.nbytes += nbytes
-
-    def concatenated(self) -> dict[str, Array]:
-        """The arrays of a shard (docs/format.md); counts become offsets here."""
-        arrays: dict[str, Array] = {"labels": np.array(self.labels, np.int64)}
-        for name, texts in (("ids", self.ids), ("groups", self.groups)):
-            arrays[name] = np.frombuffer(b"".join(texts), np.uint8)
-            arrays[f"{name}.offsets"] = _offsets(np.array([len(text) for text in texts]))
-        for name, parts in self.parts.items():
-            whole = np.concatenate(parts)
-            if name.endswith(".counts"):
-                arrays[name.removesuffix("counts") + "offsets"] = _offsets(whole)
-            else:
-                arrays[name] = whole  # edge_index: the widest of its records' types
-        return arrays
-
-
-def _record_arrays(record: Record, schema: Schema, kind: Kind) -> tuple[dict[str, Array], dict[str, int]]:
-    """The record's rows of each field and `.counts` of each ragged axis; and its rows by axis, for the manifest."""
-    if kind == "sequences":
-        assert schema.sequence is not None
-        rows = sequence_rows(record, schema.sequence)
-        return {"sequence": rows, "sequence.counts": np.array([len(rows)])}, {"step": len(rows)}
-    graphs = graph_rows(record, schema)
-    narrow = np.min_scalar_type(int(graphs.edge_index.max(initial=0)))
-    arrays = {
-        "x": graphs.x,
-        "x.counts": graphs.node_counts,
-        "edge_index": graphs.edge_index.T.astype(narrow),  # (2, E) -> (E, 2): a record's edges lie together
-        "edge_index.counts": graphs.edge_counts,
-        "graphs.counts": np.array([len(graphs.node_counts)]),
-    }
-    if graphs.edge_attr is not None:
-        arrays["edge_attr"] = graphs.edge_attr
-    return arrays, {"graph": len(graphs.node_counts), "node": len(graphs.x), "edge": graphs.edge_index.shape[1]}
-
-
-def _whole_label(record: Record) -> int:
-    try:
-        label = int(record.label)
-        whole = label == record.label and label >= 0
-    except (TypeError, ValueError, OverflowError):
-        whole = False
-    if not whole:
-        raise DataError(f"record {record.id!r} has the label {record.label!r}; expected a whole number of 0 or more")
-    return label
-
-
-def _offsets(counts: Array) -> Array:
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

@@ -13,6 +13,7 @@ from dali_pipeline import Dataset, UsageError
 
 ModelName = Literal["lstm", "gnn_lstm", "gvae_lstm"]
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
+METRICS = ("auroc", "f1", "precision", "recall", "accuracy")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from sklearn.metrics import precision_recall_curve
-from torchmetrics.functional.classification import accuracy, auroc, f1_score, precision, recall
-
-METRICS = ("auroc", "f1", "precision", "recall", "accuracy")
+from torchmetrics.functional.classification import auroc, f1_score, precision, recall
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,7 +43,7 @@ def best_threshold(found: Predictions) -> float | None:
 
 
 def measure(found: Predictions, threshold: float | None) -> dict[str, float]:
-    """All METRICS; for more than two classes F1, precision and recall are means over the classes, the score's maximum decides."""
+    """All METRICS; for more than two classes the highest score decides, and F1, precision, recall are means over classes."""
     if threshold is None:
         classes = {"task": "multiclass", "num_classes": found.num_classes, "average": "macro"}
         chosen = found.scores.argmax(dim=1)

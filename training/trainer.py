@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dali_pipeline import Dataset, GraphBatch, GraphLoader, PipelineError, SequenceBatch, SequenceLoader, StateError, StepTimer, UsageError
+from dali_pipeline import (
+    Dataset,
+    GraphBatch,
+    GraphLoader,
+    PipelineError,
+    SequenceBatch,
+    SequenceLoader,
+    StepTimer,
+    UsageError,
+)
 from dali_pipeline.loader import Loader
 from models import GNNLSTMDetector, GVAELSTMDetector, LSTMDetector, Output
 from training.config import MODELS, ModelName, TrainConfig, parse_layers
@@ -33,9 +41,11 @@ class Trainer:
     configuration gives the same curve on the same machine, interrupted or not. Best is the highest validation AUROC.
     """
 
-    def __init__(self, model_name: ModelName, data: Dataset, config: TrainConfig, folder: Path, device: str, interrupts: Interrupts) -> None:
+    def __init__(
+        self, model_name: ModelName, data: Dataset, config: TrainConfig, folder: Path, device: str, interrupts: Interrupts
+    ) -> None:
         self.name, self.data, self.config, self.folder, self.interrupts = model_name, data, config, folder, interrupts
-        self.loaders = {split: self._loader(split, device) for split in data.manifest.splits}
+        self.loaders = {split: self._loader(split, device) for split in data.splits}
         self.device = self.loaders["train"].device
         self.steps_per_epoch = len(self.loaders["train"])
         torch.manual_seed(_seed(config.seed, MODELS.index(model_name)))
@@ -102,8 +112,8 @@ class Trainer:
             if not np.isfinite(train_loss):
                 raise PipelineError(f"{self.name}: the loss of epoch {self.epoch} is {train_loss}; try a lower --lr")
             auroc = area_under_roc(found)
-            row = {"epoch": self.epoch, "train_loss": train_loss, "val_loss": found.loss, "val_auroc": auroc}
-            row |= {"lr": self.scheduler.get_last_lr()[0], "seconds": time.perf_counter() - started}
+            row: HistoryRow = {"epoch": self.epoch, "train_loss": train_loss, "val_loss": found.loss, "val_auroc": auroc}
+            row |= {"lr": float(self.scheduler.get_last_lr()[0]), "seconds": time.perf_counter() - started}
             self.history.append(row)
             self.epoch += 1
             self.loss_sum.zero_()
@@ -124,7 +134,7 @@ class Trainer:
         count = int(batch.valid.sum())
         loss = (losses_B * valid_B).sum() / max(count, 1)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.scheduler.step()
@@ -150,7 +160,9 @@ class Trainer:
             losses.append((record_losses(output, batch.labels) + output.penalty_B)[valid].cpu())
             self.interrupts.check()
         if len(set(ids)) != len(ids) or len(ids) != loader.num_records:
-            raise PipelineError(f"{split}: {len(set(ids))} different ids in {len(ids)} rows; expected {loader.num_records}, each once")
+            raise PipelineError(
+                f"{split}: {len(set(ids))} different ids in {len(ids)} rows; expected {loader.num_records}, each once"
+            )
         logits_RK = torch.cat(logits)
         scores = logits_RK[:, 0].sigmoid() if logits_RK.shape[1] == 1 else logits_RK.softmax(dim=1)
         return Predictions(ids=ids, scores=scores, labels=torch.cat(labels), loss=float(torch.cat(losses).mean()))

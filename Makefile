@@ -1,0 +1,33 @@
+# Two commands do everything, environment included:   make train   make test
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: train test check results help
+
+help:                ## what there is
+	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
+
+train: $(READY)      ## set-up, then the main job: traces of a real model, three detectors, a table
+	$(BIN)/python train.py
+
+test: $(READY) check ## set-up, then lint, types and tests
+	$(BIN)/pytest -n 2
+
+check: $(READY)      ## lint and types alone
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+results: $(READY)    ## the README's table: three seeds of every detector, and the linear probe beside them
+	$(BIN)/python train.py --seeds 3
+	$(BIN)/python benchmarks/probe.py data/sciq
+
+$(READY): requirements.txt requirements-dev.txt requirements-demo.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; name another with make PYTHON=python3 (3.11 or newer)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-demo.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@

@@ -1,0 +1,5 @@
+"""`python -m dali_pipeline`."""
+
+from dali_pipeline.cli import main
+
+main()

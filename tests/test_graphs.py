@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import gc
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import contracts
+import numpy as np
+import psutil
+import pytest
+import torch
+from conftest import SCHEMA, make_records, write
+from torch_geometric.data import Batch, Data
+
+import dali_pipeline as dp
+
+
+@pytest.fixture(params=[0, 2])
+def workers(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@pytest.fixture
+def make(data: dp.Dataset, workers: int) -> contracts.Make:
+    def make_loader(**options: Any) -> dp.GraphLoader:
+        return dp.GraphLoader(**{"data": data, "batch_size": 16, "window_bytes": 6000, "workers": workers, **options})
+
+    return make_loader
+
+
+def as_data(record: dp.Record, layers: Any = slice(None)) -> list[Data]:
+    """The record's graphs as PyG would have them."""
+    graphs = record.graphs
+    node_ends, edge_ends = np.cumsum(graphs.node_counts)[:-1], np.cumsum(graphs.edge_counts)[:-1]
+    parts = zip(
+        np.split(graphs.x, node_ends),
+        np.split(graphs.edge_index, edge_ends, axis=1),
+        np.split(graphs.edge_attr, edge_ends),
+        strict=True,
+    )
+    every = [
+        Data(x=torch.from_numpy(x).float(), edge_index=torch.from_numpy(edges), edge_attr=torch.from_numpy(attr).float())
+        for x, edges, attr in parts
+    ]
+    return every[layers] if isinstance(layers, slice) else [every[layer] for layer in layers]
+
+
+def test_each_record_once(make: contracts.Make) -> None:
+    contracts.each_record_once(make, world_sizes=(1, 3))
+    contracts.each_record_once(lambda **options: make(batch_size=4, lanes=4, window_bytes=1, **options), world_sizes=(2,))
+
+
+def test_drop_drops(make: contracts.Make) -> None:
+    contracts.drop_drops(make)
+
+
+def test_order_ignores_workers(make: contracts.Make) -> None:
+    contracts.order_ignores(make, {"workers": 0}, {"workers": 1}, {"workers": 2}, {"workers": "auto"})
+
+
+def test_global_order_ignores_world(make: contracts.Make) -> None:
+    contracts.global_order_ignores_world(make, batch_size=16)
+
+
+def test_epochs_differ_and_repeat(make: contracts.Make) -> None:
+    contracts.epochs_differ_and_repeat(make)
+
+
+def test_resumes_exactly(make: contracts.Make) -> None:
+    steps = len(make())
+    contracts.resumes_exactly(make, steps=(1, steps - 1, steps))
+
+
+def test_resumes_with_another_world(make: contracts.Make) -> None:
+    contracts.resumes_with_another_world(make, batch_size=16)
+
+
+def test_refuses_foreign_states(make: contracts.Make, data: dp.Dataset, tmp_path: Path) -> None:
+    contracts.refuses_foreign_states(make, write(tmp_path / "other", make_records(300, seed=1)))
+    with pytest.raises(dp.StateError, match="loader of sequences; this one loads graphs"):
+        make().load_state_dict(dp.SequenceLoader(data, batch_size=16, window_bytes=6000).state_dict())
+
+
+def test_batches_stay(make: contracts.Make) -> None:
+    contracts.batches_stay(make)
+
+
+def test_iterators_are_independent(make: contracts.Make) -> None:
+    contracts.iterators_are_independent(make)
+
+
+@pytest.mark.parametrize("layers", [None, slice(1, None), [2, 0], [-1]])
+def test_a_batch_is_what_pyg_makes_of_the_same_graphs(make: contracts.Make, records: dict[str, dp.Record], layers: Any) -> None:
+    count = 0
+    for batch in make(layers=layers):
+        graphs = [one for name in batch.ids for one in as_data(records[name], slice(None) if layers is None else layers)]
+        expected = Batch.from_data_list(graphs)
+        assert type(batch.graphs) is type(expected)
+        assert set(batch.graphs.keys()) == set(expected.keys())
+        for name in expected.keys():  # noqa: SIM118 (a PyG Batch is no mapping)
+            assert batch.graphs[name].dtype == expected[name].dtype
+            assert torch.equal(batch.graphs[name], expected[name]), name
+        assert batch.graphs.num_graphs == expected.num_graphs == len(graphs)
+        for ours, theirs in zip(batch.graphs.to_data_list(), graphs, strict=True):
+            for name in ("x", "edge_index", "edge_attr"):
+                assert torch.equal(ours[name], theirs[name])
+        chosen = np.arange(3)[slice(None) if layers is None else layers]
+        assert batch.layer_index.tolist() == np.tile(chosen, len(batch)).tolist()
+        assert batch.graphs_per_record.tolist() == [len(chosen)] * len(batch)
+        assert torch.equal(batch.last_node, expected.ptr[1:] - 1)
+        assert batch.labels.tolist() == [records[name].label for name in batch.ids]
+        count += len(batch)
+    assert count >= 200
+
+
+def test_indices_of_any_width_meet_in_one_batch(tmp_path: Path) -> None:
+    """A shard stores the narrowest type that serves; a batch from shards of several is right all the same."""
+    rng = np.random.default_rng(0)
+    records = []
+    for number, nodes in enumerate([5, 300, 70_000] * 4):
+        edges = rng.integers(0, nodes, size=(2, 50))
+        edges[:, 0] = nodes - 1
+        graphs = dp.Graphs(
+            x=rng.normal(size=(nodes, 4)).astype(np.float16),
+            edge_index=edges,
+            edge_attr=rng.random(50).astype(np.float16),
+            node_counts=np.array([nodes]),
+            edge_counts=np.array([50]),
+        )
+        records.append(dp.Record(id=str(number), label=0, graphs=graphs))
+    data = write(tmp_path / "set", records, shard_bytes=1, shares="100/0/0")
+    (batch,) = dp.GraphLoader(data, batch_size=12, workers=0)
+    expected = Batch.from_data_list([as_data(records[int(name)])[0] for name in batch.ids])
+    assert torch.equal(batch.graphs.edge_index, expected.edge_index)
+
+
+def test_graphs_without_edge_features(tmp_path: Path) -> None:
+    schema = dp.Schema(x=SCHEMA.x)
+    with dp.ShardWriter(tmp_path / "set", schema, split=dp.Split.parse("100/0/0")) as writer:
+        for record in make_records(20):
+            writer.write(record)
+    batch, *_ = dp.GraphLoader(dp.open_dataset(tmp_path / "set"))
+    assert "edge_attr" not in batch.graphs
+    assert len(batch.graphs.to_data_list()) == 48
+
+
+def test_damage_crosses_the_process_border_in_one_sentence(tmp_path: Path, workers: int) -> None:
+    data = write(tmp_path / "set", make_records(100), shard_bytes=1500)
+    path = data.shard_path("train", "graphs", 3)
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    good = 0
+    with pytest.raises(dp.FormatError, match=r"^[^\n]*graphs-00003\.safetensors[^\n]*damaged[^\n]*$"):
+        for _ in dp.GraphLoader(data, batch_size=2, shuffle=False, workers=workers):
+            good += 1
+    assert good == sum(data.table("train", "graphs").records[:3]) // 2
+
+
+def test_a_worker_that_is_killed_is_an_error_not_a_hang(tmp_path: Path) -> None:
+    data = write(tmp_path / "set", make_records(400))
+    loader = dp.GraphLoader(data, batch_size=1, workers=2)
+    with pytest.raises(dp.PipelineError, match="worker process of the graph loader died"):
+        for step, _ in enumerate(loader):
+            if step == 3:
+                for child in psutil.Process().children():
+                    os.kill(child.pid, signal.SIGKILL)
+
+
+def test_no_process_is_left_behind(make: contracts.Make) -> None:
+    loader = make()
+    list(loader)  # opens every shard
+    before = psutil.Process().num_fds()
+    for _ in range(5):
+        next(iter(loader))
+    gc.collect()
+    assert psutil.Process().children() == []
+    assert psutil.Process().num_fds() <= before
+
+
+def test_auto_starts_no_process_for_a_short_epoch(data: dp.Dataset) -> None:
+    assert dp.GraphLoader(data).num_workers == 0
+
+
+@pytest.mark.gpu
+def test_gpu_delivers_what_the_cpu_does(data: dp.Dataset) -> None:
+    """Not run where there is no GPU."""
+    for ours, theirs in zip(*(dp.GraphLoader(data, device=device) for device in ("cpu", "cuda")), strict=True):
+        assert theirs.graphs.x.is_cuda
+        for name in ("x", "edge_index", "edge_attr", "batch", "ptr"):
+            assert torch.equal(ours.graphs[name], theirs.graphs[name].cpu())

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dali_pipeline.plan import EpochPlan, Order, deal_shards, hashed_keys
+from dali_pipeline.schema import DataError, UsageError
+
+
+def order(**options: Any) -> Order:
+    default: dict[str, Any] = {"digest": "0" * 31 + "7", "split": "train", "seed": 0, "shuffle": True}
+    default |= {"global_batch_size": 4, "window_bytes": 1 << 20, "lanes": 1, "tail": "pad"}
+    return Order(**{**default, **options})
+
+
+shards = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 300)), min_size=1, max_size=30)
+worlds = st.integers(1, 16)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    shards=shards,
+    world_size=worlds,
+    batch_size=st.integers(1, 7),
+    lanes=st.integers(1, 4),
+    seed=st.integers(0, 2**64 - 1),
+    epoch=st.integers(0, 1000),
+    window_share=st.sampled_from([0.01, 0.05, 0.3, 2.0]),
+    shuffle=st.booleans(),
+    tail=st.sampled_from(["pad", "drop"]),
+)
+def test_every_record_once_in_equal_steps(
+    shards: list[tuple[int, int]],
+    world_size: int,
+    batch_size: int,
+    lanes: int,
+    seed: int,
+    epoch: int,
+    window_share: float,
+    shuffle: bool,
+    tail: Any,
+) -> None:
+    """Laws 1 to 4 of the plan alone, for any sizes of shards, worlds, lanes and windows."""
+    records = [n for n, _ in shards]
+    nbytes = [n * size for n, size in shards]
+    lanes = min(lanes, len(shards))
+    size = batch_size * world_size * lanes
+    window = max(1, int(window_share * sum(nbytes)))
+    settings = order(seed=seed, shuffle=shuffle, global_batch_size=size, window_bytes=window, lanes=lanes, tail=tail)
+    plan = EpochPlan(settings, epoch, records, nbytes)
+    alone = [plan.batch(step) for step in range(plan.num_steps)]
+    taken = np.concatenate([batch.positions[batch.valid] for batch in alone]) if alone else np.array([], np.int64)
+    assert len(np.unique(taken)) == len(taken)
+    if tail == "pad":
+        assert sorted(taken) == list(range(sum(records)))
+    else:
+        assert all(batch.valid.all() for batch in alone)
+    for step, batch in enumerate(alone):
+        ranks = [plan.batch(step, rank, world_size) for rank in range(world_size)]
+        assert {len(rank.positions) for rank in ranks} == {batch_size * lanes}
+        assert np.array_equal(np.concatenate([rank.positions for rank in ranks]), batch.positions)
+        assert np.array_equal(np.concatenate([rank.valid for rank in ranks]), batch.valid)
+
+
+@settings(deadline=None, max_examples=60)
+@given(shards=shards, lanes=st.integers(2, 4), epoch=st.integers(0, 5))
+def test_lanes_are_disjoint_shards(shards: list[tuple[int, int]], lanes: int, epoch: int) -> None:
+    """Law 4: with as many ranks as lanes, a rank meets only its own shards, in every epoch."""
+    lanes = min(lanes, len(shards))
+    records = np.array([n for n, _ in shards])
+    plan = EpochPlan(
+        order(global_batch_size=2 * lanes, lanes=lanes, window_bytes=500), epoch, records, [n * s for n, s in shards]
+    )
+    ends = np.cumsum(records)
+    lane_of_shard = deal_shards(records, lanes)
+    for step in range(plan.num_steps):
+        for rank in range(lanes):
+            met = np.searchsorted(ends, plan.batch(step, rank, lanes).positions, side="right")
+            assert set(lane_of_shard[met]) == {rank}
+    totals = [records[lane_of_shard == lane].sum() for lane in range(lanes)]
+    assert max(totals) - min(totals) <= records.max()
+
+
+def test_window_bounds_what_is_open() -> None:
+    """At any place the records come from at most one window of bytes, and neighbouring places share a part of it."""
+    records, nbytes = [64] * 256, [1 << 20] * 256  # 16 KiB a record, 256 MiB
+    window = 16 << 20
+    plan = EpochPlan(order(window_bytes=window, global_batch_size=64), 0, records, nbytes)
+    shards = [set(plan.batch(step).positions // 64) for step in range(plan.num_steps)]
+    opened: dict[int, int] = {}
+    closed: dict[int, int] = {}
+    for step, met in enumerate(shards):
+        for shard in met:
+            opened.setdefault(shard, step)
+            closed[shard] = step
+    for step in range(plan.num_steps):
+        assert sum(opened[shard] <= step <= closed[shard] for shard in opened) * (1 << 20) <= 1.5 * window
+    first, last = shards[0], shards[-1]
+    assert not first & last
+    assert all(len(met) > 4 for met in shards)
+    assert all(now & after for now, after in itertools.pairwise(shards))
+
+
+def test_small_lane_is_a_full_permutation() -> None:
+    """All that fits in the window mixes evenly: any quarter of the epoch holds a quarter of each quarter of the file."""
+    plan = EpochPlan(order(window_bytes=1 << 30, global_batch_size=1000), 3, [1000] * 4, [4096] * 4)
+    table = [np.bincount(plan.batch(step).positions // 1000, minlength=4) for step in range(4)]
+    assert np.abs(np.array(table) - 250).max() < 60
+    assert plan.num_steps == 4
+
+
+def test_file_order_without_shuffle() -> None:
+    plan = EpochPlan(order(shuffle=False), 9, [3, 4], [10, 10])
+    assert [plan.batch(step).positions.tolist() for step in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 6]]
+    assert plan.batch(1).valid.tolist() == [True, True, True, False]
+
+
+def test_golden_order() -> None:
+    """Pinned: an epoch begun with one version of this package, NumPy or Python must go on with another. Never change this
+    without a new version of the state, which refuses the old one."""
+    plan = EpochPlan(order(window_bytes=4), 1, [4, 4, 3, 5], [2 << 20] * 4)
+    assert [plan.batch(step).positions.tolist() for step in range(4)] == [
+        [9, 10, 7, 12],
+        [6, 11, 1, 0],
+        [15, 14, 13, 8],
+        [2, 3, 5, 4],
+    ]
+
+
+def test_keys_are_a_bijection_that_depends_on_the_key() -> None:
+    index = np.arange(100_000)
+    one, other = hashed_keys(index, 1), hashed_keys(index, 2)
+    assert len(np.unique(one)) == len(index)
+    assert (np.argsort(one) != np.argsort(other)).mean() > 0.99
+    assert abs(np.corrcoef(np.argsort(one), np.argsort(other))[0, 1]) < 0.02
+
+
+def test_orders_differ_by_everything_that_they_depend_on() -> None:
+    base = EpochPlan(order(), 0, [50, 50], [100, 100])
+    no_change: dict[str, Any] = {}
+    orders = [
+        EpochPlan(order(**change), epoch, [50, 50], [100, 100]).batch(0).positions.tolist()
+        for change, epoch in [
+            (no_change, 1),
+            ({"seed": 1}, 0),
+            ({"seed": 2**32}, 0),
+            ({"digest": "9"}, 0),
+            ({"split": "val"}, 0),
+        ]
+    ]
+    orders.append(base.batch(0).positions.tolist())
+    assert len({tuple(one) for one in orders}) == len(orders)
+
+
+def test_empty_split_has_no_steps() -> None:
+    assert EpochPlan(order(), 0, [], []).num_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"seed": -1}, "seed is -1"),
+        ({"global_batch_size": 0}, "global_batch_size is 0"),
+        ({"window_bytes": 0}, "window_bytes is 0"),
+        ({"tail": "keep"}, "tail is 'keep'"),
+        ({"lanes": 3}, "does not divide by 3 lanes"),
+    ],
+)
+def test_senseless_orders_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        order(**options)
+
+
+def test_more_lanes_than_shards_are_refused() -> None:
+    with pytest.raises(DataError, match="has 2 shards"):
+        EpochPlan(order(lanes=4), 0, [3, 3], [10, 10])

@@ -1,0 +1,81 @@
+"""The layout of the house: imports run one way, modules stay small, and importing does no work."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# in reading order: a module imports only modules above it
+ROOMS = [
+    "schema",
+    "world",
+    "timing",
+    "shard",
+    "manifest",
+    "split",
+    "moments",
+    "pending",
+    "writer",
+    "plan",
+    "state",
+    "records",
+    "source",
+    "loader",
+    "sequences",
+    "graphs",
+    "ingest.progress",
+    "ingest.attention",
+    "ingest.pt",
+    "ingest.convert",
+    "ingest.extract",
+    "ingest.demo",
+    "cli",
+    "__main__",
+]
+TRAINING = ["config", "interrupt", "metrics", "trainer", "report", "run"]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize(("package", "order"), [("dali_pipeline", ROOMS), ("training", TRAINING)])
+def test_imports_run_one_way(package: str, order: list[str]) -> None:
+    modules = {
+        str(path.relative_to(ROOT / package).with_suffix("")).replace("/", "."): path
+        for path in (ROOT / package).rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert sorted(modules) == sorted(order), "every module has its place in the order"
+    for name, path in modules.items():
+        allowed = {f"{package}.{above}" for above in order[: order.index(name)]}
+        theirs = {one for one in imports(path) if one.startswith(f"{package}.") and one.removeprefix(f"{package}.") in modules}
+        assert theirs <= allowed, f"{name} imports {theirs - allowed}"
+
+
+def test_models_know_nothing_of_the_loaders() -> None:
+    for path in (ROOT / "models").glob("*.py"):
+        assert {name.split(".")[0] for name in imports(path)} <= {"__future__", "models", "torch", "torch_geometric", "typing"}
+
+
+def test_modules_stay_small() -> None:
+    sizes = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in (ROOT / "dali_pipeline").rglob("*.py")}
+    assert sizes
+    assert max(sizes.values()) <= 260, sorted(sizes.items(), key=lambda item: -item[1])[:3]
+
+
+def test_importing_the_package_is_cheap() -> None:
+    code = "import sys, dali_pipeline; print(sorted({'torch', 'nvidia', 'torch_geometric', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"

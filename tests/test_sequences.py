@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import gc
+import threading
+from pathlib import Path
+from typing import Any
+
+import contracts
+import numpy as np
+import psutil
+import pytest
+import torch
+from conftest import make_records, write
+from torch.nn.utils.rnn import pad_sequence
+
+import dali_pipeline as dp
+from dali_pipeline.sequences import sequence_graph
+
+ENGINES = ["torch", "dali"]
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def make(data: dp.Dataset, engine: str) -> contracts.Make:
+    def make_loader(**options: Any) -> dp.SequenceLoader:
+        return dp.SequenceLoader(**{"data": data, "batch_size": 16, "window_bytes": 6000, "engine": engine, **options})
+
+    return make_loader
+
+
+def test_each_record_once(make: contracts.Make) -> None:
+    contracts.each_record_once(make, world_sizes=(1, 2, 3, 16))
+    contracts.each_record_once(lambda **options: make(batch_size=4, lanes=4, window_bytes=1, **options), world_sizes=(1, 2, 4))
+
+
+def test_drop_drops(make: contracts.Make) -> None:
+    contracts.drop_drops(make)
+
+
+def test_order_ignores_workers_and_engine(make: contracts.Make) -> None:
+    contracts.order_ignores(make, {"workers": 0}, {"workers": 3}, {"engine": "torch"}, {"engine": "dali"})
+
+
+def test_global_order_ignores_world(make: contracts.Make) -> None:
+    contracts.global_order_ignores_world(make, batch_size=16)
+
+
+def test_epochs_differ_and_repeat(make: contracts.Make) -> None:
+    contracts.epochs_differ_and_repeat(make)
+
+
+def test_resumes_exactly(make: contracts.Make) -> None:
+    steps = len(make())
+    contracts.resumes_exactly(make, steps=(1, 2, steps - 1, steps))
+
+
+def test_resumes_with_another_world(make: contracts.Make) -> None:
+    contracts.resumes_with_another_world(make, batch_size=16)
+
+
+def test_refuses_foreign_states(make: contracts.Make, tmp_path: Path) -> None:
+    contracts.refuses_foreign_states(make, write(tmp_path / "other", make_records(300, seed=1)))
+
+
+def test_batches_stay(make: contracts.Make) -> None:
+    contracts.batches_stay(make)
+    contracts.batches_stay(lambda **options: make(dtype=torch.float16, **options))
+
+
+def test_iterators_are_independent(make: contracts.Make) -> None:
+    contracts.iterators_are_independent(make)
+
+
+def test_values_are_those_that_were_written(make: contracts.Make, records: dict[str, dp.Record]) -> None:
+    positions = []
+    for batch in make(shuffle=False):
+        rows = [torch.from_numpy(np.asarray(records[one].sequence)).float() for one in batch.ids]
+        assert torch.equal(batch.sequences, pad_sequence(rows, batch_first=True))
+        assert batch.lengths.tolist() == [len(row) for row in rows]
+        assert batch.labels.tolist() == [records[one].label for one in batch.ids]
+        assert batch.sequences.dtype == torch.float32
+        assert (batch.lengths.dtype, batch.labels.dtype, batch.valid.dtype) == (torch.int64, torch.int64, torch.bool)
+        positions += batch.positions[batch.valid].tolist()
+    assert positions == list(range(len(positions)))
+    assert len(positions) > 100
+
+
+@pytest.mark.parametrize("layers", [slice(1, 3), slice(None, None, 2), [1, 0], [-1], [0, 1, 1]])
+def test_layers_choose_steps(make: contracts.Make, records: dict[str, dp.Record], layers: Any) -> None:
+    (batch, *_) = make(layers=layers)
+    for row, length, one in zip(batch.sequences, batch.lengths.tolist(), batch.ids, strict=True):
+        assert np.array_equal(row[:length].numpy(), np.asarray(records[one].sequence)[layers])
+
+
+def test_layers_that_a_record_lacks_are_named(make: contracts.Make) -> None:
+    with pytest.raises(dp.DataError, match=r"layers \[7\] asked of a record with \d in split 'train'"):
+        list(make(layers=[7]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16, torch.float64])
+def test_dtype_is_what_is_delivered(make: contracts.Make, dtype: torch.dtype) -> None:
+    (batch, *_) = make(dtype=dtype)
+    expected, *_ = make(dtype=torch.float32)
+    assert batch.sequences.dtype == dtype
+    assert torch.equal(batch.sequences, expected.sequences.to(dtype))
+
+
+@pytest.mark.parametrize("ragged", [True, False])
+def test_dali_casts_and_pads_as_torch_does(ragged: bool) -> None:
+    """The graph that a GPU runs, on the CPU: cast in DALI, held against torch."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 9, size=6) if ragged else np.full(6, 5)
+    rows = [rng.normal(scale=100, size=(n, 4)).astype(np.float16) for n in lengths]
+    values: Any = rows if ragged else np.stack(rows)
+    labels, valid = np.arange(6), np.array([True] * 5 + [False])
+    pipeline = sequence_graph(
+        lambda: (values, labels, valid), cast="FLOAT", batch_size=6, num_threads=1, device_id=None, prefetch_queue_depth=1
+    )
+    pipeline.build()
+    sequences, *rest = (torch.utils.dlpack.from_dlpack(output.as_tensor()).clone() for output in pipeline.run())
+    assert torch.equal(sequences, pad_sequence([torch.from_numpy(row).float() for row in rows], batch_first=True))
+    assert [part.tolist() for part in rest] == [labels.tolist(), valid.tolist()]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damage_is_raised_behind_the_good_batches(tmp_path: Path, engine: Any, workers: int) -> None:
+    data = write(tmp_path / "set", make_records(100), shard_bytes=1500)
+    path = data.shard_path("train", "sequences", 3)
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    loader = dp.SequenceLoader(data, batch_size=4, shuffle=False, engine=engine, workers=workers)
+    good = 0
+    with pytest.raises(dp.FormatError, match=r"sequences-00003\.safetensors.*damaged"):
+        for _ in loader:
+            good += 1
+    assert good == sum(data.table("train", "sequences").records[:3]) // 4
+
+
+def test_nothing_is_left_behind(make: contracts.Make) -> None:
+    """No thread and no file descriptor more after 30 epochs, most of them broken off."""
+    loader = make(workers=2)
+
+    def epochs(count: int) -> None:
+        for epoch in range(count):
+            for step, _ in enumerate(loader):
+                if step == epoch % 5:
+                    break
+        gc.collect()
+
+    list(loader)  # opens every shard
+    epochs(3)
+    before = threading.active_count(), psutil.Process().num_fds(), psutil.Process().num_threads()
+    epochs(30)
+    after = threading.active_count(), psutil.Process().num_fds(), psutil.Process().num_threads()
+    assert after <= before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 2.5}, "batch_size is 2.5"),
+        ({"batch_size": True}, "batch_size is True"),
+        ({"workers": -1}, "workers is -1"),
+        ({"workers": "many"}, "workers is 'many'"),
+        ({"split": "dev"}, "unknown split 'dev'"),
+        ({"engine": "tensorflow"}, "engine is 'tensorflow'"),
+        ({"on_error": "ignore"}, "on_error is 'ignore'"),
+        ({"device": "tpu"}, "device is 'tpu'"),
+        ({"device": "cuda:99"}, "torch sees"),
+        ({"rank": 1}, "give both rank and world_size"),
+        ({"rank": 2, "world_size": 2}, "rank is 2"),
+        ({"lanes": 3}, "does not divide by 3 lanes"),
+        ({"seed": -1}, "seed is -1"),
+        ({"window_bytes": 0}, "window_bytes is 0"),
+    ],
+)
+def test_senseless_arguments_are_refused(make: contracts.Make, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(dp.UsageError, match=words):
+        make(**options)
+    with pytest.raises(dp.UsageError, match="epoch is -1"):
+        make().set_epoch(-1)
+
+
+def test_an_empty_split_is_an_empty_epoch(tmp_path: Path, engine: Any) -> None:
+    data = write(tmp_path / "set", make_records(20), shares="100/0/0")
+    loader = dp.SequenceLoader(data, "val", engine=engine)
+    assert len(loader) == 0
+    assert list(loader) == []
+    assert len(list(dp.SequenceLoader(data, "train", engine=engine))) == 1
+
+
+def test_foreign_workers_are_refused(make: contracts.Make) -> None:
+    from torch.utils.data import DataLoader
+
+    assert [batch.ids for batch in DataLoader(make(), batch_size=None)] == [batch.ids for batch in make()]
+    with pytest.raises(dp.UsageError, match="workers of its own"):
+        next(iter(DataLoader(make(), batch_size=None, num_workers=1, multiprocessing_context="fork")))
+
+
+@pytest.mark.gpu
+def test_gpu_delivers_what_the_cpu_does(data: dp.Dataset, engine: Any) -> None:
+    """Not run where there is no GPU."""
+    for dtype in (torch.float16, torch.float32, torch.bfloat16):
+        pairs = [dp.SequenceLoader(data, device=device, dtype=dtype, engine=engine) for device in ("cpu", "cuda")]
+        for ours, theirs in zip(*pairs, strict=True):
+            assert theirs.sequences.is_cuda
+            assert torch.equal(ours.sequences, theirs.sequences.cpu())
+            assert torch.equal(ours.labels, theirs.labels.cpu())

@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import SCHEMA, make_records, write
+
+import dali_pipeline as dp
+from dali_pipeline.loader import Loader
+from dali_pipeline.moments import Moments
+from dali_pipeline.writer import JOURNAL_NAME
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def write_with_commits(root: Path, records: list[dp.Record], stop_before: int | None = None) -> None:
+    """Commits every 40 records; dies before record `stop_before`."""
+    with dp.ShardWriter(root, SCHEMA, shard_bytes=2048, fingerprint="same") as writer:
+        for number in range(writer.cursor, len(records)):
+            if number == stop_before:
+                raise KeyboardInterrupt
+            writer.write(records[number])
+            if (number + 1) % 40 == 0:
+                writer.commit(number + 1)
+
+
+def test_a_data_set_says_what_it_holds(data: dp.Dataset, records: dict[str, dp.Record]) -> None:
+    assert sum(data.num_records(split, "sequences") for split in ("train", "val", "test")) == len(records)
+    for kind in ("sequences", "graphs"):
+        table = data.table("train", kind)
+        assert len(table) > 5
+        assert sum(table.labels.values()) == sum(table.records) == data.num_records("train", kind)
+    assert data.table("train", "sequences").rows["step"] == (2, 8)
+    assert data.table("train", "graphs").rows["graph"] == (3, 3)
+    assert data.num_classes == 2
+    assert sum(data.label_counts("train").values()) == data.num_records("train", "graphs")
+
+
+def test_statistics_are_those_of_the_training_split(data: dp.Dataset, records: dict[str, dp.Record]) -> None:
+    train = [record for record in records.values() if dp.Split().of(str(record.group)) == "train"]
+    rows = np.concatenate([record.sequence for record in train]).astype(np.float64)
+    assert data.manifest.statistics is not None
+    assert np.allclose(data.manifest.statistics.mean, rows.mean(axis=0), atol=1e-12)
+    assert np.allclose(data.manifest.statistics.std, rows.std(axis=0), atol=1e-12)
+
+
+def test_moments_do_not_depend_on_the_cut() -> None:
+    rows = np.random.default_rng(0).normal(1e4, 1, size=(1000, 3))
+    moments = Moments()
+    for part in np.array_split(rows, 7):
+        moments.update(part, chunk=50)
+    found = moments.statistics()
+    assert found is not None
+    assert np.allclose(found.std, rows.std(axis=0), rtol=1e-10)
+    assert Moments().statistics() is None
+
+
+def test_a_group_is_never_torn_apart_and_both_kinds_agree(data: dp.Dataset, records: dict[str, dp.Record]) -> None:
+    homes: dict[str, set[str]] = {}
+    for split in ("train", "val", "test"):
+        loaders: list[Loader[Any]] = [dp.SequenceLoader(data, split, engine="torch"), dp.GraphLoader(data, split)]
+        for loader in loaders:
+            for batch in loader:
+                for one in batch.ids:
+                    homes.setdefault(str(records[one].group), set()).add(split)
+    assert len(homes) == 150
+    assert all(len(splits) == 1 for splits in homes.values())
+
+
+def test_shares_are_met_about(make: Callable[..., dp.Dataset]) -> None:
+    data = make(400, shares="50/25/25")
+    counts = [data.num_records(split, "graphs") for split in ("train", "val", "test")]
+    assert sum(counts) == 400
+    assert abs(counts[0] - 200) < 50
+    everything = make(40, shares="100/0/0")
+    assert [everything.num_records(split, "graphs") for split in ("train", "val", "test")] == [40, 0, 0]
+
+
+@pytest.mark.parametrize("stop", [1, 39, 41, 95, 119])
+def test_interrupted_and_gone_on_gives_the_same_bytes(tmp_path: Path, stop: int) -> None:
+    records = make_records(120)
+    write_with_commits(tmp_path / "whole", records)
+    for at in (stop, stop + 30 if stop < 90 else None):
+        if at is not None:
+            with pytest.raises(KeyboardInterrupt):
+                write_with_commits(tmp_path / "torn", records, stop_before=at)
+            with pytest.raises(dp.FormatError, match="has no manifest"):
+                dp.open_dataset(tmp_path / "torn") if (tmp_path / "torn").exists() else dp.open_dataset(tmp_path)
+    write_with_commits(tmp_path / "torn", records)
+    assert files(tmp_path / "torn") == files(tmp_path / "whole")
+
+
+def test_killed_without_a_chance_to_clean_up(tmp_path: Path) -> None:
+    """A folder as SIGKILL leaves it: shards behind the last commit, temporary files, no manifest."""
+    records = make_records(120)
+    write_with_commits(tmp_path / "whole", records)
+    root = tmp_path / "torn"
+    writer = dp.ShardWriter(root, SCHEMA, shard_bytes=2048, fingerprint="same")
+    for record in records[:60]:
+        writer.write(record)
+        if record is records[39]:
+            writer.commit(40)
+    (root / "train" / "graphs-00099.safetensors.tmp").write_bytes(b"half")
+    (root / "journal.json.tmp").write_bytes(b"half")
+    del writer
+    write_with_commits(root, records)
+    torn = files(root)
+    torn.pop("train/graphs-00099.safetensors.tmp", None)
+    assert torn == files(tmp_path / "whole")
+
+
+def test_an_error_before_the_first_commit_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="mine"), dp.ShardWriter(tmp_path / "set", SCHEMA, shard_bytes=100) as writer:
+        for record in make_records(20):
+            writer.write(record)
+        raise ValueError("mine")
+    assert not (tmp_path / "set").exists()
+
+
+def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
+    precious = tmp_path / "train" / "photo.jpg"
+    precious.parent.mkdir()
+    precious.write_bytes(b"precious")
+    with pytest.raises(dp.UsageError, match="not empty"):
+        dp.ShardWriter(tmp_path, SCHEMA)
+    assert files(tmp_path) == {"train/photo.jpg": b"precious"}
+
+
+def test_finished_and_other_work_is_not_overwritten(tmp_path: Path) -> None:
+    records = make_records(50)
+    root = tmp_path / "set"
+    with pytest.raises(KeyboardInterrupt):
+        write_with_commits(root, records, stop_before=45)
+    with pytest.raises(dp.UsageError, match="other input or settings"):
+        dp.ShardWriter(root, SCHEMA, fingerprint="other")
+    write_with_commits(root, records)
+    before = files(root)
+    assert JOURNAL_NAME not in before
+    with pytest.raises(dp.UsageError, match="finished data set already"):
+        dp.ShardWriter(root, SCHEMA, fingerprint="same")
+    assert files(root) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"label": -1}, "label -1"),
+        ({"label": 0.5}, "label 0.5"),
+        ({"label": float("nan")}, "label nan"),
+        ({"label": "yes"}, "label 'yes'"),
+        ({"label": None}, "label None"),
+        ({"sequence": np.zeros((2, 3))}, r"record-0', sequence has rows of shape \(3,\)"),
+        ({"sequence": None, "graphs": None}, "neither of the schema's kinds"),
+    ],
+)
+def test_bad_records_are_refused_by_name(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    (record,) = make_records(1)
+    bad = {"id": record.id, "label": record.label, "sequence": record.sequence, "graphs": record.graphs} | change
+    with pytest.raises(dp.DataError, match=words), dp.ShardWriter(tmp_path / "set", SCHEMA) as writer:
+        writer.write(bad)
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("label", [1, True, 1.0, np.int32(1), np.float16(1)])
+def test_whole_labels_of_any_type_are_taken(tmp_path: Path, label: Any) -> None:
+    (record,) = make_records(1)
+    with dp.ShardWriter(tmp_path / "set", SCHEMA) as writer:
+        writer.write({"id": "a", "label": label, "sequence": record.sequence})
+    data = dp.open_dataset(tmp_path / "set")
+    assert [data.label_counts(split) for split in ("train", "val", "test") if data.label_counts(split)] == [{1: 1}]
+
+
+def test_an_id_given_twice_is_refused(tmp_path: Path) -> None:
+    records = make_records(30)
+    with (
+        pytest.raises(dp.DataError, match="'record-7' is given to 2 sequences"),
+        dp.ShardWriter(tmp_path / "set", SCHEMA, shard_bytes=500) as writer,
+    ):
+        for record in [*records, records[7]]:
+            writer.write(record)
+    assert not (tmp_path / "set").exists()
+
+
+def test_no_records_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(dp.DataError, match="no records"), dp.ShardWriter(tmp_path / "set", SCHEMA):
+        pass
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_record_larger_than_a_shard_has_its_own(tmp_path: Path) -> None:
+    data = write(tmp_path / "set", make_records(20), shard_bytes=1)
+    assert data.table("train", "sequences").records == [1] * data.num_records("train", "sequences")
+
+
+def test_a_data_set_may_be_moved(data: dp.Dataset, tmp_path: Path) -> None:
+    shutil.copytree(data.root, tmp_path / "moved")
+    moved = dp.open_dataset(tmp_path / "moved")
+    assert moved.digest == data.digest
+    assert str(data.root) not in (tmp_path / "moved" / "manifest.json").read_text()
+    assert len(list(dp.SequenceLoader(moved, engine="torch"))) > 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda text: text[: len(text) // 2], "not a dali_pipeline manifest"),
+        (lambda text: "", "not a dali_pipeline manifest"),
+        (lambda text: "[]", "not a dali_pipeline manifest"),
+        (lambda text: "{}", "not a dali_pipeline manifest"),
+        (lambda text: text.replace('"version":1', '"version":2'), "version 2; expected"),
+        (lambda text: text.replace('"records":[', '"records":[5,'), "does not have the digest"),
+        (lambda text: text.replace("float16", "float17"), "float17"),
+    ],
+)
+def test_damaged_manifests_are_refused(data: dp.Dataset, tmp_path: Path, damage: Any, words: str) -> None:
+    text = (data.root / "manifest.json").read_text()
+    assert damage(text) != text
+    (tmp_path / "manifest.json").write_text(damage(text))
+    with pytest.raises(dp.FormatError, match=words):
+        dp.open_dataset(tmp_path)
+
+
+def test_what_is_no_data_set_is_said(tmp_path: Path, data: dp.Dataset) -> None:
+    with pytest.raises(dp.FormatError, match="not a folder"):
+        dp.open_dataset(tmp_path / "missing")
+    with pytest.raises(dp.FormatError, match="has no manifest"):
+        dp.open_dataset(tmp_path)
+    with pytest.raises(dp.UsageError, match="is a URL"):
+        dp.open_dataset("s3://bucket/set")
+    with pytest.raises(dp.UsageError, match=r"unknown split 'dev'; .* has train, val, test"):
+        data.table("dev", "graphs")
+
+
+def test_the_manifest_is_columns_of_json(data: dp.Dataset) -> None:
+    manifest = json.loads((data.root / "manifest.json").read_text())
+    table = manifest["splits"]["train"]["graphs"]
+    assert len(table["records"]) == len(table["bytes"]) == len(table["digests"]) // 32
+
+
+@pytest.mark.parametrize("text", ["70/15", "70/15/16", "-10/55/55", "a/b/c", ""])
+def test_senseless_splits_are_refused(text: str) -> None:
+    with pytest.raises(dp.UsageError, match="such as 70/15/15"):
+        dp.Split.parse(text)

@@ -1,0 +1,105 @@
+"""What a run leaves for people: the table, metrics.json, history.csv, curves.png."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from sklearn.metrics import precision_recall_curve, roc_curve
+
+from dali_pipeline.shard import write_whole
+from training.config import METRICS
+from training.metrics import Predictions
+from training.trainer import HistoryRow
+
+HISTORY_COLUMNS = ("model", "epoch", "train_loss", "val_loss", "val_auroc", "lr", "seconds")
+
+
+def print_table(results: Mapping[str, Mapping[str, Any]], title: str) -> None:
+    """A row a model: the test metrics and the threshold; with several seeds mean ± standard deviation."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=200)  # piped output is never folded
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("model")
+    for name in (*METRICS, "threshold"):
+        table.add_column(name, justify="right")
+    for model, result in results.items():
+        spread = result.get("test_std", {})
+        cells = [f"{result['test'][name]:.3f}" + (f" ± {spread[name]:.3f}" if spread else "") for name in METRICS]
+        threshold = result.get("threshold")
+        table.add_row(model, *cells, "–" if threshold is None else f"{threshold:.3f}")
+    console.print(table)
+
+
+def write_metrics(path: Path, results: Mapping[str, Any]) -> None:
+    """metrics.json, whole or not at all."""
+    write_whole(path, (json.dumps(results, indent=2) + "\n").encode())
+
+
+def write_history(path: Path, histories: Mapping[str, Sequence[HistoryRow]]) -> None:
+    """history.csv: a row a model and epoch, written anew each time, so none is ever lost or doubled."""
+    text = io.StringIO()
+    rows = csv.DictWriter(text, HISTORY_COLUMNS)
+    rows.writeheader()
+    for model, history in histories.items():
+        rows.writerows({"model": model, **row} for row in history)
+    write_whole(path, text.getvalue().encode())
+
+
+def draw_curves(
+    path: Path, histories: Mapping[str, Sequence[HistoryRow]], tests: Mapping[str, Predictions], title: str
+) -> None:
+    """curves.png: loss and validation AUROC by epoch; ROC and precision-recall on test, micro-averaged for several classes."""
+    matplotlib.use("Agg")
+    figure = Figure(figsize=(12, 8.5), layout="constrained")
+    figure.suptitle(title)
+    (loss, auroc), (roc, pr) = figure.subplots(2, 2)
+    for number, (model, history) in enumerate(histories.items()):
+        color, epochs = f"C{number}", [row["epoch"] + 1 for row in history]
+        loss.plot(epochs, [row["train_loss"] for row in history], color=color, marker=".", label=f"{model}, training")
+        loss.plot(
+            epochs, [row["val_loss"] for row in history], color=color, marker=".", linestyle="--", label=f"{model}, validation"
+        )
+        scores = [row["val_auroc"] for row in history]
+        auroc.plot(epochs, scores, color=color, marker=".", label=model)
+        best = int(np.argmax(scores))
+        auroc.plot(epochs[best], scores[best], color=color, marker="o", markersize=10, fillstyle="none")
+    for number, (model, found) in enumerate(tests.items()):
+        scores_R, hits_R = one_against_rest(found)
+        false_rate, true_rate, _ = roc_curve(hits_R, scores_R)
+        precision, recall, _ = precision_recall_curve(hits_R, scores_R)
+        roc.plot(false_rate, true_rate, color=f"C{number}", label=model)
+        pr.plot(recall, precision, color=f"C{number}", label=model)
+        pr.axhline(hits_R.mean(), color="0.7", linestyle=":")
+    roc.plot([0, 1], [0, 1], color="0.7", linestyle=":")
+    loss.set(title="Loss by epoch", xlabel="epoch", ylabel="loss")
+    auroc.set(title="Validation AUROC by epoch (circle: the epoch kept)", xlabel="epoch", ylabel="AUROC")
+    roc.set(title="ROC on test", xlabel="false positive rate", ylabel="true positive rate")
+    pr.set(title="Precision and recall on test", xlabel="recall", ylabel="precision", ylim=(0, 1.02))
+    for axes in (loss, auroc, roc, pr):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    for axes in (loss, auroc):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=110)
+    temporary.replace(path)
+
+
+def one_against_rest(found: Predictions) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Scores and 0/1 labels, flat: each class against the rest where there are more than two."""
+    if found.num_classes == 2:
+        return found.scores.numpy(), found.labels.numpy()
+    return found.scores.flatten().numpy(), torch.nn.functional.one_hot(found.labels, found.num_classes).flatten().numpy()
