@@ -138,13 +138,28 @@ def claim_folder(options: Options, config: TrainConfig, data: Dataset) -> Path:
             )
         if folder.exists() and not path.exists() and any(folder.iterdir()):
             raise UsageError(f"{folder} is not empty and holds no run; choose another --output-dir")
-        if options.resume == "never" and path.exists():
-            shutil.rmtree(folder)
+        if options.resume == "never":
+            remove_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(described, indent=2) + "\n")
     except (OSError, json.JSONDecodeError) as error:
         raise UsageError(f"{folder} cannot be an output folder ({error})") from error
     return folder
+
+
+def remove_run(folder: Path) -> None:
+    """Takes away what a run writes, and nothing that somebody laid beside it."""
+    names = [
+        "config.json",
+        "metrics.json",
+        "history.csv",
+        "curves.png",
+        *(f"{name}-{which}.pt" for name in MODELS for which in ("best", "last")),
+    ]
+    for run_folder in (folder, *folder.glob("seed-*")):
+        for name in ("config.json", "metrics.json", "history.csv", "curves.png", *checkpoints):
+            (run_folder / name).unlink(missing_ok=True)
+        shutil.rmtree(run_folder / "tensorboard", ignore_errors=True)
 
 
 def train_models(data: Dataset, config: TrainConfig, folder: Path, options: Options, interrupts: Interrupts) -> None:

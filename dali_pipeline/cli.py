@@ -137,7 +137,11 @@ def run(application: typer.Typer, name: str) -> int:
     """Runs a command line. Returns 0, 2 with one sentence on standard error for what the user can mend, or 130 for Ctrl-C."""
     try:
         code = application(prog_name=name, standalone_mode=False)
-    except (PipelineError, typer.TyperException) as error:
+    except typer.TyperException as error:
+        message = error.format_message()
+        print(message if "\n" in message else f"{name}: {message}", file=sys.stderr)  # several lines: no command, so the help
+        return 2
+    except PipelineError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

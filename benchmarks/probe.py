@@ -1,0 +1,103 @@
+"""What a detector is held against: a linear probe on every layer, the length of a sequence, and nothing learned at all.
+
+    python benchmarks/probe.py data/sciq
+
+PCA to 100 components and logistic regression on each layer's last-token state; the layer is chosen on validation. On a data
+set that `train.py` made, a bag of words over the prompts and their length stand beside it: they read no hidden state.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy.typing as npt
+import torch
+import typer
+from sklearn.decomposition import PCA
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import dali_pipeline as dp
+from dali_pipeline.cli import CONTEXT, run
+
+Floats = npt.NDArray[Any]
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT)
+
+
+def load(data: dp.Dataset, split: str) -> tuple[Floats, Floats, list[str]]:
+    """A split's sequences (N, T, F) float32, labels (N,) and ids, each record once."""
+    loader = dp.SequenceLoader(data, split, batch_size=256, shuffle=False, engine="torch", device="cpu")
+    batches = [
+        (batch.sequences[batch.valid], batch.labels[batch.valid], batch.ids[: int(batch.valid.sum())]) for batch in loader
+    ]
+    sequences, labels, ids = zip(*batches, strict=True)
+    return torch.cat(sequences).numpy(), torch.cat(labels).numpy(), [one for part in ids for one in part]
+
+
+def probe_layers(splits: dict[str, tuple[Floats, Floats, list[str]]], components: int) -> list[tuple[float, float]]:
+    """Validation and test AUROC of a probe on each layer."""
+    (train, train_labels, _), (val, val_labels, _), (test, test_labels, _) = (splits[name] for name in ("train", "val", "test"))
+    found = []
+    for layer in range(train.shape[1]):
+        pca = PCA(min(components, train.shape[2], len(train)), random_state=0)
+        model = make_pipeline(StandardScaler(), pca, LogisticRegression(C=0.1, max_iter=1000))
+        model.fit(train[:, layer], train_labels)
+        scores = [
+            roc_auc_score(labels, model.decision_function(x[:, layer]))
+            for x, labels in ((val, val_labels), (test, test_labels))
+        ]
+        found.append((float(scores[0]), float(scores[1])))
+    return found
+
+
+def without_states(splits: dict[str, tuple[Floats, Floats, list[str]]], prompts: Path) -> dict[str, float]:
+    """Test AUROC of a bag of words, and of the prompt's length in characters, the better sign chosen on training."""
+    with prompts.open(newline="", encoding="utf-8") as file:
+        texts = {row["id"]: row["prompt"] for row in csv.DictReader(file)}
+    train_texts, test_texts = ([texts[one] for one in splits[name][2]] for name in ("train", "test"))
+    train_labels, test_labels = splits["train"][1], splits["test"][1]
+    words = make_pipeline(CountVectorizer(min_df=2, ngram_range=(1, 2)), LogisticRegression(C=0.1, max_iter=1000))
+    words.fit(train_texts, train_labels)
+    sign = 1 if roc_auc_score(train_labels, [len(text) for text in train_texts]) >= 0.5 else -1
+    return {
+        "bag of words": float(roc_auc_score(test_labels, words.decision_function(test_texts))),
+        "length alone": float(roc_auc_score(test_labels, [sign * len(text) for text in test_texts])),
+    }
+
+
+@app.command()
+def main(
+    data: Annotated[
+        Path, typer.Argument(help="A data set with sequences of equal length and two classes.", show_default=False)
+    ],
+    components: Annotated[int, typer.Option(help="Principal components a layer.")] = 100,
+) -> None:
+    """Print the test AUROC of a linear probe on every layer, and of what reads no hidden state."""
+    dataset = dp.open_dataset(data)
+    fewest, most = dataset.table("train", "sequences").rows["step"]
+    if fewest != most or dataset.num_classes != 2:
+        raise dp.DataError(
+            f"{data} has sequences of {fewest} to {most} steps, {dataset.num_classes} classes; expected one length, 2 classes"
+        )
+    splits = {split: load(dataset, split) for split in ("train", "val", "test")}
+    layers = dataset.manifest.source.get("layers") or list(range(most))
+    found = probe_layers(splits, components)
+    print(f"{'':24}  val AUROC  test AUROC")
+    for layer, (val, test) in zip(layers, found, strict=True):
+        print(f"{f'linear probe, layer {layer}':24}  {val:9.3f}  {test:10.3f}")
+    best = max(range(len(found)), key=lambda at: found[at][0])
+    print(f"\nchosen on validation: layer {layers[best]}, test AUROC {found[best][1]:.3f}")
+    prompts = data.with_suffix(".csv")
+    if prompts.exists():
+        for name, auroc in without_states(splits, prompts).items():
+            print(f"{name}: test AUROC {auroc:.3f}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(app, "probe.py"))

@@ -1,0 +1,393 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_records, write
+from sklearn.metrics import f1_score, roc_auc_score
+from test_convert import make_folder
+
+import dali_pipeline as dp
+import train as train_module
+from dali_pipeline.cli import run
+from training.config import MODELS, TrainConfig, parse_layers
+from training.interrupt import Interrupted, Interrupts
+from training.metrics import Predictions, area_under_roc, best_threshold, measure
+from training.trainer import Trainer
+
+ROOT = Path(train_module.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def _restored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Signal handlers as they were, and `runs/` in the test's own folder."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr(train_module, "RUNS_FOLDER", tmp_path / "runs")
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    return run(train_module.app, "train.py")
+
+
+def history(folder: Path) -> list[dict[str, str]]:
+    with (folder / "history.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def curve(folder: Path) -> list[tuple[str, str, str, str]]:
+    return [(row["model"], row["epoch"], row["train_loss"], row["val_loss"]) for row in history(folder)]
+
+
+def test_a_folder_of_pt_files_is_converted_once_and_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    src = make_folder(tmp_path / "preprocessed_data", per_file=40)
+    before = {path: path.stat().st_mtime_ns for path in src.rglob("*")}
+    arguments = ("--preprocessed-dir", src, "--epochs", 2, "--batch-size", 16)
+    assert call(monkeypatch, *arguments) == 0
+    first = capsys.readouterr()
+    assert first.err == ""
+    assert "converting" in first.out
+    (folder,) = (tmp_path / "runs").iterdir()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert list(metrics) == list(MODELS)
+    for result in metrics.values():
+        assert {"auroc", "f1", "precision", "recall", "accuracy"} == set(result["test"])
+        assert all(0 <= value <= 1 for value in result["test"].values())
+    assert [(row["model"], row["epoch"]) for row in history(folder)] == [
+        (name, str(epoch)) for name in MODELS for epoch in range(2)
+    ]
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for name in MODELS:
+        assert any((folder / "tensorboard" / name).glob("events*"))
+        for which in ("best", "last"):
+            torch.load(folder / f"{name}-{which}.pt", weights_only=True)
+    assert {path: path.stat().st_mtime_ns for path in src.rglob("*")} == before
+    written = {path: path.stat().st_mtime_ns for path in folder.rglob("*.pt")}
+    assert call(monkeypatch, *arguments) == 0
+    again = capsys.readouterr()
+    assert "epoch" not in again.out
+    assert "converting" not in again.out
+    table = first.out[first.out.index("Test metrics") :]
+    assert again.out.endswith(table)
+    assert len(max(table.splitlines(), key=len)) > 60
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.pt")} == written
+
+
+def test_what_can_be_learned_is_learned(
+    make: Callable[..., dp.Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make(400)
+    assert call(monkeypatch, "--data", data.root, "--epochs", 8, "--lr", 0.01, "--output-dir", tmp_path / "out") == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert all(metrics[name]["test"]["auroc"] > 0.95 for name in MODELS), metrics
+
+
+def test_more_than_two_classes(make: Callable[..., dp.Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make(300, classes=3)
+    assert call(monkeypatch, "--data", data.root, "--epochs", 6, "--lr", 0.01, "--output-dir", tmp_path / "out") == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert all(metrics[name]["test"]["auroc"] > 0.8 and metrics[name]["threshold"] is None for name in MODELS), metrics
+
+
+@pytest.mark.parametrize("halves", ["lstm", "gnn"])
+def test_half_a_data_set_trains_what_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], halves: str
+) -> None:
+    src = make_folder(tmp_path / "src", per_file=30, halves=halves)
+    arguments = ("--preprocessed-dir", src, "--converted-dir", tmp_path / "elsewhere", "--output-dir", tmp_path / "out")
+    assert call(monkeypatch, *arguments, "--epochs", 1) == 0
+    expected = ["lstm"] if halves == "lstm" else ["gnn_lstm", "gvae_lstm"]
+    assert list(json.loads((tmp_path / "out" / "metrics.json").read_text())) == expected
+    assert (tmp_path / "elsewhere" / "manifest.json").exists()
+    assert "only: training" in capsys.readouterr().out
+    other = "gnn_lstm" if halves == "lstm" else "lstm"
+    assert call(monkeypatch, *arguments, "--model", other) == 2
+    assert "cannot train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_interrupted_at_any_step_the_curve_is_the_same(make: Callable[..., dp.Dataset], tmp_path: Path, model: Any) -> None:
+    """Signals in the first step, mid-epoch, at the last step of an epoch, and in the second epoch; a new Trainer each time."""
+    data = make(120)
+    config = TrainConfig(models=(model,), epochs=3, batch_size=16)
+    codes: list[int] = []
+
+    def trained(folder: Path, stops: list[int]) -> Trainer:
+        folder.mkdir()
+        done = 0
+
+        def on_step(step: int, steps: int, loss: float) -> None:
+            nonlocal done
+            done += 1
+            if done in stops:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        while True:
+            trainer = Trainer(model, data, config, folder, "cpu", Interrupts())
+            if trainer.last_path.exists():
+                trainer.restore(trainer.last_path)
+            try:
+                while not trainer.finished:
+                    trainer.train_epoch(on_step)
+            except Interrupted as stop:
+                codes.append(stop.exit_code)
+                continue
+            return trainer
+
+    whole, torn = (
+        trained(tmp_path / "whole", []),
+        trained(tmp_path / "torn", [1, 3, len(dp.SequenceLoader(data, batch_size=16)), 9]),
+    )
+    assert codes == [143] * 4
+    keys = ("epoch", "train_loss", "val_loss", "val_auroc", "lr")
+    assert [[row[key] for key in keys] for row in torn.history] == [[row[key] for key in keys] for row in whole.history]
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(weight, torn.model.state_dict()[name]), name
+
+
+def test_sigterm_and_sigkill_from_outside(
+    make: Callable[..., dp.Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make(600)
+    arguments = ["--data", data.root, "--model", "lstm", "--epochs", 12, "--batch-size", 4]
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments), "--output-dir", str(tmp_path / "torn")]
+
+    def stopped_by(number: int) -> int:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if "epoch" in line:
+                    break
+            time.sleep(0.3)
+            began = time.monotonic()
+            process.send_signal(number)
+            process.stdout.read()
+            code = process.wait()
+        assert time.monotonic() - began < 20
+        return code
+
+    assert stopped_by(signal.SIGTERM) == 143
+    assert stopped_by(signal.SIGKILL) == -signal.SIGKILL
+    assert not (tmp_path / "torn" / "metrics.json").exists()
+    assert 1 <= len(history(tmp_path / "torn")) < 12
+    assert call(monkeypatch, *arguments, "--output-dir", tmp_path / "torn") == 0
+    assert call(monkeypatch, *arguments, "--output-dir", tmp_path / "whole") == 0
+    assert curve(tmp_path / "torn") == curve(tmp_path / "whole")
+    assert len(curve(tmp_path / "whole")) == 12
+    one, other = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("torn", "whole"))
+    assert one == other
+
+
+def test_resume_takes_a_path_and_never_begins_anew(
+    make: Callable[..., dp.Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make(120)
+    arguments = ("--data", data.root, "--model", "lstm", "--epochs", 2)
+    assert call(monkeypatch, *arguments, "--output-dir", tmp_path / "one") == 0
+    expected = curve(tmp_path / "one")
+    stale = tmp_path / "one" / "stale.txt"
+    stale.write_text("of an earlier run")
+    assert call(monkeypatch, *arguments, "--output-dir", tmp_path / "one", "--resume", "never") == 0
+    assert curve(tmp_path / "one") == expected
+    assert stale.exists()
+    capsys.readouterr()
+    assert call(monkeypatch, *arguments, "--output-dir", tmp_path / "two", "--resume", tmp_path / "one" / "lstm-last.pt") == 0
+    assert "epoch" not in capsys.readouterr().out
+    assert curve(tmp_path / "two") == expected
+    for resume, words in [
+        (tmp_path / "nothing.pt", "is no checkpoint"),
+        (tmp_path / "one" / "metrics.json", "is not a checkpoint"),
+    ]:
+        assert call(monkeypatch, *arguments, "--output-dir", tmp_path / f"bad-{resume.name}", "--resume", resume) == 2
+        assert words in capsys.readouterr().err
+    assert call(monkeypatch, *arguments, "--lr", 0.5, "--output-dir", tmp_path / "three", "--resume", tmp_path / "one") == 2
+    assert "was trained with lr 0.001; this run has 0.5" in capsys.readouterr().err
+
+
+def test_several_seeds_give_mean_and_spread(
+    make: Callable[..., dp.Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make(120)
+    assert (
+        call(monkeypatch, "--data", data.root, "--model", "lstm", "--epochs", 2, "--seeds", 2, "--output-dir", tmp_path / "out")
+        == 0
+    )
+    runs = [json.loads((tmp_path / "out" / f"seed-{seed}" / "metrics.json").read_text())["lstm"]["test"] for seed in range(2)]
+    summary = json.loads((tmp_path / "out" / "metrics.json").read_text())["lstm"]
+    assert runs[0] != runs[1]
+    assert summary["test"]["auroc"] == pytest.approx(np.mean([each["auroc"] for each in runs]))
+    assert summary["test_std"]["auroc"] == pytest.approx(np.std([each["auroc"] for each in runs], ddof=1))
+    assert "±" in capsys.readouterr().out
+
+
+def one_class(tmp_path: Path) -> Path:
+    records = [
+        dp.Record(id=each.id, group=each.group, label=1, sequence=each.sequence, graphs=each.graphs)
+        for each in make_records(60)
+    ]
+    return write(tmp_path / "one-class", records).root
+
+
+def no_validation(tmp_path: Path) -> Path:
+    return write(tmp_path / "no-val", make_records(60), shares="100/0/0").root
+
+
+def without_manifest(tmp_path: Path) -> Path:
+    root = write(tmp_path / "unfinished", make_records(60)).root
+    (root / "manifest.json").unlink()
+    return root
+
+
+def damaged(tmp_path: Path) -> Path:
+    data = write(tmp_path / "damaged", make_records(60))
+    path = data.shard_path("train", "sequences", 0)
+    path.write_bytes(path.read_bytes()[:-1] + b"\x55")
+    return data.root
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "{tmp}/missing"], "is not a folder"),
+        (["--data", "{tmp}"], "has no manifest.json"),
+        (["--data", without_manifest], "has no manifest.json"),
+        (["--data", one_class], "has labels all 1"),
+        (["--data", no_validation], "split 'val' of .* has no records"),
+        (["--data", damaged], r"train/sequences-00000.safetensors.*damaged"),
+        (["--preprocessed-dir", "{tmp}/missing"], "is not a folder"),
+        (["--preprocessed-dir", "{tmp}"], "holds no lstm_solo"),
+        (["--data", "{tmp}/set", "--preprocessed-dir", "{tmp}"], "exclude each other"),
+        (["--data", "{tmp}/set", "--batch-size", "0"], "batch size is 0"),
+        (["--data", "{tmp}/set", "--batch-size", "many"], "batch-size"),
+        (["--data", "{tmp}/set", "--epochs", "0"], "epochs is 0"),
+        (["--data", "{tmp}/set", "--lr", "0"], "lr is 0"),
+        (["--data", "{tmp}/set", "--dropout", "1"], "dropout is 1"),
+        (["--data", "{tmp}/set", "--seed", "-1"], "seed is -1"),
+        (["--data", "{tmp}/set", "--seeds", "0"], "seeds is 0"),
+        (["--data", "{tmp}/set", "--model", "transformer"], "--model"),
+        (["--data", "{tmp}/set", "--device", "tpu"], "device is 'tpu'"),
+        (["--data", "{tmp}/set", "--layers", "all"], "layers are 'all'"),
+        (["--data", "{tmp}/set", "--layers", "40:50"], "asked of a record"),
+        (["--data", "{tmp}/set", "--output-dir", "{tmp}/file"], "cannot be an output folder"),
+        (["--data", "{tmp}/set", "--output-dir", "{tmp}/full"], "is not empty and holds no run"),
+        (["--data", "{tmp}/set", "--fast"], "No such option"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[Any], words: str
+) -> None:
+    if "{tmp}/set" in arguments:
+        write(tmp_path / "set", make_records(60))
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "photo.jpg").touch()
+    given = [argument(tmp_path) if callable(argument) else argument.format(tmp=tmp_path) for argument in arguments]
+    assert call(monkeypatch, *given) == 2
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    assert err.startswith("train.py: ")
+    assert err.count("\n") == 1
+    import re
+
+    assert re.search(words, err), err
+    assert (tmp_path / "full" / "photo.jpg").exists()
+    assert out == ""
+
+
+def test_an_output_folder_of_another_configuration_is_refused(
+    make: Callable[..., dp.Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make(60)
+    arguments = ("--data", data.root, "--model", "lstm", "--epochs", 1, "--output-dir", tmp_path / "out")
+    assert call(monkeypatch, *arguments) == 0
+    before = (tmp_path / "out" / "metrics.json").read_bytes()
+    capsys.readouterr()
+    assert call(monkeypatch, *arguments, "--lr", 0.5) == 2
+    assert "holds a run of another configuration" in capsys.readouterr().err
+    assert (tmp_path / "out" / "metrics.json").read_bytes() == before
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert call(monkeypatch, "--data", "nowhere") == 2
+    assert "runs in one process" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_stops_the_run(make: Callable[..., dp.Dataset], tmp_path: Path) -> None:
+    trainer = Trainer("lstm", make(60), TrainConfig(lr=1e30), tmp_path, "cpu", Interrupts())
+    with pytest.raises(dp.PipelineError, match="loss"):
+        while not trainer.finished:
+            trainer.train_epoch(lambda step, steps, loss: None)
+
+
+def predictions(scores: Any, labels: Any) -> Predictions:
+    return Predictions(
+        ids=[str(at) for at in range(len(labels))], scores=torch.as_tensor(scores), labels=torch.as_tensor(labels), loss=0.0
+    )
+
+
+def test_metrics_are_those_of_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 200)
+    scores = np.clip(rng.normal(labels * 0.3 + 0.3, 0.3), 0, 1).astype(np.float32)
+    found = predictions(scores, labels)
+    threshold = best_threshold(found)
+    assert threshold is not None
+    measured = measure(found, threshold)
+    assert measured["auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-6)
+    assert measured["f1"] == pytest.approx(f1_score(labels, scores >= threshold), abs=1e-6)
+    assert measured["f1"] >= max(f1_score(labels, scores >= other) for other in np.linspace(0.05, 0.95, 19)) - 1e-6
+    classes = rng.integers(0, 3, 200)
+    logits = rng.normal(size=(200, 3)) + 2 * np.eye(3)[classes]
+    shares = (np.exp(logits) / np.exp(logits).sum(1, keepdims=True)).astype(np.float32)
+    several = predictions(shares, classes)
+    assert area_under_roc(several) == pytest.approx(roc_auc_score(classes, shares, multi_class="ovr"), abs=1e-5)
+    assert measure(several, None)["f1"] == pytest.approx(f1_score(classes, shares.argmax(1), average="macro"), abs=1e-6)
+
+
+def test_layers_are_read_as_people_write_them() -> None:
+    assert parse_layers(None) is None
+    assert parse_layers("12:20") == slice(12, 20)
+    assert parse_layers(":4") == slice(None, 4)
+    assert parse_layers("8,16,24") == [8, 16, 24]
+
+
+def test_folder_names_tell_configurations_apart(data: dp.Dataset) -> None:
+    names = {
+        TrainConfig(**change).folder_name(data)
+        for change in ({}, {"lr": 0.1}, {"seed": 1}, {"layers": "1:2"}, {"models": ("lstm",)})
+    }
+    assert len(names) == 5
+    assert TrainConfig().folder_name(data) == TrainConfig().folder_name(data)
+
+
+@pytest.mark.slow
+def test_the_whole_demonstration(tmp_path: Path) -> None:
+    """`python train.py` as a stranger runs it, in a copy of the project: minutes."""
+    for name in ("train.py", "training", "models", "dali_pipeline"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    (metrics,) = (tmp_path / "runs").glob("*/metrics.json")
+    found = json.loads(metrics.read_text())
+    assert all(found[name]["test"]["auroc"] >= 0.76 for name in MODELS)
