@@ -14,19 +14,18 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import typer
 
 from dali_pipeline import DataError, Dataset, UsageError, open_dataset
 from dali_pipeline.cli import CONTEXT
 from dali_pipeline.cli import run as run_command_line
-from training.config import METRICS, MODELS, ModelName, TrainConfig
+from training.config import MODELS, ModelName, TrainConfig
 from training.interrupt import Interrupted, Interrupts
+from training.results import print_table, read_metrics, summarise, write_metrics
 
 DATA_FOLDER = Path("data")
 RUNS_FOLDER = Path("runs")
@@ -66,7 +65,7 @@ def main(options: Options, config: TrainConfig) -> None:
             if not (one / "metrics.json").exists():
                 train_models(data, replace(config, seed=seed), one, options, interrupts)
             runs.append(read_metrics(one))
-        save_summary(folder, runs)
+        write_metrics(folder / "metrics.json", summarise(runs))
     print_results(folder, data)
 
 
@@ -149,13 +148,7 @@ def claim_folder(options: Options, config: TrainConfig, data: Dataset) -> Path:
 
 def remove_run(folder: Path) -> None:
     """Takes away what a run writes, and nothing that somebody laid beside it."""
-    names = [
-        "config.json",
-        "metrics.json",
-        "history.csv",
-        "curves.png",
-        *(f"{name}-{which}.pt" for name in MODELS for which in ("best", "last")),
-    ]
+    checkpoints = [f"{name}-{which}.pt" for name in MODELS for which in ("best", "last")]
     for run_folder in (folder, *folder.glob("seed-*")):
         for name in ("config.json", "metrics.json", "history.csv", "curves.png", *checkpoints):
             (run_folder / name).unlink(missing_ok=True)
@@ -165,7 +158,7 @@ def remove_run(folder: Path) -> None:
 def train_models(data: Dataset, config: TrainConfig, folder: Path, options: Options, interrupts: Interrupts) -> None:
     """Trains one model after the other and writes metrics.json, history.csv and curves.png."""
     from training.metrics import Predictions
-    from training.report import draw_curves, write_history, write_metrics
+    from training.report import draw_curves, write_history
     from training.run import evaluate, train
     from training.trainer import HistoryRow
 
@@ -186,32 +179,9 @@ def train_models(data: Dataset, config: TrainConfig, folder: Path, options: Opti
     write_metrics(folder / "metrics.json", results)
 
 
-def save_summary(folder: Path, runs: list[dict[str, Any]]) -> None:
-    """Mean and standard deviation over the seeds, in the same shape as one seed's metrics."""
-    from training.report import write_metrics
-
-    summary = {
-        model: {
-            "test": {name: fmean(run[model]["test"][name] for run in runs) for name in METRICS},
-            "test_std": {name: stdev(run[model]["test"][name] for run in runs) for name in METRICS},
-            "seeds": [run[model]["seed"] for run in runs],
-        }
-        for model in runs[0]
-    }
-    write_metrics(folder / "metrics.json", summary)
-
-
-def read_metrics(folder: Path) -> dict[str, Any]:
-    """What `write_metrics` wrote."""
-    return cast(dict[str, Any], json.loads((folder / "metrics.json").read_text()))
-
-
 def print_results(folder: Path, data: Dataset) -> None:
     """The table, and where the rest lies."""
-    from training.report import print_table
-
-    results: Mapping[str, Any] = read_metrics(folder)
-    print_table(results, f"Test metrics on {data.root.name}; the threshold is chosen on validation")
+    print_table(read_metrics(folder), f"Test metrics on {data.root.name}; the threshold is chosen on validation")
     print(f"{folder}: metrics.json, history.csv, checkpoints" + (", curves.png" if (folder / "curves.png").exists() else ""))
 
 

@@ -37,7 +37,7 @@ ROOMS = [
     "cli",
     "__main__",
 ]
-TRAINING = ["config", "interrupt", "metrics", "trainer", "report", "run"]
+TRAINING = ["config", "results", "interrupt", "metrics", "trainer", "report", "run"]
 
 
 def imports(path: Path) -> set[str]:

@@ -166,7 +166,7 @@ def test_sigterm_and_sigkill_from_outside(
     make: Callable[..., dp.Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = make(600)
-    arguments = ["--data", data.root, "--model", "lstm", "--epochs", 12, "--batch-size", 4]
+    arguments = ["--data", data.root, "--model", "lstm", "--epochs", 6, "--batch-size", 8]
     command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments), "--output-dir", str(tmp_path / "torn")]
 
     def stopped_by(number: int) -> int:
@@ -188,11 +188,11 @@ def test_sigterm_and_sigkill_from_outside(
     assert stopped_by(signal.SIGTERM) == 143
     assert stopped_by(signal.SIGKILL) == -signal.SIGKILL
     assert not (tmp_path / "torn" / "metrics.json").exists()
-    assert 1 <= len(history(tmp_path / "torn")) < 12
+    assert 1 <= len(history(tmp_path / "torn")) < 6
     assert call(monkeypatch, *arguments, "--output-dir", tmp_path / "torn") == 0
     assert call(monkeypatch, *arguments, "--output-dir", tmp_path / "whole") == 0
     assert curve(tmp_path / "torn") == curve(tmp_path / "whole")
-    assert len(curve(tmp_path / "whole")) == 12
+    assert len(curve(tmp_path / "whole")) == 6
     one, other = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("torn", "whole"))
     assert one == other
 
@@ -341,7 +341,7 @@ def test_a_loss_that_is_no_number_stops_the_run(make: Callable[..., dp.Dataset],
 
 def predictions(scores: Any, labels: Any) -> Predictions:
     return Predictions(
-        ids=[str(at) for at in range(len(labels))], scores=torch.as_tensor(scores), labels=torch.as_tensor(labels), loss=0.0
+        ids=[str(at) for at in range(len(labels))], scores=np.asarray(scores), labels=np.asarray(labels), loss=0.0
     )
 
 

@@ -1,51 +1,21 @@
-"""What a run leaves for people: the table, metrics.json, history.csv, curves.png."""
+"""What a run leaves for people: history.csv and curves.png."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 import numpy as np
-import torch
 from matplotlib.figure import Figure
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
 from dali_pipeline.shard import write_whole
-from training.config import METRICS
 from training.metrics import Predictions
 from training.trainer import HistoryRow
 
 HISTORY_COLUMNS = ("model", "epoch", "train_loss", "val_loss", "val_auroc", "lr", "seconds")
-
-
-def print_table(results: Mapping[str, Mapping[str, Any]], title: str) -> None:
-    """A row a model: the test metrics and the threshold; with several seeds mean ± standard deviation."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=200)  # piped output is never folded
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("model")
-    for name in (*METRICS, "threshold"):
-        table.add_column(name, justify="right")
-    for model, result in results.items():
-        spread = result.get("test_std", {})
-        cells = [f"{result['test'][name]:.3f}" + (f" ± {spread[name]:.3f}" if spread else "") for name in METRICS]
-        threshold = result.get("threshold")
-        table.add_row(model, *cells, "–" if threshold is None else f"{threshold:.3f}")
-    console.print(table)
-
-
-def write_metrics(path: Path, results: Mapping[str, Any]) -> None:
-    """metrics.json, whole or not at all."""
-    write_whole(path, (json.dumps(results, indent=2) + "\n").encode())
 
 
 def write_history(path: Path, histories: Mapping[str, Sequence[HistoryRow]]) -> None:
@@ -62,7 +32,6 @@ def draw_curves(
     path: Path, histories: Mapping[str, Sequence[HistoryRow]], tests: Mapping[str, Predictions], title: str
 ) -> None:
     """curves.png: loss and validation AUROC by epoch; ROC and precision-recall on test, micro-averaged for several classes."""
-    matplotlib.use("Agg")
     figure = Figure(figsize=(12, 8.5), layout="constrained")
     figure.suptitle(title)
     (loss, auroc), (roc, pr) = figure.subplots(2, 2)
@@ -77,7 +46,7 @@ def draw_curves(
         best = int(np.argmax(scores))
         auroc.plot(epochs[best], scores[best], color=color, marker="o", markersize=10, fillstyle="none")
     for number, (model, found) in enumerate(tests.items()):
-        scores_R, hits_R = one_against_rest(found)
+        scores_R, hits_R = (part.flatten() for part in found.one_against_rest())
         false_rate, true_rate, _ = roc_curve(hits_R, scores_R)
         precision, recall, _ = precision_recall_curve(hits_R, scores_R)
         roc.plot(false_rate, true_rate, color=f"C{number}", label=f"{model}, area {roc_auc_score(hits_R, scores_R):.3f}")
@@ -97,10 +66,3 @@ def draw_curves(
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=110)
     temporary.replace(path)
-
-
-def one_against_rest(found: Predictions) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Scores and 0/1 labels, flat: each class against the rest where there are more than two."""
-    if found.num_classes == 2:
-        return found.scores.numpy(), found.labels.numpy()
-    return found.scores.flatten().numpy(), torch.nn.functional.one_hot(found.labels, found.num_classes).flatten().numpy()

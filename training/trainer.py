@@ -167,8 +167,8 @@ class Trainer:
                 f"{split}: {len(set(ids))} different ids in {len(ids)} rows; expected {loader.num_records}, each once"
             )
         logits_RK = torch.cat(logits)
-        scores = logits_RK[:, 0].sigmoid() if logits_RK.shape[1] == 1 else logits_RK.softmax(dim=1)
-        return Predictions(ids=ids, scores=scores, labels=torch.cat(labels), loss=float(torch.cat(losses).mean()))
+        scores = (logits_RK[:, 0].sigmoid() if logits_RK.shape[1] == 1 else logits_RK.softmax(dim=1)).numpy()
+        return Predictions(ids=ids, scores=scores, labels=torch.cat(labels).numpy(), loss=float(torch.cat(losses).mean()))
 
     def _save_best(self) -> None:
         identity = {"name": self.name, "config": self.config.to_dict(self.data), "val_auroc": self.best_auroc}

