@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -142,6 +142,15 @@ class Record:
             return cls(**value)
         except TypeError as error:
             raise DataError(f"a record has the fields {sorted(value)}; expected id, label, group, sequence, graphs") from error
+
+    def stored(self, schema: Schema) -> Record:
+        """The same record, checked and in the schema's types; raises DataError where it does not fit."""
+        sequence, graphs = self.sequence, self.graphs
+        if sequence is not None and schema.sequence is not None:
+            sequence = sequence_rows(self, schema.sequence)
+        if graphs is not None and schema.x is not None:
+            graphs = graph_rows(self, schema)
+        return replace(self, sequence=sequence, graphs=graphs)
 
 
 def sequence_rows(record: Record, field: Field) -> Array:

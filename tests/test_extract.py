@@ -10,7 +10,8 @@ import torch
 import dali_pipeline as dp
 from dali_pipeline.ingest import extract as extract_module
 from dali_pipeline.ingest.attention import attention_edges
-from dali_pipeline.ingest.extract import ExtractConfig, extract, read_prompts
+from dali_pipeline.ingest.extract import ExtractConfig, extract
+from dali_pipeline.ingest.prompts import read_prompts
 
 WORDS = ["what", "is", "the", "right", "answer", "to", "this", "question", "a", "wrong", "one"]
 

@@ -164,7 +164,7 @@ def test_a_worker_that_is_killed_is_an_error_not_a_hang(tmp_path: Path) -> None:
     data = write(tmp_path / "set", make_records(400))
     loader = dp.GraphLoader(data, batch_size=1, workers=2)
     # torch raises where the main thread happens to be: in the loader, which says it in a sentence, or in the loop below
-    with pytest.raises((dp.PipelineError, RuntimeError), match="worker process of the graph loader died|is killed by signal"):
+    with pytest.raises((dp.PipelineError, RuntimeError), match=r"worker process of the graph loader died|is killed by signal"):
         for step, _ in enumerate(loader):
             if step == 3:
                 for child in psutil.Process().children():

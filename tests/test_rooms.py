@@ -30,6 +30,7 @@ ROOMS = [
     "graphs",
     "ingest.progress",
     "ingest.attention",
+    "ingest.prompts",
     "ingest.pt",
     "ingest.convert",
     "ingest.extract",

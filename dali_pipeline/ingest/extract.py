@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,25 +11,22 @@ import msgspec
 import numpy as np
 import torch
 import xxhash
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from dali_pipeline.ingest.attention import attention_edges
 from dali_pipeline.ingest.progress import progress_bar
+from dali_pipeline.ingest.prompts import Prompt, read_prompts
 from dali_pipeline.manifest import MANIFEST_NAME, Dataset, open_dataset
 from dali_pipeline.schema import DataError, Field, Graphs, Record, Schema, UsageError
 from dali_pipeline.split import Split
 from dali_pipeline.writer import SHARD_BYTES, ShardWriter
 
+STRETCH_BYTES = 1 << 30  # of records in memory between two points of restart
 
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """One row of the prompts file."""
 
-    id: str
-    group: str
-    text: str
-    label: int
+Tokens = tuple[Prompt, list[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,43 +57,12 @@ class ExtractConfig:
             raise UsageError(f"attention threshold is {self.attention_threshold}; expected 0 or more and less than 1")
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """Rows of a CSV file with the columns `prompt` and `label`, and perhaps `id` (else the row's number) and `group`."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            columns = rows.fieldnames or []
-            for column in ("prompt", "label"):
-                if column not in columns:
-                    raise UsageError(f"{path} has no column {column!r}; it has {', '.join(columns) or 'no header'}")
-            prompts = [_prompt(path, number, row) for number, row in enumerate(rows)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{path} cannot be read as CSV ({error})") from error
-    if not prompts:
-        raise UsageError(f"{path} has no rows; expected a prompt in each")
-    twice = [name for name, count in Counter(prompt.id for prompt in prompts).items() if count > 1]
-    if twice:
-        raise UsageError(f"{path} gives the id {twice[0]!r} to several rows; expected each id once")
-    return prompts
-
-
-def _prompt(path: Path, number: int, row: dict[str, str]) -> Prompt:
-    try:
-        label = int(row["label"])
-    except (TypeError, ValueError):
-        raise UsageError(f"{path}, row {number + 1} has the label {row['label']!r}; expected a whole number") from None
-    if not row["prompt"]:
-        raise UsageError(f"{path}, row {number + 1} has an empty prompt")
-    name = row.get("id") or str(number)
-    return Prompt(id=name, group=row.get("group") or name, text=row["prompt"], label=label)
-
-
 def extract(model_name: str, prompts_path: Path, out: Path, config: ExtractConfig, device: str = "auto") -> Dataset:
     """Writes the data set `out`; goes on where an earlier run with the same input and settings was stopped.
 
     model_name: a folder or a name that transformers knows. The same model, prompts, settings and machine give the same
     bytes, interrupted or not. Raises UsageError for input that makes no sense, DataError for a value that the dtype cannot
-    hold. Memory: the model, one batch with all its attentions, and the shards of `commit_every` prompts.
+    hold. Memory: the model, one batch with all its attentions, and twice the records of a stretch (1 GiB at most).
     """
     prompts = read_prompts(prompts_path)
     transformers_logging.disable_progress_bar()
@@ -119,60 +83,70 @@ def extract(model_name: str, prompts_path: Path, out: Path, config: ExtractConfi
         if data.manifest.source.get("fingerprint") != fingerprint:
             raise UsageError(f"{out} is a data set of another model, prompts or settings; expected a new folder")
         return data
-    hidden = int(model_config.get_text_config().hidden_size)
-    graphs = bool(config.graph_layers)
-    writer = ShardWriter(
-        out,
-        Schema(
-            sequence=Field(dtype=config.dtype, shape=(hidden,)),
-            x=Field(dtype=config.dtype, shape=(hidden,)) if graphs else None,
-            edge_attr=Field(dtype=config.dtype) if graphs else None,
-        ),
-        shard_bytes=config.shard_bytes,
-        split=config.split,
-        source={
-            "made_by": "extract",
-            "model": Path(model_name).name,
-            "layers": config.layers,
-            "graph_layers": config.graph_layers,
-            "attention_threshold": config.attention_threshold,
-            "fingerprint": fingerprint,
-        },
-        fingerprint=fingerprint,
+    hidden, graphs = int(model_config.get_text_config().hidden_size), bool(config.graph_layers)
+    schema = Schema(
+        sequence=Field(dtype=config.dtype, shape=(hidden,)),
+        x=Field(dtype=config.dtype, shape=(hidden,)) if graphs else None,
+        edge_attr=Field(dtype=config.dtype) if graphs else None,
     )
-    with writer:
-        if writer.cursor < len(prompts):
-            tracer = _Tracer(model_name, tokenizer, config, device)
-            with progress_bar() as bar:
-                task = bar.add_task("extract", total=len(prompts), completed=writer.cursor)
-                for begin in range(writer.cursor, len(prompts), config.commit_every):
-                    stretch = prompts[begin : begin + config.commit_every]
-                    records: dict[Prompt, Record] = {}
-                    for batch in tracer.batches(stretch):
-                        records.update(zip((prompt for prompt, _ in batch), tracer.records(batch), strict=True))
-                        bar.advance(task, len(batch))
-                    for prompt in stretch:  # file order, whatever the order of the batches
-                        writer.write(records[prompt])
-                    writer.commit(begin + len(stretch))
+    source = {
+        "made_by": "extract",
+        "model": Path(model_name).name,
+        "layers": config.layers,
+        "graph_layers": config.graph_layers,
+        "attention_threshold": config.attention_threshold,
+        "fingerprint": fingerprint,
+    }
+    tracer = _Tracer(model_name, tokenizer, schema, config, device)
+    with (
+        ShardWriter(
+            out, schema, shard_bytes=config.shard_bytes, split=config.split, source=source, fingerprint=fingerprint
+        ) as writer,
+        progress_bar() as bar,
+    ):
+        task = bar.add_task("extract", total=len(prompts), completed=writer.cursor)
+        for stretch in tracer.stretches(prompts, writer.cursor):
+            records: dict[str, Record] = {}
+            for batch in tracer.batches(stretch):
+                records.update((record.id, record) for record in tracer.records(batch))
+                bar.advance(task, len(batch))
+            for prompt, _ in stretch:  # file order, whatever the order of the batches
+                writer.write(records[prompt.id])
+            writer.commit(writer.cursor + len(stretch))
     return open_dataset(out)
 
 
 class _Tracer:
     """A model that gives records for batches of prompts."""
 
-    def __init__(self, model_name: str, tokenizer: Any, config: ExtractConfig, device: str) -> None:
-        self.config = config
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        dtype = torch.float32 if self.device.type == "cpu" else "auto"
-        model = AutoModelForCausalLM.from_pretrained(model_name, attn_implementation="eager", dtype=dtype)
-        self._model = model.base_model.to(self.device).eval()  # without the language-model head
+    def __init__(self, model_name: str, tokenizer: Any, schema: Schema, config: ExtractConfig, device: str) -> None:
+        self.config, self.schema = config, schema
         self._tokenizer = tokenizer
+        try:
+            self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+            dtype = torch.float32 if self.device.type == "cpu" else "auto"
+            model = AutoModelForCausalLM.from_pretrained(model_name, attn_implementation="eager", dtype=dtype)
+            self._model = model.base_model.to(self.device).eval()  # without the language-model head
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UsageError(f"{model_name} cannot be loaded on {device} as a causal model ({_first_line(error)})") from error
 
-    def batches(self, prompts: Sequence[Prompt]) -> Iterator[list[tuple[Prompt, list[int]]]]:
-        """Prompts with their tokens, sorted by length, as many a batch as `batch_tokens` holds with padding."""
-        tokens = self._tokenizer([prompt.text for prompt in prompts])["input_ids"]
-        by_length = sorted(zip(prompts, tokens, strict=True), key=lambda pair: len(pair[1]))
-        batch: list[tuple[Prompt, list[int]]] = []
+    def stretches(self, prompts: Sequence[Prompt], begin: int) -> Iterator[list[Tokens]]:
+        """Prompts with their tokens from `begin` on, cut where work becomes final: every `commit_every`, or STRETCH_BYTES."""
+        assert self.schema.sequence is not None
+        assert self.config.layers is not None
+        layers, graph_layers = len(self.config.layers), len(self.config.graph_layers or ())
+        while begin < len(prompts):
+            chunk = prompts[begin : begin + self.config.commit_every]
+            tokens = self._tokenizer([prompt.text for prompt in chunk])["input_ids"]
+            nbytes = np.cumsum([self.schema.sequence.row_bytes * (layers + graph_layers * len(each)) for each in tokens])
+            count = max(1, int(np.searchsorted(nbytes, STRETCH_BYTES, side="right")))
+            yield list(zip(chunk[:count], tokens[:count], strict=True))
+            begin += count
+
+    def batches(self, stretch: Sequence[Tokens]) -> Iterator[list[Tokens]]:
+        """The stretch sorted by length, as many prompts a batch as `batch_tokens` holds with padding."""
+        by_length = sorted(stretch, key=lambda pair: len(pair[1]))
+        batch: list[Tokens] = []
         for pair in by_length:
             if not pair[1]:
                 raise DataError(f"prompt {pair[0].id!r} has no tokens")
@@ -184,7 +158,7 @@ class _Tracer:
             yield batch
 
     @torch.inference_mode()
-    def records(self, batch: Sequence[tuple[Prompt, list[int]]]) -> Iterator[Record]:
+    def records(self, batch: Sequence[Tokens]) -> Iterator[Record]:
         """One forward pass. Padding stands on the right, where a causal model's real tokens never look."""
         lengths = torch.tensor([len(tokens) for _, tokens in batch])
         width = int(lengths.max())
@@ -201,28 +175,27 @@ class _Tracer:
         )
         rows, last = torch.arange(len(batch)), lengths - 1
         assert self.config.layers is not None
-        # sequences: (B, layers, hidden)
-        sequences = torch.stack([out.hidden_states[layer][rows, last] for layer in self.config.layers], dim=1).cpu().numpy()
-        # nodes: (B, layers, width, hidden) · attention: (B, layers, width, width)
-        nodes = torch.stack([out.hidden_states[layer] for layer in graph_layers], dim=1).cpu() if graph_layers else None
-        attention = (
-            torch.stack([out.attentions[layer - 1].float().mean(1) for layer in graph_layers], dim=1).cpu()
-            if graph_layers
-            else None
-        )
+        # sequences: (B, layers, hidden) · nodes: (B, graph layers, width, hidden) · attention: (B, graph layers, width, width)
+        sequences = torch.stack([out.hidden_states[layer][rows, last] for layer in self.config.layers], dim=1).float().cpu()
+        if graph_layers:
+            nodes = torch.stack([out.hidden_states[layer] for layer in graph_layers], dim=1).float().cpu()
+            attention = torch.stack([out.attentions[layer - 1].float().mean(1) for layer in graph_layers], dim=1).cpu()
         for row, (prompt, tokens) in enumerate(batch):
-            graphs = None
-            if nodes is not None and attention is not None:
-                n = len(tokens)
-                edge_index, weights, edge_counts = attention_edges(attention[row, :, :n, :n], self.config.attention_threshold)
-                graphs = Graphs(
-                    x=nodes[row, :, :n].reshape(-1, nodes.shape[-1]).numpy().astype(self.config.dtype),
-                    edge_index=edge_index.numpy(),
-                    edge_attr=weights.numpy().astype(self.config.dtype),
-                    node_counts=np.full(len(graph_layers), n),
-                    edge_counts=edge_counts.numpy(),
-                )
-            yield Record(id=prompt.id, group=prompt.group, label=prompt.label, sequence=sequences[row], graphs=graphs)
+            record = Record(id=prompt.id, group=prompt.group, label=prompt.label, sequence=sequences[row].numpy())
+            graphs = _graphs(nodes[row], attention[row], len(tokens), self.config.attention_threshold) if graph_layers else None
+            yield replace(record, graphs=graphs).stored(self.schema)
+
+
+def _graphs(nodes: torch.Tensor, attention: torch.Tensor, count: int, threshold: float) -> Graphs:
+    """One record's graphs. nodes: (layers, width, hidden) · attention: (layers, width, width) · count: tokens, <= width."""
+    edge_index, weights, edge_counts = attention_edges(attention[:, :count, :count], threshold)
+    return Graphs(
+        x=nodes[:, :count].reshape(-1, nodes.shape[-1]).numpy(),
+        edge_index=edge_index.numpy(),
+        edge_attr=weights.numpy(),
+        node_counts=np.full(len(nodes), count),
+        edge_counts=edge_counts.numpy(),
+    )
 
 
 def _with_all_layers(config: ExtractConfig, blocks: int) -> ExtractConfig:

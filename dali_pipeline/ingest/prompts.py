@@ -1,0 +1,54 @@
+"""Reader of prompt files: CSV with the columns prompt and label, and perhaps id and group."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from dali_pipeline.schema import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One row of the prompts file."""
+
+    id: str
+    group: str
+    text: str
+    label: int
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Rows of a CSV file with the columns `prompt` and `label`, and perhaps `id` (else the row's number) and `group`."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            columns = rows.fieldnames or []
+            for column in ("prompt", "label"):
+                if column not in columns:
+                    raise UsageError(f"{path} has no column {column!r}; it has {', '.join(columns) or 'no header'}")
+            prompts = [_prompt(path, number, row) for number, row in enumerate(rows)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{path} cannot be read as CSV ({error})") from error
+    if not prompts:
+        raise UsageError(f"{path} has no rows; expected a prompt in each")
+    twice = [name for name, count in Counter(prompt.id for prompt in prompts).items() if count > 1]
+    if twice:
+        raise UsageError(f"{path} gives the id {twice[0]!r} to several rows; expected each id once")
+    return prompts
+
+
+def _prompt(path: Path, number: int, row: dict[str, str]) -> Prompt:
+    try:
+        label = int(float(row["label"]))
+        whole = label == float(row["label"]) and label >= 0
+    except (TypeError, ValueError, OverflowError):
+        whole = False
+    if not whole:
+        raise UsageError(f"{path}, row {number + 1} has the label {row['label']!r}; expected a whole number of 0 or more")
+    if not row["prompt"]:
+        raise UsageError(f"{path}, row {number + 1} has an empty prompt")
+    name = row.get("id") or str(number)
+    return Prompt(id=name, group=row.get("group") or name, text=row["prompt"], label=label)
