@@ -142,6 +142,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         pipeline = sequence_graph(
             feed,
             cast=DALI_DTYPES.get(self.dtype) if self.device.type == "cuda" else None,
+            ragged=len(set(self._table.rows.get("step", ()))) > 1,
             batch_size=self.batch_size,
             num_threads=2,
             device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
@@ -165,11 +166,12 @@ class SequenceLoader(Loader[SequenceBatch]):
         )
 
 
-def sequence_graph(feed: Callable[[], tuple[Any, Array, Array]], *, cast: str | None, **pipeline: Any) -> Any:
+def sequence_graph(feed: Callable[[], tuple[Any, Array, Array]], *, cast: str | None, ragged: bool, **pipeline: Any) -> Any:
     """The DALI graph: external_source, cast, pad; on the GPU where `device_id` names one, else on the CPU.
 
     feed: gives values (a (B, T, F) array, or a list of (T_i, F)), labels (B,) and valid (B,), or raises StopIteration.
-    cast: a `types.DALIDataType` name, or None. On the CPU torch casts three times faster, so the loader asks for none there.
+    cast: a `types.DALIDataType` name, or None; on the CPU torch casts three times faster, so the loader asks for none there.
+    ragged: whether lengths differ; where they do not, padding would be one more copy.
     """
     from nvidia.dali import fn, pipeline_def, types
 
@@ -180,7 +182,9 @@ def sequence_graph(feed: Callable[[], tuple[Any, Array, Array]], *, cast: str | 
             values, labels, valid = values.gpu(), labels.gpu(), valid.gpu()
         if cast is not None:
             values = fn.cast(values, dtype=getattr(types, cast))
-        return fn.pad(values, axes=(0,), fill_value=0), labels, valid
+        if ragged:
+            values = fn.pad(values, axes=(0,), fill_value=0)
+        return values, labels, valid
 
     return graph()
 

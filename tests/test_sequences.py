@@ -75,6 +75,14 @@ def test_iterators_are_independent(make: contracts.Make) -> None:
     contracts.iterators_are_independent(make)
 
 
+def test_equal_lengths_need_no_padding(tmp_path: Path, engine: Any) -> None:
+    records = {record.id: record for record in make_records(40, ragged=False)}
+    data = write(tmp_path / "set", list(records.values()))
+    for batch in dp.SequenceLoader(data, batch_size=8, engine=engine):
+        assert batch.sequences.shape == (8, 5, 8)
+        assert torch.equal(batch.sequences, torch.stack([torch.from_numpy(records[one].sequence).float() for one in batch.ids]))
+
+
 def test_values_are_those_that_were_written(make: contracts.Make, records: dict[str, dp.Record]) -> None:
     positions = []
     for batch in make(shuffle=False):
@@ -118,7 +126,13 @@ def test_dali_casts_and_pads_as_torch_does(ragged: bool) -> None:
     values: Any = rows if ragged else np.stack(rows)
     labels, valid = np.arange(6), np.array([True] * 5 + [False])
     pipeline = sequence_graph(
-        lambda: (values, labels, valid), cast="FLOAT", batch_size=6, num_threads=1, device_id=None, prefetch_queue_depth=1
+        lambda: (values, labels, valid),
+        cast="FLOAT",
+        ragged=ragged,
+        batch_size=6,
+        num_threads=1,
+        device_id=None,
+        prefetch_queue_depth=1,
     )
     pipeline.build()
     sequences, *rest = (torch.utils.dlpack.from_dlpack(output.as_tensor()).clone() for output in pipeline.run())

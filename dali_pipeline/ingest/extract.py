@@ -215,9 +215,13 @@ def _with_all_layers(config: ExtractConfig, blocks: int) -> ExtractConfig:
 
 
 def _identity(model_name: str, model_config: Any) -> dict[str, Any]:
-    """What tells this model from another: its configuration, and the names and sizes of its files where it is a folder."""
+    """What tells this model from another: its configuration, and the sizes of its weights and vocabulary where it is a folder.
+
+    Other files may differ from machine to machine, and the data set's digest depends on this.
+    """
     folder = Path(model_name)
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()} if folder.is_dir() else {}
+    kinds = (".safetensors", ".bin", ".gguf", ".model", "tokenizer.json")
+    files = {path.name: path.stat().st_size for path in sorted(folder.glob("*")) if path.name.endswith(kinds)}
     return {"config": model_config.to_json_string(), "files": files, "name": None if files else model_name}
 
 
