@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch_geometric.data import Batch, Data
 
-from dali_pipeline.loader import Loader, Workers, map_ahead
+from dali_pipeline.loader import Loader, Workers, check_delivery, map_ahead
 from dali_pipeline.manifest import Dataset
 from dali_pipeline.plan import WINDOW_BYTES, EpochPlan, Tail
 from dali_pipeline.schema import PipelineError
@@ -95,8 +95,9 @@ class GraphLoader(Loader[GraphBatch]):
             rank=rank,
             world_size=world_size,
         )
+        check_delivery(layers, dtype)
         self.dtype = dtype
-        self._source = GraphSource(data, split, layers, index_bytes=window_bytes)  # forked workers inherit it
+        self._source = GraphSource(data, split, layers, window_bytes=window_bytes)  # forked workers inherit it
 
     def _batches(self, plan: EpochPlan, start: int) -> Iterator[GraphBatch]:
         steps = range(start, plan.num_steps)
@@ -119,9 +120,11 @@ class GraphLoader(Loader[GraphBatch]):
             for wire in from_workers:
                 if isinstance(wire, PipelineError):
                     raise wire
-                yield collate(wire, self.device, self.dtype)
+                # copied out of the shared memory, which holds a file descriptor an array
+                own = {name: part.clone() if isinstance(part, torch.Tensor) else part for name, part in wire.items()}
+                yield collate(own, self.device, self.dtype)
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if "DataLoader worker (pid" not in str(error):
                 raise
             reason = str(error).split("\n")[0]
             raise PipelineError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
@@ -13,7 +13,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from dali_pipeline.manifest import Dataset
 from dali_pipeline.plan import EpochPlan, Order, Tail
-from dali_pipeline.schema import Kind, UsageError
+from dali_pipeline.schema import DataError, Kind, UsageError
+from dali_pipeline.source import Layers
 from dali_pipeline.state import LoaderState, StateError
 from dali_pipeline.world import World
 
@@ -53,6 +54,10 @@ class Loader(IterableDataset[Batch]):
             raise UsageError(f"batch_size is {batch_size!r}; expected a whole number of at least 1")
         if workers != "auto" and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 0):
             raise UsageError(f"workers is {workers!r}; expected 'auto' or a whole number of at least 0")
+        if not isinstance(data, Dataset):
+            raise UsageError(f"data is {data!r}; expected what open_dataset gives")
+        if not isinstance(shuffle, bool):
+            raise UsageError(f"shuffle is {shuffle!r}; expected True or False")
         if on_error != "raise":
             raise UsageError(f"on_error is {on_error!r}; expected 'raise'")
         self.data, self.split, self.batch_size, self.workers = data, split, batch_size, workers
@@ -70,6 +75,8 @@ class Loader(IterableDataset[Batch]):
         )
         self._table = data.table(split, self.kind)
         self._num_steps = self._plan(epoch=0).num_steps  # the same in every epoch
+        if not self._num_steps and self.num_records:
+            raise DataError(f"split {split!r} has {self.num_records} records, too few for one batch with tail='drop'")
         self._position = (0, 0)  # epoch and step that state_dict tells
         self._next = (0, 0)  # epoch and step that the next iterator begins at
         self._loaded = False  # a loaded state waits for its iterator
@@ -101,7 +108,7 @@ class Loader(IterableDataset[Batch]):
                 self._position = (epoch, step)
             yield batch
         if self._newest is token:
-            self._position = (epoch + 1, 0)
+            self._position = self._next  # epoch + 1, unless set_epoch chose another meanwhile
 
     @abstractmethod
     def _batches(self, plan: EpochPlan, start: int) -> Iterator[Batch]:
@@ -148,13 +155,22 @@ def resolve_device(device: str | torch.device, world: World) -> torch.device:
         )
     try:
         found = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         found = torch.device("meta")
     if found.type not in ("cpu", "cuda"):
         raise UsageError(f"device is {str(device)!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device is {str(device)!r}, but torch sees {torch.cuda.device_count()} GPUs")
-    return found
+    return torch.device("cuda", torch.cuda.current_device()) if found.type == "cuda" and found.index is None else found
+
+
+def check_delivery(layers: Layers, dtype: torch.dtype) -> None:
+    """Raises UsageError for layers that choose nothing in particular, or a dtype that is no floating type of torch."""
+    whole = isinstance(layers, Sequence) and all(isinstance(each, int) and not isinstance(each, bool) for each in layers)
+    if layers is not None and not isinstance(layers, slice) and not whole:
+        raise UsageError(f"layers are {layers!r}; expected a slice, a list of whole numbers, or None")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UsageError(f"dtype is {dtype!r}; expected a floating type such as torch.float32")
 
 
 def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int) -> Generator[R, None, None]:

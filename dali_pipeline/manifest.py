@@ -84,10 +84,17 @@ class Manifest:
         """XXH3-128 over the canonical JSON of everything but the digest."""
         return xxhash.xxh3_128_hexdigest(msgspec.json.encode(dataclasses.replace(self, digest=""), order="sorted"))
 
-    def save(self, root: Path) -> None:
-        """Writes `manifest.json` with its digest: whole or not at all, and on the disk before this returns."""
+    def save(self, root: Path) -> Manifest:
+        """Writes `manifest.json` with its digest, whole or not at all, on the disk before this returns; gives it back."""
         whole = dataclasses.replace(self, digest=self.compute_digest())
-        write_whole(root / MANIFEST_NAME, msgspec.json.encode(whole, order="sorted") + b"\n")
+        data = whole.to_bytes()
+        found = self._parse(root / MANIFEST_NAME, data)  # what cannot be read back is never written
+        write_whole(root / MANIFEST_NAME, data)
+        return found
+
+    def to_bytes(self) -> bytes:
+        """The canonical JSON that stands in the file."""
+        return msgspec.json.encode(self, order="sorted") + b"\n"
 
     @classmethod
     def load(cls, root: Path) -> Manifest:
@@ -99,15 +106,19 @@ class Manifest:
             raise FormatError(f"{root} has no {MANIFEST_NAME}: not a data set, or one that was never finished") from None
         except OSError as error:
             raise FormatError(f"{path} cannot be read ({error.strerror})") from error
+        return cls._parse(path, data)
+
+    @classmethod
+    def _parse(cls, path: Path, data: bytes) -> Manifest:
         try:
             manifest = msgspec.json.decode(data, type=cls)
-        except (msgspec.DecodeError, UsageError) as error:
+        except (msgspec.DecodeError, UsageError, UnicodeDecodeError, RecursionError) as error:
             raise FormatError(f"{path} is not a {FORMAT_NAME} manifest ({error})") from None
         if (manifest.format, manifest.version) != (FORMAT_NAME, FORMAT_VERSION):
             raise FormatError(
                 f"{path} is {manifest.format!r} version {manifest.version}; expected {FORMAT_NAME!r} version {FORMAT_VERSION}"
             )
-        if manifest.digest != manifest.compute_digest():
+        if manifest.digest != manifest.compute_digest() or manifest.to_bytes() != data:
             raise FormatError(f"{path} does not have the digest that it names: edited or damaged; restore it or convert again")
         for split, tables in manifest.splits.items():
             for kind, table in tables.items():

@@ -18,14 +18,14 @@ class Pending:
         self.parts: dict[str, list[Array]] = {}
         self.nbytes = 0
 
-    def add(self, id_: str, group: str, label: int, arrays: dict[str, Array], nbytes: int) -> None:
-        """Takes in one record's arrays, as `record_arrays` gives them."""
-        self.ids.append(id_.encode())
-        self.groups.append(group.encode())
+    def add(self, id_: bytes, group: bytes, label: int, arrays: dict[str, Array]) -> None:
+        """Takes in one record's arrays, as `record_arrays` gives them: copies, for the caller may use its own again."""
+        self.ids.append(id_)
+        self.groups.append(group)
         self.labels.append(label)
         for name, array in arrays.items():
-            self.parts.setdefault(name, []).append(array)
-        self.nbytes += nbytes
+            self.parts.setdefault(name, []).append(array.copy())
+            self.nbytes += array.nbytes
 
     def concatenated(self) -> dict[str, Array]:
         """The arrays of a shard (docs/format.md); counts become offsets here."""
@@ -66,7 +66,7 @@ def whole_label(record: Record) -> int:
     """The label as an int, whatever number it came as; raises DataError for one that is not whole, or below 0."""
     try:
         label = int(record.label)
-        whole = label == record.label and label >= 0
+        whole = label == record.label and 0 <= label < 2**63
     except (TypeError, ValueError, OverflowError):
         whole = False
     if not whole:
@@ -76,3 +76,11 @@ def whole_label(record: Record) -> int:
 
 def _offsets(counts: Array) -> Array:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def as_bytes(record: Record, name: str, text: str) -> bytes:
+    """The id or group in UTF-8; raises DataError for a text that cannot be written in it."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"record {record.id!r} has a {name} that UTF-8 cannot hold ({error.reason})") from None

@@ -38,7 +38,8 @@ class Order:
     """All that the order of a split depends on. The same Order and the same shards give the same epochs, for ever.
 
     digest: of the manifest · window_bytes: of shards open at a time · lanes: disjoint sets of shards, each with a window of
-    its own; a global batch takes equal shares of every lane.
+    its own; a global batch takes equal shares of every lane. Lanes differ by a shard or so: tail "pad" fills the shorter
+    ones up, "drop" leaves the rest of the longer ones out.
     """
 
     digest: str
@@ -51,12 +52,11 @@ class Order:
     tail: Tail
 
     def __post_init__(self) -> None:
-        if isinstance(self.seed, int) and self.seed >= 2**64:
-            raise UsageError(f"seed is {self.seed}; expected less than 2**64")
-        for name, least in (("seed", 0), ("global_batch_size", 1), ("window_bytes", 1), ("lanes", 1)):
+        limits = {"seed": (0, 2**64 - 1), "global_batch_size": (1, 2**31), "window_bytes": (1, 2**62), "lanes": (1, 2**31)}
+        for name, (least, most) in limits.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UsageError(f"{name} is {value!r}; expected a whole number of at least {least}")
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                raise UsageError(f"{name} is {value!r}; expected a whole number from {least} to {most}")
         if self.tail not in TAILS:
             raise UsageError(f"tail is {self.tail!r}; expected {' or '.join(map(repr, TAILS))}")
         if self.global_batch_size % self.lanes:
@@ -118,6 +118,7 @@ class _Lane:
         self.num_records = int(records.sum())
         self._shuffle = order.shuffle
         self._key = [_key(order, epoch, purpose) for purpose in (_RUNS, _WITHIN_GROUPS, _ACROSS_GROUPS)]
+        fits = nbytes.sum() <= order.window_bytes
         if order.shuffle:
             starts, records, nbytes = _cut_into_runs(
                 starts, records, nbytes, max(BLOCK_BYTES, order.window_bytes // RUNS_PER_WINDOW)
@@ -127,7 +128,7 @@ class _Lane:
         self._run_starts = starts  # (runs,) first record of each run, as a position in the split
         self._run_ends = np.cumsum(records)  # (runs,) where each run ends in the line
         # group_ends: (groups,) where each group ends in the line
-        group_bytes = order.window_bytes if nbytes.sum() <= order.window_bytes else order.window_bytes // 2
+        group_bytes = order.window_bytes if fits else order.window_bytes // 2
         self._group_ends = self._run_ends[_group_last(nbytes, group_bytes)]
         group_starts = np.concatenate([[0], self._group_ends[:-1]]).astype(np.int64)
         # block_ends: (groups + 1,) from the middle of a group to the middle of the next
@@ -202,13 +203,16 @@ def _key(order: Order, epoch: int, purpose: int) -> int:
 
 
 def _cut_into_runs(starts: Ints, records: Ints, nbytes: Ints, run_bytes: int) -> tuple[Ints, Ints, Ints]:
-    """Shards cut into runs of at most about `run_bytes` and at least one record: their starts, records and bytes."""
+    """Shards cut into runs of at most about `run_bytes` and at least one record: their starts, records and bytes.
+
+    A run that is cut off inside a shard touches one hash block more than it fills, and its bytes count that.
+    """
     pieces = np.clip(-(-nbytes // run_bytes), 1, np.maximum(records, 1))
     shard = np.repeat(np.arange(len(records)), pieces)
     piece = np.arange(len(shard)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     cut = piece * records[shard] // pieces[shard]
     run_records = (piece + 1) * records[shard] // pieces[shard] - cut
-    return starts[shard] + cut, run_records, nbytes[shard] // pieces[shard]
+    return starts[shard] + cut, run_records, nbytes[shard] // pieces[shard] + np.where(pieces[shard] > 1, BLOCK_BYTES, 0)
 
 
 def _group_last(nbytes: Ints, limit: int) -> Ints:

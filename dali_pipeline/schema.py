@@ -13,6 +13,7 @@ Array = npt.NDArray[Any]
 Kind = Literal["sequences", "graphs"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SPLITS = ("train", "val", "test")
+FIELD_DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
 
 
 class PipelineError(Exception):
@@ -35,19 +36,15 @@ class UsageError(PipelineError, ValueError):
 class Field:
     """One array of a record: a row for each step, node or edge.
 
-    dtype: name of the stored NumPy type; shape: shape of one row, () for a scalar, (F,) for a feature vector.
+    dtype: name of the stored type, one of FIELD_DTYPES; shape: shape of one row, () for a scalar, (F,) for a feature vector.
     """
 
     dtype: str
     shape: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        try:
-            known = np.dtype(self.dtype).kind in "fiu"
-        except TypeError:
-            known = False
-        if not known:
-            raise UsageError(f"field dtype {self.dtype!r} is not a NumPy float or integer type")
+        if self.dtype not in FIELD_DTYPES:
+            raise UsageError(f"field dtype {self.dtype!r} cannot be stored; expected one of {', '.join(FIELD_DTYPES)}")
         if any(size < 1 for size in self.shape):
             raise UsageError(f"field shape {self.shape} has a size below 1")
 
@@ -101,15 +98,20 @@ class Graphs:
         parts = list(graphs)
         if not parts:
             raise DataError("a record has no graphs; expected at least one")
-        xs = [np.asarray(part.x) for part in parts]
-        edges = [np.asarray(part.edge_index) for part in parts]
+        xs = [as_array("x", getattr(part, "x", None)) for part in parts]
+        edges = [as_array("edge_index", getattr(part, "edge_index", None)) for part in parts]
         for edge_index in edges:
             if edge_index.ndim != 2 or edge_index.shape[0] != 2:
                 raise DataError(f"edge_index has shape {edge_index.shape}; expected (2, edges)")
+        shapes = sorted({x.shape[1:] for x in xs})
+        if len(shapes) > 1 or xs[0].ndim == 0:
+            raise DataError(f"a record's graphs have nodes of shapes {shapes}; expected rows of one shape")
         attrs = [getattr(part, "edge_attr", None) for part in parts]
-        present = [np.asarray(attr) for attr in attrs if attr is not None]
-        if present and len(present) != len(parts):
-            raise DataError(f"{len(present)} of a record's {len(parts)} graphs have edge_attr; expected all or none")
+        present = [as_array("edge_attr", attr) for attr in attrs if attr is not None]
+        if present and (len(present) != len(parts) or len({attr.shape[1:] for attr in present}) > 1):
+            raise DataError(
+                f"{len(present)} of a record's {len(parts)} graphs have edge_attr; expected all or none, of one width"
+            )
         return cls(
             x=np.concatenate(xs),
             edge_index=np.concatenate(edges, axis=1),
@@ -132,6 +134,14 @@ class Record:
     group: str | None = None
     sequence: Any = None
     graphs: Any = None
+
+    def __post_init__(self) -> None:
+        for name in ("id", "group"):
+            value = getattr(self, name)
+            if isinstance(value, int | np.integer) and not isinstance(value, bool):
+                object.__setattr__(self, name, str(value))  # question ids are often numbers
+            elif not isinstance(value, str) and (name == "id" or value is not None):
+                raise DataError(f"record {self.id!r} has the {name} {value!r}; expected a text or a whole number")
 
     @classmethod
     def of(cls, value: Record | Mapping[str, Any]) -> Record:
@@ -161,11 +171,17 @@ def sequence_rows(record: Record, field: Field) -> Array:
 def graph_rows(record: Record, schema: Schema) -> Graphs:
     """The record's graphs in the schema's types, checked: every edge between nodes of its own graph, no empty graph."""
     assert schema.x is not None
-    graphs = record.graphs if isinstance(record.graphs, Graphs) else Graphs.stack(record.graphs)
     where = f"record {record.id!r}"
+    try:
+        graphs = record.graphs if isinstance(record.graphs, Graphs) else Graphs.stack(record.graphs)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
     x = _rows(record, "x", graphs.x, schema.x)
     edge_index = np.asarray(graphs.edge_index)
-    nodes, edges = np.asarray(graphs.node_counts, np.int64), np.asarray(graphs.edge_counts, np.int64)
+    nodes, edges = np.asarray(graphs.node_counts), np.asarray(graphs.edge_counts)
+    if nodes.dtype.kind not in "iu" or edges.dtype.kind not in "iu":
+        raise DataError(f"{where}: node_counts are {nodes.dtype}, edge_counts {edges.dtype}; expected integers")
+    nodes, edges = nodes.astype(np.int64), edges.astype(np.int64)
     if nodes.ndim != 1 or nodes.shape != edges.shape or nodes.sum() != len(x) or (edges < 0).any():
         raise DataError(f"{where}: node_counts and edge_counts do not describe {len(x)} nodes; expected one of each a graph")
     if (nodes < 1).any():
@@ -192,8 +208,22 @@ def graph_rows(record: Record, schema: Schema) -> Graphs:
     return Graphs(x=x, edge_index=edge_index, edge_attr=attr, node_counts=nodes, edge_counts=edges)
 
 
+def as_array(name: str, value: Any) -> Array:
+    """An array of real numbers; raises DataError, naming the field, for ragged lists, texts, bfloat16 tensors …"""
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{name} cannot be taken as a NumPy array ({str(error).splitlines()[0]})") from None
+    if array.dtype.kind not in "fiub":
+        raise DataError(f"{name} is {array.dtype}; expected real numbers")
+    return array
+
+
 def _rows(record: Record, name: str, value: Any, field: Field) -> Array:
-    rows = np.asarray(value)
+    try:
+        rows = as_array(name, value)
+    except DataError as error:
+        raise DataError(f"record {record.id!r}: {error}") from None
     if rows.ndim == 0 or len(rows) == 0:
         raise DataError(f"record {record.id!r}, {name} has shape {rows.shape}; expected at least one row")
     return _cast(f"record {record.id!r}", name, rows, field)

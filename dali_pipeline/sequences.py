@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 
-from dali_pipeline.loader import Loader, Workers, map_ahead
+from dali_pipeline.loader import Loader, Workers, check_delivery, map_ahead
 from dali_pipeline.manifest import Dataset
 from dali_pipeline.plan import WINDOW_BYTES, EpochPlan, Shares, Tail
 from dali_pipeline.schema import Array, UsageError
@@ -18,6 +18,7 @@ from dali_pipeline.source import Layers, SequenceRows, SequenceSource
 
 Engine = Literal["dali", "torch"]
 PREFETCH_BATCHES = 2  # that DALI runs ahead
+PADDED_BEFORE_DALI = ("float64",)  # fn.pad does not know it
 DALI_DTYPES = {torch.float16: "FLOAT16", torch.float32: "FLOAT"}
 
 
@@ -97,13 +98,18 @@ class SequenceLoader(Loader[SequenceBatch]):
             rank=rank,
             world_size=world_size,
         )
+        check_delivery(layers, dtype)
         self.dtype, self.engine = dtype, engine
-        self._source = SequenceSource(data, split, layers, index_bytes=window_bytes)
+        steps = self._table.rows.get("step")
+        equal_lengths = steps is not None and steps[0] == steps[1]  # then padding would be one more copy
+        assert data.schema.sequence is not None
+        self._pads_in_dali = not equal_lengths and data.schema.sequence.dtype not in PADDED_BEFORE_DALI
+        self._source = SequenceSource(data, split, layers, window_bytes=window_bytes)
 
     def _batches(self, plan: EpochPlan, start: int) -> Iterator[SequenceBatch]:
         def load(step: int) -> tuple[SequenceRows, Shares]:
             shares = plan.batch(step, self.world.rank, self.world.world_size)
-            return self._source.gather(shares.positions), shares
+            return signed(self._source.gather(shares.positions)), shares
 
         loaded = map_ahead(load, range(start, plan.num_steps), 1 if self.workers == "auto" else self.workers)
         try:
@@ -114,7 +120,7 @@ class SequenceLoader(Loader[SequenceBatch]):
     def _through_torch(self, loaded: Iterator[tuple[SequenceRows, Shares]]) -> Iterator[SequenceBatch]:
         for rows, shares in loaded:
             yield self._batch(
-                pad(torch.from_numpy(rows.values), torch.from_numpy(rows.lengths)).to(self.device, self.dtype),
+                pad(torch.from_numpy(rows.values), torch.from_numpy(rows.lengths)).to(self.device).to(self.dtype),
                 torch.from_numpy(rows.labels).to(self.device),
                 torch.from_numpy(shares.valid).to(self.device),
                 rows,
@@ -142,7 +148,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         pipeline = sequence_graph(
             feed,
             cast=DALI_DTYPES.get(self.dtype) if self.device.type == "cuda" else None,
-            ragged=len(set(self._table.rows.get("step", ()))) > 1,
+            pads=self._pads_in_dali,
             batch_size=self.batch_size,
             num_threads=2,
             device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
@@ -166,12 +172,12 @@ class SequenceLoader(Loader[SequenceBatch]):
         )
 
 
-def sequence_graph(feed: Callable[[], tuple[Any, Array, Array]], *, cast: str | None, ragged: bool, **pipeline: Any) -> Any:
+def sequence_graph(feed: Callable[[], tuple[Any, Array, Array]], *, cast: str | None, pads: bool, **pipeline: Any) -> Any:
     """The DALI graph: external_source, cast, pad; on the GPU where `device_id` names one, else on the CPU.
 
     feed: gives values (a (B, T, F) array, or a list of (T_i, F)), labels (B,) and valid (B,), or raises StopIteration.
     cast: a `types.DALIDataType` name, or None; on the CPU torch casts three times faster, so the loader asks for none there.
-    ragged: whether lengths differ; where they do not, padding would be one more copy.
+    pads: whether to fill sequences up to the batch's longest; where False, they come in equal lengths.
     """
     from nvidia.dali import fn, pipeline_def, types
 
@@ -182,7 +188,7 @@ def sequence_graph(feed: Callable[[], tuple[Any, Array, Array]], *, cast: str | 
             values, labels, valid = values.gpu(), labels.gpu(), valid.gpu()
         if cast is not None:
             values = fn.cast(values, dtype=getattr(types, cast))
-        if ragged:
+        if pads:
             values = fn.pad(values, axes=(0,), fill_value=0)
         return values, labels, valid
 
@@ -190,11 +196,22 @@ def sequence_graph(feed: Callable[[], tuple[Any, Array, Array]], *, cast: str | 
 
 
 def samples(rows: SequenceRows) -> Array | list[Array]:
-    """What external_source takes: one (B, T, F) array where all lengths are equal, else B views (T_i, F)."""
+    """What external_source takes: one (B, T, F) array where all lengths are equal, else B views (T_i, F).
+
+    Types that DALI cannot pad are padded here.
+    """
     count, longest = len(rows.lengths), int(rows.lengths.max())
     if longest * count == len(rows.values):
         return rows.values.reshape(count, longest, *rows.values.shape[1:])
+    if rows.values.dtype.name in PADDED_BEFORE_DALI:
+        return pad(torch.from_numpy(rows.values), torch.from_numpy(rows.lengths)).numpy()
     return np.split(rows.values, np.cumsum(rows.lengths)[:-1])
+
+
+def signed(rows: SequenceRows) -> SequenceRows:
+    """uint16 and uint32 in the next wider signed type: neither DALI nor torch does much with them."""
+    wider = {"uint16": np.int32, "uint32": np.int64}.get(rows.values.dtype.name)
+    return rows if wider is None else replace(rows, values=rows.values.astype(wider))
 
 
 def pad(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +18,16 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from dali_pipeline.files import Files
 from dali_pipeline.schema import Array, FormatError, Kind, PipelineError
 
+VERSION = 1
 BLOCK_BYTES = 1 << 20
 METADATA_KEY = "dali_pipeline"
 DTYPES = {
     "F16": "float16", "F32": "float32", "F64": "float64",
     "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
-    "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64",
+    "U8": "uint8", "U16": "uint16", "U32": "uint32",
 }  # fmt: skip
 _MAX_HEADER_BYTES = 100 << 20  # as the safetensors library
 SoundMap: TypeAlias = "memoryview | bytearray"
@@ -47,7 +47,7 @@ def write_shard(path: Path, kind: Kind, records: int, arrays: Mapping[str, Array
     """Writes the arrays to `path`, whole or not at all (temporary name, fsync, rename). Costs one hash pass and one write."""
     arrays = {name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}
     hashes = {name: _block_hashes(array) for name, array in arrays.items()}
-    meta = {"kind": kind, "records": records, "block_bytes": BLOCK_BYTES, "hashes": hashes, "version": 1}
+    meta = {"kind": kind, "records": records, "block_bytes": BLOCK_BYTES, "hashes": hashes, "version": VERSION}
     temporary = path.with_name(path.name + ".tmp")
     try:
         save_file(dict(arrays), temporary, metadata={METADATA_KEY: json.dumps(meta, sort_keys=True, separators=(",", ":"))})
@@ -104,39 +104,6 @@ class Layout:
     first_block: int
 
 
-class Files:
-    """Open files by path, at most `limit` at a time, the least recently used closed first; several threads may share it."""
-
-    def __init__(self, limit: int = 96) -> None:
-        self._limit = limit
-        self._open: OrderedDict[Path, _File] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, path: Path) -> _File:
-        """The file, opened for reading; stays open while the caller holds it, even if it is put out here."""
-        with self._lock:
-            file = self._open.pop(path, None) or _File(path)
-            self._open[path] = file
-            if len(self._open) > self._limit:
-                self._open.popitem(last=False)
-            return file
-
-
-class _File:
-    """A file descriptor that is closed when the object is dropped."""
-
-    def __init__(self, path: Path) -> None:
-        self.fd = -1
-        try:
-            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise FormatError(f"{path} cannot be opened ({error.strerror}); the manifest names it") from error
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-
-
 class Shard:
     """One shard, checked as far as its header; several threads may read at once.
 
@@ -148,57 +115,76 @@ class Shard:
         self.path = path
         self._files = files
         self._sound = sound
-        fd = files.get(path)
-        size = os.fstat(fd.fd).st_size
-        if size != nbytes:
-            raise FormatError(f"{path} has {size} bytes; expected {nbytes} as in the manifest: truncated or replaced")
-        header = _read_header(fd.fd, path, size)
+        file = files.get(path)
+        self._identity = file.identity
+        if file.size != nbytes:
+            raise FormatError(f"{path} has {file.size} bytes; expected {nbytes} as in the manifest: truncated or replaced")
+        header = _read_header(file.fd, path, file.size)
         if xxhash.xxh3_128_hexdigest(header) != digest:
             raise FormatError(f"{path}: the header does not have the digest that the manifest names: damaged or replaced")
-        self.arrays, self._hashes, self.records = parse_header(path, header, size)
+        self.kind, self.records, self.arrays, self._hashes = parse_header(path, header, file.size)
         if len(self._hashes) != len(sound):
             raise FormatError(f"{path} has {len(self._hashes)} block hashes; expected {len(sound)} as in the manifest")
 
+    def array(self, name: str) -> Layout:
+        """Where an array lies; raises FormatError where the shard has none of that name."""
+        if name not in self.arrays:
+            raise FormatError(f"{self.path} has no array {name!r}; docs/format.md lists what a shard must hold")
+        return self.arrays[name]
+
     def read_into(self, name: str, start: int, out: memoryview) -> None:
         """Bytes `start` to `start + len(out)` of array `name` into `out`; raises FormatError on damage or a short file."""
-        layout = self.arrays[name]
-        stop = start + len(out)
+        layout, stop = self.array(name), start + len(out)
         if not 0 <= start <= stop <= layout.nbytes:
             raise FormatError(f"{self.path}, {name}: bytes {start} to {stop} asked of {layout.nbytes}; offsets do not fit")
         if not len(out):
             return
-        first = layout.first_block + start // BLOCK_BYTES
-        last = layout.first_block + (stop - 1) // BLOCK_BYTES
-        for block in range(first, last + 1):
-            if not self._sound[block]:
-                self._check_block(name, layout, block)
-        self._pread(name, layout.begin + start, out)
+        blocks = range(start // BLOCK_BYTES, (stop - 1) // BLOCK_BYTES + 1)
+        if all(self._sound[layout.first_block + block] for block in blocks):
+            self._pread(name, layout.begin + start, out)
+            return
+        for block in blocks:  # the part of `out` that lies in each
+            begin, end = max(start, block * BLOCK_BYTES), min(stop, (block + 1) * BLOCK_BYTES)
+            part = out[begin - start : end - start]
+            if self._sound[layout.first_block + block]:
+                self._pread(name, layout.begin + begin, part)
+            else:
+                data = self._checked_block(name, layout, block)
+                part[:] = data[begin - block * BLOCK_BYTES : end - block * BLOCK_BYTES]
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> Array:
         """Rows begin to end of an array, all by default, checked."""
-        layout = self.arrays[name]
+        layout = self.array(name)
         end = layout.shape[0] if end is None else end
+        if not 0 <= begin <= end <= layout.shape[0]:
+            raise FormatError(f"{self.path}, {name}: rows {begin} to {end} asked of {layout.shape[0]}; offsets do not fit")
         row_bytes = layout.dtype.itemsize * math.prod(layout.shape[1:])
         array = np.empty((end - begin, *layout.shape[1:]), layout.dtype)
         self.read_into(name, begin * row_bytes, array.reshape(-1).view(np.uint8).data)
         return array
 
-    def _check_block(self, name: str, layout: Layout, block: int) -> None:
-        start = (block - layout.first_block) * BLOCK_BYTES
+    def _checked_block(self, name: str, layout: Layout, block: int) -> memoryview:
+        start = block * BLOCK_BYTES
         data = memoryview(bytearray(min(BLOCK_BYTES, layout.nbytes - start)))
         self._pread(name, layout.begin + start, data)
-        if xxhash.xxh3_64_intdigest(data) != self._hashes[block]:
+        if xxhash.xxh3_64_intdigest(data) != self._hashes[layout.first_block + block]:
             raise FormatError(
                 f"{self.path}, {name}: bytes {start} to {start + len(data)} are damaged (wrong hash); "
                 "restore the file or convert again"
             )
-        self._sound[block] = 1
+        self._sound[layout.first_block + block] = 1
+        return data
 
     def _pread(self, name: str, offset: int, out: memoryview) -> None:
         file = self._files.get(self.path)
-        done = os.preadv(file.fd, [out], offset)
+        if file.identity != self._identity:
+            raise FormatError(f"{self.path} was replaced while in use; open the data set again")
+        done = 0
         while done < len(out):
-            got = os.preadv(file.fd, [out[done:]], offset + done)
+            try:
+                got = os.preadv(file.fd, [out[done:] if done else out], offset + done)
+            except OSError as error:
+                raise FormatError(f"{self.path}, {name}: byte {offset + done} cannot be read ({error.strerror})") from error
             if got == 0:
                 raise FormatError(f"{self.path}, {name}: the file ends at byte {offset + done}; it was cut while in use")
             done += got
@@ -213,33 +199,40 @@ def _read_header(fd: int, path: Path, size: int) -> bytes:
     return prefix + os.pread(fd, length, 8)
 
 
-def parse_header(path: Path, header: bytes, size: int) -> tuple[dict[str, Layout], Array, int]:
-    """Layouts by name, block hashes (uint64), number of records. Raises FormatError unless the arrays tile the file exactly."""
+def parse_header(path: Path, header: bytes, size: int) -> tuple[str, int, dict[str, Layout], Array]:
+    """Kind, number of records, layouts by name, block hashes (uint64). Raises FormatError unless the arrays tile the file."""
     try:
         table = json.loads(header[8:])
         meta = json.loads(table.pop("__metadata__")[METADATA_KEY])
         entries = sorted(
-            (*entry["data_offsets"], name, DTYPES[entry["dtype"]], entry["shape"]) for name, entry in table.items()
+            (*map(_size, entry["data_offsets"]), name, np.dtype(DTYPES[entry["dtype"]]), tuple(map(_size, entry["shape"])))
+            for name, entry in table.items()
         )
-        hashes, records, block_bytes = meta["hashes"], int(meta["records"]), int(meta["block_bytes"])
-        texts = [hashes[name] for _, _, name, _, _ in entries]
+        texts = [meta["hashes"][name] for _, _, name, _, _ in entries]
         every_hash = np.frombuffer(bytes.fromhex("".join(texts)), ">u8").astype(np.uint64)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        records, expected = _size(meta["records"]), {"version": VERSION, "block_bytes": BLOCK_BYTES}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{path}: the header is not one of a dali_pipeline shard ({type(error).__name__}: {error})") from None
-    if block_bytes != BLOCK_BYTES:
-        raise FormatError(f"{path}: blocks of {block_bytes} bytes; expected {BLOCK_BYTES}")
+    for name, value in expected.items():
+        if meta.get(name) != value:
+            raise FormatError(f"{path} has {name} {meta.get(name)!r}; expected {value}")
     layouts: dict[str, Layout] = {}
     at = block = 0
     for (begin, end, name, dtype, shape), text in zip(entries, texts, strict=True):
-        sizes_fit = all(isinstance(size, int) and size >= 0 for size in shape)
-        if not sizes_fit or begin != at or end - begin != math.prod(shape) * np.dtype(dtype).itemsize:
+        if begin != at or end - begin != math.prod(shape) * dtype.itemsize:
             raise FormatError(
                 f"{path}, {name}: bytes {begin} to {end} for {dtype} {shape}; arrays must fill the file without gaps"
             )
         if len(text) != 16 * math.ceil((end - begin) / BLOCK_BYTES):
             raise FormatError(f"{path}, {name}: {len(text) // 16} block hashes for {end - begin} bytes")
-        layouts[name] = Layout(np.dtype(dtype), tuple(shape), len(header) + begin, end - begin, block)
+        layouts[name] = Layout(dtype, shape, len(header) + begin, end - begin, block)
         at, block = end, block + len(text) // 16
     if len(header) + at != size:
         raise FormatError(f"{path}: arrays end at byte {len(header) + at} of {size}; arrays must fill the file without gaps")
-    return layouts, every_hash, records
+    return str(meta.get("kind")), records, layouts, every_hash
+
+
+def _size(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is not a size")
+    return value

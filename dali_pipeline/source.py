@@ -61,9 +61,9 @@ class BatchSource:
     kind: Kind
     ragged: tuple[str, ...]
 
-    def __init__(self, data: Dataset, split: str, layers: Layers = None, index_bytes: int = WINDOW_BYTES) -> None:
+    def __init__(self, data: Dataset, split: str, layers: Layers = None, window_bytes: int = WINDOW_BYTES) -> None:
         self._data, self._split, self._layers = data, split, layers
-        self._index = RecordIndex(data, split, self.kind, self.ragged, index_bytes)
+        self._index = RecordIndex(data, split, self.kind, self.ragged, window_bytes)
         self._selections: dict[int, list[tuple[int, int]]] = {}
 
     def _selected(self, count: int) -> list[tuple[int, int]]:
@@ -106,9 +106,9 @@ class SequenceSource(BatchSource):
         lengths = np.array([sum(b - a for a, b in runs) for runs in spans], np.int64)
         values = np.empty((int(lengths.sum()), *field.shape), field.dtype)
         out = _Cursor(values)
-        for (index, _), runs in zip(found, spans, strict=True):
+        for record, runs in zip(found, spans, strict=True):
             for begin, end in runs:
-                out.read(index.shard, "sequence", begin, end)
+                out.read(record, "sequence", begin, end)
         return SequenceRows(values=values, lengths=lengths, positions=positions, **_labels_and_ids(found))
 
 
@@ -123,7 +123,7 @@ class GraphSource(BatchSource):
         schema = self._data.schema
         assert schema.x is not None
         found = self._index.locate(positions)
-        runs: list[tuple[Shard, tuple[int, int], tuple[int, int]]] = []  # shard, its nodes, its edges
+        runs: list[tuple[tuple[IndexPart, int], tuple[int, int], tuple[int, int]]] = []  # record, its nodes, its edges
         node_counts, edge_counts, layer_index, graphs_per_record = [], [], [], []
         for index, row in found:
             graphs = index.offsets["graphs"]
@@ -131,7 +131,7 @@ class GraphSource(BatchSource):
             nodes, edges = index.offsets["x"][begin : end + 1], index.offsets["edge_index"][begin : end + 1]
             selected = self._selected(end - begin)
             for a, b in selected:
-                runs.append((index.shard, (int(nodes[a]), int(nodes[b])), (int(edges[a]), int(edges[b]))))
+                runs.append(((index, row), (int(nodes[a]), int(nodes[b])), (int(edges[a]), int(edges[b]))))
                 node_counts.append(np.diff(nodes[a : b + 1]))
                 edge_counts.append(np.diff(edges[a : b + 1]))
                 layer_index.append(np.arange(a, b))
@@ -139,15 +139,15 @@ class GraphSource(BatchSource):
         num_nodes = sum(end - begin for _, (begin, end), _ in runs)
         num_edges = sum(end - begin for _, _, (begin, end) in runs)
         x = np.empty((num_nodes, *schema.x.shape), schema.x.dtype)
-        edge_index = np.empty((num_edges, 2), np.result_type(*{shard.arrays["edge_index"].dtype for shard, _, _ in runs}))
+        edge_index = np.empty((num_edges, 2), np.result_type(*{part.shard.array("edge_index").dtype for part, _ in found}))
         edge_attr = None
         outs = {"x": _Cursor(x), "edge_index": _Cursor(edge_index)}
         if schema.edge_attr is not None:
             edge_attr = np.empty((num_edges, *schema.edge_attr.shape), schema.edge_attr.dtype)
             outs["edge_attr"] = _Cursor(edge_attr)
-        for shard, nodes_span, edges_span in runs:
+        for record, nodes_span, edges_span in runs:
             for name, out in outs.items():
-                out.read(shard, name, *(nodes_span if name == "x" else edges_span))
+                out.read(record, name, *(nodes_span if name == "x" else edges_span))
         return GraphRows(
             x=x,
             edge_index=edge_index,
@@ -170,9 +170,16 @@ class _Cursor:
         self._row_bytes = array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
         self._at = 0  # rows filled
 
-    def read(self, shard: Shard, name: str, begin: int, end: int) -> None:
-        """Rows begin to end of the shard's array, widened where it stores a narrower type."""
-        stored = shard.arrays[name]
+    def read(self, record: tuple[IndexPart, int], name: str, begin: int, end: int) -> None:
+        """Rows begin to end of an array of the record's shard. Raises FormatError with the record's id."""
+        part, row = record
+        try:
+            self._read(part.shard, name, begin, end)
+        except FormatError as error:
+            raise FormatError(f"{error} (met in record {part.id_of(row)!r})") from error
+
+    def _read(self, shard: Shard, name: str, begin: int, end: int) -> None:
+        stored = shard.array(name)
         if stored.shape[1:] != self._array.shape[1:]:
             raise FormatError(
                 f"{shard.path}, {name} has rows of shape {stored.shape[1:]}; expected {self._array.shape[1:]} as in the schema"

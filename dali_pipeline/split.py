@@ -20,7 +20,7 @@ class Split:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if any(share < 0 for share in self.shares) or abs(sum(self.shares) - 100) > 1e-9:
+        if not all(share >= 0 for share in self.shares) or not abs(sum(self.shares) - 100) < 1e-9:
             raise UsageError(f"split {self} does not sum to 100; expected shares of train/val/test such as 70/15/15")
         if not 0 <= self.seed < 2**64:
             raise UsageError(f"split seed is {self.seed}; expected 0 to 2**64 - 1")

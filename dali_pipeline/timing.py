@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -39,10 +40,12 @@ class StepTimer:
             self.records += len(batch) if hasattr(batch, "__len__") else 0
             self.bytes += int(getattr(batch, "nbytes", 0))
             mark = now
-            yield batch
-            now = time.perf_counter()
-            self.compute_seconds += now - mark
-            mark = now
+            try:
+                yield batch
+            finally:  # also where the loop is left by a break
+                now = time.perf_counter()
+                self.compute_seconds += now - mark
+                mark = now
         self.wait_seconds += time.perf_counter() - mark
 
     @property
@@ -67,5 +70,5 @@ class StepTimer:
 
 
 def peak_rss_bytes() -> int:
-    """The most resident memory this process has had so far, in bytes (Linux counts it in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most resident memory this process has had so far, in bytes (Linux counts it in KiB, macOS in bytes)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

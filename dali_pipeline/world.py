@@ -20,6 +20,9 @@ class World:
     local_rank: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("rank", "world_size"):
+            if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name} is {getattr(self, name)!r}; expected a whole number")
         if self.world_size < 1:
             raise UsageError(f"world_size is {self.world_size}; expected at least 1")
         if not 0 <= self.rank < self.world_size:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,34 +13,24 @@ import msgspec
 import numpy as np
 import xxhash
 
-from dali_pipeline.manifest import MANIFEST_NAME, Manifest, ShardTable, empty_splits, shard_path
-from dali_pipeline.moments import Moments
-from dali_pipeline.pending import Pending, record_arrays, whole_label
-from dali_pipeline.schema import SPLITS, DataError, FormatError, Kind, Record, Schema, UsageError
-from dali_pipeline.shard import Files, Shard, write_shard, write_whole
+from dali_pipeline.files import Files
+from dali_pipeline.journal import WorkFolder
+from dali_pipeline.manifest import Manifest, shard_path
+from dali_pipeline.pending import Pending, as_bytes, record_arrays, whole_label
+from dali_pipeline.schema import SPLITS, DataError, Kind, Record, Schema, UsageError
+from dali_pipeline.shard import Shard, write_shard
 from dali_pipeline.split import Split
 
-JOURNAL_NAME = "journal.json"
-JOURNAL_TEMPORARY = JOURNAL_NAME + ".tmp"
 SHARD_BYTES = 256 << 20
-
-
-@dataclass(kw_only=True)
-class Journal:
-    """What an unfinished data set has so far; the next process goes on from here. cursor: the caller's own place."""
-
-    fingerprint: str
-    cursor: int = 0
-    splits: dict[str, dict[Kind, ShardTable]] = field(default_factory=empty_splits)
-    moments: Moments = field(default_factory=Moments)
 
 
 class ShardWriter:
     """Writes a data set into folder `root`; use it as a context manager.
 
-    Records go to their split by group and fill shards of up to `shard_bytes` (a larger record has a shard of its own); at
-    most one unwritten shard a split and kind is in memory. Leaving the `with` block writes the manifest; an exception
-    leaves none, and takes away what was written unless a `commit` made it final.
+    Records go to their split by group and fill shards of up to `shard_bytes` (a larger record has a shard of its own).
+    Leaving the `with` block writes the manifest; an exception leaves none, and takes away what was written unless a
+    `commit` made it final. Memory: what waits for its shard, at most one shard a split and kind, and a copy of the one
+    being written.
 
     Restartable where `fingerprint` (a text that names input and settings) is given: `commit(cursor)` makes all records so
     far final; opened again with the same fingerprint, `cursor` is the one last committed, and the caller goes on there.
@@ -65,14 +52,18 @@ class ShardWriter:
     ) -> None:
         if shard_bytes < 1:
             raise UsageError(f"shard_bytes is {shard_bytes}; expected at least 1")
+        try:
+            self.source = msgspec.json.decode(msgspec.json.encode(dict(source or {})))
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"source cannot be written as JSON ({error}); expected plain values") from None
         self.root = Path(root)
         self.schema = schema
         self.shard_bytes = shard_bytes
         self.split = split or Split()
-        self.source = dict(source or {})
-        self._journal = self._claim_folder(fingerprint)
-        self._save_journal()
+        self._folder = WorkFolder(self.root, fingerprint)
+        self._journal = self._folder.journal
         self._pending = {(name, kind): Pending(kind) for name in SPLITS for kind in schema.kinds}
+        self._closed = False
 
     @property
     def cursor(self) -> int:
@@ -84,58 +75,56 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            if error is None:
+            if error is None and not self._closed:
                 self.close()
         finally:
-            if not self.cursor and not (self.root / MANIFEST_NAME).exists():
-                self._remove()
+            self._closed = True
+            self._folder.abandon()
 
     def write(self, record: Record | Mapping[str, Any]) -> None:
-        """Adds a `Record`, or a mapping with its names, to the split of its group."""
+        """Adds a `Record`, or a mapping with its names, to the split of its group: whole, or not at all where it is refused."""
+        if self._closed:
+            raise UsageError(f"{self.root} is closed; records must be written before")
         record = Record.of(record)
-        label = whole_label(record)
-        group = record.id if record.group is None else record.group
+        label, group = whole_label(record), record.id if record.group is None else record.group
+        id_bytes, group_bytes = as_bytes(record, "id", record.id), as_bytes(record, "group", group)
         split = self.split.of(group)
-        written = False
-        for kind in self.schema.kinds:
-            if (record.sequence if kind == "sequences" else record.graphs) is None:
-                continue
-            arrays, rows = record_arrays(record, self.schema, kind)
-            nbytes = sum(array.nbytes for array in arrays.values())
-            if self._pending[split, kind].nbytes + nbytes > self.shard_bytes:
-                self._flush(split, kind)
-            self._pending[split, kind].add(record.id, group, label, arrays, nbytes)
-            self._journal.splits[split][kind].count(label, rows)
-            written = True
-        if not written:
+        given = {"sequences": record.sequence, "graphs": record.graphs}
+        arrays = {kind: record_arrays(record, self.schema, kind) for kind in self.schema.kinds if given[kind] is not None}
+        if not arrays:
             raise DataError(
                 f"record {record.id!r} has neither of the schema's kinds; expected {' or '.join(self.schema.kinds)}"
             )
+        for kind, (parts, rows) in arrays.items():
+            if self._pending[split, kind].nbytes + sum(part.nbytes for part in parts.values()) > self.shard_bytes:
+                self._flush(split, kind)
+            self._pending[split, kind].add(id_bytes, group_bytes, label, parts)
+            self._journal.splits[split][kind].count(label, rows)
 
     def commit(self, cursor: int) -> None:
         """Closes the open shards and notes `cursor`: a restart begins here. Costs a small file and one fsync a shard."""
-        for split, kind in self._pending:
+        for split, kind in list(self._pending):
             self._flush(split, kind)
-        self._journal.cursor = cursor
-        self._save_journal()
+        self._journal.cursor, self._journal.committed = cursor, True
+        self._folder.save()
 
     def close(self) -> Manifest:
         """Writes what is left and the manifest, and returns it. Raises DataError for no records, or an id given twice."""
-        for split, kind in self._pending:
+        for split, kind in list(self._pending):
             self._flush(split, kind)
         splits = self._journal.splits
         if not any(len(table) for tables in splits.values() for table in tables.values()):
             raise DataError(f"no records were written to {self.root}; expected at least one")
         self._check_ids()
-        kinds = self.schema.kinds
-        Manifest(
+        manifest = Manifest(
             schema=self.schema,
-            splits={split: {kind: tables[kind] for kind in kinds} for split, tables in splits.items()},
+            splits={split: {kind: tables[kind] for kind in self.schema.kinds} for split, tables in splits.items()},
             statistics=self._journal.moments.statistics(),
             source=self.source,
         ).save(self.root)
-        (self.root / JOURNAL_NAME).unlink(missing_ok=True)
-        return Manifest.load(self.root)
+        self._closed = True
+        self._folder.finish()
+        return manifest
 
     def _flush(self, split: str, kind: Kind) -> None:
         pending = self._pending[split, kind]
@@ -175,34 +164,3 @@ class ShardWriter:
         )
         blob, offsets = opened.read("ids").tobytes(), opened.read("ids.offsets").tolist()
         return [blob[a:b] for a, b in itertools.pairwise(offsets)]
-
-    def _claim_folder(self, fingerprint: str) -> Journal:
-        """Makes the folder and marks it by a journal; finds the journal of the same work; refuses anything else."""
-        journal = self.root / JOURNAL_NAME
-        if (self.root / MANIFEST_NAME).exists():
-            raise UsageError(f"{self.root} is a finished data set already; expected a new folder")
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            found = sorted(entry.name for entry in self.root.iterdir() if entry.name != JOURNAL_TEMPORARY)
-            earlier = msgspec.json.decode(journal.read_bytes(), type=Journal) if JOURNAL_NAME in found else None
-        except msgspec.DecodeError as error:
-            raise FormatError(f"{journal} is not a journal ({error}); remove the folder to begin anew") from None
-        except OSError as error:
-            raise UsageError(f"{self.root} cannot hold a data set ({error.strerror}); expected a writable folder") from error
-        if earlier is None and found:
-            raise UsageError(f"{self.root} is not empty (it holds {found[0]}); expected a new or empty folder")
-        if earlier and earlier.cursor and earlier.fingerprint != fingerprint:
-            raise UsageError(f"{self.root} holds an unfinished data set of other input or settings; finish or remove it")
-        return earlier if earlier and earlier.cursor else Journal(fingerprint=fingerprint)
-
-    def _save_journal(self) -> None:
-        write_whole(self.root / JOURNAL_NAME, msgspec.json.encode(self._journal))
-
-    def _remove(self) -> None:
-        """Takes away what was written. Safe: the folder was empty, or carried our journal, when this writer claimed it."""
-        for split in SPLITS:
-            shutil.rmtree(self.root / split, ignore_errors=True)
-        for name in (JOURNAL_NAME, JOURNAL_TEMPORARY):
-            (self.root / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.root.rmdir()

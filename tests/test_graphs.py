@@ -182,6 +182,24 @@ def test_no_process_is_left_behind(make: contracts.Make) -> None:
     assert psutil.Process().num_fds() <= before
 
 
+def test_a_whole_epoch_of_batches_from_processes_can_be_held(data: dp.Dataset) -> None:
+    """They are copied out of the shared memory, which costs a file descriptor an array."""
+    before = psutil.Process().num_fds()
+    held = list(dp.GraphLoader(data, batch_size=2, workers=2, dtype=torch.float16))
+    gc.collect()
+    assert len(held) > 100
+    assert psutil.Process().num_fds() < before + 40
+
+
+def test_workers_tell_each_other_what_is_sound(data: dp.Dataset) -> None:
+    loader = dp.GraphLoader(data, workers=2)
+    list(loader)
+    sound = loader._source._index._sound
+    shard = loader._source._index._shard(0)
+    layout = shard.array("x")
+    assert sound[layout.first_block] == 1
+
+
 def test_auto_starts_a_thread_and_no_process(data: dp.Dataset) -> None:
     loader = iter(dp.GraphLoader(data))
     next(loader)

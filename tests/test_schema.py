@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dali_pipeline.schema import DataError, Field, Graphs, Record, Schema, UsageError, graph_rows, sequence_rows
 
@@ -81,14 +82,38 @@ def test_infinities_pass_but_are_not_made() -> None:
     [
         (lambda: Schema(), "needs `sequence`"),
         (lambda: Schema(sequence=Field(dtype="float16"), edge_attr=Field(dtype="float16")), "needs `x`"),
-        (lambda: Field(dtype="text"), "not a NumPy float"),
-        (lambda: Field(dtype="bool"), "not a NumPy float"),
+        (lambda: Field(dtype="text"), "cannot be stored"),
+        (lambda: Field(dtype="bool"), "cannot be stored"),
+        (lambda: Field(dtype=">f4"), "cannot be stored"),
         (lambda: Field(dtype="float16", shape=(0,)), "size below 1"),
     ],
 )
 def test_senseless_schemas_are_refused(make: Any, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         make()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ([[1.0], [1.0, 2.0]], "'a': sequence cannot be taken as a NumPy array"),
+        (torch.ones(2, 2, dtype=torch.bfloat16), "cannot be taken as a NumPy array"),
+        (torch.ones(2, 2, requires_grad=True), "cannot be taken as a NumPy array"),
+        (np.ones((2, 2), complex), "sequence is complex128; expected real numbers"),
+        (["one", "two"], "expected real numbers"),
+    ],
+)
+def test_what_is_no_array_of_numbers_is_refused(value: Any, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        sequence_rows(Record(id="a", label=0, sequence=value), Field(dtype="float16", shape=(2,)))
+
+
+@pytest.mark.parametrize(("name", "value"), [("id", None), ("id", 1.5), ("id", b"a"), ("group", 2.5), ("id", True)])
+def test_ids_and_groups_are_texts_or_whole_numbers(name: str, value: Any) -> None:
+    with pytest.raises(DataError, match=f"has the {name}"):
+        Record(**{"id": "a", "label": 0, name: value})
+    record = Record(id=7, label=0, group=np.int64(8))  # type: ignore[arg-type]
+    assert (record.id, record.group) == ("7", "8")
 
 
 def test_a_mapping_is_a_record() -> None:

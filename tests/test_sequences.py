@@ -14,6 +14,7 @@ from conftest import make_records, write
 from torch.nn.utils.rnn import pad_sequence
 
 import dali_pipeline as dp
+from dali_pipeline.schema import FIELD_DTYPES
 from dali_pipeline.sequences import sequence_graph
 
 ENGINES = ["torch", "dali"]
@@ -83,6 +84,39 @@ def test_equal_lengths_need_no_padding(tmp_path: Path, engine: Any) -> None:
         assert torch.equal(batch.sequences, torch.stack([torch.from_numpy(records[one].sequence).float() for one in batch.ids]))
 
 
+@pytest.mark.parametrize("ragged", [True, False])
+@pytest.mark.parametrize("dtype", FIELD_DTYPES)
+def test_every_stored_type_is_delivered(tmp_path: Path, engine: Any, dtype: str, ragged: bool) -> None:
+    rng = np.random.default_rng(0)
+    rows = {str(n): rng.integers(0, 100, size=(2 + n % 3 if ragged else 4, 3)).astype(dtype) for n in range(12)}
+    schema = dp.Schema(sequence=dp.Field(dtype=dtype, shape=(3,)))
+    with dp.ShardWriter(tmp_path / "set", schema, split=dp.Split.parse("100/0/0")) as writer:
+        for name, sequence in rows.items():
+            writer.write({"id": name, "label": 0, "sequence": sequence})
+    for delivered in (torch.float32, torch.float64):
+        for batch in dp.SequenceLoader(dp.open_dataset(tmp_path / "set"), batch_size=5, engine=engine, dtype=delivered):
+            assert batch.sequences.dtype == delivered
+            expected = pad_sequence([torch.from_numpy(rows[one].astype(np.float64)) for one in batch.ids], batch_first=True)
+            assert torch.equal(batch.sequences.double(), expected)
+
+
+def test_set_epoch_in_a_running_loop_is_for_the_next(make: contracts.Make) -> None:
+    loader = make()
+    for step, _ in enumerate(loader):
+        if step == 2:
+            loader.set_epoch(5)
+    state = loader.state_dict()
+    assert (state["epoch"], state["step"]) == (5, 0)
+    other = make()
+    other.load_state_dict(state)
+    contracts.assert_same(loader, other)
+
+
+def test_a_split_too_small_to_drop_from_is_said(make: contracts.Make) -> None:
+    with pytest.raises(dp.DataError, match="too few for one batch with tail='drop'"):
+        make(tail="drop", batch_size=1000)
+
+
 def test_values_are_those_that_were_written(make: contracts.Make, records: dict[str, dp.Record]) -> None:
     positions = []
     for batch in make(shuffle=False):
@@ -128,7 +162,7 @@ def test_dali_casts_and_pads_as_torch_does(ragged: bool) -> None:
     pipeline = sequence_graph(
         lambda: (values, labels, valid),
         cast="FLOAT",
-        ragged=ragged,
+        pads=ragged,
         batch_size=6,
         num_threads=1,
         device_id=None,
@@ -153,6 +187,17 @@ def test_damage_is_raised_behind_the_good_batches(tmp_path: Path, engine: Any, w
         for _ in loader:
             good += 1
     assert good == sum(data.table("train", "sequences").records[:3]) // 4
+
+
+def test_damage_is_named_by_file_field_and_record(tmp_path: Path, engine: Any) -> None:
+    data = write(tmp_path / "set", make_records(10), shares="100/0/0", shard_bytes=1 << 20)
+    path = data.shard_path("train", "sequences", 0)
+    content = bytearray(path.read_bytes())
+    content[content.index(make_records(10)[0].sequence.tobytes())] ^= 1
+    path.write_bytes(content)
+    words = r"sequences-00000\.safetensors, sequence: bytes 0 to .* damaged .*\(met in record 'record-0'\)"
+    with pytest.raises(dp.FormatError, match=words):
+        list(dp.SequenceLoader(data, batch_size=4, shuffle=False, engine=engine))
 
 
 def test_nothing_is_left_behind(make: contracts.Make) -> None:
@@ -192,6 +237,16 @@ def test_nothing_is_left_behind(make: contracts.Make) -> None:
         ({"lanes": 3}, "does not divide by 3 lanes"),
         ({"seed": -1}, "seed is -1"),
         ({"window_bytes": 0}, "window_bytes is 0"),
+        ({"window_bytes": 2**70}, "window_bytes is"),
+        ({"layers": 5}, "layers are 5"),
+        ({"layers": "last"}, "layers are 'last'"),
+        ({"layers": [True, False]}, "layers are"),
+        ({"dtype": "float16"}, "dtype is 'float16'"),
+        ({"dtype": torch.int64}, "dtype is torch.int64"),
+        ({"shuffle": "no"}, "shuffle is 'no'"),
+        ({"device": None}, "device is 'None'"),
+        ({"rank": "0", "world_size": 1}, "rank is '0'"),
+        ({"data": "folder"}, "data is 'folder'"),
     ],
 )
 def test_senseless_arguments_are_refused(make: contracts.Make, options: dict[str, Any], words: str) -> None:

@@ -11,8 +11,9 @@ import pytest
 import xxhash
 from safetensors.numpy import load_file
 
+from dali_pipeline.files import Files
 from dali_pipeline.schema import FormatError, PipelineError
-from dali_pipeline.shard import BLOCK_BYTES, Files, Shard, ShardInfo, parse_header, write_shard
+from dali_pipeline.shard import BLOCK_BYTES, Shard, ShardInfo, parse_header, write_shard
 
 ARRAYS: dict[str, Any] = {
     "sequence": np.arange(3 * 700 * 300, dtype=np.float32).reshape(-1, 300),  # 2.5 MB: three blocks

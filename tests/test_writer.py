@@ -11,9 +11,9 @@ import pytest
 from conftest import SCHEMA, make_records, write
 
 import dali_pipeline as dp
+from dali_pipeline.journal import JOURNAL_NAME
 from dali_pipeline.loader import Loader
 from dali_pipeline.moments import Moments
-from dali_pipeline.writer import JOURNAL_NAME
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -108,12 +108,84 @@ def test_killed_without_a_chance_to_clean_up(tmp_path: Path) -> None:
         if record is records[39]:
             writer.commit(40)
     (root / "train" / "graphs-00099.safetensors.tmp").write_bytes(b"half")
+    (root / "train" / "graphs-00098.safetensors").write_bytes(b"of an earlier attempt")
     (root / "journal.json.tmp").write_bytes(b"half")
     del writer
     write_with_commits(root, records)
-    torn = files(root)
-    torn.pop("train/graphs-00099.safetensors.tmp", None)
-    assert torn == files(tmp_path / "whole")
+    assert files(root) == files(tmp_path / "whole")
+
+
+def test_two_writers_never_share_a_folder(tmp_path: Path) -> None:
+    (record,) = make_records(1)
+    with dp.ShardWriter(tmp_path / "set", SCHEMA) as writer:
+        with pytest.raises(dp.UsageError, match="is being written by another process"):
+            dp.ShardWriter(tmp_path / "set", SCHEMA)
+        writer.write(record)
+    assert (
+        sum(
+            sum(table.records)
+            for tables in dp.open_dataset(tmp_path / "set").manifest.splits.values()
+            for table in tables.values()
+        )
+        == 2
+    )
+    with pytest.raises(dp.UsageError, match="is closed"):
+        writer.write(record)
+
+
+def test_what_was_committed_stays_whatever_the_cursor(tmp_path: Path) -> None:
+    records = make_records(20)
+    with pytest.raises(KeyboardInterrupt), dp.ShardWriter(tmp_path / "set", SCHEMA, fingerprint="same") as writer:
+        for record in records:
+            writer.write(record)
+        writer.commit(0)
+        raise KeyboardInterrupt
+    with dp.ShardWriter(tmp_path / "set", SCHEMA, fingerprint="same"):
+        pass
+    data = dp.open_dataset(tmp_path / "set")
+    assert sum(data.num_records(split, "graphs") for split in data.splits) == 20
+
+
+def test_a_folder_that_was_there_stays_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="mine"), dp.ShardWriter(tmp_path, SCHEMA):
+        raise ValueError("mine")
+    assert tmp_path.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_caller_may_use_its_buffer_again(tmp_path: Path) -> None:
+    schema = dp.Schema(sequence=dp.Field(dtype="float32", shape=(2,)))
+    buffer = np.zeros((3, 2), np.float32)
+    with dp.ShardWriter(tmp_path / "set", schema, split=dp.Split.parse("100/0/0")) as writer:
+        for number in range(3):
+            buffer[:] = number
+            writer.write({"id": str(number), "label": 0, "sequence": buffer})
+    (batch,) = dp.SequenceLoader(dp.open_dataset(tmp_path / "set"), batch_size=3, shuffle=False, engine="torch")
+    assert batch.sequences[:, 0, 0].tolist() == [0, 1, 2]
+
+
+def test_a_refused_record_leaves_nothing_of_itself(tmp_path: Path) -> None:
+    good, bad = make_records(2)
+    bad.graphs.edge_index[:] = 99
+    with dp.ShardWriter(tmp_path / "set", SCHEMA, split=dp.Split.parse("100/0/0")) as writer:
+        writer.write(good)
+        with pytest.raises(dp.DataError, match="leaves the graph's"):
+            writer.write(bad)
+    data = dp.open_dataset(tmp_path / "set")
+    assert (data.num_records("train", "sequences"), data.num_records("train", "graphs")) == (1, 1)
+
+
+def test_values_that_are_not_finite_do_not_spoil_the_statistics(tmp_path: Path) -> None:
+    rows = np.array([[1.0, np.nan, np.inf], [3.0, np.nan, 5.0]], np.float32)
+    with dp.ShardWriter(
+        tmp_path / "set", dp.Schema(sequence=dp.Field(dtype="float32", shape=(3,))), split=dp.Split.parse("100/0/0")
+    ) as writer:
+        writer.write({"id": "a", "label": 0, "sequence": rows})
+    statistics = dp.open_dataset(tmp_path / "set").manifest.statistics
+    assert statistics is not None
+    assert (statistics.mean, statistics.std) == ((2.0, 0.0, 5.0), (1.0, 0.0, 0.0))
+    (batch,) = dp.SequenceLoader(dp.open_dataset(tmp_path / "set"), batch_size=1, engine="torch")
+    assert np.array_equal(batch.sequences[0].numpy(), rows, equal_nan=True)
 
 
 def test_an_error_before_the_first_commit_leaves_nothing(tmp_path: Path) -> None:
@@ -156,6 +228,8 @@ def test_finished_and_other_work_is_not_overwritten(tmp_path: Path) -> None:
         ({"label": float("nan")}, "label nan"),
         ({"label": "yes"}, "label 'yes'"),
         ({"label": None}, "label None"),
+        ({"label": 2**63}, "label 9223372036854775808"),
+        ({"id": "\ud800"}, "id that UTF-8 cannot hold"),
         ({"sequence": np.zeros((2, 3))}, r"record-0', sequence has rows of shape \(3,\)"),
         ({"sequence": None, "graphs": None}, "neither of the schema's kinds"),
     ],
@@ -217,6 +291,9 @@ def test_a_data_set_may_be_moved(data: dp.Dataset, tmp_path: Path) -> None:
         (lambda text: text.replace('"version":1', '"version":2'), "version 2; expected"),
         (lambda text: text.replace('"records":[', '"records":[5,'), "does not have the digest"),
         (lambda text: text.replace("float16", "float17"), "float17"),
+        (lambda text: text.replace("{", '{"extra":1,', 1), "does not have the digest"),
+        (lambda text: text.replace(",", ", ", 1), "does not have the digest"),
+        (lambda text: text.encode("utf-8").replace(b"train", b"tra\xffn", 1).decode("latin-1"), "digest|manifest"),
     ],
 )
 def test_damaged_manifests_are_refused(data: dp.Dataset, tmp_path: Path, damage: Any, words: str) -> None:

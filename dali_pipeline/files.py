@@ -1,0 +1,94 @@
+"""Recent and Files: a bounded cache that threads share, and the open files kept in one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from dali_pipeline.schema import FormatError
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Recent(Generic[K, V]):
+    """Values by key up to a budget of cost, the least recently used let go first; the newest always stays. Thread-safe."""
+
+    def __init__(self, budget: int) -> None:
+        self._left = budget
+        self._kept: OrderedDict[K, tuple[V, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: K) -> V | None:
+        """The value, now the most recently used, or None."""
+        with self._lock:
+            if key not in self._kept:
+                return None
+            self._kept.move_to_end(key)
+            return self._kept[key][0]
+
+    def put(self, key: K, value: V, cost: int = 1) -> V:
+        """Keeps the value and returns it; where another thread was first, its value stays and is returned."""
+        with self._lock:
+            if key in self._kept:
+                return self._kept[key][0]
+            self._kept[key] = (value, cost)
+            self._left -= cost
+            while self._left < 0 and len(self._kept) > 1:
+                self._left += self._kept.popitem(last=False)[1][1]
+            return value
+
+    def clear(self) -> None:
+        """Lets everything go."""
+        with self._lock:
+            self._left += sum(cost for _, cost in self._kept.values())
+            self._kept.clear()
+
+
+class OpenFile:
+    """A file descriptor that is closed when the object is dropped. identity: what changes when the file is replaced."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd = -1
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        stat = os.fstat(self.fd)
+        self.size = stat.st_size
+        self.identity = (stat.st_dev, stat.st_ino, stat.st_mtime_ns)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+class Files:
+    """Open files by path; a file stays open while a caller holds it, even if it is let go here.
+
+    limit: kept open at a time; an eighth of what the process may open by default, 96 at most, so that several loaders fit.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self._open: Recent[Path, OpenFile] = Recent(
+            limit or max(8, min(96, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
+        )
+
+    def get(self, path: Path) -> OpenFile:
+        """The file, opened for reading. Raises FormatError where it cannot be."""
+        return self._open.get(path) or self._open.put(path, self._opened(path))
+
+    def _opened(self, path: Path) -> OpenFile:
+        try:
+            try:
+                return OpenFile(path)
+            except OSError as error:
+                if error.errno != errno.EMFILE:
+                    raise
+                self._open.clear()
+                return OpenFile(path)
+        except OSError as error:
+            advice = "raise `ulimit -n`" if error.errno == errno.EMFILE else "the manifest names it"
+            raise FormatError(f"{path} cannot be opened ({error.strerror}); {advice}") from error
