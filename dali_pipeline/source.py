@@ -55,16 +55,19 @@ class GraphRows:
 class BatchSource:
     """What both sources share. layers: which steps, or graphs, of each record; the others' bytes are not read.
 
-    `gather` raises FormatError for damage, DataError for layers that a record does not have. Several threads may gather.
+    Raises DataError for layers that a record does not have; `gather` raises FormatError for damage. Several threads may gather.
     """
 
     kind: Kind
     ragged: tuple[str, ...]
+    axis: str  # what `layers` chooses among, by its name in the manifest
 
     def __init__(self, data: Dataset, split: str, layers: Layers = None, window_bytes: int = WINDOW_BYTES) -> None:
         self._data, self._split, self._layers = data, split, layers
         self._index = RecordIndex(data, split, self.kind, self.ragged, window_bytes)
         self._selections: dict[int, list[tuple[int, int]]] = {}
+        if rows := data.table(split, self.kind).rows.get(self.axis):
+            self._selected(rows[0])  # what the shortest record has, all have
 
     def _selected(self, count: int) -> list[tuple[int, int]]:
         """Runs (begin, end) of the selected ones among `count` steps or graphs, in the order asked for."""
@@ -93,6 +96,7 @@ class SequenceSource(BatchSource):
 
     kind = "sequences"
     ragged = ("sequence",)
+    axis = "step"
 
     def gather(self, positions: Ints) -> SequenceRows:
         """The records at `positions` (B,), any order, repeats allowed. Costs one `pread` a record and run of layers."""
@@ -117,6 +121,7 @@ class GraphSource(BatchSource):
 
     kind = "graphs"
     ragged = ("graphs", "x", "edge_index")
+    axis = "graph"
 
     def gather(self, positions: Ints) -> GraphRows:
         """The records at `positions` (B,), any order, repeats allowed. Costs three `pread`s a record and run of layers."""
