@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -134,7 +136,10 @@ def _summary(data: Any) -> str:
 
 
 def run(application: typer.Typer, name: str) -> int:
-    """Runs a command line. Returns 0, 2 with one sentence on standard error for what the user can mend, or 130 for Ctrl-C."""
+    """Runs a command line and returns its exit code.
+
+    2 for what the user can mend, with one sentence on standard error; 130 for Ctrl-C; 141 where the reader of a pipe went.
+    """
     try:
         code = application(prog_name=name, standalone_mode=False)
     except typer.TyperException as error:
@@ -144,6 +149,9 @@ def run(application: typer.Typer, name: str) -> int:
     except PipelineError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # as `head` leaves one; what is still to be flushed goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print(f"{name}: stopped; the same command goes on from here", file=sys.stderr)
         return 130
