@@ -154,8 +154,60 @@ def test_a_finished_conversion_is_taken_and_another_refused(tmp_path: Path) -> N
     assert convert(src, tmp_path / "dst").digest == first.digest
     with pytest.raises(dp.UsageError, match="other files or settings"):
         convert(src, tmp_path / "dst", shard_bytes=5)
+    more = make_folder(tmp_path / "more", files=2)
+    for path in more.rglob("*.pt"):
+        os.utime(path, ns=(0, 0))
     with pytest.raises(dp.UsageError, match="other files or settings"):
-        convert(make_folder(tmp_path / "more", files=2), tmp_path / "dst")
+        convert(more, tmp_path / "dst")
+
+
+def test_a_file_changed_since_is_never_trained_on_unseen(tmp_path: Path) -> None:
+    src = make_folder(tmp_path / "src", files=1)
+    first = convert(src, tmp_path / "dst")
+    path = src / "gnn" / "batch_0.pt"
+    os.utime(path, ns=(0, (first.root / "manifest.json").stat().st_mtime_ns + 1))
+    with pytest.raises(dp.UsageError, match=r"batch_0.pt is newer than .*dst, which was made of it"):
+        convert(src, tmp_path / "dst")
+    os.utime(path, ns=(0, 0))
+    assert convert(src, tmp_path / "dst").digest == first.digest
+
+
+def test_the_schema_is_that_of_the_first_record_that_tells(tmp_path: Path) -> None:
+    """Empty files, and records whose graphs have no edges and so no edge_attr, say nothing of the others."""
+    src = make_folder(tmp_path / "src", files=2)
+    for kind, key in (("lstm_solo", "sequences"), ("gnn", "graphs")):
+        torch.save({key: [], "labels": [], "question_ids": []}, src / kind / "batch_00.pt")
+    path = src / "gnn" / "batch_0.pt"
+    file = torch.load(path, weights_only=False)
+    for row in range(5):
+        for each in file["graphs"][row]:
+            each.edge_index, each.edge_attr = torch.zeros(2, 0, dtype=torch.int64), None
+    torch.save(file, path)
+    assert convert(src, tmp_path / "dst").schema.edge_attr == dp.Field(dtype="float16")
+    file["graphs"] = [[Data(x=each.x, edge_index=each.edge_index) for each in row] for row in file["graphs"]]
+    torch.save(file, path)
+    with pytest.raises(dp.DataError, match="has edge_attr, which the first graphs with edges had not"):
+        convert(src, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_folders_without_any_record_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "src" / "gnn").mkdir(parents=True)
+    torch.save({"graphs": [], "labels": [], "question_ids": []}, tmp_path / "src" / "gnn" / "batch_0.pt")
+    with pytest.raises(dp.DataError, match="src holds no records"):
+        convert(tmp_path / "src", tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+
+
+def test_files_of_the_old_format_are_read_too(tmp_path: Path) -> None:
+    src = make_folder(tmp_path / "src", files=2)
+    expected = convert(src, tmp_path / "expected", shard_bytes=1000)
+    for path in src.rglob("*.pt"):
+        torch.save(torch.load(path, weights_only=False), path, _use_new_zipfile_serialization=False)
+        os.utime(path, ns=(0, 0))
+    found = convert(src, tmp_path / "dst", shard_bytes=1000)
+    for path in expected.root.rglob("*.safetensors"):
+        assert (found.root / path.relative_to(expected.root)).read_bytes() == path.read_bytes()
 
 
 def test_one_byte_shards_and_whole_labels_of_any_type(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import xxhash
 
 from dali_pipeline.ingest.progress import progress_bar
 from dali_pipeline.ingest.pt import PtFile, find_files, read_file
+from dali_pipeline.journal import JOURNAL_NAME
 from dali_pipeline.manifest import MANIFEST_NAME, Dataset, open_dataset
 from dali_pipeline.schema import KINDS, Array, DataError, Field, Kind, Record, Schema, UsageError
 from dali_pipeline.split import Split
@@ -44,6 +45,16 @@ class Source:
         """Name and size of every file: what tells this folder from another."""
         return [(str(path.relative_to(self.root)), path.stat().st_size) for _, path in self.files]
 
+    def check_older(self, dst: Path) -> None:
+        """Raises UsageError for a file that changed after `dst` was made of it, finished or not: as `make` would see it."""
+        for made in (dst / MANIFEST_NAME, dst / JOURNAL_NAME):
+            changed = [path for _, path in self.files if made.exists() and path.stat().st_mtime_ns > made.stat().st_mtime_ns]
+            if changed:
+                raise UsageError(
+                    f"{changed[0]} is newer than {dst}, which was made of it; remove {dst}, choose another folder, or, if only "
+                    f"the date is new, `touch {made}`"
+                )
+
 
 def convert(
     src: Path, dst: Path, *, split: Split | None = None, shard_bytes: int = SHARD_BYTES, dtype: str | None = None
@@ -59,6 +70,7 @@ def convert(
     source = Source.find(src)
     described = {"files": source.names, "split": split, "shard_bytes": shard_bytes, "dtype": dtype}
     fingerprint = xxhash.xxh3_128_hexdigest(msgspec.json.encode(described))
+    source.check_older(dst)
     if (dst / MANIFEST_NAME).exists():
         data = open_dataset(dst)
         if data.manifest.source.get("fingerprint") != fingerprint:
@@ -84,7 +96,7 @@ def convert(
                 file = read_file(path, kind)
                 for row, name in enumerate(ids[number]):
                     try:
-                        writer.write(_record(file, row, name))
+                        writer.write(_record(file, row, name, writer.schema))
                     except DataError as error:
                         raise DataError(f"{path}: {error}") from error
                     bar.advance(task)
@@ -95,9 +107,11 @@ def convert(
     return open_dataset(dst)
 
 
-def _record(file: PtFile, row: int, name: str) -> Record:
+def _record(file: PtFile, row: int, name: str, schema: Schema) -> Record:
     part = file.sequence(row) if file.kind == "sequences" else None
     graphs = file.graphs(row) if file.kind == "graphs" else None
+    if graphs is not None and graphs.edge_attr is not None and schema.edge_attr is None:
+        raise DataError(f"record {name!r} has edge_attr, which the first graphs with edges had not; expected all or none")
     return Record(id=name, group=file.question_ids[row], label=file.labels[row], sequence=part, graphs=graphs)
 
 
@@ -153,22 +167,28 @@ def gigabytes(nbytes: int) -> str:
 
 
 def infer_schema(source: Source, dtype: str | None) -> Schema:
-    """From the first record of each kind; all others must agree, which the writer checks."""
+    """From the first sequence, and the first record whose graphs have edges; the writer checks that all others agree."""
     fields: dict[str, Field] = {}
-    for kind in ("sequences", "graphs"):
-        first = next((read_file(path, kind) for each, path in source.files if each == kind), None)
-        if first is None:
-            continue
-        if not len(first):
-            raise DataError(f"{first.path} holds no records; expected at least one")
-        if kind == "sequences":
-            fields["sequence"] = _field(first.sequence(0), dtype)
-        else:
-            graphs = first.graphs(0)
-            fields["x"] = _field(graphs.x, dtype)
-            if graphs.edge_attr is not None:
-                fields["edge_attr"] = _field(graphs.edge_attr, dtype)
+    if first := next(_filled(source, "sequences"), None):
+        fields["sequence"] = _field(first.sequence(0), dtype)
+    graphs = None
+    for file in _filled(source, "graphs"):
+        found = (file.graphs(row) for row in range(len(file)))
+        graphs = next((each for each in found if each.edge_index.size), graphs or file.graphs(0))
+        if graphs.edge_index.size:
+            break
+    if graphs is not None:
+        fields["x"] = _field(graphs.x, dtype)
+        if graphs.edge_attr is not None:
+            fields["edge_attr"] = _field(graphs.edge_attr, dtype)
+    if not fields:
+        raise DataError(f"{source.root} holds no records; expected at least one")
     return Schema(**fields)
+
+
+def _filled(source: Source, kind: Kind) -> Iterator[PtFile]:
+    files = (read_file(path, kind) for each, path in source.files if each == kind)
+    return (file for file in files if len(file))
 
 
 def _field(rows: Array, dtype: str | None) -> Field:
