@@ -10,7 +10,6 @@ Stop it whenever you like: the same command goes on where it was, and, once fini
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -24,6 +23,7 @@ from dali_pipeline import DataError, Dataset, UsageError, open_dataset
 from dali_pipeline.cli import CONTEXT
 from dali_pipeline.cli import run as run_command_line
 from training.config import MODELS, ModelName, TrainConfig
+from training.folder import METRICS_NAME, check_folder, check_resume, claim_folder, find_checkpoint
 from training.interrupt import Interrupted, Interrupts
 from training.results import print_table, read_metrics, summarise, write_metrics
 
@@ -51,21 +51,13 @@ def main(options: Options, config: TrainConfig) -> None:
     data = find_data(options)
     config = replace(config, models=models_for(data, config.models))
     check_labels(data)
-    folder = claim_folder(options, config, data)
-    if (folder / "metrics.json").exists():
+    folder, described, anew = find_folder(options, config, data)
+    if (folder / METRICS_NAME).exists() and not anew:
         print(f"{folder}: finished before; --resume never trains again")
-    elif options.seeds == 1:
-        train_models(data, config, folder, options, interrupts)
     else:
-        runs = []
-        for seed in range(config.seed, config.seed + options.seeds):
-            one = folder / f"seed-{seed}"
-            one.mkdir(exist_ok=True)
-            print(f"seed {seed}")
-            if not (one / "metrics.json").exists():
-                train_models(data, replace(config, seed=seed), one, options, interrupts)
-            runs.append(read_metrics(one))
-        write_metrics(folder / "metrics.json", summarise(runs))
+        check_settings(data, config, folder, options)
+        claim_folder(folder, described, replace=anew)
+        train_seeds(data, config, folder, options, interrupts)
     print_results(folder, data)
 
 
@@ -87,6 +79,8 @@ def find_data(options: Options) -> Dataset:
         source = Source.find(options.preprocessed_dir)
         beside = options.preprocessed_dir.resolve()
         converted = options.converted_dir or beside.with_name(beside.name + "_converted")
+        if options.converted_dir is None and not converted.exists() and not os.access(beside.parent, os.W_OK):
+            raise UsageError(f"{beside.parent} cannot be written to; name a folder for the converted data with --converted-dir")
         if not (converted / "manifest.json").exists():
             free = gigabytes(shutil.disk_usage(existing_parent(converted)).free)
             print(
@@ -126,35 +120,43 @@ def check_labels(data: Dataset) -> None:
             raise DataError(f"split {split!r} of {data.root} has {found}; expected at least two classes in train, val and test")
 
 
-def claim_folder(options: Options, config: TrainConfig, data: Dataset) -> Path:
-    """The output folder, made or found again, with the run's configuration in it; another run's folder is refused."""
+def find_folder(options: Options, config: TrainConfig, data: Dataset) -> tuple[Path, dict[str, Any], bool]:
+    """The output folder, what its config.json is to say, and whether the run begins anew; another run's folder is refused."""
     suffix = f"-{options.seeds}-seeds" if options.seeds > 1 else ""
     folder = options.output_dir or RUNS_FOLDER / (config.folder_name(data) + suffix)
     described = {**config.to_dict(data), "seeds": options.seeds}
-    path = folder / "config.json"
-    try:
-        if path.exists() and json.loads(path.read_text()) != described and options.resume != "never":
-            raise UsageError(
-                f"{folder} holds a run of another configuration; give another --output-dir, or --resume never to replace it"
-            )
-        if folder.exists() and not path.exists() and any(folder.iterdir()):
-            raise UsageError(f"{folder} is not empty and holds no run; choose another --output-dir")
-        if options.resume == "never":
-            remove_run(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(described, indent=2) + "\n")
-    except (OSError, json.JSONDecodeError) as error:
-        raise UsageError(f"{folder} cannot be an output folder ({error})") from error
-    return folder
+    anew = options.resume == "never"
+    check_folder(folder, described, replace=anew)
+    return folder, described, anew
 
 
-def remove_run(folder: Path) -> None:
-    """Takes away what a run writes, and nothing that somebody laid beside it."""
-    checkpoints = [f"{name}-{which}.pt" for name in MODELS for which in ("best", "last")]
-    for run_folder in (folder, *folder.glob("seed-*")):
-        for name in ("config.json", "metrics.json", "history.csv", "curves.png", *checkpoints):
-            (run_folder / name).unlink(missing_ok=True)
-        shutil.rmtree(run_folder / "tensorboard", ignore_errors=True)
+def check_settings(data: Dataset, config: TrainConfig, folder: Path, options: Options) -> None:
+    """What would fail later fails now, before anything is written: layers, a device or a checkpoint that cannot be used."""
+    from training.checkpoint import read_checkpoint
+    from training.trainer import make_loader
+
+    check_resume(options.resume, config.models, options.seeds)
+    for name in config.models:
+        for split in data.splits:
+            make_loader(name, data, config, split, options.device)
+        if checkpoint := find_checkpoint(options.resume, folder, name):
+            read_checkpoint(checkpoint, name, config.to_dict(data))
+
+
+def train_seeds(data: Dataset, config: TrainConfig, folder: Path, options: Options, interrupts: Interrupts) -> None:
+    """One run in the folder itself, or one in a folder of its own for every seed, and their mean and spread."""
+    if options.seeds == 1:
+        train_models(data, config, folder, options, interrupts)
+        return
+    runs = []
+    for seed in range(config.seed, config.seed + options.seeds):
+        one = folder / f"seed-{seed}"
+        one.mkdir(exist_ok=True)
+        print(f"seed {seed}")
+        if not (one / METRICS_NAME).exists():
+            train_models(data, replace(config, seed=seed), one, options, interrupts)
+        runs.append(read_metrics(one))
+    write_metrics(folder / METRICS_NAME, summarise(runs))
 
 
 def train_models(data: Dataset, config: TrainConfig, folder: Path, options: Options, interrupts: Interrupts) -> None:
@@ -178,7 +180,7 @@ def train_models(data: Dataset, config: TrainConfig, folder: Path, options: Opti
         tests,
         f"{data.root.name}: {data.num_records('test', data.schema.kinds[0]):,} test records",
     )
-    write_metrics(folder / "metrics.json", results)
+    write_metrics(folder / METRICS_NAME, results)
 
 
 def print_results(folder: Path, data: Dataset) -> None:

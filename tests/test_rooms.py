@@ -40,7 +40,7 @@ ROOMS = [
     "cli",
     "__main__",
 ]
-TRAINING = ["config", "results", "interrupt", "metrics", "trainer", "report", "run"]
+TRAINING = ["config", "folder", "results", "interrupt", "checkpoint", "metrics", "trainer", "report", "run"]
 
 
 def imports(path: Path) -> set[str]:

@@ -213,14 +213,94 @@ def test_resume_takes_a_path_and_never_begins_anew(
     assert call(monkeypatch, *arguments, "--output-dir", tmp_path / "two", "--resume", tmp_path / "one" / "lstm-last.pt") == 0
     assert "epoch" not in capsys.readouterr().out
     assert curve(tmp_path / "two") == expected
-    for resume, words in [
-        (tmp_path / "nothing.pt", "is no checkpoint"),
-        (tmp_path / "one" / "metrics.json", "is not a checkpoint"),
+    for resume, more, words in [
+        (tmp_path / "nothing.pt", (), "is no checkpoint"),
+        (tmp_path, (), "nor a folder with lstm-last.pt"),
+        (tmp_path / "one" / "metrics.json", (), "is not a checkpoint"),
+        (tmp_path / "one" / "lstm-best.pt", (), "holds no best, so nothing can go on from it; expected lstm-last.pt"),
+        (tmp_path / "one" / "lstm-last.pt", ("--model", "all"), "is one model's checkpoint"),
+        (tmp_path / "one" / "lstm-last.pt", ("--model", "gnn_lstm"), "is a checkpoint of lstm; expected one of gnn_lstm"),
+        (tmp_path / "one", ("--seeds", 2), "goes with one seed"),
+        (tmp_path / "one", ("--lr", 0.5), "was trained with lr 0.001; this run has 0.5"),
     ]:
-        assert call(monkeypatch, *arguments, "--output-dir", tmp_path / f"bad-{resume.name}", "--resume", resume) == 2
+        assert call(monkeypatch, *arguments, *more, "--output-dir", tmp_path / "bad", "--resume", resume) == 2
         assert words in capsys.readouterr().err
-    assert call(monkeypatch, *arguments, "--lr", 0.5, "--output-dir", tmp_path / "three", "--resume", tmp_path / "one") == 2
-    assert "was trained with lr 0.001; this run has 0.5" in capsys.readouterr().err
+        assert not (tmp_path / "bad").exists()
+
+
+def test_a_folder_with_one_of_three_checkpoints_can_be_gone_on_from(
+    make: Callable[..., dp.Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--data", make(60).root, "--epochs", 1)
+    assert call(monkeypatch, *arguments, "--output-dir", tmp_path / "whole") == 0
+    shutil.copytree(
+        tmp_path / "whole", tmp_path / "torn", ignore=shutil.ignore_patterns("g*.pt", "metrics.json", "config.json")
+    )
+    capsys.readouterr()
+    assert call(monkeypatch, *arguments, "--output-dir", tmp_path / "new", "--resume", tmp_path / "torn") == 0
+    lines = [line.split(" epoch")[0] for line in capsys.readouterr().out.splitlines() if " epoch " in line]
+    assert lines == ["gnn_lstm", "gvae_lstm"]
+    assert curve(tmp_path / "new") == curve(tmp_path / "whole")
+
+
+def test_a_command_that_is_refused_leaves_folders_as_they_were(
+    make: Callable[..., dp.Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--data", make(60).root, "--model", "lstm", "--epochs", 1)
+    foreign = tmp_path / "a-language-model"
+    foreign.mkdir()
+    (foreign / "config.json").write_text('{"model_type": "llama"}')
+    assert call(monkeypatch, *arguments, "--output-dir", tmp_path / "out", "--layers", "40:50") == 2
+    assert not (tmp_path / "out").exists()
+    assert call(monkeypatch, *arguments, "--output-dir", tmp_path / "out") == 0
+
+    def content() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    before = content()
+    for output, more in [
+        ("out", ("--resume", "never", "--layers", "40:50")),
+        ("out", ("--resume", "never", "--device", "tpu")),
+        ("a-language-model", ()),
+        ("a-language-model", ("--resume", "never")),
+    ]:
+        capsys.readouterr()
+        assert call(monkeypatch, *arguments, "--output-dir", tmp_path / output, *more) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+        assert content() == before
+
+
+def test_a_folder_where_nothing_was_trained_yet_takes_another_configuration(
+    make: Callable[..., dp.Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--data", make(60).root, "--model", "lstm", "--epochs", 1, "--output-dir", tmp_path / "out")
+    with monkeypatch.context() as broken:
+        broken.setattr(train_module, "train_seeds", lambda *given: (_ for _ in ()).throw(dp.DataError("a damaged shard")))
+        assert call(broken, *arguments, "--lr", 0.5) == 2
+    assert (tmp_path / "out" / "config.json").exists()
+    assert call(monkeypatch, *arguments) == 0
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.json", "lstm-last.pt"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", b'{"lstm": 1}'])
+def test_a_damaged_run_is_one_sentence(
+    make: Callable[..., dp.Dataset],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    content: bytes,
+) -> None:
+    arguments = ("--data", make(60).root, "--model", "lstm", "--epochs", 1, "--output-dir", tmp_path / "out")
+    assert call(monkeypatch, *arguments) == 0
+    if name.endswith(".pt"):
+        (tmp_path / "out" / "metrics.json").unlink()
+    (tmp_path / "out" / name).write_bytes(content)
+    capsys.readouterr()
+    assert call(monkeypatch, *arguments) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert str(tmp_path / "out") in err
 
 
 def test_several_seeds_give_mean_and_spread(
@@ -311,6 +391,7 @@ def test_what_the_user_can_mend_is_one_sentence(
     assert re.search(words, err), err
     assert (tmp_path / "full" / "photo.jpg").exists()
     assert out == ""
+    assert damaged in arguments or not (tmp_path / "runs").exists()  # damage is found in the first epoch
 
 
 def test_an_output_folder_of_another_configuration_is_refused(

@@ -12,8 +12,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dali_pipeline import UsageError
 from dali_pipeline.shard import write_whole
 from training.config import METRICS
+from training.folder import METRICS_NAME
 
 
 def write_metrics(path: Path, results: Mapping[str, Any]) -> None:
@@ -22,8 +24,16 @@ def write_metrics(path: Path, results: Mapping[str, Any]) -> None:
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """What `write_metrics` wrote."""
-    return cast(dict[str, Any], json.loads((folder / "metrics.json").read_text()))
+    """What `write_metrics` wrote. Raises UsageError for a file that is not that."""
+    path = folder / METRICS_NAME
+    try:
+        found = cast(dict[str, Any], json.loads(path.read_text()))
+        whole = bool(found) and all({*METRICS} <= result["test"].keys() for result in found.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise UsageError(f"{path} does not hold the metrics of a run; remove it, and the same command makes it again")
+    return found
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from typing import Any
 from rich.progress import TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from dali_pipeline import Dataset, UsageError
+from dali_pipeline import Dataset
 from dali_pipeline.ingest.progress import progress_bar
 from training.config import ModelName, TrainConfig
+from training.folder import find_checkpoint
 from training.interrupt import Interrupts
 from training.metrics import Predictions, best_threshold, measure
 from training.report import write_history
@@ -30,7 +31,7 @@ def train(
 ) -> Trainer:
     """Trains to the last epoch, going on where `resume` says; history.csv holds `earlier` models' rows and this one's."""
     trainer = Trainer(name, data, config, folder, device, interrupts)
-    checkpoint = find_checkpoint(trainer, resume)
+    checkpoint = find_checkpoint(resume, folder, name)
     if checkpoint is not None:
         trainer.restore(checkpoint)
     with SummaryWriter(folder / "tensorboard" / name, purge_step=trainer.epoch) as board, _bar() as bar:
@@ -70,20 +71,6 @@ def evaluate(trainer: Trainer) -> tuple[dict[str, Any], Predictions]:
         "seed": trainer.config.seed,
         "test_records": len(test.ids),
     }, test
-
-
-def find_checkpoint(trainer: Trainer, resume: str) -> Path | None:
-    """`auto`: the folder's own, if any. `never`: none. A path: that file, or the model's in that folder."""
-    if resume == "never":
-        return None
-    if resume == "auto":
-        return trainer.last_path if trainer.last_path.exists() else None
-    path = Path(resume)
-    if path.is_dir():
-        path = path / trainer.last_path.name
-    if not path.is_file():
-        raise UsageError(f"--resume {resume}: {path} is no checkpoint; expected auto, never, or a checkpoint's path")
-    return path
 
 
 def _bar() -> Any:

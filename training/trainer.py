@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +20,12 @@ from dali_pipeline import (
     SequenceBatch,
     SequenceLoader,
     StepTimer,
-    UsageError,
 )
 from dali_pipeline.loader import Loader
-from dali_pipeline.shard import write_whole
 from models import GNNLSTMDetector, GVAELSTMDetector, LSTMDetector, Output
+from training.checkpoint import read_checkpoint, write_checkpoint
 from training.config import MODELS, ModelName, TrainConfig, parse_layers
+from training.folder import checkpoint_path
 from training.interrupt import Interrupted, Interrupts
 from training.metrics import Predictions, area_under_roc
 
@@ -46,7 +45,7 @@ class Trainer:
         self, model_name: ModelName, data: Dataset, config: TrainConfig, folder: Path, device: str, interrupts: Interrupts
     ) -> None:
         self.name, self.data, self.config, self.folder, self.interrupts = model_name, data, config, folder, interrupts
-        self.loaders = {split: self._loader(split, device) for split in data.splits}
+        self.loaders = {split: make_loader(model_name, data, config, split, device) for split in data.splits}
         self.device = self.loaders["train"].device
         self.steps_per_epoch = len(self.loaders["train"])
         torch.manual_seed(_seed(config.seed, MODELS.index(model_name)))
@@ -63,27 +62,15 @@ class Trainer:
         self.timer = StepTimer()
         self._position = self.loaders["train"].state_dict()
 
-    def _loader(self, split: str, device: str) -> Loader[Any]:
-        config = self.config
-        common: dict[str, Any] = {
-            "split": split,
-            "batch_size": config.batch_size,
-            "shuffle": split == "train",
-            "seed": config.seed,
-            "layers": parse_layers(config.layers),
-            "device": device,
-        }
-        return SequenceLoader(self.data, **common) if self.name == "lstm" else GraphLoader(self.data, **common)
-
     @property
     def last_path(self) -> Path:
         """The checkpoint to go on from."""
-        return self.folder / f"{self.name}-last.pt"
+        return checkpoint_path(self.folder, self.name, "last")
 
     @property
     def best_path(self) -> Path:
         """The checkpoint with the highest validation AUROC."""
-        return self.folder / f"{self.name}-best.pt"
+        return checkpoint_path(self.folder, self.name, "best")
 
     @property
     def finished(self) -> bool:
@@ -172,7 +159,7 @@ class Trainer:
 
     def _save_best(self) -> None:
         identity = {"name": self.name, "config": self.config.to_dict(self.data), "val_auroc": self.best_auroc}
-        _save(self.best_path, {**identity, "model": self.best_weights})
+        write_checkpoint(self.best_path, {**identity, "model": self.best_weights})
 
     def save(self, path: Path) -> None:
         """Everything that going on needs, the best weights too; whole or not at all; loads with `weights_only=True`."""
@@ -192,21 +179,11 @@ class Trainer:
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
-        _save(path, state)
+        write_checkpoint(path, state)
 
     def restore(self, path: Path) -> None:
         """Goes on where `save(path)` was. Raises UsageError for a file that is no checkpoint, or one of another run."""
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            name, config = state["name"], state["config"]
-        except Exception as error:
-            raise UsageError(f"{path} is not a checkpoint of train.py ({type(error).__name__})") from None
-        if name != self.name:
-            raise UsageError(f"{path} is a checkpoint of {name}; expected one of {self.name}")
-        ours = self.config.to_dict(self.data)
-        for key in ours.keys() - {"models"}:
-            if config.get(key) != ours[key]:
-                raise UsageError(f"{path} was trained with {key} {config.get(key)!r}; this run has {ours[key]!r}")
+        state = read_checkpoint(path, self.name, self.config.to_dict(self.data))
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -224,6 +201,20 @@ class Trainer:
     def load_best(self) -> None:
         """Takes the weights of the best epoch so far."""
         self.model.load_state_dict(self.best_weights)
+
+
+def make_loader(name: ModelName, data: Dataset, config: TrainConfig, split: str, device: str) -> Loader[Any]:
+    """The loader of a split for a model: shuffled for training, in file order else. Raises UsageError for a device or layers
+    that are not there."""
+    common: dict[str, Any] = {
+        "split": split,
+        "batch_size": config.batch_size,
+        "shuffle": split == "train",
+        "seed": config.seed,
+        "layers": parse_layers(config.layers),
+        "device": device,
+    }
+    return SequenceLoader(data, **common) if name == "lstm" else GraphLoader(data, **common)
 
 
 def build_model(name: ModelName, data: Dataset, config: TrainConfig) -> nn.Module:
@@ -259,9 +250,3 @@ def record_losses(output: Output, labels_B: torch.Tensor) -> torch.Tensor:
 
 def _seed(*words: int) -> int:
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _save(path: Path, state: dict[str, Any]) -> None:
-    content = io.BytesIO()
-    torch.save(state, content)
-    write_whole(path, content.getvalue())

@@ -1,0 +1,91 @@
+"""The output folder of a run: found before anything is written, then claimed. Another run's folder is never touched."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from dali_pipeline import UsageError
+from dali_pipeline.shard import write_whole
+from training.config import MODELS, ModelName
+
+CONFIG_NAME, METRICS_NAME = "config.json", "metrics.json"
+
+
+def checkpoint_path(folder: Path, model: ModelName, which: Literal["best", "last"]) -> Path:
+    """`<model>-last.pt` to go on from, `<model>-best.pt` with the weights of the best epoch."""
+    return folder / f"{model}-{which}.pt"
+
+
+def check_folder(folder: Path, described: Mapping[str, Any], *, replace: bool) -> None:
+    """Raises UsageError unless the run `described` may use `folder`; writes nothing.
+
+    It may be missing, empty, the same run's, or another's where nothing was trained yet or `replace` says so.
+    """
+    try:
+        path = folder / CONFIG_NAME
+        if not path.exists():
+            if folder.exists() and any(folder.iterdir()):
+                raise UsageError(f"{folder} is not empty and holds no run; choose another --output-dir")
+            return
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise _unusable(folder, error) from error
+    if not isinstance(found, dict) or "data_digest" not in found:
+        raise UsageError(f"{path} was not written by train.py; choose another --output-dir")
+    trained = (folder / METRICS_NAME).exists() or any(folder.rglob("*-last.pt"))
+    if found != described and trained and not replace:
+        raise UsageError(
+            f"{folder} holds a run of another configuration; give another --output-dir, or --resume never to replace it"
+        )
+
+
+def claim_folder(folder: Path, described: Mapping[str, Any], *, replace: bool) -> None:
+    """Makes the folder, with the run's configuration in it; `replace` takes away what an earlier run wrote, no more."""
+    try:
+        if replace:
+            _remove_run(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / CONFIG_NAME, (json.dumps(described, indent=2) + "\n").encode())
+    except OSError as error:
+        raise _unusable(folder, error) from error
+
+
+def _remove_run(folder: Path) -> None:
+    checkpoints = [f"{name}-{which}.pt" for name in MODELS for which in ("best", "last")]
+    for run_folder in (folder, *folder.glob("seed-*")):
+        for name in (CONFIG_NAME, METRICS_NAME, "history.csv", "curves.png", *checkpoints):
+            (run_folder / name).unlink(missing_ok=True)
+        shutil.rmtree(run_folder / "tensorboard", ignore_errors=True)
+
+
+def _unusable(folder: Path, error: Exception) -> UsageError:
+    return UsageError(f"{folder} cannot be an output folder ({error}); choose another --output-dir")
+
+
+def check_resume(resume: str, models: tuple[ModelName, ...], seeds: int) -> None:
+    """Raises UsageError where `--resume PATH` names nothing that these models can go on from."""
+    if resume in ("auto", "never"):
+        return
+    path = Path(resume)
+    if seeds > 1:
+        raise UsageError(f"--resume {path} goes with one seed; leave --seeds out, or go on with --resume auto")
+    if path.is_file():
+        if len(models) > 1:
+            raise UsageError(f"--resume {path} is one model's checkpoint; name its --model, or the folder that it lies in")
+    elif not any(checkpoint_path(path, name, "last").is_file() for name in models):
+        names = " or ".join(f"{name}-last.pt" for name in models)
+        raise UsageError(f"--resume {path} is no checkpoint, nor a folder with {names}; expected auto, never, or one of these")
+
+
+def find_checkpoint(resume: str, folder: Path, model: ModelName) -> Path | None:
+    """`auto`: the folder's own. `never`: none. A path: that file, or the model's in that folder. None where there is none."""
+    if resume == "never":
+        return None
+    path = folder if resume == "auto" else Path(resume)
+    if resume == "auto" or path.is_dir():
+        path = checkpoint_path(path, model, "last")
+    return path if path.is_file() else None
