@@ -11,24 +11,28 @@ from pathlib import Path
 
 import msgspec
 
-from dali_pipeline.manifest import MANIFEST_NAME, ShardTable, empty_splits, shard_path
-from dali_pipeline.moments import Moments
-from dali_pipeline.schema import SPLITS, FormatError, Kind, UsageError
-from dali_pipeline.shard import write_whole
+from dali_pipeline.filler import Contents
+from dali_pipeline.manifest import MANIFEST_NAME, shard_path
+from dali_pipeline.schema import SPLITS, FormatError, UsageError
+from dali_pipeline.shard import sync_folder, write_whole
 
 JOURNAL_NAME = "journal.json"
 JOURNAL_TEMPORARY = JOURNAL_NAME + ".tmp"
+PARTS_NAME = ".parts"
 
 
 @dataclass(kw_only=True)
 class Journal:
-    """What an unfinished data set has so far; the next process goes on from here. cursor: the caller's own place."""
+    """What an unfinished data set has so far; the next process goes on from here.
+
+    cursor: the caller's own place. left_out: why, by the name of the file that was.
+    """
 
     fingerprint: str
     cursor: int = 0
     committed: bool = False
-    splits: dict[str, dict[Kind, ShardTable]] = field(default_factory=empty_splits)
-    moments: Moments = field(default_factory=Moments)
+    contents: Contents = field(default_factory=Contents)
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 class WorkFolder:
@@ -80,16 +84,30 @@ class WorkFolder:
         return earlier if earlier.committed else None
 
     def _tidy(self) -> None:
-        named = {
-            shard_path(self.root, split, kind, shard)
-            for split, tables in self.journal.splits.items()
-            for kind, table in tables.items()
-            for shard in range(len(table))
-        }
+        named = {shard_path(self.root, *shard) for shard in self.journal.contents.shards}
         for split in SPLITS:
             for path in (self.root / split).glob("*.safetensors*"):
                 if path not in named:
                     path.unlink()
+        shutil.rmtree(self.parts, ignore_errors=True)
+
+    @property
+    def parts(self) -> Path:
+        """Where workers write what is to be adopted; never left behind."""
+        return self.root / PARTS_NAME
+
+    def adopt(self, part: Path, contents: Contents) -> None:
+        """Moves the shards that a filler wrote under `part` behind those that are here. Final only once `save` has run."""
+        ours = self.journal.contents
+        for split, kind, shard in contents.shards:
+            path = shard_path(self.root, split, kind, len(ours.splits[split][kind]) + shard)
+            path.parent.mkdir(exist_ok=True)
+            shard_path(part, split, kind, shard).rename(path)
+        for split in contents.splits:
+            if (self.root / split).exists():
+                sync_folder(self.root / split)
+        shutil.rmtree(part, ignore_errors=True)
+        ours.extend(contents)
 
     def save(self) -> None:
         """Writes the journal, whole or not at all."""
@@ -97,11 +115,13 @@ class WorkFolder:
 
     def finish(self) -> None:
         """The data set is whole: takes the journal away and unlocks."""
+        shutil.rmtree(self.parts, ignore_errors=True)
         (self.root / JOURNAL_NAME).unlink(missing_ok=True)
         self._unlock()
 
     def abandon(self) -> None:
         """Unlocks; takes away what was written, and the folder if it was made here, unless something is final."""
+        shutil.rmtree(self.parts, ignore_errors=True)
         if not self.journal.committed and not (self.root / MANIFEST_NAME).exists():
             for split in SPLITS:
                 shutil.rmtree(self.root / split, ignore_errors=True)
@@ -119,6 +139,14 @@ class WorkFolder:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+def remove_leftovers(root: Path) -> None:
+    """What a process that was killed right behind the manifest's writing left of its work."""
+    if (root / JOURNAL_NAME).exists() or (root / PARTS_NAME).exists():
+        with contextlib.suppress(OSError):
+            shutil.rmtree(root / PARTS_NAME, ignore_errors=True)
+            (root / JOURNAL_NAME).unlink(missing_ok=True)
 
 
 def _lock(folder: int) -> None:

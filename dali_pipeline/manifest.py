@@ -11,8 +11,9 @@ from typing import Any
 import msgspec
 import xxhash
 
+from dali_pipeline.files import Files
 from dali_pipeline.schema import KINDS, SPLITS, DataError, FormatError, Kind, Schema, UsageError
-from dali_pipeline.shard import ShardInfo, write_whole
+from dali_pipeline.shard import Shard, ShardInfo, SoundMap, write_whole
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_NAME = "dali_pipeline"
@@ -44,16 +45,35 @@ class ShardTable:
         self.blocks.append(info.blocks)
         self.digests += info.digest
 
+    def extend(self, other: ShardTable) -> None:
+        """Adds another table's shards behind these."""
+        self.records += other.records
+        self.bytes += other.bytes
+        self.blocks += other.blocks
+        self.digests += other.digests
+        for label, count in other.labels.items():
+            self.labels[label] = self.labels.get(label, 0) + count
+        self._widen(other.rows)
+
+    def _widen(self, rows: dict[str, tuple[int, int]]) -> None:
+        for axis, (fewest, most) in rows.items():
+            ours = self.rows.get(axis, (fewest, most))
+            if fewest < ours[0] or most > ours[1] or axis not in self.rows:
+                self.rows[axis] = (min(fewest, ours[0]), max(most, ours[1]))
+
     def digest(self, shard: int) -> str:
         """The header digest of one shard."""
         return self.digests[32 * shard : 32 * shard + 32]
 
+    def open(self, path: Path, shard: int, files: Files, sound: SoundMap | None = None) -> Shard:
+        """One shard, held against what the table says of it."""
+        sound = bytearray(self.blocks[shard]) if sound is None else sound
+        return Shard(path, nbytes=self.bytes[shard], digest=self.digest(shard), sound=sound, files=files)
+
     def count(self, label: int, rows: dict[str, int]) -> None:
         """Takes one record's label and row counts into `labels` and `rows`."""
         self.labels[str(label)] = self.labels.get(str(label), 0) + 1
-        for axis, rows_of_record in rows.items():
-            fewest, most = self.rows.get(axis, (rows_of_record, rows_of_record))
-            self.rows[axis] = (min(fewest, rows_of_record), max(most, rows_of_record))
+        self._widen({axis: (count, count) for axis, count in rows.items()})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,45 +1,82 @@
-"""Pending: records that wait for their shard, and the arrays that they become."""
+"""Pending: a shard under way, and the arrays that a record becomes."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 from dali_pipeline.schema import Array, DataError, Kind, Record, Schema, graph_rows, sequence_rows
+from dali_pipeline.shard import ShardInfo
+from dali_pipeline.shardfile import ShardFile
+
+STREAMED: dict[Kind, str] = {"sequences": "sequence", "graphs": "x"}  # goes to the disk as it comes; the rest is small
+
+
+class _Joined:
+    """Small arrays one after the other, joined now and then, as each costs a hundred bytes of its own."""
+
+    def __init__(self) -> None:
+        self._joined: list[Array] = []
+        self._loose: list[Array] = []
+
+    def add(self, array: Array) -> None:
+        """A copy goes behind the others."""
+        self._loose.append(array.copy())
+        if len(self._loose) == 1024:
+            self._joined, self._loose = [*self._joined, np.concatenate(self._loose)], []
+
+    @property
+    def whole(self) -> Array:
+        """All of them, in the widest of their types."""
+        return np.concatenate(self._joined + self._loose)
 
 
 class Pending:
-    """Records of one split and kind that are not yet in a shard."""
+    """The shard of one split and kind that records go to now. nbytes: of their arrays so far, names and labels apart."""
 
-    def __init__(self, kind: Kind) -> None:
-        self.kind = kind
-        self.ids: list[bytes] = []
-        self.groups: list[bytes] = []
-        self.labels: list[int] = []
-        self.parts: dict[str, list[Array]] = {}
+    def __init__(
+        self, path: Path, kind: Kind, schema: Schema, expected_bytes: int, see: Callable[[Array], None] | None = None
+    ) -> None:
+        streamed = schema.sequence if kind == "sequences" else schema.x
+        assert streamed is not None
+        self._name = STREAMED[kind]
+        self._file = ShardFile(path, kind, self._name, streamed.dtype, streamed.shape, expected_bytes=expected_bytes, see=see)
+        self._ids: list[bytes] = []
+        self._groups: list[bytes] = []
+        self._labels: list[int] = []
+        self._parts: dict[str, _Joined] = {}
         self.nbytes = 0
 
     def add(self, id_: bytes, group: bytes, label: int, arrays: dict[str, Array]) -> None:
         """Takes in one record's arrays, as `record_arrays` gives them: copies, for the caller may use its own again."""
-        self.ids.append(id_)
-        self.groups.append(group)
-        self.labels.append(label)
+        self._ids.append(id_)
+        self._groups.append(group)
+        self._labels.append(label)
         for name, array in arrays.items():
-            self.parts.setdefault(name, []).append(array.copy())
             self.nbytes += array.nbytes
+            if name == self._name:
+                self._file.append(array)
+            else:
+                self._parts.setdefault(name, _Joined()).add(array)
 
-    def concatenated(self) -> dict[str, Array]:
-        """The arrays of a shard (docs/format.md); counts become offsets here."""
-        arrays: dict[str, Array] = {"labels": np.array(self.labels, np.int64)}
-        for name, texts in (("ids", self.ids), ("groups", self.groups)):
+    def close(self) -> ShardInfo:
+        """Writes what waits, and the shard is there."""
+        arrays: dict[str, Array] = {"labels": np.array(self._labels, np.int64)}
+        for name, texts in (("ids", self._ids), ("groups", self._groups)):
             arrays[name] = np.frombuffer(b"".join(texts), np.uint8)
             arrays[f"{name}.offsets"] = _offsets(np.array([len(text) for text in texts]))
-        for name, parts in self.parts.items():
-            whole = np.concatenate(parts)
+        for name, parts in self._parts.items():
             if name.endswith(".counts"):
-                arrays[name.removesuffix("counts") + "offsets"] = _offsets(whole)
+                arrays[name.removesuffix("counts") + "offsets"] = _offsets(parts.whole)
             else:
-                arrays[name] = whole  # edge_index: the widest of its records' types
-        return arrays
+                arrays[name] = parts.whole  # edge_index: the widest of its records' types
+        return self._file.close(len(self._labels), arrays)
+
+    def discard(self) -> None:
+        """Takes away what was written."""
+        self._file.discard()
 
 
 def record_arrays(record: Record, schema: Schema, kind: Kind) -> tuple[dict[str, Array], dict[str, int]]:

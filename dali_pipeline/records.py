@@ -80,14 +80,9 @@ class RecordIndex:
     def _shard(self, number: int) -> Shard:
         shard = self._shards.get(number)
         if shard is None:
-            block_end, blocks, records = int(self._block_ends[number]), self._table.blocks[number], self._table.records[number]
-            shard = Shard(
-                self._data.shard_path(self._split, self._kind, number),
-                nbytes=self._table.bytes[number],
-                digest=self._table.digest(number),
-                sound=self._sound[block_end - blocks : block_end],
-                files=self._files,
-            )
+            end, blocks, records = int(self._block_ends[number]), self._table.blocks[number], self._table.records[number]
+            path = self._data.shard_path(self._split, self._kind, number)
+            shard = self._table.open(path, number, self._files, self._sound[end - blocks : end])
             if (shard.kind, shard.records) != (self._kind, records):
                 raise FormatError(
                     f"{shard.path} has {shard.records} {shard.kind}; expected {records} {self._kind} as in the manifest"

@@ -1,25 +1,25 @@
 """One shard: a safetensors file of concatenated arrays, their offsets, and a hash of every block. docs/format.md has the bytes.
 
-Written whole or not at all; read by `pread`, each block checked against its hash the first time this process reads it.
+Read by `pread`, each block checked against its hash the first time this process reads it.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from dali_pipeline.files import Files
-from dali_pipeline.schema import Array, FormatError, Kind, PipelineError
+from dali_pipeline.schema import Array, FormatError, PipelineError
 
 VERSION = 1
 BLOCK_BYTES = 1 << 20
@@ -31,6 +31,7 @@ DTYPES = {
 }  # fmt: skip
 _MAX_HEADER_BYTES = 100 << 20  # as the safetensors library
 SoundMap: TypeAlias = "memoryview | bytearray"
+Hashes: TypeAlias = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,24 +44,9 @@ class ShardInfo:
     digest: str
 
 
-def write_shard(path: Path, kind: Kind, records: int, arrays: Mapping[str, Array]) -> ShardInfo:
-    """Writes the arrays to `path`, whole or not at all (temporary name, fsync, rename). Costs one hash pass and one write."""
-    arrays = {name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}
-    hashes = {name: _block_hashes(array) for name, array in arrays.items()}
-    meta = {"kind": kind, "records": records, "block_bytes": BLOCK_BYTES, "hashes": hashes, "version": VERSION}
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        save_file(dict(arrays), temporary, metadata={METADATA_KEY: json.dumps(meta, sort_keys=True, separators=(",", ":"))})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-            digest = xxhash.xxh3_128_hexdigest(_read_header(file.fileno(), path, os.fstat(file.fileno()).st_size))
-            size = os.fstat(file.fileno()).st_size
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise PipelineError(f"{path} could not be written ({error}); expected a writable folder with free space") from error
-    _sync_folder(path.parent)
-    return ShardInfo(records=records, bytes=size, blocks=sum(len(text) // 16 for text in hashes.values()), digest=digest)
+def hash_texts(texts: Iterable[bytes]) -> Hashes:
+    """XXH3-64 of each text."""
+    return np.fromiter((xxhash.xxh3_64_intdigest(one) for one in texts), np.uint64)
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -75,22 +61,16 @@ def write_whole(path: Path, data: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise PipelineError(f"{path} could not be written ({error.strerror}); expected free space and permission") from error
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes a rename in `folder` outlast a power cut."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _block_hashes(array: Array) -> str:
-    """XXH3 of every block of the array's bytes, 16 hex digits each, one after the other."""
-    data = array.reshape(-1).view(np.uint8).data
-    return "".join(xxhash.xxh3_64_hexdigest(data[at : at + BLOCK_BYTES]) for at in range(0, len(data), BLOCK_BYTES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +142,19 @@ class Shard:
         array = np.empty((end - begin, *layout.shape[1:]), layout.dtype)
         self.read_into(name, begin * row_bytes, array.reshape(-1).view(np.uint8).data)
         return array
+
+    def blocks(self, name: str) -> Iterator[tuple[int, Array, bool]]:
+        """Each block of an array: its first byte, its bytes, which the next one overwrites, and whether they are sound."""
+        layout, buffer = self.array(name), np.empty(BLOCK_BYTES, np.uint8)
+        for number, start in enumerate(range(0, layout.nbytes, BLOCK_BYTES)):
+            data = buffer[: min(BLOCK_BYTES, layout.nbytes - start)]
+            self._pread(name, layout.begin + start, data.data)
+            yield start, data, xxhash.xxh3_64_intdigest(data.data) == self._hashes[layout.first_block + number]
+
+    def texts(self, name: str) -> list[bytes]:
+        """The texts of `ids` or `groups`, in UTF-8."""
+        blob, offsets = self.read(name).tobytes(), self.read(f"{name}.offsets").tolist()
+        return [blob[a:b] for a, b in itertools.pairwise(offsets)]
 
     def _checked_block(self, name: str, layout: Layout, block: int) -> memoryview:
         start = block * BLOCK_BYTES

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -11,14 +11,13 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import xxhash
 
 from dali_pipeline.files import Files
+from dali_pipeline.filler import Contents, Dealer, ShardFiller
 from dali_pipeline.journal import WorkFolder
 from dali_pipeline.manifest import Manifest, shard_path
-from dali_pipeline.pending import Pending, as_bytes, record_arrays, whole_label
-from dali_pipeline.schema import SPLITS, DataError, Kind, Record, Schema, UsageError
-from dali_pipeline.shard import Shard, write_shard
+from dali_pipeline.schema import DataError, Kind, Record, Schema, UsageError
+from dali_pipeline.shard import Hashes, hash_texts
 from dali_pipeline.split import Split
 
 SHARD_BYTES = 256 << 20
@@ -29,8 +28,7 @@ class ShardWriter:
 
     Records go to their split by group and fill shards of up to `shard_bytes` (a larger record has a shard of its own).
     Leaving the `with` block writes the manifest; an exception leaves none, and takes away what was written unless a
-    `commit` made it final. Memory: what waits for its shard, at most one shard a split and kind, and a copy of the one
-    being written.
+    `commit` made it final. Memory: a few MiB, and the edges, names and labels of a shard a split.
 
     Restartable where `fingerprint` (a text that names input and settings) is given: `commit(cursor)` makes all records so
     far final; opened again with the same fingerprint, `cursor` is the one last committed, and the caller goes on there.
@@ -46,7 +44,7 @@ class ShardWriter:
         schema: Schema,
         *,
         shard_bytes: int = SHARD_BYTES,
-        split: Split | None = None,
+        split: Dealer | None = None,
         source: Mapping[str, Any] | None = None,
         fingerprint: str = "",
     ) -> None:
@@ -58,11 +56,9 @@ class ShardWriter:
             raise UsageError(f"source cannot be written as JSON ({error}); expected plain values") from None
         self.root = Path(root)
         self.schema = schema
-        self.shard_bytes = shard_bytes
-        self.split = split or Split()
         self._folder = WorkFolder(self.root, fingerprint)
         self._journal = self._folder.journal
-        self._pending = {(name, kind): Pending(kind) for name in SPLITS for kind in schema.kinds}
+        self.filler = ShardFiller(self.root, schema, shard_bytes, split or Split(), self._journal.contents)
         self._closed = False
 
     @property
@@ -79,88 +75,76 @@ class ShardWriter:
                 self.close()
         finally:
             self._closed = True
+            self.filler.discard()
             self._folder.abandon()
 
     def write(self, record: Record | Mapping[str, Any]) -> None:
         """Adds a `Record`, or a mapping with its names, to the split of its group: whole, or not at all where it is refused."""
         if self._closed:
             raise UsageError(f"{self.root} is closed; records must be written before")
-        record = Record.of(record)
-        label, group = whole_label(record), record.id if record.group is None else record.group
-        id_bytes, group_bytes = as_bytes(record, "id", record.id), as_bytes(record, "group", group)
-        split = self.split.of(group)
-        given = {"sequences": record.sequence, "graphs": record.graphs}
-        arrays = {kind: record_arrays(record, self.schema, kind) for kind in self.schema.kinds if given[kind] is not None}
-        if not arrays:
-            raise DataError(
-                f"record {record.id!r} has neither of the schema's kinds; expected {' or '.join(self.schema.kinds)}"
-            )
-        for kind, (parts, rows) in arrays.items():
-            if self._pending[split, kind].nbytes + sum(part.nbytes for part in parts.values()) > self.shard_bytes:
-                self._flush(split, kind)
-            self._pending[split, kind].add(id_bytes, group_bytes, label, parts)
-            self._journal.splits[split][kind].count(label, rows)
+        self.filler.write(Record.of(record))
 
     def commit(self, cursor: int) -> None:
         """Closes the open shards and notes `cursor`: a restart begins here. Costs a small file and one fsync a shard."""
-        for split, kind in list(self._pending):
-            self._flush(split, kind)
+        self.filler.flush()
         self._journal.cursor, self._journal.committed = cursor, True
         self._folder.save()
 
+    @property
+    def parts(self) -> Path:
+        """A folder within `root` for what `adopt` takes; it is gone once the data set is whole."""
+        return self._folder.parts
+
+    def adopt(self, part: Path, contents: Contents, cursor: int, left_out: Mapping[str, str]) -> None:
+        """Takes over the shards that a ShardFiller wrote under `part`, as if their records had been written here; commits.
+
+        left_out: why, by file that the part should have had; the manifest tells.
+        """
+        self.filler.flush()
+        self._folder.adopt(part, contents)
+        self._journal.left_out |= left_out
+        self.commit(cursor)
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Why, by file, in every part adopted so far, by earlier processes too."""
+        return self._journal.left_out
+
     def close(self) -> Manifest:
         """Writes what is left and the manifest, and returns it. Raises DataError for no records, or an id given twice."""
-        for split, kind in list(self._pending):
-            self._flush(split, kind)
-        splits = self._journal.splits
-        if not any(len(table) for tables in splits.values() for table in tables.values()):
+        self.filler.flush()
+        contents = self._journal.contents
+        if not contents.shards:
             raise DataError(f"no records were written to {self.root}; expected at least one")
-        self._check_ids()
+        source = {**self.source, **({"left_out": self.left_out} if self.left_out else {}), **self._check_ids()}
         manifest = Manifest(
             schema=self.schema,
-            splits={split: {kind: tables[kind] for kind in self.schema.kinds} for split, tables in splits.items()},
-            statistics=self._journal.moments.statistics(),
-            source=self.source,
+            splits={split: {kind: tables[kind] for kind in self.schema.kinds} for split, tables in contents.splits.items()},
+            statistics=contents.moments.statistics(),
+            source=source,
         ).save(self.root)
         self._closed = True
         self._folder.finish()
         return manifest
 
-    def _flush(self, split: str, kind: Kind) -> None:
-        pending = self._pending[split, kind]
-        if not pending.labels:
-            return
-        table = self._journal.splits[split][kind]
-        arrays = pending.concatenated()
-        if kind == "sequences" and split == "train":
-            self._journal.moments.update(arrays["sequence"])
-        path = shard_path(self.root, split, kind, len(table))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table.append(write_shard(path, kind, len(pending.labels), arrays))
-        self._pending[split, kind] = Pending(kind)
-
-    def _check_ids(self) -> None:
-        """Reads every id back; a hash a record finds candidates, the ids themselves decide."""
+    def _check_ids(self) -> dict[str, int]:
+        """Refuses an id given twice: hashes find candidates, the ids decide. Counts those in one half alone."""
+        contents = self._journal.contents
+        halves: list[Hashes] = []
         for kind in self.schema.kinds:
-            ids = [
-                one
-                for split, tables in self._journal.splits.items()
-                for shard in range(len(tables[kind]))
-                for one in self._shard_ids(split, kind, shard)
-            ]
-            hashes, counts = np.unique(
-                np.fromiter((xxhash.xxh3_64_intdigest(one) for one in ids), np.uint64, len(ids)), return_counts=True
-            )
-            for suspect in hashes[counts > 1]:
-                same = [one for one in ids if xxhash.xxh3_64_intdigest(one) == suspect]
-                if len(set(same)) < len(same):
-                    raise DataError(f"id {same[0].decode()!r} is given to {len(same)} {kind} records; expected each id once")
+            shards = [(split, shard) for split, each, shard in contents.shards if each == kind]
+            hashes = [hash_texts(self._shard_ids(split, kind, shard)) for split, shard in shards]
+            every, counts = np.unique(np.concatenate(hashes or [np.zeros(0, np.uint64)]), return_counts=True)
+            halves.append(every)
+            if (counts <= 1).all():
+                continue
+            ids = Counter(one for split, shard in shards for one in self._shard_ids(split, kind, shard))
+            for one, count in ids.items():
+                if count > 1:
+                    raise DataError(f"id {one.decode()!r} is given to {count} {kind} records; expected each id once")
+        alone = len(np.setxor1d(halves[0], halves[1])) if len(halves) == 2 and all(map(len, halves)) else 0
+        return {"in_one_half": alone} if alone else {}
 
     def _shard_ids(self, split: str, kind: Kind, shard: int) -> list[bytes]:
-        table = self._journal.splits[split][kind]
         path = shard_path(self.root, split, kind, shard)
-        opened = Shard(
-            path, nbytes=table.bytes[shard], digest=table.digest(shard), sound=bytearray(table.blocks[shard]), files=Files()
-        )
-        blob, offsets = opened.read("ids").tobytes(), opened.read("ids.offsets").tolist()
-        return [blob[a:b] for a, b in itertools.pairwise(offsets)]
+        return self._journal.contents.splits[split][kind].open(path, shard, Files()).texts("ids")

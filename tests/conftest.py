@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,10 @@ import pytest
 import torch
 
 import dali_pipeline as dp
+from dali_pipeline.pending import STREAMED
+from dali_pipeline.schema import Array, Kind
+from dali_pipeline.shard import ShardInfo
+from dali_pipeline.shardfile import ShardFile
 
 torch.set_num_threads(1)
 
@@ -52,6 +56,16 @@ def make_records(count: int, *, ragged: bool = True, seed: int = 0, classes: int
             )
         )
     return records
+
+
+def write_shard(path: Path, kind: Kind, records: int, arrays: Mapping[str, Array]) -> ShardInfo:
+    """A shard of these arrays, whatever they are."""
+    name = STREAMED[kind]
+    rest = {other: array for other, array in arrays.items() if other != name}
+    rows = arrays[name]
+    file = ShardFile(path, kind, name, rows.dtype.name, rows.shape[1:], expected_bytes=rows.nbytes)
+    file.append(rows)
+    return file.close(records, rest)
 
 
 def write(root: Path, records: list[dp.Record], *, shard_bytes: int = 2048, shares: str = "70/15/15") -> dp.Dataset:

@@ -21,12 +21,13 @@ from dali_pipeline import files as files_module
 from dali_pipeline import plan as plan_module
 from dali_pipeline import records as records_module
 from dali_pipeline import shard as shard_module
+from dali_pipeline import shardfile as shardfile_module
 from dali_pipeline.files import Recent
 
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dp.Dataset, dict[str, dp.Record]]:
-    for module in (shard_module, plan_module):
+    for module in (shard_module, shardfile_module, plan_module):
         monkeypatch.setattr(module, "BLOCK_BYTES", 64)
     monkeypatch.setattr(records_module, "INDEX_ROWS", 3)
     monkeypatch.setattr(records_module, "MAX_SHARDS", 2)

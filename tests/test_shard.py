@@ -9,11 +9,13 @@ import numpy as np
 import psutil
 import pytest
 import xxhash
+from conftest import write_shard
 from safetensors.numpy import load_file
 
 from dali_pipeline.files import Files
 from dali_pipeline.schema import FormatError, PipelineError
-from dali_pipeline.shard import BLOCK_BYTES, Shard, ShardInfo, parse_header, write_shard
+from dali_pipeline.shard import BLOCK_BYTES, Shard, ShardInfo, parse_header
+from dali_pipeline.shardfile import ShardFile
 
 ARRAYS: dict[str, Any] = {
     "sequence": np.arange(3 * 700 * 300, dtype=np.float32).reshape(-1, 300),  # 2.5 MB: three blocks
@@ -171,3 +173,17 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
         digest = xxhash.xxh3_128_hexdigest(content)
         with pytest.raises(FormatError, match=str(path)):
             Shard(path, nbytes=len(content), digest=digest, sound=bytearray(), files=Files())
+
+
+def test_room_is_made_where_names_take_more_than_was_left(tmp_path: Path) -> None:
+    """Many more bytes of other arrays than expected: their hashes do not fit the room that was left for the header."""
+    path = tmp_path / "sequences-00000.safetensors"
+    rows = np.arange(3_000_000, dtype=np.float32).reshape(-1, 3)
+    file = ShardFile(path, "sequences", "sequence", "float32", (3,), expected_bytes=1)
+    file.append(rows)
+    others: dict[str, Any] = {"ids": np.arange(200 << 20, dtype=np.uint8), "labels": np.zeros(1, np.int64)}
+    info = file.close(1, others)
+    shard = opened(path, info)
+    assert np.array_equal(shard.read("sequence"), rows)
+    assert np.array_equal(shard.read("ids"), others["ids"])
+    assert load_file(path)["sequence"].shape == rows.shape

@@ -11,6 +11,7 @@ import pytest
 from conftest import SCHEMA, make_records, write
 
 import dali_pipeline as dp
+from dali_pipeline import moments as moments_module
 from dali_pipeline.journal import JOURNAL_NAME
 from dali_pipeline.loader import Loader
 from dali_pipeline.moments import Moments
@@ -51,14 +52,24 @@ def test_statistics_are_those_of_the_training_split(data: dp.Dataset, records: d
     assert np.allclose(data.manifest.statistics.std, rows.std(axis=0), atol=1e-12)
 
 
-def test_moments_do_not_depend_on_the_cut() -> None:
-    rows = np.random.default_rng(0).normal(1e4, 1, size=(1000, 3))
-    moments = Moments()
-    for part in np.array_split(rows, 7):
-        moments.update(part, chunk=50)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5), ("float16", 1e-5)])
+def test_moments_are_those_of_all_rows_however_they_are_cut(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, tolerance: float
+) -> None:
+    monkeypatch.setattr(moments_module, "CHUNK_BYTES", 4 * 4 * 50)
+    rows = np.random.default_rng(0).normal(1e3, 1, size=(1000, 4)).astype(dtype)
+    rows[:, 1] = 0.1  # constant
+    rows[::7, 2] = [np.nan, np.inf, -np.inf] * 47 + [np.nan] * 2
+    moments, other = Moments(), Moments()
+    for part in np.array_split(rows[:600], 7):
+        moments.update(part)
+    other.update(rows[600:])
+    moments.extend(other)
     found = moments.statistics()
     assert found is not None
-    assert np.allclose(found.std, rows.std(axis=0), rtol=1e-10)
+    finite = np.ma.masked_invalid(rows.astype(np.float64))
+    assert np.allclose(found.mean, finite.mean(axis=0), rtol=tolerance)
+    assert np.allclose(found.std, finite.std(axis=0), rtol=tolerance, atol=1e-9)
     assert Moments().statistics() is None
 
 
