@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -108,7 +108,7 @@ class Graphs:
             raise DataError(f"a record's graphs have nodes of shapes {shapes}; expected rows of one shape")
         attrs = [getattr(part, "edge_attr", None) for part in parts]
         present = [as_array("edge_attr", attr) for attr in attrs if attr is not None]
-        if present and (len(present) != len(parts) or len({attr.shape[1:] for attr in present}) > 1):
+        if present and (len(present) != len(parts) or len({attr.shape[1:] for attr in present}) > 1 or not present[0].ndim):
             raise DataError(
                 f"{len(present)} of a record's {len(parts)} graphs have edge_attr; expected all or none, of one width"
             )
@@ -118,6 +118,19 @@ class Graphs:
             edge_attr=np.concatenate(present) if present else None,
             node_counts=np.array([len(x) for x in xs], dtype=np.int64),
             edge_counts=np.array([edge.shape[1] for edge in edges], dtype=np.int64),
+        )
+
+    def select(self, layers: Sequence[int]) -> Graphs:
+        """The graphs of these numbers, in this order."""
+        nodes, edges = np.cumsum([0, *self.node_counts]), np.cumsum([0, *self.edge_counts])
+        node_rows = np.concatenate([np.arange(nodes[at], nodes[at + 1]) for at in layers])
+        edge_rows = np.concatenate([np.arange(edges[at], edges[at + 1]) for at in layers])
+        return Graphs(
+            x=self.x[node_rows],
+            edge_index=self.edge_index[:, edge_rows],
+            edge_attr=None if self.edge_attr is None else self.edge_attr[edge_rows],
+            node_counts=self.node_counts[list(layers)],
+            edge_counts=self.edge_counts[list(layers)],
         )
 
 

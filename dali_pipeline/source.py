@@ -12,7 +12,7 @@ import numpy as np
 from dali_pipeline.manifest import Dataset
 from dali_pipeline.plan import WINDOW_BYTES, Ints
 from dali_pipeline.records import IndexPart, RecordIndex
-from dali_pipeline.schema import Array, DataError, FormatError, Kind
+from dali_pipeline.schema import Array, DataError, FormatError, Kind, UsageError
 from dali_pipeline.shard import Shard
 
 Layers: TypeAlias = "slice | Sequence[int] | None"
@@ -78,17 +78,38 @@ class BatchSource:
         return self._selections[count]
 
     def _select(self, count: int) -> list[tuple[int, int]]:
-        chosen: list[int] = []
-        if isinstance(self._layers, slice):
-            chosen = list(range(count))[self._layers]
-        elif self._layers is not None and all(-count <= layer < count for layer in self._layers):
-            chosen = [layer % count for layer in self._layers]
-        if not chosen:
-            raise DataError(
-                f"layers {self._layers} asked of a record with {count} in split {self._split!r} of {self._data.root}"
-            )
+        try:
+            chosen = select(self._layers, count)
+        except DataError as error:
+            raise DataError(f"{error} in split {self._split!r} of {self._data.root}") from None
         cuts = [0, *(at for at in range(1, len(chosen)) if chosen[at] != chosen[at - 1] + 1), len(chosen)]
         return [(chosen[a], chosen[b - 1] + 1) for a, b in itertools.pairwise(cuts)]
+
+
+def select(layers: Layers, count: int) -> list[int]:
+    """The numbers of the chosen ones among `count` steps or graphs, in the order asked for; raises DataError for none."""
+    chosen: list[int] = []
+    if layers is None or isinstance(layers, slice):
+        chosen = list(range(count))[layers or slice(None)]
+    elif all(-count <= layer < count for layer in layers):
+        chosen = [layer % count for layer in layers]
+    if not chosen:
+        asked = f"{layers.start or 0}:{'' if layers.stop is None else layers.stop}" if isinstance(layers, slice) else layers
+        raise DataError(f"layers {asked} asked of a record with {count}")
+    return chosen
+
+
+def parse_layers(text: str | None) -> Layers:
+    """`12:20` or `8,16,24`, counted from 0 among the steps (or graphs) as stored; None for all."""
+    if text is None:
+        return None
+    try:
+        if ":" in text:
+            begin, end = (int(part) if part else None for part in text.split(":"))
+            return slice(begin, end)
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"layers are {text!r}; expected a range such as 12:20 or a list such as 8,16,24") from None
 
 
 class SequenceSource(BatchSource):

@@ -1,12 +1,15 @@
-"""Split: which of train, val and test a group of records goes to."""
+"""Split and FileSplit: which of train, val and test a group of records goes to."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
-from dali_pipeline.schema import SPLITS, UsageError
+from dali_pipeline.schema import SPLITS, DataError, UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,5 +45,40 @@ class Split:
         place = (
             (xxhash.xxh3_64_intdigest(group.encode(), seed=self.seed) >> 11) / 2**53 * 100
         )  # 53 bits: never rounds up to 100
+        return self.at(place)
+
+    def at(self, place: float) -> str:
+        """The split that a place between 0 and 100 falls into."""
         train, val, _ = self.shares
         return SPLITS[0] if place < train else SPLITS[1] if place < train + val else SPLITS[2]
+
+
+class FileSplit:
+    """Deals whole files, and every group with the first file that it is in.
+
+    names, groups: of each file, in order; files of one name (the two halves of a trace) are dealt together. In an order drawn
+    by the hash of their names, files fill the shares of `split` by their numbers of groups, a file going where its middle lies.
+    moved: groups that are also in a file which was dealt elsewhere.
+    """
+
+    def __init__(self, split: Split, names: Sequence[str], groups: Sequence[npt.NDArray[np.uint64]]) -> None:
+        sizes: dict[str, int] = {}
+        for name, found in zip(names, groups, strict=True):
+            sizes[name] = sizes.get(name, 0) + len(found)
+        total, before = max(1, sum(sizes.values())), 0
+        homes: dict[str, int] = {}
+        for name in sorted(sizes, key=lambda name: (xxhash.xxh3_64_intdigest(name.encode(), seed=split.seed), name)):
+            homes[name] = SPLITS.index(split.at((before + sizes[name] / 2) / total * 100))
+            before += sizes[name]
+        dealt = np.repeat([homes[name] for name in names], [len(found) for found in groups])
+        hashes, first, back = np.unique(np.concatenate(groups), return_index=True, return_inverse=True)
+        self._hashes, self._homes = hashes, dealt[first]
+        self.moved = len(np.unique(back[dealt != self._homes[back]]))
+
+    def of(self, group: str) -> str:
+        """The split of a group; raises DataError for one that no file had."""
+        hashed = np.uint64(xxhash.xxh3_64_intdigest(group.encode()))
+        at = int(np.searchsorted(self._hashes, hashed))
+        if at == len(self._hashes) or self._hashes[at] != hashed:
+            raise DataError(f"group {group!r} was in no file when their names were read; a file changed since")
+        return SPLITS[self._homes[at]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -10,6 +9,7 @@ import msgspec
 import xxhash
 
 from dali_pipeline import Dataset, UsageError
+from dali_pipeline.source import parse_layers
 
 ModelName = Literal["lstm", "gnn_lstm", "gvae_lstm"]
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
@@ -49,16 +49,3 @@ class TrainConfig:
         what = "all" if self.models == MODELS else "+".join(self.models)
         key = xxhash.xxh3_64_hexdigest(msgspec.json.encode(self.to_dict(data), order="sorted"))[:8]
         return f"{data.root.resolve().name}-{what}-{key}"
-
-
-def parse_layers(text: str | None) -> slice | Sequence[int] | None:
-    """`12:20` or `8,16,24`, counted from 0 among the steps (or graphs) as stored; None for all."""
-    if text is None:
-        return None
-    try:
-        if ":" in text:
-            begin, end = (int(part) if part else None for part in text.split(":"))
-            return slice(begin, end)
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"layers are {text!r}; expected a range such as 12:20 or a list such as 8,16,24") from None

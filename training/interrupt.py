@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class Interrupted(Exception):
-    """The run was asked to stop. exit_code: 128 and the signal's number, as shells expect."""
+class Interrupted(BaseException):
+    """The run was asked to stop: no error, so what catches errors lets it through. exit_code: 128 and the signal's number."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal.Signals(signal_number).name)

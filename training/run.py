@@ -10,7 +10,7 @@ from rich.progress import TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from dali_pipeline import Dataset
-from dali_pipeline.ingest.progress import progress_bar
+from dali_pipeline.progress import progress_bar
 from training.config import ModelName, TrainConfig
 from training.folder import find_checkpoint
 from training.interrupt import Interrupts

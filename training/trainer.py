@@ -22,9 +22,10 @@ from dali_pipeline import (
     StepTimer,
 )
 from dali_pipeline.loader import Loader
+from dali_pipeline.source import parse_layers
 from models import GNNLSTMDetector, GVAELSTMDetector, LSTMDetector, Output
 from training.checkpoint import read_checkpoint, write_checkpoint
-from training.config import MODELS, ModelName, TrainConfig, parse_layers
+from training.config import MODELS, ModelName, TrainConfig
 from training.folder import checkpoint_path
 from training.interrupt import Interrupted, Interrupts
 from training.metrics import Predictions, area_under_roc
