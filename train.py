@@ -74,7 +74,8 @@ def find_data(options: Options) -> Dataset:
     if options.data:
         return open_dataset(options.data)
     if options.preprocessed_dir:
-        from dali_pipeline.ingest.convert import Source, convert, gigabytes
+        from dali_pipeline.ingest.convert import convert, gigabytes
+        from dali_pipeline.ingest.sources import Source
 
         source = Source.find(options.preprocessed_dir)
         beside = options.preprocessed_dir.resolve()

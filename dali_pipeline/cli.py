@@ -1,16 +1,19 @@
-"""The command line: `python -m dali_pipeline convert|extract`. Heavy imports wait until a command runs."""
+"""The command line: `python -m dali_pipeline convert|verify|inspect|extract`. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 
+from dali_pipeline.arguments import parse_blocks, parse_size
 from dali_pipeline.schema import PipelineError, UsageError
 from dali_pipeline.split import Split
 
@@ -33,29 +36,120 @@ ShardSize = Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="By
 
 @app.command("convert")
 def convert_command(
-    src: Annotated[Path, typer.Argument(help="Folder with lstm_solo/*.pt, gnn/*.pt, or both.", show_default=False)],
+    src: Annotated[Path, typer.Argument(help="Folder of .pt, .pkl, .npz, .parquet or .arrow files.", show_default=False)],
     dst: Annotated[Path, typer.Argument(help="Folder of the data set, new or unfinished.", show_default=False)],
     split: SplitOption = "70/15/15",
     split_seed: SplitSeed = 0,
+    split_by: Annotated[str, typer.Option(metavar="group|file", help="Deal each group, or whole files.")] = "group",
     shard_size: ShardSize = "256MiB",
     dtype: Annotated[
         str | None, typer.Option(metavar="TYPE", help="Stored type of values: float16 or float32. [default: as they come]")
     ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Steps, and graphs, of each record to keep: 12:20 or 8,16. [default: all]"),
+    ] = None,
+    workers: Annotated[str, typer.Option(metavar="auto|N", help="Processes; auto is one a core.")] = "auto",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out a file that cannot be taken in, and say so.")] = False,
+    scores: Annotated[
+        Path | None, typer.Option(metavar="FILE.csv", help="For .pkl traces: scores by question_id, which become labels.")
+    ] = None,
+    score_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Column of scores. [default: the only one]", show_default=False)
+    ] = None,
+    score_threshold: Annotated[float, typer.Option(help="Label 1 where the score is below.")] = 0.5,
+    attn_threshold: Annotated[float, typer.Option(help="For .pkl traces: mean attention above which an edge runs.")] = 0.01,
 ) -> None:
     """Turn somebody's files into a data set, once. Stopped, the same command goes on where it was.
 
     \b
+    Taken in: lstm_solo/*.pt and gnn/*.pt; traces in *.pkl or *.pkl.gz; *.npz; *.parquet, *.arrow and Hugging Face folders.
+    docs/migrate.md has the layouts.
     Examples:
       python -m dali_pipeline convert preprocessed_data data/traces
-      python -m dali_pipeline convert preprocessed_data data/traces --split 80/10/10 --shard-size 64MiB
+      python -m dali_pipeline convert preprocessed_data data/traces --split 80/10/10 --split-by file --workers 8
+      python -m dali_pipeline convert raw_traces data/traces --scores scores.csv --score-column bleurt
     """
     from dali_pipeline.ingest.convert import convert, gigabytes
+    from dali_pipeline.ingest.job import ConvertConfig
+    from dali_pipeline.ingest.traces import TraceOptions, read_scores
+    from dali_pipeline.source import parse_layers
 
-    if dtype not in (None, "float16", "float32"):
-        raise UsageError(f"dtype is {dtype!r}; expected float16 or float32")
-    data = convert(src, dst, split=Split.parse(split, split_seed), shard_bytes=parse_size(shard_size), dtype=dtype)
-    alone = data.manifest.source.get("in_one_half", 0)
-    print(f"{dst}: {_summary(data)}, {gigabytes(data.nbytes)}" + (f"; {alone} records are in one half alone" if alone else ""))
+    if workers != "auto" and not (workers.isascii() and workers.isdigit()):
+        raise UsageError(f"workers is {workers!r}; expected auto or a whole number")
+    if scores is None and score_column is not None:
+        raise UsageError("--score-column names a column of --scores; give both")
+    config = ConvertConfig(
+        split=Split.parse(split, split_seed),
+        split_by=split_by,  # type: ignore[arg-type]
+        shard_bytes=parse_size(shard_size),
+        dtype=dtype,
+        layers=parse_layers(layers),
+        workers="auto" if workers == "auto" else int(workers),
+        skip_bad=skip_bad,
+        traces=TraceOptions(
+            scores=None if scores is None else read_scores(scores, score_column),
+            score_threshold=score_threshold,
+            attention_threshold=attn_threshold,
+        ),
+    )
+    with _going_on():
+        data = convert(src, dst, config)
+    print(f"{dst}: {_summary(data)}, {gigabytes(data.nbytes)}")
+    source = data.manifest.source
+    if source.get("in_one_half"):
+        print(f"{source['in_one_half']:,} records are in one half alone")
+    if "moved" in source:
+        print(f"{source['moved']:,} groups are in files of several splits, and went with their first file")
+    for reason in source.get("left_out", {}).values():
+        print(f"left out: {reason}")
+
+
+@app.command("verify")
+def verify_command(
+    dst: Annotated[Path, typer.Argument(help="Folder of the data set.", show_default=False)],
+    quick: Annotated[bool, typer.Option("--quick", help="Structure alone: headers, offsets, names, labels.")] = False,
+) -> None:
+    """Check every byte of a data set. Exits 0 where it is sound, 1 where it is not, 2 where there is none.
+
+    \b
+    Each damage is one line: the file, the field, what is wrong.
+    Examples:
+      python -m dali_pipeline verify data/traces
+      python -m dali_pipeline verify data/traces --quick && python train.py --data data/traces
+    """
+    from dali_pipeline.verify import verify
+
+    report = verify(dst, quick=quick)
+    for damage in report.damages:
+        print(damage)
+    print(report.summary)
+    raise typer.Exit(1 if report.damages else 0)
+
+
+@app.command("inspect")
+def inspect_command(
+    dst: Annotated[Path, typer.Argument(help="Folder of the data set.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, nothing else.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="OUT.png", help="Draw the distributions.", show_default=False)] = None,
+) -> None:
+    """Print what a data set holds: records, labels, lengths, nodes and edges, bytes, types, a sample.
+
+    \b
+    Examples:
+      python -m dali_pipeline inspect data/traces
+      python -m dali_pipeline inspect data/traces --plot traces.png
+      python -m dali_pipeline inspect data/traces --json | jq .splits
+    """
+    from dali_pipeline.describe import describe, draw, print_description
+
+    description = describe(dst)
+    if plot is not None:
+        draw(description, plot)
+    if as_json:
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(description)) + b"\n")
+    else:
+        print_description(description)
 
 
 @app.command("extract")
@@ -91,40 +185,27 @@ def extract_command(
     from dali_pipeline.ingest.extract import ExtractConfig, extract
 
     config = ExtractConfig(
-        layers=parse_layers(layers),
-        graph_layers=parse_layers(graph_layers),
+        layers=parse_blocks(layers),
+        graph_layers=parse_blocks(graph_layers),
         attention_threshold=attention_threshold,
         dtype=dtype,
         batch_tokens=batch_tokens,
         shard_bytes=parse_size(shard_size),
         split=Split.parse(split, split_seed),
     )
-    data = extract(model, prompts, out, config, device)
+    with _going_on():
+        data = extract(model, prompts, out, config, device)
     print(f"{out}: {_summary(data)}, {gigabytes(data.nbytes)}")
 
 
-def parse_size(text: str) -> int:
-    """`4KiB`, `256MiB`, `1GB`, `4096`: bytes. KiB is 1024, KB is 1000."""
-    units = {"": 1} | {
-        f"{prefix}{unit}": base**power for unit, base in (("iB", 1024), ("B", 1000)) for power, prefix in enumerate("KMGT", 1)
-    }
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if found is None or found.group(2) not in units or float(found.group(1)) * units[found.group(2)] < 1:
-        raise UsageError(f"size is {text!r}; expected a number of bytes such as 4KiB, 256MiB or 1GB")
-    return int(float(found.group(1)) * units[found.group(2)])
-
-
-def parse_layers(text: str) -> tuple[int, ...] | None:
-    """`all` is None, `none` is (), `8,16,24` and `8:25` are what they say."""
-    if text in ("all", "none"):
-        return None if text == "all" else ()
+@contextmanager
+def _going_on() -> Iterator[None]:
+    """Says, where Ctrl-C ends a job, that it need not begin anew."""
     try:
-        if ":" in text:
-            begin, end = (int(part) for part in text.split(":"))
-            return tuple(range(begin, end))
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"layers are {text!r}; expected all, a list such as 8,16,24, or a range such as 8:25") from None
+        yield
+    except KeyboardInterrupt:
+        print("dali_pipeline: stopped; the same command goes on from what is final", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def _summary(data: Any) -> str:
@@ -152,9 +233,11 @@ def run(application: typer.Typer, name: str) -> int:
     except BrokenPipeError:  # as `head` leaves one; what is still to be flushed goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        print(f"{name}: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"{name}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     return code if isinstance(code, int) else 0
 
 

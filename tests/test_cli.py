@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from test_convert import make_folder
 
-from dali_pipeline.cli import app, parse_layers, parse_size, run
+from dali_pipeline.arguments import parse_blocks, parse_size
+from dali_pipeline.cli import app, run
 from dali_pipeline.schema import UsageError
 
 
@@ -80,10 +81,10 @@ def test_senseless_sizes_are_refused(text: str) -> None:
 
 
 def test_layers() -> None:
-    assert parse_layers("all") is None
-    assert parse_layers("none") == ()
-    assert parse_layers("8,16,24") == (8, 16, 24)
-    assert parse_layers("8:11") == (8, 9, 10)
+    assert parse_blocks("all") is None
+    assert parse_blocks("none") == ()
+    assert parse_blocks("8,16,24") == (8, 16, 24)
+    assert parse_blocks("8:11") == (8, 9, 10)
     for text in ("", "a", "1:", "1,,2"):
         with pytest.raises(UsageError):
-            parse_layers(text)
+            parse_blocks(text)

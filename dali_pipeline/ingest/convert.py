@@ -1,154 +1,159 @@
-"""convert: a folder in somebody else's format to a data set, file by file, restartable."""
+"""convert: a folder in somebody else's format to a data set, stretch by stretch on several workers, restartable."""
 
 from __future__ import annotations
 
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import numpy as np
 import xxhash
+from rich.progress import Progress, TaskID
 
-from dali_pipeline.ingest.progress import progress_bar
-from dali_pipeline.ingest.pt import PtFile, find_files, read_file
-from dali_pipeline.journal import JOURNAL_NAME
+from dali_pipeline.filler import Contents, ShardFiller
+from dali_pipeline.ingest.job import ConvertConfig, Job, prepare
+from dali_pipeline.ingest.sources import Source
+from dali_pipeline.ingest.traces import TRACES
+from dali_pipeline.ingest.workers import Advance, in_order
+from dali_pipeline.journal import remove_leftovers
 from dali_pipeline.manifest import MANIFEST_NAME, Dataset, open_dataset
-from dali_pipeline.schema import KINDS, Array, DataError, Field, Kind, Record, Schema, UsageError
-from dali_pipeline.split import Split
-from dali_pipeline.writer import SHARD_BYTES, ShardWriter
+from dali_pipeline.progress import progress_bar
+from dali_pipeline.schema import Array, DataError, Field, FormatError, PipelineError, Record, UsageError
+from dali_pipeline.source import select
+from dali_pipeline.split import FileSplit
+from dali_pipeline.writer import ShardWriter
 
-COMMIT_BYTES = 1 << 30  # of source files between two points of restart
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """The files of a foreign folder, sequences first."""
-
-    root: Path
-    files: list[tuple[Kind, Path]]
-
-    @classmethod
-    def find(cls, root: Path) -> Source:
-        """Raises UsageError where the folder holds nothing that can be read."""
-        found = find_files(root)
-        return cls(root=root, files=[(kind, path) for kind, paths in found.items() for path in paths])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all files."""
-        return sum(path.stat().st_size for _, path in self.files)
-
-    @property
-    def names(self) -> list[tuple[str, int]]:
-        """Name and size of every file: what tells this folder from another."""
-        return [(str(path.relative_to(self.root)), path.stat().st_size) for _, path in self.files]
-
-    def check_older(self, dst: Path) -> None:
-        """Raises UsageError for a file that changed after `dst` was made of it, finished or not: as `make` would see it."""
-        for made in (dst / MANIFEST_NAME, dst / JOURNAL_NAME):
-            changed = [path for _, path in self.files if made.exists() and path.stat().st_mtime_ns > made.stat().st_mtime_ns]
-            if changed:
-                raise UsageError(
-                    f"{changed[0]} is newer than {dst}, which was made of it; remove {dst}, choose another folder, or, if only "
-                    f"the date is new, `touch {made}`"
-                )
+TELL_EVERY = 50  # records between two moves of the progress bar, and two looks at whether to stop
 
 
-def convert(
-    src: Path, dst: Path, *, split: Split | None = None, shard_bytes: int = SHARD_BYTES, dtype: str | None = None
-) -> Dataset:
+def convert(src: Path, dst: Path, config: ConvertConfig | None = None) -> Dataset:
     """Writes the data set `dst` from the files of `src`; goes on where an earlier run was stopped, and takes a finished one.
 
-    dtype: of values as stored; that of the first file by default. The group of a record is its question id; its id is that
-    too where the folder has it once, else `<question id>#<k>` in file order, alike in both halves. Raises FormatError for a
-    file that is not what it says, DataError for halves that disagree, UsageError for too little space; then there is no
-    manifest. Memory: one file (a zip `.pt` is mapped) and three shards.
+    The group of a record is its question id, or what the format has for it; its id is that too where the folder has it once,
+    else `<question id>#<k>` in file order, alike in both halves. The same files and settings give the same bytes, with any
+    number of workers, interrupted or not. Raises FormatError for a file that is not what it says, DataError for halves that
+    disagree, UsageError for too little space; then there is no manifest. Memory a worker: a few MiB, and the edges, names and
+    labels of a shard a split; of a pickle, or a compressed file, all of it. Files are opened twice, first for their names.
     """
-    split = split or Split()
-    source = Source.find(src)
-    described = {"files": source.names, "split": split, "shard_bytes": shard_bytes, "dtype": dtype}
-    fingerprint = xxhash.xxh3_128_hexdigest(msgspec.json.encode(described))
-    source.check_older(dst)
+    config = config or ConvertConfig()
+    source = Source.find(src, config.traces)
+    if config.traces.scores is not None and source.reader.what != TRACES:
+        raise UsageError(f"{src} holds {source.reader.what}, whose labels are their own; scores are for raw traces")
+    fingerprint = config.fingerprint(source)
     if (dst / MANIFEST_NAME).exists():
+        source.check_older(dst / MANIFEST_NAME)
         data = open_dataset(dst)
         if data.manifest.source.get("fingerprint") != fingerprint:
             raise UsageError(f"{dst} is a data set of other files or settings than {src}; expected a new folder")
+        remove_leftovers(dst)
         return data
-    check_space(source.nbytes, dst)
+    written = sum(path.stat().st_size for path in dst.glob("*/*.safetensors"))
+    check_space(source.nbytes - written, dst)
     with progress_bar() as bar:
-        ids, in_one_half = name_records(source, bar.track(source.files, description="read ids"))
-        writer = ShardWriter(
-            dst,
-            infer_schema(source, dtype),
-            shard_bytes=shard_bytes,
-            split=split,
-            source={"made_by": "convert", "files": len(source.files), "in_one_half": in_one_half, "fingerprint": fingerprint},
-            fingerprint=fingerprint,
-        )
-        with writer:
-            task = bar.add_task("convert", total=sum(map(len, ids)), completed=sum(map(len, ids[: writer.cursor])))
-            uncommitted = 0
-            for number, (kind, path) in enumerate(source.files):
-                if number < writer.cursor:
-                    continue
-                file = read_file(path, kind)
-                for row, name in enumerate(ids[number]):
-                    try:
-                        writer.write(_record(file, row, name, writer.schema))
-                    except DataError as error:
-                        raise DataError(f"{path}: {error}") from error
-                    bar.advance(task)
-                uncommitted += path.stat().st_size
-                if uncommitted >= COMMIT_BYTES:
-                    writer.commit(number + 1)
-                    uncommitted = 0
+        job = prepare(source, config, bar.track(range(len(source.files)), description="read names"))
+    made_by: dict[str, Any] = {"made_by": "convert", "files": len(source.files), "fingerprint": fingerprint}
+    if isinstance(job.dealer, FileSplit):
+        made_by["moved"] = job.dealer.moved
+    stretches = source.stretches
+    dated = xxhash.xxh3_128_hexdigest(msgspec.json.encode((fingerprint, source.times)))  # a restart sees changed files
+    with ShardWriter(
+        dst, job.schema, shard_bytes=config.shard_bytes, split=job.dealer, source=made_by, fingerprint=dated
+    ) as writer:
+
+        def work(number: int, advance: Advance) -> tuple[Contents, dict[str, str]]:
+            return write_stretch(job, stretches[number], writer.parts / str(number), advance)
+
+        before = sum(job.counts[: stretches[writer.cursor - 1].stop]) if writer.cursor else 0
+        with progress_bar() as bar:
+            task = bar.add_task("convert", total=sum(job.counts), completed=before)
+            show = partial(_show, bar, task, before)
+            with closing(in_order(work, range(writer.cursor, len(stretches)), config.workers, show)) as results:
+                for number, (contents, left_out) in results:
+                    writer.adopt(writer.parts / str(number), contents, number + 1, left_out)
+        source.check_unchanged()
     return open_dataset(dst)
 
 
-def _record(file: PtFile, row: int, name: str, schema: Schema) -> Record:
-    part = file.sequence(row) if file.kind == "sequences" else None
-    graphs = file.graphs(row) if file.kind == "graphs" else None
-    if graphs is not None and graphs.edge_attr is not None and schema.edge_attr is None:
-        raise DataError(f"record {name!r} has edge_attr, which the first graphs with edges had not; expected all or none")
-    return Record(id=name, group=file.question_ids[row], label=file.labels[row], sequence=part, graphs=graphs)
+def _show(bar: Progress, task: TaskID, before: int, count: int) -> None:
+    bar.update(task, completed=before + count)
 
 
-def name_records(source: Source, files: Iterable[tuple[Kind, Path]]) -> tuple[list[list[str]], int]:
-    """The record ids of every file, and how many records one half has and the other lacks. Opens every file once.
+def write_stretch(job: Job, stretch: range, root: Path, advance: Advance) -> tuple[Contents, dict[str, str]]:
+    """Writes the records of some files under `root`; returns what it wrote, and why, by name, a file was left out.
 
-    Raises DataError where a question has different numbers of records in the two halves, or a record different labels.
+    With `skip_bad` every file is read twice, first to see whether all of it can be taken in.
     """
-    read: list[tuple[Kind, list[str], list[int]]] = []
-    times: dict[Kind, Counter[str]] = {kind: Counter() for kind in KINDS}
-    for kind, path in files:
-        file = read_file(path, kind)
-        read.append((kind, file.question_ids, file.labels))
-        times[kind].update(file.question_ids)
-    for question in times["sequences"].keys() & times["graphs"].keys():
-        if (a := times["sequences"][question]) != (b := times["graphs"][question]):
-            raise DataError(
-                f"{source.root}: question {question!r} has {a} records in lstm_solo and {b} in gnn; expected equal numbers"
+    shutil.rmtree(root, ignore_errors=True)
+    filler = ShardFiller(root, job.schema, job.config.shard_bytes, job.dealer, Contents())
+    left_out: dict[str, str] = {}
+    for number in stretch:
+        name = job.source.names[number]
+        if name in job.unreadable:
+            left_out[name] = job.unreadable[name]
+            continue
+        try:
+            if job.config.skip_bad:
+                for record in _records(job, number):
+                    filler.check(record)
+        except (FormatError, DataError) as error:
+            left_out[name] = job.source.told(_with_path(job, number, error))
+            advance(job.counts[number])
+            continue
+        written = 0
+        try:
+            for record in _records(job, number):
+                filler.write(record)
+                written += 1
+                if written % TELL_EVERY == 0:
+                    advance(TELL_EVERY)
+        except (FormatError, DataError) as error:
+            raise _with_path(job, number, error) from None
+        advance(written % TELL_EVERY)
+    filler.flush()
+    return filler.contents, left_out
+
+
+def _with_path(job: Job, number: int, error: PipelineError) -> PipelineError:
+    path = job.source.files[number]
+    return error if str(path) in str(error) else type(error)(f"{path}: {error}")
+
+
+def _records(job: Job, number: int) -> Iterator[Record]:
+    """The records of one file, with the layers that are kept."""
+    file, layers, schema = job.source.open(number), job.config.layers, job.schema
+    if len(file) != job.counts[number]:
+        raise FormatError(f"{file.path} has {len(file)} records, and had {job.counts[number]}; it changed while it was read")
+    for name, group, label, (sequence, graphs) in zip(
+        job.names.ids(number, file), file.groups, file.labels, file.values(), strict=True
+    ):
+        if layers is not None:
+            sequence = None if sequence is None else sequence[select(layers, len(sequence))]
+            graphs = None if graphs is None else graphs.select(select(layers, len(graphs.node_counts)))
+        if graphs is not None and graphs.edge_attr is not None and schema.edge_attr is None:
+            raise DataError(f"record {name!r} has edge_attr, which the first graphs with edges had not; expected all or none")
+        if job.config.dtype is None:
+            rows = (
+                {"sequence": sequence}
+                if graphs is None
+                else {"x": graphs.x, "edge_attr": graphs.edge_attr, "sequence": sequence}
             )
-    recurring = {question for counts in times.values() for question, count in counts.items() if count > 1}
-    labels: dict[Kind, dict[str, int]] = {kind: {} for kind in KINDS}
-    seen: dict[Kind, Counter[str]] = {kind: Counter() for kind in KINDS}
-    ids: list[list[str]] = []
-    for kind, questions, file_labels in read:
-        names = []
-        for question in questions:
-            names.append(f"{question}#{seen[kind][question]}" if question in recurring else question)
-            seen[kind][question] += 1
-        labels[kind].update(zip(names, file_labels, strict=True))
-        ids.append(names)
-    for name in labels["sequences"].keys() & labels["graphs"].keys():
-        if (one := labels["sequences"][name]) != (other := labels["graphs"][name]):
-            raise DataError(
-                f"{source.root}: record {name!r} has the label {one} in lstm_solo and {other} in gnn; expected the same"
-            )
-    both = bool(times["sequences"] and times["graphs"])
-    return ids, len(labels["sequences"].keys() ^ labels["graphs"].keys()) if both else 0
+            for what, array in rows.items():
+                _check_width(name, what, array, getattr(schema, what))
+        yield Record(id=name, group=group, label=label, sequence=sequence, graphs=graphs)
+
+
+def _check_width(name: str, what: str, rows: Array | None, field: Field | None) -> None:
+    """Raises DataError for values that would lose digits unasked."""
+    if rows is None or field is None or rows.dtype == field.dtype or not rows.size or rows.dtype.kind not in "fiub":
+        return
+    if not np.can_cast(rows.dtype, field.dtype):
+        raise DataError(
+            f"record {name!r}: {what} is {rows.dtype}, and {field.dtype} in the first file; give --dtype float32 or float16"
+        )
 
 
 def check_space(needed: int, dst: Path) -> None:
@@ -164,32 +169,3 @@ def check_space(needed: int, dst: Path) -> None:
 def gigabytes(nbytes: int) -> str:
     """`12.3 GB`, `4.5 MB`."""
     return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
-
-
-def infer_schema(source: Source, dtype: str | None) -> Schema:
-    """From the first sequence, and the first record whose graphs have edges; the writer checks that all others agree."""
-    fields: dict[str, Field] = {}
-    if first := next(_filled(source, "sequences"), None):
-        fields["sequence"] = _field(first.sequence(0), dtype)
-    graphs = None
-    for file in _filled(source, "graphs"):
-        found = (file.graphs(row) for row in range(len(file)))
-        graphs = next((each for each in found if each.edge_index.size), graphs or file.graphs(0))
-        if graphs.edge_index.size:
-            break
-    if graphs is not None:
-        fields["x"] = _field(graphs.x, dtype)
-        if graphs.edge_attr is not None:
-            fields["edge_attr"] = _field(graphs.edge_attr, dtype)
-    if not fields:
-        raise DataError(f"{source.root} holds no records; expected at least one")
-    return Schema(**fields)
-
-
-def _filled(source: Source, kind: Kind) -> Iterator[PtFile]:
-    files = (read_file(path, kind) for each, path in source.files if each == kind)
-    return (file for file in files if len(file))
-
-
-def _field(rows: Array, dtype: str | None) -> Field:
-    return Field(dtype=dtype or rows.dtype.name, shape=rows.shape[1:])

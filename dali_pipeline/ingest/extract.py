@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from dali_pipeline.ingest.attention import attention_edges
-from dali_pipeline.ingest.progress import progress_bar
 from dali_pipeline.ingest.prompts import Prompt, read_prompts
+from dali_pipeline.journal import remove_leftovers
 from dali_pipeline.manifest import MANIFEST_NAME, Dataset, open_dataset
+from dali_pipeline.progress import progress_bar
 from dali_pipeline.schema import DataError, Field, Graphs, Record, Schema, UsageError
 from dali_pipeline.split import Split
 from dali_pipeline.writer import SHARD_BYTES, ShardWriter
@@ -82,6 +83,7 @@ def extract(model_name: str, prompts_path: Path, out: Path, config: ExtractConfi
         data = open_dataset(out)
         if data.manifest.source.get("fingerprint") != fingerprint:
             raise UsageError(f"{out} is a data set of another model, prompts or settings; expected a new folder")
+        remove_leftovers(out)
         return data
     hidden, graphs = int(model_config.get_text_config().hidden_size), bool(config.graph_layers)
     schema = Schema(

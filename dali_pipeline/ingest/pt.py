@@ -1,161 +1,151 @@
 """Reader of `.pt` folders: `lstm_solo/` with sequences, `gnn/` with PyG graphs, as `torch.save` left them.
 
-Nothing is unpickled freely: `torch.load(weights_only=True)` with PyG's own classes allowed, and no others.
+Stacked tensors are read row by row; nothing that the pickles name is run, PyG's own classes included.
 """
 
 from __future__ import annotations
 
-import pickle
-import re
-import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from dali_pipeline.schema import Array, FormatError, Graphs, Kind, UsageError
+from dali_pipeline.ingest.foreign import (
+    ForeignFile,
+    Reader,
+    Values,
+    as_text,
+    check_counts,
+    in_natural_order,
+    rows_at_a_time,
+    whole_numbers,
+)
+from dali_pipeline.ingest.inert import Bag
+from dali_pipeline.ingest.tensors import Tensor, TorchFile
+from dali_pipeline.schema import Array, FormatError, Graphs, Kind
 
-FOLDERS: dict[Kind, str] = {"sequences": "lstm_solo", "graphs": "gnn"}
+FOLDERS: dict[str, Kind] = {"lstm_solo": "sequences", "gnn": "graphs"}
 PATTERNS = ("batch_*.pt", "preprocessed_*.pt")
+_STORAGES = ("BaseStorage", "GlobalStorage", "NodeStorage", "EdgeStorage")
+PYG_NAMES = (
+    *(f"torch_geometric.data.data.{name}" for name in ("Data", "DataEdgeAttr", "DataTensorAttr")),
+    *(f"torch_geometric.data.storage.{name}" for name in _STORAGES),
+)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PtFile:
-    """What one file holds, record by record; the tensors still lie in the file where that can be mapped.
+def find_files(root: Path) -> list[Path]:
+    """The files of both halves, sequences first, batch_2 before batch_10."""
+    found = []
+    for folder in FOLDERS:
+        found += in_natural_order(root, {path for pattern in PATTERNS for path in (root / folder).glob(pattern)})
+    if root.is_file() and root.suffix == ".pt" and root.parent.name in FOLDERS:
+        found = [root]
+    return found
 
-    values: a tensor (N, L, D), a list of N tensors (L_i, D), or a list of N lists of `Data`.
-    """
 
-    path: Path
-    kind: Kind
-    question_ids: list[str]
-    labels: list[int]
-    values: Any
+def open_file(path: Path, name: str) -> ForeignFile:
+    """Opens a file as far as names and labels. Raises FormatError for anything but the layout that its half has."""
+    kind = FOLDERS[path.parent.name]
+    file = TorchFile(path, PYG_NAMES if kind == "graphs" else ())
+    content = file.content
+    if isinstance(content, list) and kind == "graphs":  # a flat list of Data, one graph a record, y its label
+        labels = [_one_number(file, "y", _fields(file, row, data).get("y")) for row, data in enumerate(content)]
+        ids = [f"{path.stem}-{row}" for row in range(len(content))]
+        return ForeignFile(
+            path=path,
+            kinds=(kind,),
+            ids=ids,
+            groups=ids,
+            labels=whole_numbers(path, "y", labels),
+            values=_graphs(file, content),
+        )
+    if not isinstance(content, dict) or not {kind, "labels", "question_ids"} <= content.keys():
+        has = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        if isinstance(content, Bag):
+            has = "one tensor"
+        raise FormatError(f"{path} holds {has}; expected a dict with {kind}, labels and question_ids")
+    labels_, questions = (_flat_list(file, field, content[field]) for field in ("labels", "question_ids"))
+    values = content[kind] if isinstance(content[kind], list | tuple) else file.tensor(content[kind])
+    check_counts(path, **{kind: len(values), "labels": len(labels_), "question_ids": len(questions)})
+    return ForeignFile(
+        path=path,
+        kinds=(kind,),
+        ids=None,
+        groups=[as_text(path, "question_ids", one) for one in questions],
+        labels=whole_numbers(path, "labels", labels_),
+        values=_sequences(file, values) if kind == "sequences" else _graphs(file, values),
+    )
 
-    def __len__(self) -> int:
-        return len(self.labels)
 
-    def sequence(self, number: int) -> Array:
-        """The record's sequence (L, D)."""
-        return to_numpy(self.values[number])
+PT = Reader(what=" or ".join(f"{name}/{pattern}" for name in FOLDERS for pattern in PATTERNS), find=find_files, open=open_file)
 
-    def graphs(self, number: int) -> Graphs:
-        """The record's graphs; edge_attr (e, 1) becomes (e,), and a graph without edges needs none."""
-        layers = self.values[number] if isinstance(self.values[number], list | tuple) else [self.values[number]]
-        if not layers or not all(hasattr(layer, "x") and hasattr(layer, "edge_index") for layer in layers):
-            raise FormatError(f"{self.path}, record {number}: expected a list of PyG Data, one a layer")
-        with_attr = any(getattr(layer, "edge_attr", None) is not None for layer in layers)
-        return Graphs.stack(_Layer(layer, with_attr) for layer in layers)
+
+def _sequences(file: TorchFile, values: Tensor | Sequence[Any]) -> Callable[[], Iterator[Values]]:
+    def read() -> Iterator[Values]:
+        if not isinstance(values, Tensor):
+            yield from (Values(file.tensor(value).read(), None) for value in values)
+            return
+        step = rows_at_a_time(math.prod(values.shape[1:]) * values.itemsize)
+        for begin in range(0, len(values), step):
+            for row in values.rows(begin, min(begin + step, len(values))).read():
+                yield Values(row, None)
+
+    return read
+
+
+def _graphs(file: TorchFile, values: Any) -> Callable[[], Iterator[Values]]:
+    def read() -> Iterator[Values]:
+        for row, record in enumerate(values):
+            layers = [_fields(file, row, layer) for layer in (record if isinstance(record, list | tuple) else [record])]
+            if not layers:
+                raise FormatError(f"{file.path}, record {row}: no graphs; expected a list of PyG Data, one a layer")
+            with_attr = any(layer.get("edge_attr") is not None for layer in layers)
+            yield Values(None, Graphs.stack([_Layer(file, layer, with_attr) for layer in layers]))
+
+    return read
+
+
+def _fields(file: TorchFile, row: int, data: Any) -> dict[str, Any]:
+    """The attributes of a pickled `Data`: in its store since PyG 2.0, in the object itself before."""
+    state = data.state if isinstance(data, Bag) and data.path == PYG_NAMES[0] else None
+    store = state.get("_store") if isinstance(state, dict) else None
+    fields = (store.state or {}).get("_mapping") if isinstance(store, Bag) and isinstance(store.state, dict) else state
+    if not isinstance(fields, dict) or fields.get("x") is None:
+        raise FormatError(f"{file.path}, record {row}: expected a list of PyG Data with x, one a layer")
+    return fields
 
 
 class _Layer:
-    """One `Data` as arrays."""
+    """One `Data` as arrays; edge_attr (e, 1) becomes (e,), and a graph without edges needs none."""
 
-    def __init__(self, data: Any, with_attr: bool) -> None:
-        self.x = to_numpy(data.x)
-        self.edge_index = np.zeros((2, 0), np.int64) if data.edge_index is None else to_numpy(data.edge_index)
+    def __init__(self, file: TorchFile, fields: dict[str, Any], with_attr: bool) -> None:
+        self.x = file.tensor(fields["x"]).read()
+        edge_index = fields.get("edge_index")
+        self.edge_index = np.zeros((2, 0), np.int64) if edge_index is None else file.tensor(edge_index).read()
         self.edge_attr: Array | None = None
-        if with_attr and data.edge_attr is not None:
-            attr = to_numpy(data.edge_attr)
+        if with_attr and fields.get("edge_attr") is not None:
+            attr = file.tensor(fields["edge_attr"]).read()
             self.edge_attr = attr[:, 0] if attr.ndim == 2 and attr.shape[1] == 1 else attr
         elif with_attr and not self.edge_index.shape[1]:
             self.edge_attr = np.zeros(0, np.float16)
 
 
-def to_numpy(tensor: Any) -> Array:
-    """The tensor's memory as an array; bfloat16, which NumPy lacks, as float32."""
-    if not isinstance(tensor, torch.Tensor):
-        raise FormatError(f"found {type(tensor).__name__}; expected a tensor")
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def find_files(root: Path) -> dict[Kind, list[Path]]:
-    """The `.pt` files of each kind that the folder has, batch_2 before batch_10. Raises UsageError where there are none."""
-    if not root.is_dir():
-        raise UsageError(f"{root} is not a folder; expected one with {' or '.join(name + '/' for name in FOLDERS.values())}")
-    found = {
-        kind: sorted((path for pattern in PATTERNS for path in (root / name).glob(pattern)), key=_natural)
-        for kind, name in FOLDERS.items()
-    }
-    found = {kind: files for kind, files in found.items() if files}
-    if not found:
-        places = " or ".join(f"{name}/{pattern}" for name in FOLDERS.values() for pattern in PATTERNS)
-        raise UsageError(f"{root} holds no {places}; expected at least one such file")
-    return found
-
-
-def _natural(path: Path) -> list[int | str]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
-
-
-def read_file(path: Path, kind: Kind) -> PtFile:
-    """Opens one file; a zip `.pt` is mapped, so tensors are read when they are used.
-
-    Raises FormatError, with the file and the reason, for anything but the layout that `kind` has.
-    """
-    loaded = load_safely(path)
-    key = "sequences" if kind == "sequences" else "graphs"
-    if isinstance(loaded, list) and kind == "graphs":  # a flat list of Data, one graph a record, y its label
-        labels = [_number(path, "y", getattr(data, "y", None)) for data in loaded]
-        return PtFile(
-            path=path, kind=kind, question_ids=[f"{path.stem}-{n}" for n in range(len(loaded))], labels=labels, values=loaded
-        )
-    if not isinstance(loaded, dict) or not {key, "labels", "question_ids"} <= loaded.keys():
-        has = sorted(map(str, loaded)) if isinstance(loaded, dict) else type(loaded).__name__
-        raise FormatError(f"{path} holds {has}; expected a dict with {key}, labels and question_ids")
-    values = loaded[key]
-    labels = [_number(path, "labels", label) for label in _listed(path, "labels", loaded["labels"])]
-    question_ids = [str(one) for one in _listed(path, "question_ids", loaded["question_ids"])]
-    if not isinstance(values, torch.Tensor | list | tuple):
-        raise FormatError(f"{path}, {key} is a {type(values).__name__}; expected a tensor or a list")
-    if not len(values) == len(labels) == len(question_ids):
-        raise FormatError(
-            f"{path} has {len(values)} {key}, {len(labels)} labels and {len(question_ids)} question_ids; expected equal numbers"
-        )
-    return PtFile(path=path, kind=kind, question_ids=question_ids, labels=labels, values=values)
-
-
-def load_safely(path: Path) -> Any:
-    """`torch.load` that runs no code of the file's own."""
-    try:
-        if path.stat().st_size == 0:
-            raise FormatError(f"{path} is empty; expected a file of torch.save")
-        with torch.serialization.safe_globals(_pyg_classes(path)):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it asks for {named.group(1)}" if named else "it is damaged, or more than plain tensors"
-        raise FormatError(f"{path} was refused: {what}; expected tensors, lists, dicts and PyG Data only") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().split("\n")[0][:120]
-        raise FormatError(f"{path} cannot be read as a file of torch.save ({reason}): truncated, or something else") from None
-
-
-def _pyg_classes(path: Path) -> list[Any]:
-    """PyG's own classes that a pickled `Data` names; importing PyG takes seconds, so only for graphs."""
-    if path.parent.name != FOLDERS["graphs"]:
-        return []
-    from torch_geometric.data import Data
-    from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
-    from torch_geometric.data.storage import BaseStorage, EdgeStorage, GlobalStorage, NodeStorage
-
-    return [Data, DataEdgeAttr, DataTensorAttr, BaseStorage, GlobalStorage, NodeStorage, EdgeStorage]
-
-
-def _listed(path: Path, name: str, value: Any) -> Sequence[Any]:
-    if isinstance(value, torch.Tensor):
-        return value.reshape(-1).tolist()
+def _flat_list(file: TorchFile, name: str, value: Any) -> list[Any]:
+    """A list of numbers or texts, from a list (of tensors, perhaps) or a tensor."""
+    if isinstance(value, Bag):
+        return list(file.tensor(value).read().reshape(-1).tolist())
     if isinstance(value, list | tuple):
+        return [_one_number(file, name, one) for one in value]
+    raise FormatError(f"{file.path}, {name} is a {type(value).__name__}; expected a list or a tensor")
+
+
+def _one_number(file: TorchFile, name: str, value: Any) -> Any:
+    """What a tensor of one element holds; anything but a tensor as it is."""
+    if not isinstance(value, Bag):
         return value
-    raise FormatError(f"{path}, {name} is a {type(value).__name__}; expected a list or a tensor")
-
-
-def _number(path: Path, name: str, value: Any) -> int:
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        value = value.item()
-    if isinstance(value, int | float) and float(value).is_integer() and value >= 0:
-        return int(value)
-    raise FormatError(f"{path}, {name} holds {value!r}; expected whole numbers of 0 or more")
+    found = file.tensor(value).read().reshape(-1).tolist()
+    if len(found) != 1:
+        raise FormatError(f"{file.path}, {name} holds a tensor of {len(found)} numbers; expected one a record")
+    return found[0]

@@ -1,0 +1,31 @@
+"""What people write on a command line, as numbers."""
+
+from __future__ import annotations
+
+import re
+
+from dali_pipeline.schema import UsageError
+
+
+def parse_size(text: str) -> int:
+    """`4KiB`, `256MiB`, `1GB`, `4096`: bytes. KiB is 1024, KB is 1000."""
+    units = {"": 1} | {
+        f"{prefix}{unit}": base**power for unit, base in (("iB", 1024), ("B", 1000)) for power, prefix in enumerate("KMGT", 1)
+    }
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if found is None or found.group(2) not in units or not 1 <= float(found.group(1)) * units[found.group(2)] < 2**60:
+        raise UsageError(f"size is {text!r}; expected a number of bytes such as 4KiB, 256MiB or 1GB")
+    return int(float(found.group(1)) * units[found.group(2)])
+
+
+def parse_blocks(text: str) -> tuple[int, ...] | None:
+    """`all` is None, `none` is (), `8,16,24` and `8:25` are what they say."""
+    if text in ("all", "none"):
+        return None if text == "all" else ()
+    try:
+        if ":" in text:
+            begin, end = (int(part) for part in text.split(":"))
+            return tuple(range(begin, end))
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"layers are {text!r}; expected all, a list such as 8,16,24, or a range such as 8:25") from None
