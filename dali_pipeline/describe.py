@@ -1,0 +1,213 @@
+"""describe: what a person asks first of a data set, as plain values, as text and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from dali_pipeline.files import Files
+from dali_pipeline.manifest import Dataset, open_dataset
+from dali_pipeline.schema import Array, Kind, UsageError
+from dali_pipeline.shard import Shard
+from dali_pipeline.source import GraphRows, GraphSource, SequenceRows, SequenceSource
+
+BINS = 20
+SAMPLES = 3
+BARS = " ▁▂▃▄▅▆▇█"
+AXES: dict[Kind, tuple[tuple[str, str], ...]] = {
+    "sequences": (("steps", "sequence"),),
+    "graphs": (("graphs", "graphs"), ("nodes a graph", "x"), ("edges a graph", "edge_index")),
+}
+
+
+def describe(root: Path) -> dict[str, Any]:
+    """What the data set at `root` holds, in JSON types.
+
+    Keys: root, digest, bytes, kinds, schema, splits (kind -> records), labels (split -> label -> records), shards,
+    distributions (name -> least, median, greatest, mean, edges and counts of a histogram), statistics, source, sample. Reads
+    the manifest, every shard's offsets (8 bytes a record, 16 a graph) and a few records.
+    """
+    data = open_dataset(root)
+    schema = data.schema
+    types = {"sequence": schema.sequence, "x": schema.x, "edge_attr": schema.edge_attr}
+    return {
+        "root": str(data.root),
+        "digest": data.digest,
+        "bytes": data.nbytes,
+        "kinds": list(schema.kinds),
+        "schema": {name: {"dtype": one.dtype, "shape": list(one.shape)} for name, one in types.items() if one is not None},
+        "splits": {split: {kind: data.num_records(split, kind) for kind in schema.kinds} for split in data.splits},
+        "labels": {split: {str(label): count for label, count in data.label_counts(split).items()} for split in data.splits},
+        "shards": {kind: sum(len(data.table(split, kind)) for split in data.splits) for kind in schema.kinds},
+        "distributions": {name: _distribution(values) for kind in schema.kinds for name, values in _lengths(data, kind)},
+        "statistics": _statistics(data),
+        "source": data.manifest.source,
+        "sample": {kind: _sample(data, kind) for kind in schema.kinds},
+    }
+
+
+def _lengths(data: Dataset, kind: Kind) -> list[tuple[str, Array]]:
+    """Of every record, or graph, how many rows it has, by what the rows are."""
+    found: dict[str, list[Array]] = {name: [] for name, _ in AXES[kind]}
+    files = Files()
+    for split in data.splits:
+        table = data.table(split, kind)
+        for number in range(len(table)):
+            shard: Shard = table.open(data.shard_path(split, kind, number), number, files)
+            for name, array in AXES[kind]:
+                found[name].append(np.diff(shard.read(f"{array}.offsets")))
+    return [(name, np.concatenate(parts)) for name, parts in found.items() if parts]
+
+
+def _distribution(values: Array) -> dict[str, Any]:
+    least, greatest = int(values.min()), int(values.max())
+    edges = np.unique(np.linspace(least, greatest + 1, min(BINS, greatest - least + 1) + 1).astype(int))
+    counts, _ = np.histogram(values, edges)
+    return {
+        "least": least,
+        "median": float(np.median(values)),
+        "mean": float(values.mean()),
+        "greatest": greatest,
+        "edges": edges.tolist(),
+        "counts": counts.tolist(),
+    }
+
+
+def _statistics(data: Dataset) -> dict[str, Any] | None:
+    found = data.manifest.statistics
+    return None if found is None else {"mean": list(found.mean), "std": list(found.std)}
+
+
+def _sample(data: Dataset, kind: Kind) -> list[dict[str, Any]]:
+    """The first records of the first split that has some."""
+    split = next((split for split in data.splits if data.num_records(split, kind)), None)
+    if split is None:
+        return []
+    positions = np.arange(min(SAMPLES, data.num_records(split, kind)))
+    rows: SequenceRows | GraphRows
+    if kind == "sequences":
+        rows = SequenceSource(data, split).gather(positions)
+        shapes = [{"steps": int(length)} for length in rows.lengths]
+        firsts = rows.values[np.cumsum(rows.lengths) - rows.lengths]
+    else:
+        graphs = GraphSource(data, split).gather(positions)
+        record = np.repeat(np.arange(len(positions)), graphs.graphs_per_record)
+        shapes = [
+            {
+                "graphs": int(graphs.graphs_per_record[row]),
+                "nodes": int(graphs.node_counts[record == row].sum()),
+                "edges": int(graphs.edge_counts[record == row].sum()),
+            }
+            for row in range(len(positions))
+        ]
+        rows, firsts = (
+            graphs,
+            graphs.x[np.cumsum(graphs.node_counts) - graphs.node_counts][np.unique(record, return_index=True)[1]],
+        )
+    return [
+        {"split": split, "id": id_, "label": int(label), **shape, "first_row": first.reshape(-1)[:6].astype(float).tolist()}
+        for id_, label, shape, first in zip(rows.ids, rows.labels, shapes, firsts, strict=True)
+    ]
+
+
+def print_description(found: dict[str, Any]) -> None:
+    """As tables on standard output; piped output is never folded."""
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, markup=False, width=200)
+    console.print(
+        f"{found['root']}: {' and '.join(found['kinds'])}, {found['bytes'] / 1e9:.3f} GB, digest {found['digest'][:8]}"
+    )
+    for name, one in found["schema"].items():
+        console.print(f"  {name}: {one['dtype']} {tuple(one['shape'])} a row")
+    table = Table("split", *found["kinds"], "labels", box=box.SIMPLE_HEAD)
+    for split, counts in found["splits"].items():
+        total = max(1, sum(found["labels"][split].values()))
+        labels = ", ".join(f"{label}: {count:,} ({count / total:.0%})" for label, count in found["labels"][split].items())
+        table.add_row(split, *(f"{count:,}" for count in counts.values()), labels)
+    console.print(table)
+    table = Table("of each", "least", "median", "mean", "greatest", "distribution", box=box.SIMPLE_HEAD)
+    for name, one in found["distributions"].items():
+        cells = [f"{one[key]:,}" for key in ("least",)] + [
+            f"{one['median']:,.1f}",
+            f"{one['mean']:,.1f}",
+            f"{one['greatest']:,}",
+        ]
+        table.add_row(name, *cells, sparkline(one["counts"]))
+    console.print(table)
+    if found["statistics"]:
+        mean, std = (np.array(found["statistics"][key]) for key in ("mean", "std"))
+        console.print(
+            f"features of the training split: {len(mean)}, means {mean.min():.3g} to {mean.max():.3g}, "
+            f"standard deviations {std.min():.3g} to {std.max():.3g}"
+        )
+    for kind, sample in found["sample"].items():
+        for one in sample:
+            shape = ", ".join(f"{one[key]} {key}" for key in ("steps", "graphs", "nodes", "edges") if key in one)
+            row = " ".join(f"{value:.3g}" for value in one["first_row"])
+            console.print(
+                f"{kind} {one['split']} {one['id']!r}: label {one['label']}, {shape}, first row {row} …", markup=False
+            )
+
+
+def sparkline(counts: list[int]) -> str:
+    """A histogram in a line of text; a bar is never empty where something is."""
+    most = max(counts, default=0) or 1
+    return "".join(BARS[0 if not count else max(1, round(count / most * (len(BARS) - 1)))] for count in counts)
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """A histogram of each distribution, the label balance of each split, and the features' spread, as a picture."""
+    from matplotlib.figure import Figure
+
+    panels = [*found["distributions"].items()]
+    extra = 1 + bool(found["statistics"])
+    columns = min(3, len(panels) + extra)
+    lines = -(-(len(panels) + extra) // columns)
+    figure = Figure(figsize=(4.5 * columns, 3.4 * lines), layout="constrained")
+    if not path.suffix:
+        raise UsageError(f"{path} has no suffix; expected a name such as out.png")
+    figure.suptitle(f"{Path(found['root']).name}: {found['bytes'] / 1e9:.3f} GB")
+    every = figure.subplots(lines, columns, squeeze=False).flatten().tolist()
+    for axes, (name, one) in zip(every, panels, strict=False):
+        axes.bar(
+            np.array(one["edges"][:-1]) - 0.5,
+            one["counts"],
+            width=np.diff(one["edges"]),
+            align="edge",
+            edgecolor="white",
+            linewidth=0.5,
+        )
+        axes.axvline(one["median"], color="C1", label=f"median {one['median']:g}")
+        axes.set(title=name, ylabel="records" if name in ("steps", "graphs") else "graphs")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(fontsize=8)
+    balance = every[len(panels)]
+    classes = sorted({label for counts in found["labels"].values() for label in counts}, key=int)
+    below = np.zeros(len(found["labels"]))
+    for label in classes:
+        counts = np.array([one.get(label, 0) for one in found["labels"].values()])
+        balance.bar(list(found["labels"]), counts, bottom=below, label=f"label {label}")
+        below += counts
+    balance.set(title="records by split and label")
+    balance.legend(fontsize=8)
+    if found["statistics"]:
+        axes = every[len(panels) + 1]
+        axes.plot(np.sort(found["statistics"]["std"])[::-1])
+        axes.set(
+            title="spread of the features (training split)",
+            xlabel="feature, by spread",
+            ylabel="standard deviation",
+            yscale="log",
+        )
+    for axes in every[len(panels) + extra :]:
+        axes.set_axis_off()
+    try:
+        figure.savefig(path, dpi=110)
+    except ValueError as error:
+        raise UsageError(f"{path} cannot be drawn ({error}); expected a name such as out.png") from None
