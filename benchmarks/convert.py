@@ -1,0 +1,238 @@
+"""How fast, and in how much memory, foreign files are taken in and verified; each beside a reference in the same run.
+
+    python -m benchmarks.convert                     # 2 GB of each kind: some 10 minutes on two cores
+    python -m benchmarks.convert --gigabytes 0.2 --memory-gigabytes 0      # a quick look
+
+References: `cp --reflink=never` and `sync` of the same files; `torch.load(weights_only=True)` of the same files in one
+process, times the workers; a sequential direct read of the same files; XXH3 in memory; a double loop over tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+import xxhash
+from torch_geometric.data import Data
+from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
+from torch_geometric.data.storage import GlobalStorage
+
+from benchmarks.harness import Results, evict, peak_memory, seconds
+from dali_pipeline.ingest.traces import attention_graphs
+from dali_pipeline.verify import verify
+
+LAYERS, HIDDEN = 33, 1024  # of sequences: 67,584 bytes a record in float16
+GRAPH_LAYERS, GRAPH_HIDDEN = 30, 576
+RECORDS_A_FILE = 1500
+
+
+def write_sequences(root: Path, nbytes: float, rng: np.random.Generator, suffix: str = "pt") -> int:
+    """Stacked sequences of about `nbytes` in files of 1,500 records; returns their bytes."""
+    folder = root / "lstm_solo" if suffix == "pt" else root
+    folder.mkdir(parents=True)
+    for number in range(max(1, round(nbytes / (RECORDS_A_FILE * LAYERS * HIDDEN * 2)))):
+        values = rng.standard_normal((RECORDS_A_FILE, LAYERS, HIDDEN), np.float32).astype(np.float16)
+        labels = rng.integers(0, 2, RECORDS_A_FILE)
+        names = [f"question-{number}-{row}" for row in range(RECORDS_A_FILE)]
+        path = folder / f"batch_{number}.{suffix}"
+        if suffix == "pt":
+            torch.save({"sequences": torch.from_numpy(values), "labels": labels.tolist(), "question_ids": names}, path)
+        else:
+            np.savez(path, sequences=values, labels=labels, ids=np.array(names))
+    return total_bytes(root)
+
+
+def write_graphs(root: Path, nbytes: float, rng: np.random.Generator) -> int:
+    """Records of 30 layers of about 25 tokens x 576, a `Data` each, in files of 250 records; returns their bytes."""
+    (root / "gnn").mkdir(parents=True)
+    number = 0
+    while number == 0 or total_bytes(root) < nbytes:
+        graphs = []
+        for _ in range(250):
+            nodes = int(rng.integers(12, 40))
+            graphs.append([_layer(rng, nodes) for _ in range(GRAPH_LAYERS)])
+        names = [f"question-{number}-{row}" for row in range(250)]
+        torch.save(
+            {"graphs": graphs, "labels": rng.integers(0, 2, 250).tolist(), "question_ids": names},
+            root / "gnn" / f"batch_{number}.pt",
+        )
+        number += 1
+    return total_bytes(root)
+
+
+def _layer(rng: np.random.Generator, nodes: int) -> Data:
+    edges = int(rng.integers(3 * nodes, 6 * nodes))
+    return Data(
+        x=torch.from_numpy(rng.standard_normal((nodes, GRAPH_HIDDEN), np.float32)).half(),
+        edge_index=torch.from_numpy(rng.integers(0, nodes, (2, edges))),
+        edge_attr=torch.from_numpy(rng.random(edges, np.float32)).half(),
+    )
+
+
+def total_bytes(root: Path) -> int:
+    """Of all files under a folder."""
+    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+
+
+def convert(src: Path, dst: Path, *, workers: int) -> None:
+    """In a process of its own, as a user does it."""
+    command = [sys.executable, "-m", "dali_pipeline", "convert", str(src), str(dst), "--workers", str(workers)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def copy(src: Path, dst: Path) -> None:
+    """`cp`, to the disk."""
+    subprocess.run(["cp", "-r", "--reflink=never", str(src), str(dst)], check=True)
+    subprocess.run(["sync", "-f", str(dst)], check=True)
+
+
+def rates(work: Callable[[Path], object], nbytes: int, scratch: Path, repeats: int) -> list[float]:
+    """MB/s of several runs, each into a new folder, the disk quiet before each."""
+    found = []
+    for _ in range(repeats):
+        os.sync()
+        found.append(nbytes / 1e6 / seconds(lambda: work(scratch / "out")))
+        shutil.rmtree(scratch / "out")
+    return found
+
+
+def alternately(
+    one: Callable[[Path], object], other: Callable[[Path], object], nbytes: int, scratch: Path, repeats: int
+) -> tuple[list[float], list[float]]:
+    """Rates of two ways, turn by turn, so that both see the same disk."""
+    pairs = [(rates(one, nbytes, scratch, 1)[0], rates(other, nbytes, scratch, 1)[0]) for _ in range(repeats)]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def direct_read(paths: list[Path]) -> None:
+    """Every file from its beginning to its end, 4 MiB at a time, past the page cache."""
+    import mmap
+
+    buffer = mmap.mmap(-1, 4 << 20)  # aligned, as O_DIRECT wants it
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        while os.readv(fd, [buffer]) == len(buffer):
+            pass
+        os.close(fd)
+
+
+def loop_over_tokens(attentions: list[np.ndarray], threshold: float, *, mean_first: bool) -> int:
+    """What users write first: two loops over tokens, the mean over heads of each pair within them, or of a layer before."""
+    edges: list[tuple[int, int]] = []
+    weights: list[float] = []
+    for layer in attentions:
+        mean = layer.mean(axis=0) if mean_first else None
+        for i in range(layer.shape[1]):
+            for j in range(i + 1):
+                weight = layer[:, i, j].mean() if mean is None else mean[i, j]
+                if weight > threshold:
+                    edges.append((j, i))
+                    weights.append(weight)
+    return len(edges)
+
+
+def main(
+    gigabytes: Annotated[float, typer.Option(help="Of each kind of input.")] = 2.0,
+    memory_gigabytes: Annotated[float, typer.Option(help="Of the larger input whose peak memory is taken; 0 for none.")] = 8.0,
+    repeats: Annotated[int, typer.Option(help="Of each measurement.")] = 3,
+    scratch: Annotated[Path | None, typer.Option(help="Where to write. [default: a temporary folder]")] = None,
+) -> None:
+    """Measures everything and writes benchmarks/results/convert.csv."""
+    results = Results("convert", ["numpy", "torch", "xxhash", "pyarrow"])
+    workers = len(os.sched_getaffinity(0))
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        root = Path(folder)
+        for suffix, scenario in (("pt", "stacked .pt"), ("npz", ".npz")):
+            src = root / suffix
+            nbytes = write_sequences(src, gigabytes * 1e9, rng, suffix)
+            ours, theirs = alternately(partial(convert, src, workers=workers), partial(copy, src), nbytes, root, repeats)
+            results.add(scenario, f"convert, {workers} workers", "MB/s", ours, "cp --reflink=never; sync", theirs)
+            if suffix == "npz":
+                shutil.rmtree(src)
+        measure_verify(results, root, repeats)
+        shutil.rmtree(root / "pt")
+        measure_graphs(results, root, gigabytes, rng, workers, repeats)
+        measure_edges(results, rng, repeats)
+        for size in [1.0, memory_gigabytes] if memory_gigabytes else []:
+            measure_memory(results, root, size, rng, workers)
+
+
+def measure_verify(results: Results, root: Path, repeats: int) -> None:
+    """Cold and warm, against the disk and the hash."""
+    convert(root / "pt", root / "set", workers=len(os.sched_getaffinity(0)))
+    paths, nbytes = sorted((root / "set").rglob("*.safetensors")), total_bytes(root / "set")
+    cold, disk = [], []
+    for _ in range(repeats):
+        evict(paths)
+        cold.append(nbytes / 1e6 / verify(root / "set").seconds)
+        evict(paths)
+        disk.append(nbytes / 1e6 / seconds(lambda: direct_read(paths)))
+    for path in paths:
+        path.read_bytes()
+    warm = [nbytes / 1e6 / verify(root / "set").seconds for _ in range(repeats)]
+    block = np.random.default_rng(0).bytes(1 << 20)
+    hashed = [
+        1000 * len(block) / 1e6 / seconds(lambda: [xxhash.xxh3_64_intdigest(block) for _ in range(1000)])
+        for _ in range(repeats)
+    ]
+    results.add("verify", "cold", "MB/s", cold, "sequential direct read", disk)
+    results.add("verify", "warm", "MB/s", warm, "XXH3 in memory, one thread", hashed)
+    shutil.rmtree(root / "set")
+
+
+def measure_graphs(
+    results: Results, root: Path, gigabytes: float, rng: np.random.Generator, workers: int, repeats: int
+) -> None:
+    """Against torch.load alone, in one process, times the workers."""
+    nbytes = write_graphs(root / "graphs", gigabytes * 1e9, rng)
+    paths = sorted((root / "graphs" / "gnn").iterdir())
+
+    def load() -> None:
+        with torch.serialization.safe_globals([Data, DataEdgeAttr, DataTensorAttr, GlobalStorage]):
+            for path in paths:
+                torch.load(path, weights_only=True, mmap=True)
+
+    loads = [workers * nbytes / 1e6 / seconds(load) for _ in range(repeats)]
+    ours = rates(partial(convert, root / "graphs", workers=workers), nbytes, root, repeats)
+    reference = f"torch.load(weights_only=True) x {workers}"
+    results.add("graphs .pt", f"convert, {workers} workers", "MB/s", ours, reference, loads)
+    shutil.rmtree(root / "graphs")
+
+
+def measure_edges(results: Results, rng: np.random.Generator, repeats: int) -> None:
+    """One trace of 30 layers, 9 heads, 64 tokens."""
+    attentions = [rng.dirichlet(np.ones(64), (9, 64)).astype(np.float32) for _ in range(30)]
+    hidden = [np.zeros((64, 1), np.float16)] * 30
+    attention_graphs(hidden, attentions, 0.01)
+    ours = [1 / seconds(lambda: attention_graphs(hidden, attentions, 0.01)) for _ in range(repeats * 3)]
+    for mean_first, words in ((False, ""), (True, ", means of a layer at once")):
+        work = partial(loop_over_tokens, attentions, 0.01, mean_first=mean_first)
+        loop = [1 / seconds(work) for _ in range(repeats)]
+        results.add("edges of a trace", "vectorised", "traces/s", ours, f"a double loop over tokens{words}", loop)
+
+
+def measure_memory(results: Results, root: Path, gigabytes: float, rng: np.random.Generator, workers: int) -> None:
+    """Peak memory of a conversion, all its processes together."""
+    src, dst = root / "memory", root / "out"
+    nbytes = write_sequences(src, gigabytes * 1e9, rng)
+    command = [sys.executable, "-m", "dali_pipeline", "convert", str(src), str(dst), "--workers", str(workers)]
+    took, peak = peak_memory(command)
+    results.add(f"memory, {nbytes / 1e9:.1f} GB of .pt", f"peak, {workers} workers", "MB", [peak / 1e6])
+    results.add(f"memory, {nbytes / 1e9:.1f} GB of .pt", f"convert, {workers} workers", "MB/s", [nbytes / 1e6 / took])
+    shutil.rmtree(src)
+    shutil.rmtree(dst)
+
+
+if __name__ == "__main__":
+    typer.run(main)

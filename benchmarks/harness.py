@@ -1,0 +1,111 @@
+"""What every benchmark needs: repeats, cold files, the memory of a process tree, and a CSV that says where it was measured."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = (
+    "scenario", "measured", "unit", "median", "lowest", "highest", "repeats", "reference", "reference_median", "ratio",
+    "machine", "versions", "command", "date",
+)  # fmt: skip
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def evict(paths: Iterable[Path]) -> None:
+    """Takes files out of the page cache, so that the next read comes from the disk."""
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+def peak_memory(command: list[str]) -> tuple[float, float]:
+    """Runs a command; its seconds, and the greatest memory of it and its children in bytes, shared pages counted once (PSS)."""
+    started, peak = time.perf_counter(), 0
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    root = psutil.Process(process.pid)
+    while process.poll() is None:
+        total = 0
+        try:
+            for one in (root, *root.children(recursive=True)):
+                total += one.memory_full_info().pss
+        except psutil.Error:
+            pass
+        peak = max(peak, total)
+        time.sleep(0.05)
+    if process.returncode:
+        raise RuntimeError(f"{shlex.join(command)} ended with {process.returncode}")
+    return time.perf_counter() - started, peak
+
+
+class Results:
+    """Rows of one benchmark, printed as they come and written whole to `results/<name>.csv`."""
+
+    def __init__(self, name: str, packages: Iterable[str]) -> None:
+        self._path = RESULTS / f"{name}.csv"
+        self._rows: list[dict[str, object]] = []
+        with Path("/proc/cpuinfo").open() as file:
+            model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
+        memory = psutil.virtual_memory().total / 2**30
+        self._common = {
+            "machine": f"{len(os.sched_getaffinity(0))} cores of {model}, {memory:.0f} GiB, no GPU",
+            "versions": ", ".join([f"Python {platform.python_version()}", *(f"{one} {version(one)}" for one in packages)]),
+            "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+            "date": date.today().isoformat(),
+        }
+
+    def add(
+        self,
+        scenario: str,
+        measured: str,
+        unit: str,
+        values: list[float],
+        reference: str = "",
+        against: list[float] | None = None,
+    ) -> None:
+        """One row: median and spread of `values`, and their ratio to the median of `against`."""
+        median, other = statistics.median(values), statistics.median(against) if against else None
+        ratio = "" if other is None else f"{median / other:.3f}"
+        self._rows.append(
+            {
+                "scenario": scenario,
+                "measured": measured,
+                "unit": unit,
+                "median": f"{median:.4g}",
+                "lowest": f"{min(values):.4g}",
+                "highest": f"{max(values):.4g}",
+                "repeats": len(values),
+                "reference": reference,
+                "reference_median": "" if other is None else f"{other:.4g}",
+                "ratio": ratio,
+                **self._common,
+            }
+        )
+        against_text = f", {ratio} of {reference} ({other:.4g})" if other is not None else ""
+        print(f"{scenario}: {measured} {median:.4g} {unit} ({min(values):.4g} to {max(values):.4g}){against_text}", flush=True)
+        RESULTS.mkdir(exist_ok=True)
+        with self._path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(self._rows)
