@@ -76,6 +76,7 @@ class ShardCheck:
                 if not quick:
                     self._step(self._check_values, shard, name, advance)
         if self.kind == "graphs":
+            self._step(self._check_weights, shard)
             self._step(self._check_type, shard, "edge_index", ("uint8", "uint16", "uint32"), (2,))
             if not quick:
                 self._step(self._check_edges, shard)
@@ -186,6 +187,14 @@ class ShardCheck:
             listed = [f"{at}: {count}" for at, count in zip(layer[:8].tolist(), counts[:8].tolist(), strict=True)]
             where = f"; by layer {', '.join(listed)}{' …' if len(layer) > 8 else ''}"
         raise self._fail(name, f"{int(nan.sum())} NaN and {int((1 - nan).sum())} infinite values{where}")
+
+    def _check_weights(self, shard: Shard) -> None:
+        """A row of edge_attr, where there is one, for every edge."""
+        if self.data.schema.edge_attr is None:
+            return
+        edges, rows = self._offsets.get("edge_index"), shard.array("edge_attr").shape[0]
+        if edges is not None and rows != edges[-1]:
+            raise self._fail("edge_attr", f"{rows} rows for {edges[-1]} edges; expected one an edge")
 
     def _check_edges(self, shard: Shard) -> None:
         """Every edge between nodes of its own graph."""

@@ -174,6 +174,11 @@ FORGED: dict[str, tuple[Kind, Change, str]] = {
     "offsets past the end": ("graphs", setting("x.offsets", at(-1, 10**6)), r", x.offsets: end at 1000000 of \d+ rows"),
     "offsets from 1": ("graphs", setting("graphs.offsets", at(0, 1)), r", graphs.offsets: \d+ that do not rise from 0"),
     "an empty record": ("sequences", setting("sequence.offsets", at(1, 0)), r", sequence.offsets: row 0 is empty"),
+    "a missing weight": (
+        "graphs",
+        setting("edge_attr", lambda values: values[:-1].copy()),
+        r", edge_attr: \d+ rows for \d+ edges",
+    ),
     "an edge beyond": (
         "graphs",
         setting("edge_index", at((0, 0), 200)),
