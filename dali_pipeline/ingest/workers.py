@@ -6,10 +6,12 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
 from dali_pipeline.schema import PipelineError
@@ -61,9 +63,23 @@ def in_order(
     except BrokenProcessPool:
         raise PipelineError("a worker process was killed, perhaps for memory; try again with fewer --workers") from None
     finally:
-        for child in set(multiprocessing.active_children()) - others:
-            child.kill()
-        pool.shutdown(wait=False, cancel_futures=True)
+        with _undisturbed():
+            for child in set(multiprocessing.active_children()) - others:
+                child.kill()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Lets an impatient second Ctrl-C wait for a moment, or the processes would outlive the first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 _inherited: tuple[Callable[[int, Advance], Any], Any] | None = None  # in a worker, by fork
