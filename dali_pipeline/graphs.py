@@ -123,8 +123,8 @@ class GraphLoader(Loader[GraphBatch]):
                 # copied out of the shared memory, which holds a file descriptor an array
                 own = {name: part.clone() if isinstance(part, torch.Tensor) else part for name, part in wire.items()}
                 yield collate(own, self.device, self.dtype)
-        except RuntimeError as error:
-            if "DataLoader worker (pid" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two where it died while it handed a batch over
+            if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
                 raise
             reason = str(error).split("\n")[0]
             raise PipelineError(

@@ -360,6 +360,8 @@ def test_an_impatient_ctrl_c_still_ends_it(tmp_path: Path) -> None:
             process.send_signal(signal.SIGINT)
             time.sleep(0.1)
         assert process.wait(timeout=10) in (130, -signal.SIGINT)
+        assert process.stderr is not None
+        assert b"Bad file descriptor" not in process.stderr.read()
     assert not psutil.wait_procs(children, timeout=5)[1]
     assert not (tmp_path / "dst" / "manifest.json").exists()
 
