@@ -108,7 +108,9 @@ def open_file(path: Path, name: str) -> ForeignFile:
         raise FormatError(f"{path} holds {sorted(file.names)}; expected sequences, or values and offsets, and labels")
     labels = file.read("labels").reshape(-1)
     texts = {
-        field: [as_text(path, field, one) for one in file.read(field)] for field in ("ids", "groups") if field in file.names
+        field: [as_text(path, field, one) for one in file.read(field).reshape(-1).tolist()]
+        for field in ("ids", "groups")
+        if field in file.names
     }
     ids = texts.get("ids")
     if ids is None and "groups" not in texts:
@@ -119,7 +121,7 @@ def open_file(path: Path, name: str) -> ForeignFile:
         kinds=("sequences",),
         ids=ids,
         groups=texts.get("groups", ids or []),
-        labels=whole_numbers(path, "labels", labels),
+        labels=whole_numbers(path, "labels", labels.tolist()),
         values=partial(_ragged if ragged else _stacked, file, len(labels)),
     )
 
