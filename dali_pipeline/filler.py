@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+import numpy as np
 
 from dali_pipeline.manifest import ShardTable, empty_splits, shard_path
 from dali_pipeline.moments import Moments
-from dali_pipeline.pending import Pending, as_bytes, record_arrays, whole_label
-from dali_pipeline.schema import Array, DataError, Kind, Record, Schema
+from dali_pipeline.pending import STREAMED, Pending, Stack, as_bytes, record_arrays, whole_label
+from dali_pipeline.schema import KINDS, Array, DataError, Kind, Record, Schema
 
 
 class Dealer(Protocol):
@@ -44,16 +47,6 @@ class Contents:
         self.moments.extend(other.moments)
 
 
-class Checked(NamedTuple):
-    """A record that can be written. arrays: of each kind its arrays, and its rows by axis."""
-
-    id: bytes
-    group: bytes
-    label: int
-    split: str
-    arrays: dict[Kind, tuple[dict[str, Array], dict[str, int]]]
-
-
 class ShardFiller:
     """Fills shards under `root` and notes them in `contents`.
 
@@ -65,31 +58,59 @@ class ShardFiller:
         self._kinds = schema.kinds
         self._pending: dict[tuple[str, Kind], Pending] = {}
 
-    def check(self, record: Record) -> Checked:
-        """What would be written of the record; raises DataError where `write` would refuse it."""
+    def check(self, record: Record | Stack) -> None:
+        """Raises DataError where `write` would refuse it."""
+        if isinstance(record, Stack):
+            record.rows(self.schema)
+        else:
+            self._check(record)
+
+    def write(self, record: Record | Stack) -> None:
+        """Adds a record, or several, to the split of its group: whole, or not at all where it is refused (DataError)."""
+        if isinstance(record, Stack):
+            self._write_stack(record)
+            return
+        id_, group, label, split, arrays = self._check(record)
+        for kind, (parts, rows) in arrays.items():
+            nbytes, values = sum([part.nbytes for part in parts.values()]), parts.pop(STREAMED[kind])
+            self._with_room(split, kind, nbytes).add([id_], [group], [label], [values], parts)
+            self.contents.splits[split][kind].count(label, rows)
+
+    def _check(self, record: Record) -> tuple[bytes, bytes, int, str, dict[Kind, tuple[dict[str, Array], dict[str, int]]]]:
+        """Id, group, label and split of a record, and for each kind its arrays, and its rows by axis."""
         group = record.id if record.group is None else record.group
         given = {"sequences": record.sequence, "graphs": record.graphs}
         arrays = {kind: record_arrays(record, self.schema, kind) for kind in self._kinds if given[kind] is not None}
         if not arrays:
             raise DataError(f"record {record.id!r} has neither of the schema's kinds; expected {' or '.join(self._kinds)}")
-        return Checked(
-            id=as_bytes(record, "id", record.id),
-            group=as_bytes(record, "group", group),
-            label=whole_label(record),
-            split=self.dealer.of(group),
-            arrays=arrays,
-        )
+        texts = as_bytes(record, "id", record.id), as_bytes(record, "group", group)
+        return *texts, whole_label(record), self.dealer.of(group), arrays
 
-    def write(self, record: Record) -> None:
-        """Adds a record to the split of its group: whole, or not at all where it is refused (DataError)."""
-        new = self.check(record)
-        for kind, (parts, rows) in new.arrays.items():
-            pending, nbytes = self._pending.get((new.split, kind)), sum([part.nbytes for part in parts.values()])
-            if pending is None or pending.nbytes + nbytes > self.shard_bytes:
-                self._flush(new.split, kind)
-                pending = self._pending[new.split, kind] = self._begin(new.split, kind, max(nbytes, self.shard_bytes))
-            pending.add(new.id, new.group, new.label, parts)
-            self.contents.splits[new.split][kind].count(new.label, rows)
+    def _write_stack(self, stack: Stack) -> None:
+        """The same bytes as its records one by one would give, for a tenth of the time."""
+        rows, kind = stack.rows(self.schema), KINDS[0]
+        ids, groups = ([text.encode() for text in texts] for texts in (stack.ids, stack.groups))
+        length, nbytes = rows.shape[1], rows[0].nbytes + 8
+        splits = [self.dealer.of(group) for group in stack.groups]
+        for split in dict.fromkeys(splits):
+            mine = [at for at, each in enumerate(splits) if each == split]
+            for label, count in Counter(stack.labels[at] for at in mine).items():
+                self.contents.splits[split][kind].count(label, {"step": length}, count)
+            while mine:
+                pending = self._with_room(split, kind, nbytes)
+                fitting = max(1, (self.shard_bytes - pending.nbytes) // nbytes)
+                now, mine = mine[:fitting], mine[fitting:]
+                counts = {"sequence.counts": np.full(len(now), length)}
+                labels = [stack.labels[at] for at in now]
+                pending.add([ids[at] for at in now], [groups[at] for at in now], labels, [rows[at] for at in now], counts)
+
+    def _with_room(self, split: str, kind: Kind, nbytes: int) -> Pending:
+        """The shard that a record of so many bytes goes to."""
+        pending = self._pending.get((split, kind))
+        if pending is None or pending.nbytes + nbytes > self.shard_bytes:
+            self._flush(split, kind)
+            pending = self._pending[split, kind] = self._begin(split, kind, max(nbytes, self.shard_bytes))
+        return pending
 
     def flush(self) -> None:
         """Closes the shards under way, so that every record is in a whole one."""

@@ -70,9 +70,9 @@ class ShardTable:
         sound = bytearray(self.blocks[shard]) if sound is None else sound
         return Shard(path, nbytes=self.bytes[shard], digest=self.digest(shard), sound=sound, files=files)
 
-    def count(self, label: int, rows: dict[str, int]) -> None:
-        """Takes one record's label and row counts into `labels` and `rows`."""
-        self.labels[str(label)] = self.labels.get(str(label), 0) + 1
+    def count(self, label: int, rows: dict[str, int], times: int = 1) -> None:
+        """Takes the label and row counts of a record, or of so many alike, into `labels` and `rows`."""
+        self.labels[str(label)] = self.labels.get(str(label), 0) + times
         self._widen({axis: (count, count) for axis, count in rows.items()})
 
 

@@ -9,7 +9,9 @@ import numpy as np
 from dali_pipeline.manifest import FeatureStatistics
 from dali_pipeline.schema import Array
 
-CHUNK_BYTES = 1 << 19  # of rows in float32 at a time: within a core's cache
+CHUNK_BYTES = 1 << 18  # of rows in float32 at a time: within a core's cache
+SURE_SQUARES = 2.0**30  # of deviations: less, and no float16 was infinite or NaN
+MAX_SHIFT = 2.0**15  # for that to hold
 
 
 @dataclass(kw_only=True)
@@ -24,35 +26,47 @@ class Moments:
     squares: list[float] = field(default_factory=list)
 
     def update(self, rows: Array) -> None:
-        """Takes in rows (N, *shape), some at a time: deviations from the mean so far in float32, all else in float64."""
+        """Takes in rows (N, *shape), some at a time: their deviations in float32, all else in float64.
+
+        Deviations from the mean so far, or from 0 where every mean is so small beside its spread that no digits are lost.
+        """
         flat = rows.reshape(len(rows), -1)
         step = max(1, CHUNK_BYTES // (4 * flat.shape[1]))
         if not self.count or flat.dtype.itemsize > 4:
             head, flat = (flat, flat[:0]) if flat.dtype.itemsize > 4 else (flat[:step], flat[step:])
             for at in range(0, len(head), step):
                 self._update_exactly(head[at : at + step])
-        shift = np.array(self.mean, np.float32)
-        buffer, ones = np.empty((step, len(shift)), np.float32), np.ones(step, np.float32)
-        count, sums, squares = 0, np.zeros(len(shift)), np.zeros(len(shift))
+        if not len(flat):
+            return
+        shift = self._shift()
+        buffer, ones = np.empty((step, flat.shape[1]), np.float32), np.ones(step, np.float32)
+        count, sums, squares = 0, np.zeros(flat.shape[1]), np.zeros(flat.shape[1])
         with np.errstate(over="ignore", invalid="ignore"):
             for at in range(0, len(flat), step):
                 part = flat[at : at + step]
                 deviations, one = buffer[: len(part)], ones[: len(part)]
-                if part.dtype != np.float16:
+                if part.dtype == np.float16:
+                    _widen(part, deviations)
+                else:
                     deviations[:] = part
-                elif not _widen(part, deviations):
-                    self._update_exactly(part)
-                    continue
-                deviations -= shift
+                if shift is not None:
+                    deviations -= shift
                 part_sums = one @ deviations
                 np.multiply(deviations, deviations, out=deviations)
                 part_squares = one @ deviations
-                if np.isfinite(part_squares).all():
+                if part_squares.max() < SURE_SQUARES or (np.isfinite(part_squares).all() and _all_finite(part)):
                     count, sums, squares = count + len(part), sums + part_sums, squares + part_squares
                 else:
                     self._update_exactly(part)
         mean = sums / max(count, 1)
-        self._merge(np.full(len(shift), count), shift + mean, np.maximum(squares - sums * mean, 0))
+        origin = 0.0 if shift is None else shift
+        self._merge(np.full(len(sums), count), origin + mean, np.maximum(squares - sums * mean, 0))
+
+    def _shift(self) -> Array | None:
+        """What deviations are taken from, (features,) float32; None for 0."""
+        mean, squares = np.array(self.mean), np.array(self.squares)
+        small = mean**2 <= 16 * squares / np.maximum(self.count, 1)  # costs four bits of 24
+        return None if small.all() else np.clip(mean, -MAX_SHIFT, MAX_SHIFT).astype(np.float32)
 
     def _update_exactly(self, part: Array) -> None:
         """In float64, leaving out what is not finite."""
@@ -85,17 +99,20 @@ class Moments:
         return FeatureStatistics(mean=tuple(self.mean), std=tuple(std.tolist()))
 
 
-def _widen(part: Array, out: Array) -> bool:
-    """float16 into float32, exactly, three times as fast as a cast; False where a value is not finite.
+def _widen(part: Array, out: Array) -> None:
+    """float16 into float32, exactly, three times as fast as a cast; infinities and NaN become 2**16 and more.
 
-    A sign-extended half, shifted by 13 bits, is a float32 whose exponent is 112 too small; subnormal numbers come out right
-    too. Infinities and NaN have the highest patterns of their sign, 0x7C00 and 0xFC00 and up.
+    A sign-extended half, shifted by 13 bits, is a float32 whose exponent is 112 too small; subnormal numbers come out right.
     """
-    if part.view(np.int16).max(initial=0) >= 0x7C00 or part.view(np.uint16).max(initial=0) >= 0xFC00:
-        return False
     bits = out.view(np.int32)
     bits[:] = part.view(np.int16)
     np.left_shift(bits, 13, out=bits)
     np.bitwise_and(bits, np.int32(-0x70000001), out=bits)  # all but the copies of the sign
     np.multiply(out, np.float32(2.0**112), out=out)
-    return True
+
+
+def _all_finite(part: Array) -> bool:
+    """Infinities and NaN have the highest patterns of their sign, 0x7C00 and 0xFC00 and up; of other types NumPy knows."""
+    if part.dtype != np.float16:
+        return bool(np.isfinite(part).all())
+    return bool(part.view(np.int16).max(initial=0) < 0x7C00 and part.view(np.uint16).max(initial=0) < 0xFC00)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,6 +13,29 @@ from dali_pipeline.shard import ShardInfo
 from dali_pipeline.shardfile import ShardFile
 
 STREAMED: dict[Kind, str] = {"sequences": "sequence", "graphs": "x"}  # goes to the disk as it comes; the rest is small
+
+
+class Stack(NamedTuple):
+    """Several records with sequences (N, T, *row) of one length, as they often lie in a file; the texts' UTF-8 is sound."""
+
+    ids: list[str]
+    groups: list[str]
+    labels: list[int]
+    sequences: Array
+
+    def rows(self, schema: Schema) -> Array:
+        """The sequences in the schema's type; raises DataError, as `sequence_rows` does, naming the first that does not fit."""
+        if schema.sequence is None:
+            raise DataError(f"record {self.ids[0]!r} has a sequence, and the schema none; expected {' or '.join(schema.kinds)}")
+        head = Record(id=self.ids[0], label=self.labels[0], sequence=self.sequences[0])
+        if sequence_rows(head, schema.sequence) is head.sequence:
+            return self.sequences  # of the schema's type and shape, all of them
+        return np.stack(
+            [
+                sequence_rows(Record(id=name, label=label, sequence=sequence), schema.sequence)
+                for name, label, sequence in zip(self.ids, self.labels, self.sequences, strict=True)
+            ]
+        )
 
 
 class _Joined:
@@ -41,25 +65,33 @@ class Pending:
     ) -> None:
         streamed = schema.sequence if kind == "sequences" else schema.x
         assert streamed is not None
-        self._name = STREAMED[kind]
-        self._file = ShardFile(path, kind, self._name, streamed.dtype, streamed.shape, expected_bytes=expected_bytes, see=see)
+        self._file = ShardFile(
+            path, kind, STREAMED[kind], streamed.dtype, streamed.shape, expected_bytes=expected_bytes, see=see
+        )
         self._ids: list[bytes] = []
         self._groups: list[bytes] = []
         self._labels: list[int] = []
         self._parts: dict[str, _Joined] = {}
         self.nbytes = 0
 
-    def add(self, id_: bytes, group: bytes, label: int, arrays: dict[str, Array]) -> None:
-        """Takes in one record's arrays, as `record_arrays` gives them: copies, for the caller may use its own again."""
-        self._ids.append(id_)
-        self._groups.append(group)
-        self._labels.append(label)
+    def add(
+        self,
+        ids: Sequence[bytes],
+        groups: Sequence[bytes],
+        labels: Sequence[int],
+        values: Sequence[Array],
+        arrays: Mapping[str, Array],
+    ) -> None:
+        """Takes in records: their values, and their other arrays together. Copies, for the caller may use its own again."""
+        self._ids += ids
+        self._groups += groups
+        self._labels += labels
+        for rows in values:
+            self._file.append(rows)
+            self.nbytes += rows.nbytes
         for name, array in arrays.items():
+            self._parts.setdefault(name, _Joined()).add(array)
             self.nbytes += array.nbytes
-            if name == self._name:
-                self._file.append(array)
-            else:
-                self._parts.setdefault(name, _Joined()).add(array)
 
     def close(self) -> ShardInfo:
         """Writes what waits, and the shard is there."""

@@ -15,12 +15,14 @@ import xxhash
 from rich.progress import Progress, TaskID
 
 from dali_pipeline.filler import Contents, ShardFiller
+from dali_pipeline.ingest.foreign import Block, Values
 from dali_pipeline.ingest.job import ConvertConfig, Job, prepare
 from dali_pipeline.ingest.sources import Source
 from dali_pipeline.ingest.traces import TRACES
 from dali_pipeline.ingest.workers import Advance, in_order
 from dali_pipeline.journal import remove_leftovers
 from dali_pipeline.manifest import MANIFEST_NAME, Dataset, open_dataset
+from dali_pipeline.pending import Stack
 from dali_pipeline.progress import progress_bar
 from dali_pipeline.schema import Array, DataError, Field, FormatError, PipelineError, Record, UsageError
 from dali_pipeline.source import select
@@ -103,16 +105,17 @@ def write_stretch(job: Job, stretch: range, root: Path, advance: Advance) -> tup
             left_out[name] = job.source.told(_with_path(job, number, error))
             advance(job.counts[number])
             continue
-        written = 0
+        untold = 0
         try:
             for record in _records(job, number):
                 filler.write(record)
-                written += 1
-                if written % TELL_EVERY == 0:
-                    advance(TELL_EVERY)
+                untold += len(record.ids) if isinstance(record, Stack) else 1
+                if untold >= TELL_EVERY:
+                    advance(untold)
+                    untold = 0
         except (FormatError, DataError) as error:
             raise _with_path(job, number, error) from None
-        advance(written % TELL_EVERY)
+        advance(untold)
     filler.flush()
     return filler.contents, left_out
 
@@ -122,28 +125,50 @@ def _with_path(job: Job, number: int, error: PipelineError) -> PipelineError:
     return error if str(path) in str(error) else type(error)(f"{path}: {error}")
 
 
-def _records(job: Job, number: int) -> Iterator[Record]:
-    """The records of one file, with the layers that are kept."""
-    file, layers, schema = job.source.open(number), job.config.layers, job.schema
+def _records(job: Job, number: int) -> Iterator[Record | Stack]:
+    """The records of one file, one by one or stacked as they lie there."""
+    file, end = job.source.open(number), 0
     if len(file) != job.counts[number]:
         raise FormatError(f"{file.path} has {len(file)} records, and had {job.counts[number]}; it changed while it was read")
-    for name, group, label, (sequence, graphs) in zip(
-        job.names.ids(number, file), file.groups, file.labels, file.values(), strict=True
-    ):
-        if layers is not None:
-            sequence = None if sequence is None else sequence[select(layers, len(sequence))]
-            graphs = None if graphs is None else graphs.select(select(layers, len(graphs.node_counts)))
-        if graphs is not None and graphs.edge_attr is not None and schema.edge_attr is None:
-            raise DataError(f"record {name!r} has edge_attr, which the first graphs with edges had not; expected all or none")
-        if job.config.dtype is None:
-            rows = (
-                {"sequence": sequence}
-                if graphs is None
-                else {"x": graphs.x, "edge_attr": graphs.edge_attr, "sequence": sequence}
-            )
-            for what, array in rows.items():
-                _check_width(name, what, array, getattr(schema, what))
-        yield Record(id=name, group=group, label=label, sequence=sequence, graphs=graphs)
+    ids = job.names.ids(number, file)
+    for values in file.values():
+        begin, end = end, end + (len(values.sequences) if isinstance(values, Block) else 1)
+        if end > len(file):
+            break
+        names = slice(begin, end)
+        if isinstance(values, Block):
+            yield _stack(job, Stack(ids[names], file.groups[names], file.labels[names], values.sequences))
+        else:
+            yield _record(job, ids[begin], file.groups[begin], file.labels[begin], values)
+    if end != len(file):
+        raise FormatError(f"{file.path} has {len(file)} labels and not as many records; it changed while it was read")
+
+
+def _stack(job: Job, stack: Stack) -> Stack:
+    """With the layers that are kept."""
+    if job.config.layers is not None:
+        chosen = select(job.config.layers, stack.sequences.shape[1])
+        stack = stack._replace(sequences=stack.sequences[:, chosen])
+    if job.config.dtype is None:
+        _check_width(stack.ids[0], "sequence", stack.sequences, job.schema.sequence)
+    return stack
+
+
+def _record(job: Job, name: str, group: str, label: int, values: Values) -> Record:
+    """With the layers that are kept."""
+    (sequence, graphs), layers, schema = values, job.config.layers, job.schema
+    if layers is not None:
+        sequence = None if sequence is None else sequence[select(layers, len(sequence))]
+        graphs = None if graphs is None else graphs.select(select(layers, len(graphs.node_counts)))
+    if graphs is not None and graphs.edge_attr is not None and schema.edge_attr is None:
+        raise DataError(f"record {name!r} has edge_attr, which the first graphs with edges had not; expected all or none")
+    if job.config.dtype is None:
+        rows = {"sequence": sequence}
+        if graphs is not None:
+            rows |= {"x": graphs.x, "edge_attr": graphs.edge_attr}
+        for what, array in rows.items():
+            _check_width(name, what, array, getattr(schema, what))
+    return Record(id=name, group=group, label=label, sequence=sequence, graphs=graphs)
 
 
 def _check_width(name: str, what: str, rows: Array | None, field: Field | None) -> None:

@@ -21,12 +21,18 @@ class Values(NamedTuple):
     graphs: Graphs | None
 
 
+class Block(NamedTuple):
+    """The values of several records at once: sequences (N, T, *row), all of one length."""
+
+    sequences: Array
+
+
 @dataclass(frozen=True, kw_only=True)
 class ForeignFile:
     """One file, opened as far as its names and labels.
 
-    ids: of the records, None where `groups` (question ids) are to be numbered. values: reads the records in order, each
-    when it is asked for; raises FormatError or DataError for one that is not what the format says.
+    ids: of the records, None where `groups` (question ids) are to be numbered. values: reads the records in order, one or a
+    block of them when it is asked for; raises FormatError or DataError for one that is not what the format says.
     """
 
     path: Path
@@ -34,7 +40,7 @@ class ForeignFile:
     ids: list[str] | None
     groups: list[str]
     labels: list[int]
-    values: Callable[[], Iterator[Values]]
+    values: Callable[[], Iterator[Values | Block]]
 
     def __len__(self) -> int:
         return len(self.labels)

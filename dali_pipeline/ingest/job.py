@@ -11,6 +11,7 @@ import msgspec
 import xxhash
 
 from dali_pipeline.filler import Dealer
+from dali_pipeline.ingest.foreign import Block
 from dali_pipeline.ingest.names import Disagreement, FileNames, Names
 from dali_pipeline.ingest.pt import FOLDERS
 from dali_pipeline.ingest.sources import Source
@@ -117,9 +118,9 @@ def infer_schema(source: Source, found: Sequence[FileNames], config: ConvertConf
             continue
         try:
             for values in source.open(number).values():
-                graphs = values.graphs
-                if values.sequence is not None and sequence is None:
-                    sequence = _field(source.files[number], values.sequence, config)
+                rows, graphs = (values.sequences[0], None) if isinstance(values, Block) else values
+                if rows is not None and sequence is None:
+                    sequence = _field(source.files[number], rows, config)
                 if graphs is not None and (x is None or graphs.edge_index.size):
                     x, edges = _field(source.files[number], graphs.x, config), bool(graphs.edge_index.size)
                     attr = graphs.edge_attr

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from dali_pipeline.ingest.foreign import (
+    Block,
     ForeignFile,
     Reader,
     Values,
@@ -129,12 +130,12 @@ def open_file(path: Path, name: str) -> ForeignFile:
 NPZ = Reader(what="*.npz", find=partial(files_named, patterns=("*.npz",)), open=open_file)
 
 
-def _stacked(file: NpzFile, count: int) -> Iterator[Values]:
+def _stacked(file: NpzFile, count: int) -> Iterator[Block]:
     shape, dtype, _ = file.header("sequences")
     check_counts(file.path, sequences=shape[0] if shape else 0, labels=count)
     step = rows_at_a_time(math.prod(shape[1:]) * dtype.itemsize)
     for begin in range(0, count, step):
-        yield from (Values(row, None) for row in file.read("sequences", begin, min(begin + step, count)))
+        yield Block(file.read("sequences", begin, min(begin + step, count)))
 
 
 def _ragged(file: NpzFile, count: int) -> Iterator[Values]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dali_pipeline.ingest.foreign import (
+    Block,
     ForeignFile,
     Reader,
     Values,
@@ -82,15 +83,14 @@ def open_file(path: Path, name: str) -> ForeignFile:
 PT = Reader(what=" or ".join(f"{name}/{pattern}" for name in FOLDERS for pattern in PATTERNS), find=find_files, open=open_file)
 
 
-def _sequences(file: TorchFile, values: Tensor | Sequence[Any]) -> Callable[[], Iterator[Values]]:
-    def read() -> Iterator[Values]:
+def _sequences(file: TorchFile, values: Tensor | Sequence[Any]) -> Callable[[], Iterator[Values | Block]]:
+    def read() -> Iterator[Values | Block]:
         if not isinstance(values, Tensor):
             yield from (Values(file.tensor(value).read(), None) for value in values)
             return
         step = rows_at_a_time(math.prod(values.shape[1:]) * values.itemsize)
         for begin in range(0, len(values), step):
-            for row in values.rows(begin, min(begin + step, len(values))).read():
-                yield Values(row, None)
+            yield Block(values.rows(begin, min(begin + step, len(values))).read())
 
     return read
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from dali_pipeline.ingest.foreign import ForeignFile, Reader, Values, files_named
+from dali_pipeline.ingest.foreign import Block, ForeignFile, Reader, Values, files_named
 from dali_pipeline.ingest.npz import NPZ
 from dali_pipeline.ingest.pt import PT
 from dali_pipeline.ingest.traces import TraceOptions, traces_reader
@@ -118,7 +118,7 @@ def _named(path: Path) -> Iterator[None]:
         raise FormatError(f"{path} is not what its format asks for ({type(error).__name__}: {reason})") from error
 
 
-def _named_values(path: Path, values: Callable[[], Iterator[Values]]) -> Iterator[Values]:
+def _named_values(path: Path, values: Callable[[], Iterator[Values | Block]]) -> Iterator[Values | Block]:
     with _named(path):
         yield from values()
 
