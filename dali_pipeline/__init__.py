@@ -3,7 +3,9 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dali_pipeline.manifest import Dataset, open_dataset
+from dali_pipeline.dataset import Dataset, open_dataset
+from dali_pipeline.digest import EpochDigest
+from dali_pipeline.mix import mix
 from dali_pipeline.schema import DataError, Field, FormatError, Graphs, PipelineError, Record, Schema, UsageError
 from dali_pipeline.split import Split
 from dali_pipeline.state import StateError
@@ -19,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DataError",
     "Dataset",
+    "EpochDigest",
     "Field",
     "FormatError",
     "GraphBatch",
@@ -35,6 +38,7 @@ __all__ = [
     "StepTimer",
     "UsageError",
     "World",
+    "mix",
     "open_dataset",
 ]
 # torch takes 3 seconds to import and PyG 4 more: who converts, or loads sequences alone, does not pay for them

@@ -10,8 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dali_pipeline.dataset import Dataset, open_dataset
 from dali_pipeline.files import Files
-from dali_pipeline.manifest import Dataset, open_dataset
 from dali_pipeline.schema import Array, Kind, UsageError
 from dali_pipeline.shard import Shard
 from dali_pipeline.source import GraphRows, GraphSource, SequenceRows, SequenceSource
@@ -91,11 +91,11 @@ def _sample(data: Dataset, kind: Kind) -> list[dict[str, Any]]:
     positions = np.arange(min(SAMPLES, data.num_records(split, kind)))
     rows: SequenceRows | GraphRows
     if kind == "sequences":
-        rows = SequenceSource(data, split).gather(positions)
+        rows = SequenceSource(data.select(split, kind), data.schema).gather(positions)
         shapes = [{"steps": int(length)} for length in rows.lengths]
         firsts = rows.values[np.cumsum(rows.lengths) - rows.lengths]
     else:
-        graphs = GraphSource(data, split).gather(positions)
+        graphs = GraphSource(data.select(split, kind), data.schema).gather(positions)
         record = np.repeat(np.arange(len(positions)), graphs.graphs_per_record)
         shapes = [
             {

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch_geometric.data import Batch, Data
 
-from dali_pipeline.loader import Loader, Workers, check_delivery, map_ahead
-from dali_pipeline.manifest import Dataset
-from dali_pipeline.plan import WINDOW_BYTES, EpochPlan, Tail
+from dali_pipeline.ahead import map_ahead
+from dali_pipeline.dataset import Dataset
+from dali_pipeline.digest import Mask
+from dali_pipeline.loader import Loader, Workers, check_delivery
+from dali_pipeline.order import WINDOW_BYTES, Tail
+from dali_pipeline.plan import EpochPlan
 from dali_pipeline.schema import PipelineError
 from dali_pipeline.source import GraphRows, GraphSource, Layers
 
@@ -79,6 +83,8 @@ class GraphLoader(Loader[GraphBatch]):
         on_error: str = "raise",
         rank: int | None = None,
         world_size: int | None = None,
+        balance: Literal["label"] | None = None,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(
             data,
@@ -94,18 +100,20 @@ class GraphLoader(Loader[GraphBatch]):
             on_error=on_error,
             rank=rank,
             world_size=world_size,
+            balance=balance,
+            weights=weights,
         )
         check_delivery(layers, dtype)
         self.dtype = dtype
-        self._source = GraphSource(data, split, layers, window_bytes=window_bytes)  # forked workers inherit it
+        self._source = GraphSource(self.selection, data.schema, layers, window_bytes=window_bytes)  # forked workers inherit it
 
-    def _batches(self, plan: EpochPlan, start: int) -> Iterator[GraphBatch]:
+    def _batches(self, plan: EpochPlan, start: int) -> Iterator[tuple[GraphBatch, list[str], Mask]]:
         steps = range(start, plan.num_steps)
         workers = self.workers if self.workers == "auto" else min(self.workers, len(steps))
         if not workers or workers == "auto":
             gathered = map_ahead(lambda step: self.gather(plan, step), steps, 1 if workers else 0)
             try:
-                yield from (collate(wire, self.device, self.dtype) for wire in gathered)
+                yield from (self._collated(wire) for wire in gathered)
             finally:
                 gathered.close()
             return
@@ -122,7 +130,7 @@ class GraphLoader(Loader[GraphBatch]):
                     raise wire
                 # copied out of the shared memory, which holds a file descriptor an array
                 own = {name: part.clone() if isinstance(part, torch.Tensor) else part for name, part in wire.items()}
-                yield collate(own, self.device, self.dtype)
+                yield self._collated(own)
         except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two where it died while it handed a batch over
             if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
                 raise
@@ -130,6 +138,11 @@ class GraphLoader(Loader[GraphBatch]):
             raise PipelineError(
                 f"a worker process of the graph loader died ({reason}); expected enough memory for it"
             ) from error
+
+    def _collated(self, wire: Wire) -> tuple[GraphBatch, list[str], Mask]:
+        batch, valid = collate(wire, self.device, self.dtype), wire["valid"]
+        assert isinstance(valid, torch.Tensor)
+        return batch, batch.ids, valid.numpy()
 
     def gather(self, plan: EpochPlan, step: int) -> Wire:
         """This rank's rows of a step, as stored."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from dali_pipeline.manifest import Dataset
-from dali_pipeline.plan import EpochPlan, Order, Tail
+from dali_pipeline.dataset import Dataset
+from dali_pipeline.digest import Delivered, EpochDigest, Mask
+from dali_pipeline.mix import reweighed
+from dali_pipeline.order import Order, Tail
+from dali_pipeline.plan import EpochPlan
 from dali_pipeline.schema import DataError, Kind, UsageError
 from dali_pipeline.source import Layers
 from dali_pipeline.state import LoaderState, StateError
@@ -20,8 +22,6 @@ from dali_pipeline.world import World
 
 Batch = TypeVar("Batch", covariant=True)
 Workers = int | Literal["auto"]
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class Loader(IterableDataset[Batch]):
@@ -49,6 +49,8 @@ class Loader(IterableDataset[Batch]):
         on_error: str,
         rank: int | None,
         world_size: int | None,
+        balance: Literal["label"] | None,
+        weights: Mapping[str, float] | None,
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise UsageError(f"batch_size is {batch_size!r}; expected a whole number of at least 1")
@@ -63,8 +65,9 @@ class Loader(IterableDataset[Batch]):
         self.data, self.split, self.batch_size, self.workers = data, split, batch_size, workers
         self.world = World.detect(rank, world_size)
         self.device = resolve_device(device, self.world)
+        self.selection = reweighed(data.select(split, self.kind), balance, weights)
         self.order = Order(
-            digest=data.digest,
+            digest=self.selection.digest,
             split=split,
             seed=seed,
             shuffle=shuffle,
@@ -73,7 +76,7 @@ class Loader(IterableDataset[Batch]):
             lanes=lanes,
             tail=tail,
         )
-        self._table = data.table(split, self.kind)
+        self._num_records = self.selection.num_draws or self.selection.num_records
         self._num_steps = self._plan(epoch=0).num_steps  # the same in every epoch
         if not self._num_steps and self.num_records:
             raise DataError(f"split {split!r} has {self.num_records} records, too few for one batch with tail='drop'")
@@ -81,6 +84,9 @@ class Loader(IterableDataset[Batch]):
         self._next = (0, 0)  # epoch and step that the next iterator begins at
         self._loaded = False  # a loaded state waits for its iterator
         self._newest: object = None  # the iterator begun last
+        self._delivered = Delivered(drawn=bool(self.selection.draws))  # by it
+        self._begun_in: int | None = None  # the process that iterates
+        self._expected: EpochDigest | None = None  # of a whole epoch, once asked for
 
     def __len__(self) -> int:
         """Steps of an epoch, the same on every rank."""
@@ -88,34 +94,75 @@ class Loader(IterableDataset[Batch]):
 
     @property
     def num_records(self) -> int:
-        """Records of the split, over all ranks, padding not counted."""
-        return sum(self._table.records)
+        """Records of the split, over all ranks, padding not counted; as many draws, where an epoch is draws."""
+        return self._num_records
 
     def __iter__(self) -> Iterator[Batch]:
         if get_worker_info() is not None:
             raise UsageError(
                 "this loader has workers of its own; wrap it with DataLoader(loader, batch_size=None, num_workers=0)"
             )
+        if self._begun_in not in (None, os.getpid()):
+            raise UsageError(
+                "this loader was in use before the process forked, and threads do not survive a fork; "
+                "make a loader in the new process, or start it with 'spawn'"
+            )
+        self._begun_in = os.getpid()
         epoch, step = self._next
         self._position, self._next, self._loaded = (epoch, step), (epoch + 1, 0), False
         self._newest = token = object()
-        return self._run(token, epoch, step)
+        self._delivered = delivered = Delivered(drawn=bool(self.selection.draws))
+        return self._run(token, delivered, epoch, step)
 
-    def _run(self, token: object, epoch: int, step: int) -> Iterator[Batch]:
-        for batch in self._batches(self._plan(epoch), step):
+    def _run(self, token: object, delivered: Delivered, epoch: int, step: int) -> Iterator[Batch]:
+        process = os.getpid()
+        for batch, ids, valid in self._batches(self._plan(epoch), step):
             step += 1
+            delivered.add(ids, valid)
             if self._newest is token:
                 self._position = (epoch, step)
             yield batch
+            if os.getpid() != process:
+                raise UsageError("this iterator was begun before the process forked; go on in the process that began it")
         if self._newest is token:
             self._position = self._next  # epoch + 1, unless set_epoch chose another meanwhile
 
     @abstractmethod
-    def _batches(self, plan: EpochPlan, start: int) -> Iterator[Batch]:
-        """The batches of this rank from step `start` to the end of the epoch, nothing left behind when closed early."""
+    def _batches(self, plan: EpochPlan, start: int) -> Iterator[tuple[Batch, list[str], Mask]]:
+        """The batches of this rank from step `start` to the end of the epoch, each with its ids, and its valid rows on the CPU.
+
+        Nothing is left behind when closed early.
+        """
 
     def _plan(self, epoch: int) -> EpochPlan:
-        return EpochPlan(self.order, epoch, self._table.records, self._table.bytes)
+        chosen = self.selection
+        return EpochPlan(self.order, epoch, chosen.records, chosen.nbytes, chosen.draws, chosen.num_draws)
+
+    @property
+    def digest(self) -> EpochDigest:
+        """Of the records that the newest iterator has delivered on this rank so far, padding out; `+` merges ranks.
+
+        Computed from the ids inside the batches. It covers an epoch from where that iterator began: after a resume, add the
+        digest of the time before.
+        """
+        return self._delivered.digest
+
+    def check_digest(self, digest: EpochDigest) -> str:
+        """What an epoch's digest, of all ranks together, says in words: `2,816 of 2,816 records, each once`.
+
+        Raises DataError where it is not that. With tail="drop" only the number can be checked; draws are counted. The first
+        time it may read the split's ids (a fold, or a data set written before manifests kept their sum).
+        """
+        if self.selection.draws:
+            return digest.describe()
+        if self.order.tail == "drop":
+            expected = self._num_steps * self.order.global_batch_size
+            if digest.records != expected:
+                raise DataError(f"the epoch delivered {digest.records:,} records; expected {expected:,} with tail='drop'")
+            return f"{digest.records:,} of {self._num_records:,} records, the rest dropped"
+        if self._expected is None:
+            self._expected = self.selection.expected()
+        return digest.check(self._expected)
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the next epoch, from its start; where a just loaded state stands in that epoch, the position stays."""
@@ -171,24 +218,3 @@ def check_delivery(layers: Layers, dtype: torch.dtype) -> None:
         raise UsageError(f"layers are {layers!r}; expected a slice, a list of whole numbers, or None")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise UsageError(f"dtype is {dtype!r}; expected a floating type such as torch.float32")
-
-
-def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int) -> Generator[R, None, None]:
-    """`map` in order, `threads` background threads working up to two results ahead each; 0 is the caller's own thread.
-
-    Closed early, it waits for what is running and leaves no thread behind.
-    """
-    if not threads:
-        yield from map(function, items)
-        return
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="gather")
-    pending: deque[Any] = deque()
-    try:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > 2 * threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

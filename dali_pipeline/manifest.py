@@ -1,9 +1,9 @@
-"""The manifest: what a data set holds, in one JSON file that is written last; and Dataset, an opened one."""
+"""The manifest: what a data set holds, in one JSON file that is written last."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import msgspec
 import xxhash
 
 from dali_pipeline.files import Files
-from dali_pipeline.schema import KINDS, SPLITS, DataError, FormatError, Kind, Schema, UsageError
+from dali_pipeline.schema import KINDS, SPLITS, FormatError, Kind, Schema, UsageError
 from dali_pipeline.shard import Shard, ShardInfo, SoundMap, write_whole
 
 MANIFEST_NAME = "manifest.json"
@@ -25,7 +25,8 @@ class ShardTable:
     """The shards of one split and kind, column by column, so that a million of them parse quickly.
 
     records, bytes (file sizes), blocks: one entry a shard · digests: 32 hex digits a shard, in one string · labels: records
-    of each label · rows: fewest and most rows of a record, by axis (`step`; or `graph`, `node` and `edge`).
+    of each label · rows: fewest and most rows of a record, by axis (`step`; or `graph`, `node` and `edge`) · ids: sum of the
+    XXH3-64 of all ids modulo 2**64, 16 hex digits; empty where that is not known (written before it was kept).
     """
 
     records: list[int] = field(default_factory=list)
@@ -34,12 +35,14 @@ class ShardTable:
     digests: str = ""
     labels: dict[str, int] = field(default_factory=dict)
     rows: dict[str, tuple[int, int]] = field(default_factory=dict)
+    ids: str = ""
 
     def __len__(self) -> int:
         return len(self.records)
 
     def append(self, info: ShardInfo) -> None:
         """Adds a shard behind the others."""
+        self._add_ids(f"{info.ids:016x}")
         self.records.append(info.records)
         self.bytes.append(info.bytes)
         self.blocks.append(info.blocks)
@@ -47,6 +50,8 @@ class ShardTable:
 
     def extend(self, other: ShardTable) -> None:
         """Adds another table's shards behind these."""
+        if len(other):
+            self._add_ids(other.ids)
         self.records += other.records
         self.bytes += other.bytes
         self.blocks += other.blocks
@@ -54,6 +59,10 @@ class ShardTable:
         for label, count in other.labels.items():
             self.labels[label] = self.labels.get(label, 0) + count
         self._widen(other.rows)
+
+    def _add_ids(self, ids: str) -> None:
+        known = ids and (self.ids or not len(self))
+        self.ids = f"{(int(self.ids or '0', 16) + int(ids, 16)) % 2**64:016x}" if known else ""
 
     def _widen(self, rows: dict[str, tuple[int, int]]) -> None:
         for axis, (fewest, most) in rows.items():
@@ -138,89 +147,25 @@ class Manifest:
             raise FormatError(
                 f"{path} is {manifest.format!r} version {manifest.version}; expected {FORMAT_NAME!r} version {FORMAT_VERSION}"
             )
-        if manifest.digest != manifest.compute_digest() or manifest.to_bytes() != data:
+        # of the bytes as they stand: a field that a later version adds changes nothing
+        head = b'{"digest":"%s"' % manifest.digest.encode()
+        found = xxhash.xxh3_128_hexdigest(b'{"digest":""' + data[len(head) : -1])
+        if found != manifest.digest or not (data.startswith(head) and data.endswith(b"\n")):
             raise FormatError(f"{path} does not have the digest that it names: edited or damaged; restore it or convert again")
         for split, tables in manifest.splits.items():
             for kind, table in tables.items():
                 if not len(table.records) == len(table.bytes) == len(table.blocks) == len(table.digests) / 32:
                     raise FormatError(f"{path}, {split}/{kind}: columns of unequal length")
+                if not re.fullmatch("([0-9a-f]{16})?", table.ids):
+                    raise FormatError(f"{path}, {split}/{kind}: ids are {table.ids!r}; expected 16 hex digits")
                 if (labels := sum(table.labels.values())) != (records := sum(table.records)):
                     raise FormatError(f"{path}, {split}/{kind}: {labels} labels for {records} records")
         return manifest
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """An opened data set; cheap, holds no file open. Made by `open_dataset`."""
-
-    root: Path
-    manifest: Manifest
-
-    @property
-    def schema(self) -> Schema:
-        """The fields of every record."""
-        return self.manifest.schema
-
-    @property
-    def digest(self) -> str:
-        """The manifest's digest: the identity of these data."""
-        return self.manifest.digest
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """Names of the splits, train first."""
-        return tuple(sorted(self.manifest.splits, key=lambda split: SPLITS.index(split) if split in SPLITS else len(SPLITS)))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all shards."""
-        return sum(sum(table.bytes) for tables in self.manifest.splits.values() for table in tables.values())
-
-    @property
-    def num_classes(self) -> int:
-        """Highest label of any split plus one, at least 2."""
-        labels = (int(label) for split in self.splits for label in self.label_counts(split))
-        return max(2, max(labels, default=0) + 1)
-
-    def table(self, split: str, kind: Kind) -> ShardTable:
-        """The shards of a split and kind. Raises UsageError for a split, DataError for a kind, that is not there."""
-        if split not in self.manifest.splits:
-            raise UsageError(f"unknown split {split!r}; {self.root} has {', '.join(self.splits)}")
-        if kind not in self.schema.kinds:
-            raise DataError(f"{self.root} holds no {kind}; it has {' and '.join(self.schema.kinds)}")
-        return self.manifest.splits[split].get(kind, ShardTable())
-
-    def num_records(self, split: str, kind: Kind) -> int:
-        """Records of a split and kind."""
-        return sum(self.table(split, kind).records)
-
-    def label_counts(self, split: str) -> dict[int, int]:
-        """Records of each label in a split, of the kind that has more records."""
-        tables = [self.table(split, kind) for kind in self.schema.kinds]
-        fullest = max(tables, key=lambda table: sum(table.records))
-        return {int(label): count for label, count in sorted(fullest.labels.items(), key=lambda item: int(item[0]))}
-
-    def shard_path(self, split: str, kind: Kind, shard: int) -> Path:
-        """The file of one shard."""
-        return shard_path(self.root, split, kind, shard)
-
-
 def shard_path(root: Path, split: str, kind: Kind, shard: int) -> Path:
     """`train/sequences-00000.safetensors` and so on."""
     return root / split / f"{kind}-{shard:05d}.safetensors"
-
-
-def open_dataset(root: str | os.PathLike[str]) -> Dataset:
-    """Opens the data set in folder `root`. Reads `manifest.json` and nothing else.
-
-    Raises FormatError, in one sentence, where the folder is missing, or its manifest is missing, unreadable or damaged.
-    """
-    path = Path(root)
-    if "://" in os.fspath(root):
-        raise UsageError(f"{os.fspath(root)} is a URL; this version opens local folders only")
-    if not path.is_dir():
-        raise FormatError(f"{path} is not a folder; expected a data set, as `convert` or `extract` writes it")
-    return Dataset(root=path, manifest=Manifest.load(path))
 
 
 def empty_splits(kinds: tuple[Kind, ...] = KINDS) -> dict[str, dict[Kind, ShardTable]]:

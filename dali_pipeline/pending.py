@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dali_pipeline.digest import EpochDigest
 from dali_pipeline.schema import Array, DataError, Kind, Record, Schema, graph_rows, sequence_rows
 from dali_pipeline.shard import ShardInfo
 from dali_pipeline.shardfile import ShardFile
@@ -104,7 +105,7 @@ class Pending:
                 arrays[name.removesuffix("counts") + "offsets"] = _offsets(parts.whole)
             else:
                 arrays[name] = parts.whole  # edge_index: the widest of its records' types
-        return self._file.close(len(self._labels), arrays)
+        return self._file.close(len(self._labels), arrays, EpochDigest.of(self._ids).total)
 
     def discard(self) -> None:
         """Takes away what was written."""

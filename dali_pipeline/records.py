@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from dali_pipeline.files import Files, Recent
-from dali_pipeline.manifest import Dataset
-from dali_pipeline.plan import Ints
-from dali_pipeline.schema import FormatError, Kind
+from dali_pipeline.order import Ints
+from dali_pipeline.schema import FormatError
+from dali_pipeline.selection import Selection
 from dali_pipeline.shard import Shard
 
 INDEX_ROWS = 1024  # records of an index part
@@ -43,51 +43,52 @@ class IndexPart:
 
 
 class RecordIndex:
-    """The records of one split and kind by position.
+    """The records of a selection by position.
 
     ragged: the arrays whose offsets are read, the first with an entry a record, the others with one a row of the first.
-    window_bytes: the index kept is of about its size at most. Several threads may share it. Raises FormatError for damage.
+    window_bytes: the index kept is of about its size at most. Several threads may share it; a pickled one begins anew, with
+    nothing kept. Raises FormatError for damage.
     """
 
-    def __init__(self, data: Dataset, split: str, kind: Kind, ragged: Sequence[str], window_bytes: int) -> None:
-        self._data, self._split, self._kind, self._ragged = data, split, kind, ragged
-        self._table = data.table(split, kind)
+    def __init__(self, selection: Selection, ragged: Sequence[str], window_bytes: int) -> None:
+        self._arguments = selection, ragged, window_bytes
+        self._selection, self._ragged = selection, ragged
+        self._block_ends = [np.cumsum(shards.table.blocks, dtype=np.int64) for shards in selection.shards]
         # a byte a block, 1 once its hash was right; anonymous shared memory, so forked workers tell each other
-        self._sound = memoryview(mmap.mmap(-1, max(1, sum(self._table.blocks))))
-        self._block_ends = np.cumsum(self._table.blocks)
-        self._ends = np.cumsum(self._table.records)  # (shards,) position behind each shard's last record
-        self._starts = self._ends - self._table.records
+        self._sound = [memoryview(mmap.mmap(-1, max(1, int(ends[-1]) if len(ends) else 0))) for ends in self._block_ends]
+        self._ends = np.cumsum(selection.records)  # (entries,) position behind each entry's last record
+        self._starts = self._ends - selection.records
         self._files = Files()
-        self._shards: Recent[int, Shard] = Recent(MAX_SHARDS)
-        self._parts: Recent[tuple[int, int], IndexPart] = Recent(max(window_bytes, LEAST_INDEX_BYTES))
+        self._shards: Recent[tuple[int, int], Shard] = Recent(MAX_SHARDS)
+        self._parts: Recent[tuple[int, int, int], IndexPart] = Recent(max(window_bytes, LEAST_INDEX_BYTES))
+
+    def __reduce__(self) -> tuple[type[RecordIndex], tuple[Selection, Sequence[str], int]]:
+        return RecordIndex, self._arguments
 
     def locate(self, positions: Ints) -> list[tuple[IndexPart, int]]:
         """The part that holds each position's record, and the record's row in it."""
-        shards = np.searchsorted(self._ends, positions, side="right")
-        rows = positions - self._starts[shards]
+        entries = np.searchsorted(self._ends, positions, side="right")
+        every = self._selection.rows
+        rows = positions - self._starts[entries] if every is None else every[positions]
+        places = self._selection.table[entries].tolist(), self._selection.number[entries].tolist(), rows.tolist()
         return [
-            (self._part(shard, row // INDEX_ROWS), row % INDEX_ROWS)
-            for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)
+            (self._part(table, number, row // INDEX_ROWS), row % INDEX_ROWS) for table, number, row in zip(*places, strict=True)
         ]
 
-    def _part(self, shard: int, number: int) -> IndexPart:
-        part = self._parts.get((shard, number))
+    def _part(self, table: int, number: int, which: int) -> IndexPart:
+        part = self._parts.get((table, number, which))
         if part is None:
-            part = self._read_part(self._shard(shard), number * INDEX_ROWS)
-            part = self._parts.put((shard, number), part, part.nbytes)
+            part = self._read_part(self._shard(table, number), which * INDEX_ROWS)
+            part = self._parts.put((table, number, which), part, part.nbytes)
         return part
 
-    def _shard(self, number: int) -> Shard:
-        shard = self._shards.get(number)
+    def _shard(self, table: int, number: int) -> Shard:
+        shard = self._shards.get((table, number))
         if shard is None:
-            end, blocks, records = int(self._block_ends[number]), self._table.blocks[number], self._table.records[number]
-            path = self._data.shard_path(self._split, self._kind, number)
-            shard = self._table.open(path, number, self._files, self._sound[end - blocks : end])
-            if (shard.kind, shard.records) != (self._kind, records):
-                raise FormatError(
-                    f"{shard.path} has {shard.records} {shard.kind}; expected {records} {self._kind} as in the manifest"
-                )
-            shard = self._shards.put(number, shard)
+            shards = self._selection.shards[table]
+            end, blocks = int(self._block_ends[table][number]), shards.table.blocks[number]
+            shard = shards.open(number, self._files, self._sound[table][end - blocks : end])
+            shard = self._shards.put((table, number), shard)
         return shard
 
     def _read_part(self, shard: Shard, first: int) -> IndexPart:

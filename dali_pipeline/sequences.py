@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 
-from dali_pipeline.loader import Loader, Workers, check_delivery, map_ahead
-from dali_pipeline.manifest import Dataset
-from dali_pipeline.plan import WINDOW_BYTES, EpochPlan, Shares, Tail
+from dali_pipeline.ahead import map_ahead
+from dali_pipeline.dataset import Dataset
+from dali_pipeline.digest import Mask
+from dali_pipeline.loader import Loader, Workers, check_delivery
+from dali_pipeline.order import WINDOW_BYTES, Tail
+from dali_pipeline.plan import EpochPlan, Shares
 from dali_pipeline.schema import Array, UsageError
 from dali_pipeline.source import Layers, SequenceRows, SequenceSource
 
 Engine = Literal["dali", "torch"]
+Loaded = Iterator[tuple[SequenceRows, Shares]]
 PREFETCH_BATCHES = 2  # that DALI runs ahead
+LEFT_TO_THE_PARENT: list[Any] = []  # in a forked child: taking a pipeline down would wait for threads that it has not
 PADDED_BEFORE_DALI = ("float64",)  # fn.pad does not know it
 DALI_DTYPES = {torch.float16: "FLOAT16", torch.float32: "FLOAT"}
 
@@ -80,6 +86,8 @@ class SequenceLoader(Loader[SequenceBatch]):
         on_error: str = "raise",
         rank: int | None = None,
         world_size: int | None = None,
+        balance: Literal["label"] | None = None,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         if engine not in get_args(Engine):
             raise UsageError(f"engine is {engine!r}; expected 'dali' or 'torch'")
@@ -97,16 +105,18 @@ class SequenceLoader(Loader[SequenceBatch]):
             on_error=on_error,
             rank=rank,
             world_size=world_size,
+            balance=balance,
+            weights=weights,
         )
         check_delivery(layers, dtype)
         self.dtype, self.engine = dtype, engine
-        steps = self._table.rows.get("step")
+        steps = self.selection.bounds("step")
         equal_lengths = steps is not None and steps[0] == steps[1]  # then padding would be one more copy
         assert data.schema.sequence is not None
         self._pads_in_dali = not equal_lengths and data.schema.sequence.dtype not in PADDED_BEFORE_DALI
-        self._source = SequenceSource(data, split, layers, window_bytes=window_bytes)
+        self._source = SequenceSource(self.selection, data.schema, layers, window_bytes=window_bytes)
 
-    def _batches(self, plan: EpochPlan, start: int) -> Iterator[SequenceBatch]:
+    def _batches(self, plan: EpochPlan, start: int) -> Iterator[tuple[SequenceBatch, list[str], Mask]]:
         def load(step: int) -> tuple[SequenceRows, Shares]:
             shares = plan.batch(step, self.world.rank, self.world.world_size)
             return signed(self._source.gather(shares.positions)), shares
@@ -117,20 +127,21 @@ class SequenceLoader(Loader[SequenceBatch]):
         finally:
             loaded.close()
 
-    def _through_torch(self, loaded: Iterator[tuple[SequenceRows, Shares]]) -> Iterator[SequenceBatch]:
+    def _through_torch(self, loaded: Loaded) -> Iterator[tuple[SequenceBatch, list[str], Mask]]:
         for rows, shares in loaded:
-            yield self._batch(
+            batch = self._batch(
                 pad(torch.from_numpy(rows.values), torch.from_numpy(rows.lengths)).to(self.device).to(self.dtype),
                 torch.from_numpy(rows.labels).to(self.device),
                 torch.from_numpy(shares.valid).to(self.device),
                 rows,
             )
+            yield batch, rows.ids, shares.valid
 
-    def _through_dali(self, loaded: Iterator[tuple[SequenceRows, Shares]]) -> Iterator[SequenceBatch]:
+    def _through_dali(self, loaded: Loaded) -> Iterator[tuple[SequenceBatch, list[str], Mask]]:
         # A pipeline an epoch: building one takes about 10 ms, and nothing read ahead can outlive its epoch.
         from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-        ahead: deque[SequenceRows] = deque()
+        ahead: deque[tuple[SequenceRows, Shares]] = deque()
         failures: list[BaseException] = []
 
         def feed() -> tuple[Any, Array, Array]:
@@ -142,7 +153,7 @@ class SequenceLoader(Loader[SequenceBatch]):
             except BaseException as error:
                 failures.append(error)
                 raise StopIteration from None
-            ahead.append(rows)
+            ahead.append((rows, shares))
             return samples(rows), rows.labels, shares.valid
 
         pipeline = sequence_graph(
@@ -156,8 +167,15 @@ class SequenceLoader(Loader[SequenceBatch]):
         )
         names = ["sequences", "labels", "valid"]
         iterator = DALIGenericIterator([pipeline], names, size=-1, auto_reset=False, prepare_first_batch=False)
-        for (out,) in iterator:
-            yield self._batch(out["sequences"].to(self.dtype), out["labels"], out["valid"], ahead.popleft())
+        process = os.getpid()
+        try:
+            for (out,) in iterator:
+                rows, shares = ahead.popleft()
+                batch = self._batch(out["sequences"].to(self.dtype), out["labels"], out["valid"], rows)
+                yield batch, rows.ids, shares.valid
+        finally:
+            if os.getpid() != process:
+                LEFT_TO_THE_PARENT.append(iterator)
         if failures:
             raise failures[0]
 

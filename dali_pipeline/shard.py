@@ -36,17 +36,19 @@ Hashes: TypeAlias = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True, kw_only=True)
 class ShardInfo:
-    """What the manifest keeps of a shard. bytes: the file's size · blocks: hashes in it · digest: of the header."""
+    """What the manifest keeps of a shard. bytes: the file's size · blocks: hashes in it · digest: of the header · ids: sum of
+    the XXH3-64 of its ids modulo 2**64."""
 
     records: int
     bytes: int
     blocks: int
     digest: str
+    ids: int
 
 
-def hash_texts(texts: Iterable[bytes]) -> Hashes:
+def hash_texts(texts: Iterable[bytes], seed: int = 0) -> Hashes:
     """XXH3-64 of each text."""
-    return np.fromiter((xxhash.xxh3_64_intdigest(one) for one in texts), np.uint64)
+    return np.fromiter((xxhash.xxh3_64_intdigest(one, seed=seed) for one in texts), np.uint64)
 
 
 def write_whole(path: Path, data: bytes) -> None:

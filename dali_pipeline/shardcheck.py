@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from dali_pipeline.dataset import Dataset
 from dali_pipeline.files import Files
-from dali_pipeline.manifest import Dataset
 from dali_pipeline.schema import Array, FormatError, Kind
 from dali_pipeline.shard import Hashes, Shard, hash_texts
 

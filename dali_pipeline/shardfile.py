@@ -69,8 +69,8 @@ class ShardFile:
             if self._filled == len(self._buffer):
                 self._spill()
 
-    def close(self, records: int, arrays: Mapping[str, Array]) -> ShardInfo:
-        """Writes the other arrays and the header; the shard is there, and on the disk, when this returns."""
+    def close(self, records: int, arrays: Mapping[str, Array], ids: int = 0) -> ShardInfo:
+        """Writes the other arrays and the header; the shard is there, and on the disk, when this returns. ids: for the info."""
         try:
             self._spill()
             if self._hashed:
@@ -102,7 +102,8 @@ class ShardFile:
             raise self._failed(error) from error
         self._close()
         blocks = sum(len(text) // 16 for text in hashes.values())
-        return ShardInfo(records=records, bytes=8 + self._room + at, blocks=blocks, digest=xxhash.xxh3_128_hexdigest(head))
+        digest = xxhash.xxh3_128_hexdigest(head)
+        return ShardInfo(records=records, bytes=8 + self._room + at, blocks=blocks, digest=digest, ids=ids)
 
     def discard(self) -> None:
         """Takes away what was written."""

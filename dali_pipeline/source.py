@@ -9,10 +9,10 @@ from typing import TypeAlias, TypedDict
 
 import numpy as np
 
-from dali_pipeline.manifest import Dataset
-from dali_pipeline.plan import WINDOW_BYTES, Ints
+from dali_pipeline.order import WINDOW_BYTES, Ints
 from dali_pipeline.records import IndexPart, RecordIndex
-from dali_pipeline.schema import Array, DataError, FormatError, Kind, UsageError
+from dali_pipeline.schema import Array, DataError, FormatError, Kind, Schema, UsageError
+from dali_pipeline.selection import Selection
 from dali_pipeline.shard import Shard
 
 Layers: TypeAlias = "slice | Sequence[int] | None"
@@ -62,26 +62,27 @@ class BatchSource:
     ragged: tuple[str, ...]
     axis: str  # what `layers` chooses among, by its name in the manifest
 
-    def __init__(self, data: Dataset, split: str, layers: Layers = None, window_bytes: int = WINDOW_BYTES) -> None:
-        self._data, self._split, self._layers = data, split, layers
-        self._index = RecordIndex(data, split, self.kind, self.ragged, window_bytes)
-        self._selections: dict[int, list[tuple[int, int]]] = {}
-        if rows := data.table(split, self.kind).rows.get(self.axis):
+    def __init__(self, selection: Selection, schema: Schema, layers: Layers = None, window_bytes: int = WINDOW_BYTES) -> None:
+        self._selection, self._schema, self._layers = selection, schema, layers
+        self._index = RecordIndex(selection, self.ragged, window_bytes)
+        self._runs: dict[int, list[tuple[int, int]]] = {}
+        if rows := selection.bounds(self.axis):
             self._selected(rows[0])  # what the shortest record has, all have
 
     def _selected(self, count: int) -> list[tuple[int, int]]:
         """Runs (begin, end) of the selected ones among `count` steps or graphs, in the order asked for."""
         if self._layers is None:
             return [(0, count)]
-        if count not in self._selections:
-            self._selections[count] = self._select(count)
-        return self._selections[count]
+        if count not in self._runs:
+            self._runs[count] = self._select(count)
+        return self._runs[count]
 
     def _select(self, count: int) -> list[tuple[int, int]]:
         try:
             chosen = select(self._layers, count)
         except DataError as error:
-            raise DataError(f"{error} in split {self._split!r} of {self._data.root}") from None
+            shards = self._selection.shards[0]
+            raise DataError(f"{error} in split {shards.split!r} of {shards.root}") from None
         cuts = [0, *(at for at in range(1, len(chosen)) if chosen[at] != chosen[at - 1] + 1), len(chosen)]
         return [(chosen[a], chosen[b - 1] + 1) for a, b in itertools.pairwise(cuts)]
 
@@ -121,7 +122,7 @@ class SequenceSource(BatchSource):
 
     def gather(self, positions: Ints) -> SequenceRows:
         """The records at `positions` (B,), any order, repeats allowed. Costs one `pread` a record and run of layers."""
-        field = self._data.schema.sequence
+        field = self._schema.sequence
         assert field is not None
         found = self._index.locate(positions)
         spans: list[list[tuple[int, int]]] = []  # of each record, runs of rows in the shard's array
@@ -134,7 +135,7 @@ class SequenceSource(BatchSource):
         for record, runs in zip(found, spans, strict=True):
             for begin, end in runs:
                 out.read(record, "sequence", begin, end)
-        return SequenceRows(values=values, lengths=lengths, positions=positions, **_labels_and_ids(found))
+        return SequenceRows(values=values, lengths=lengths, positions=self._selection.told(positions), **_labels_and_ids(found))
 
 
 class GraphSource(BatchSource):
@@ -146,7 +147,7 @@ class GraphSource(BatchSource):
 
     def gather(self, positions: Ints) -> GraphRows:
         """The records at `positions` (B,), any order, repeats allowed. Costs three `pread`s a record and run of layers."""
-        schema = self._data.schema
+        schema = self._schema
         assert schema.x is not None
         found = self._index.locate(positions)
         runs: list[tuple[tuple[IndexPart, int], tuple[int, int], tuple[int, int]]] = []  # record, its nodes, its edges
@@ -182,7 +183,7 @@ class GraphSource(BatchSource):
             edge_counts=np.concatenate(edge_counts),
             layer_index=np.concatenate(layer_index),
             graphs_per_record=np.array(graphs_per_record, np.int64),
-            positions=positions,
+            positions=self._selection.told(positions),
             **_labels_and_ids(found),
         )
 

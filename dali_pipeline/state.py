@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from dali_pipeline.plan import Order
+from dali_pipeline.order import Order
 from dali_pipeline.schema import Kind, PipelineError
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dali_pipeline.manifest import Dataset, open_dataset
+from dali_pipeline.dataset import Dataset, open_dataset
 from dali_pipeline.progress import progress_bar
 from dali_pipeline.schema import FormatError, Kind
 from dali_pipeline.shard import Hashes

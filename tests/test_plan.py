@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dali_pipeline.plan import EpochPlan, Order, deal_shards, hashed_keys
+from dali_pipeline.order import Order, hashed_keys
+from dali_pipeline.plan import EpochPlan, deal_shards
 from dali_pipeline.schema import DataError, UsageError
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch_geometric.data import Batch
 
 import dali_pipeline as dp
 from dali_pipeline import files as files_module
-from dali_pipeline import plan as plan_module
+from dali_pipeline import lane as lane_module
 from dali_pipeline import records as records_module
 from dali_pipeline import shard as shard_module
 from dali_pipeline import shardfile as shardfile_module
@@ -27,7 +28,7 @@ from dali_pipeline.files import Recent
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dp.Dataset, dict[str, dp.Record]]:
-    for module in (shard_module, shardfile_module, plan_module):
+    for module in (shard_module, shardfile_module, lane_module):
         monkeypatch.setattr(module, "BLOCK_BYTES", 64)
     monkeypatch.setattr(records_module, "INDEX_ROWS", 3)
     monkeypatch.setattr(records_module, "MAX_SHARDS", 2)
@@ -109,13 +110,12 @@ def test_resuming_reads_at_most_one_window(tmp_path: Path, monkeypatch: pytest.M
                 dp.SequenceLoader(data, engine="torch", **options) if kind == "sequences" else dp.GraphLoader(data, **options)
             )
 
-        first = make()
-        state = {**first.state_dict(), "step": 21}
-        loader = make()
-        loader.load_state_dict(state)
-        read = 0
-        next(iter(loader))
-        assert 32 * 16384 <= read <= window_bytes
+        for epoch, step in itertools.product(range(3), (0, 1, 5, 13, 21, 34, 49)):
+            loader = make()
+            loader.load_state_dict({**loader.state_dict(), "epoch": epoch, "step": step})
+            read = 0
+            next(iter(loader))
+            assert 32 * 16384 <= read <= window_bytes
 
 
 def test_recent_keeps_to_its_budget() -> None:

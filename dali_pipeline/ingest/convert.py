@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 from rich.progress import Progress, TaskID
 
+from dali_pipeline.dataset import Dataset, open_dataset
 from dali_pipeline.filler import Contents, ShardFiller
 from dali_pipeline.ingest.foreign import Block, Values
 from dali_pipeline.ingest.job import ConvertConfig, Job, prepare
@@ -21,7 +22,7 @@ from dali_pipeline.ingest.sources import Source
 from dali_pipeline.ingest.traces import TRACES
 from dali_pipeline.ingest.workers import Advance, in_order
 from dali_pipeline.journal import remove_leftovers
-from dali_pipeline.manifest import MANIFEST_NAME, Dataset, open_dataset
+from dali_pipeline.manifest import MANIFEST_NAME
 from dali_pipeline.pending import Stack
 from dali_pipeline.progress import progress_bar
 from dali_pipeline.schema import Array, DataError, Field, FormatError, PipelineError, Record, UsageError

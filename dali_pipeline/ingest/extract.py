@@ -15,10 +15,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from dali_pipeline.dataset import Dataset, open_dataset
 from dali_pipeline.ingest.attention import attention_edges
 from dali_pipeline.ingest.prompts import Prompt, read_prompts
 from dali_pipeline.journal import remove_leftovers
-from dali_pipeline.manifest import MANIFEST_NAME, Dataset, open_dataset
+from dali_pipeline.manifest import MANIFEST_NAME
 from dali_pipeline.progress import progress_bar
 from dali_pipeline.schema import DataError, Field, Graphs, Record, Schema, UsageError
 from dali_pipeline.split import Split

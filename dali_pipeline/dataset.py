@@ -1,0 +1,183 @@
+"""Dataset: an opened data set; its folds, and mixes of several."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dali_pipeline.manifest import Manifest, ShardTable, shard_path
+from dali_pipeline.order import Ints
+from dali_pipeline.schema import SPLITS, DataError, FormatError, Kind, Schema, UsageError
+from dali_pipeline.selection import Selection, Shards, derived_digest
+from dali_pipeline.shard import hash_texts
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """An opened data set; cheap, holds no file open. Made by `open_dataset`."""
+
+    root: Path
+    manifest: Manifest
+
+    @property
+    def schema(self) -> Schema:
+        """The fields of every record."""
+        return self.manifest.schema
+
+    @property
+    def digest(self) -> str:
+        """The manifest's digest: the identity of these data."""
+        return self.manifest.digest
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits, train first."""
+        return tuple(sorted(self.manifest.splits, key=lambda split: SPLITS.index(split) if split in SPLITS else len(SPLITS)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(sum(table.bytes) for tables in self.manifest.splits.values() for table in tables.values())
+
+    @property
+    def num_classes(self) -> int:
+        """Highest label of any split plus one, at least 2."""
+        labels = (int(label) for split in self.splits for label in self.label_counts(split))
+        return max(2, max(labels, default=0) + 1)
+
+    def table(self, split: str, kind: Kind) -> ShardTable:
+        """The shards of a split and kind. Raises UsageError for a split, DataError for a kind, that is not there."""
+        if split not in self.manifest.splits:
+            raise UsageError(f"unknown split {split!r}; {self.root} has {', '.join(self.splits)}")
+        if kind not in self.schema.kinds:
+            raise DataError(f"{self.root} holds no {kind}; it has {' and '.join(self.schema.kinds)}")
+        return self.manifest.splits[split].get(kind, ShardTable())
+
+    def select(self, split: str, kind: Kind) -> Selection:
+        """The records of a split and kind, for a loader. Raises as `table` does."""
+        return Selection.whole(Shards(root=self.root, split=split, kind=kind, table=self.table(split, kind)), self.digest)
+
+    def num_records(self, split: str, kind: Kind) -> int:
+        """Records of a split and kind."""
+        return sum(self.table(split, kind).records)
+
+    def label_counts(self, split: str) -> dict[int, int]:
+        """Records of each label in a split, of the kind that has more records."""
+        tables = [self.table(split, kind) for kind in self.schema.kinds]
+        fullest = max(tables, key=lambda table: sum(table.records))
+        return {int(label): count for label, count in sorted(fullest.labels.items(), key=lambda item: int(item[0]))}
+
+    def shard_path(self, split: str, kind: Kind, shard: int) -> Path:
+        """The file of one shard."""
+        return shard_path(self.root, split, kind, shard)
+
+    def folds(self, k: int, seed: int = 0) -> list[Dataset]:
+        """For cross-validation: k data sets over the same shards, whose `val` is a k-th of `train` and `val` together.
+
+        Dealt by group, as a split is, so no group is on both sides, and both kinds of record agree: groups in the order of
+        their hashes (XXH3-64 with `seed`) are cut into k parts of equal number. Every record is in one fold's `val`; `test`
+        stays as it is. No file is written; feature statistics are those of `train` as stored. Reads labels and groups: some 20
+        bytes a record, held in memory as 8 bytes. Raises DataError for fewer groups than k.
+        """
+        if isinstance(k, bool) or not isinstance(k, int) or k < 2:
+            raise UsageError(f"k is {k!r}; expected a whole number of at least 2")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+            raise UsageError(f"seed is {seed!r}; expected a whole number from 0 to 2**64 - 1")
+        pools, hashes = {}, {}
+        for kind in self.schema.kinds:
+            pools[kind] = Selection.chain([self.select(split, kind) for split in ("train", "val")], self.digest)
+            hashes[kind] = hash_texts(pools[kind].texts("groups"), seed)
+        groups = np.unique(np.concatenate(list(hashes.values())))
+        if len(groups) < k:
+            raise DataError(f"train and val of {self.root} have {len(groups)} groups; expected at least {k} for {k} folds")
+        folds = {kind: np.searchsorted(groups, hashes[kind]) * k // len(groups) for kind in self.schema.kinds}
+        labels = {kind: pool.labels() for kind, pool in pools.items()}
+        views: list[Dataset] = []
+        for fold in range(k):
+            digest = derived_digest(self.digest, "fold", fold, k, seed)
+            selections, counts = {}, {}
+            for split in ("train", "val"):
+                members = {kind: np.flatnonzero((folds[kind] == fold) == (split == "val")) for kind in pools}
+                selections[split] = {kind: pools[kind].take(at, digest) for kind, at in members.items()}
+                fullest = max(members, key=lambda kind: len(members[kind]))
+                counts[split] = _count(labels[fullest][members[fullest]])
+            if "test" in self.splits:
+                selections["test"] = {kind: self.select("test", kind) for kind in pools}
+                counts["test"] = self.label_counts("test")
+            views.append(View(self.root, self.manifest, digest, selections, counts))
+        return views
+
+
+@dataclass(frozen=True, eq=False)
+class View(Dataset):
+    """A data set made of the shards of others, as `folds` and `mix` make it; a loader takes it like any other.
+
+    view_digest: identity of these data · selections: by split and kind · counts: of labels, by split.
+    """
+
+    view_digest: str
+    selections: Mapping[str, Mapping[Kind, Selection]]
+    counts: Mapping[str, dict[int, int]]
+
+    @property
+    def digest(self) -> str:
+        """The identity of these data: other folds and other mixes have another."""
+        return self.view_digest
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits, train first."""
+        return tuple(self.selections)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the records chosen, about."""
+        return sum(int(one.nbytes.sum()) for kinds in self.selections.values() for one in kinds.values())
+
+    def table(self, split: str, kind: Kind) -> ShardTable:
+        """Raises DataError: it has no shards of its own."""
+        raise DataError(f"a fold or mix of {self.root} has no shards of its own; ask `select` or the data sets it is made of")
+
+    def select(self, split: str, kind: Kind) -> Selection:
+        """The records of a split and kind, for a loader. Raises UsageError for a split, DataError for a kind, not there."""
+        if split not in self.selections:
+            raise UsageError(f"unknown split {split!r}; this fold or mix has {', '.join(self.splits)}")
+        if kind not in self.selections[split]:
+            raise DataError(f"{self.root} holds no {kind}; it has {' and '.join(self.schema.kinds)}")
+        return self.selections[split][kind]
+
+    def num_records(self, split: str, kind: Kind) -> int:
+        """Records of a split and kind."""
+        return self.select(split, kind).num_records
+
+    def label_counts(self, split: str) -> dict[int, int]:
+        """Records of each label in a split, of the kind that has more records."""
+        if split not in self.counts:
+            raise UsageError(f"unknown split {split!r}; this fold or mix has {', '.join(self.splits)}")
+        return self.counts[split]
+
+    def folds(self, k: int, seed: int = 0) -> list[Dataset]:
+        """Raises UsageError: folds are made of a data set as it is stored."""
+        raise UsageError("folds are made of a data set as it is stored; this is a fold or a mix already")
+
+
+def _count(labels: Ints) -> dict[int, int]:
+    return {int(label): count for label, count in sorted(Counter(labels.tolist()).items())}
+
+
+def open_dataset(root: str | os.PathLike[str]) -> Dataset:
+    """Opens the data set in folder `root`. Reads `manifest.json` and nothing else.
+
+    Raises FormatError, in one sentence, where the folder is missing, or its manifest is missing, unreadable or damaged.
+    """
+    path = Path(root)
+    if "://" in os.fspath(root):
+        raise UsageError(f"{os.fspath(root)} is a URL; this version opens local folders only")
+    if not path.is_dir():
+        raise FormatError(f"{path} is not a folder; expected a data set, as `convert` or `extract` writes it")
+    return Dataset(root=path, manifest=Manifest.load(path))

@@ -1,0 +1,118 @@
+"""Lane: the order of one lane's records in one epoch.
+
+The shuffle of one lane, by index (no buffer, so no state):
+
+1. Cut the lane's shards into runs of consecutive records (at most 1/64 of the window each, at least a hash block) and
+   sort the runs by a hashed key: the *line*, a random order of runs from all over the lane.
+2. Cut the line into groups of at most half a window. Permute the records within each group (hashed keys, sorted).
+3. Permute again within blocks that reach from about the middle of one group to about the middle of the next.
+
+A delivered block draws from two groups, one window in all, and the next block shares one of the two with it, so records
+mix across every border; any batch is computed from its two groups alone. A lane that fits in the window is one group, and
+the result a full permutation.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dali_pipeline.order import ACROSS_GROUPS, RUNS, WITHIN_GROUPS, Ints, Order, hashed_keys, purpose_key
+from dali_pipeline.shard import BLOCK_BYTES
+
+RUNS_PER_WINDOW = 64
+
+
+class Lane:
+    """The order of one lane's records.
+
+    starts, records, nbytes: (S,) its shards, by the position of their first record · batch_size: of the lane's part of a global
+    batch.
+    """
+
+    def __init__(
+        self, order: Order, epoch: int, starts: Ints, records: Ints, nbytes: Ints, window_bytes: int, batch_size: int
+    ) -> None:
+        self.num_records = int(records.sum())
+        self._shuffle = order.shuffle
+        self._key = [purpose_key(order, epoch, purpose) for purpose in (RUNS, WITHIN_GROUPS, ACROSS_GROUPS)]
+        fits = nbytes.sum() <= window_bytes
+        if order.shuffle:
+            starts, records, nbytes = _cut_into_runs(starts, records, nbytes, max(BLOCK_BYTES, window_bytes // RUNS_PER_WINDOW))
+            line = np.argsort(hashed_keys(starts, self._key[RUNS]), kind="stable")
+            starts, records, nbytes = starts[line], records[line], nbytes[line]
+        self._run_starts = starts  # (runs,) first record of each run, as a position in the split
+        self._run_ends = np.cumsum(records)  # (runs,) where each run ends in the line
+        # group_ends: (groups,) where each group ends in the line
+        group_bytes = window_bytes if fits else window_bytes // 2
+        self._group_ends = self._run_ends[_group_last(nbytes, group_bytes)]
+        group_starts = np.concatenate([[0], self._group_ends[:-1]]).astype(np.int64)
+        # block_ends: (groups + 1,) from the middle of a group to the middle of the next, between two batches where it can be,
+        # so that no batch needs three groups
+        middles = (group_starts + self._group_ends) // 2
+        between = middles // batch_size * batch_size
+        self._block_ends = np.concatenate([np.where(between > group_starts, between, middles), self._group_ends[-1:]])
+        self._recent: tuple[tuple[int, Ints], ...] = ()  # the last two blocks computed; replaced whole, so threads may share it
+
+    def positions(self, places: Ints) -> Ints:
+        """The records at these places of the lane's order."""
+        if self._shuffle:
+            blocks = np.searchsorted(self._block_ends, places, side="right")
+            line = np.empty_like(places)
+            for block in np.unique(blocks):
+                at = blocks == block
+                line[at] = self._block(int(block))[places[at] - self._block_start(int(block))]
+        else:
+            line = places
+        run = np.searchsorted(self._run_ends, line, side="right")
+        into = line - np.where(run > 0, self._run_ends[run - 1], 0)
+        found: Ints = self._run_starts[run] + into
+        return found
+
+    def _block_start(self, block: int) -> int:
+        return int(self._block_ends[block - 1]) if block else 0
+
+    def _block(self, block: int) -> Ints:
+        """Places in the line of the block's records, in delivered order: (records of the block,)."""
+        for number, places in self._recent:
+            if number == block:
+                return places
+        parts = [self._group(block - 1)[1]] if block else []
+        if block < len(self._group_ends):
+            parts.append(self._group(block)[0])
+        members = np.concatenate(parts)
+        places = members[np.argsort(hashed_keys(members, self._key[ACROSS_GROUPS]), kind="stable")]
+        self._recent = (*self._recent[-1:], (block, places))
+        return places
+
+    def _group(self, group: int) -> tuple[Ints, Ints]:
+        """The group's places in the line, permuted, as the half before its middle and the half behind."""
+        begin = int(self._group_ends[group - 1]) if group else 0
+        line = np.arange(begin, int(self._group_ends[group]))
+        line = line[np.argsort(hashed_keys(line, self._key[WITHIN_GROUPS]), kind="stable")]
+        middle = int(self._block_ends[group]) - begin
+        return line[:middle], line[middle:]
+
+
+def _cut_into_runs(starts: Ints, records: Ints, nbytes: Ints, run_bytes: int) -> tuple[Ints, Ints, Ints]:
+    """Shards cut into runs of at most about `run_bytes` and at least one record: their starts, records and bytes.
+
+    A run that is cut off inside a shard touches one hash block more than it fills, and its bytes count that.
+    """
+    pieces = np.clip(-(-nbytes // run_bytes), 1, np.maximum(records, 1))
+    shard = np.repeat(np.arange(len(records)), pieces)
+    piece = np.arange(len(shard)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    cut = piece * records[shard] // pieces[shard]
+    run_records = (piece + 1) * records[shard] // pieces[shard] - cut
+    return starts[shard] + cut, run_records, nbytes[shard] // pieces[shard] + np.where(pieces[shard] > 1, BLOCK_BYTES, 0)
+
+
+def _group_last(nbytes: Ints, limit: int) -> Ints:
+    """Index of the last run of each group: as many runs as fit in `limit` bytes, at least one."""
+    ends = np.cumsum(nbytes)
+    last, spent = [], 0
+    at = 0
+    while at < len(nbytes):
+        at = max(int(np.searchsorted(ends, spent + limit, side="right")), at + 1)
+        last.append(at - 1)
+        spent = int(ends[at - 1])
+    return np.array(last, np.int64)
