@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from dali_pipeline.schema import DataError
+from dali_pipeline.schema import DataError, UsageError
 
 Mask = npt.NDArray[np.bool_]
 _MASK = (1 << 64) - 1
@@ -39,6 +40,19 @@ class EpochDigest:
     def __add__(self, other: EpochDigest) -> EpochDigest:
         drawn = np.concatenate([self.drawn, other.drawn]) if len(other.drawn) else self.drawn
         return EpochDigest(records=self.records + other.records, total=(self.total + other.total) & _MASK, drawn=drawn)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, for a checkpoint: an epoch that goes on in another process is checked as a whole."""
+        return {"records": self.records, "total": f"{self.total:016x}", "drawn": self.drawn.tobytes().hex()}
+
+    @classmethod
+    def from_dict(cls, digest: Mapping[str, Any]) -> EpochDigest:
+        """What `to_dict` gave; raises UsageError for anything else."""
+        try:
+            drawn = np.frombuffer(bytes.fromhex(digest["drawn"]), np.uint64)
+            return cls(records=int(digest["records"]), total=int(digest["total"], 16), drawn=drawn)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"not a digest ({error!r}); expected what to_dict() returned") from None
 
     @property
     def times(self) -> dict[int, int]:

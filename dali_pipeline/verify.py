@@ -81,6 +81,9 @@ def _against_manifest(data: Dataset, split: str, kind: Kind, checks: Sequence[Sh
     where = f"{data.root / 'manifest.json'}, {split}/{kind}"
     if any(check.damages for check in own):
         return
+    total = sum(int(check.ids.sum(dtype=np.uint64)) for check in own) % 2**64
+    if table.ids and table.ids != f"{total:016x}":
+        yield f"{where}, ids: their hashes sum to {table.ids} in the manifest, to {total:016x} in the shards"
     labels: Counter[str] = Counter()
     rows: dict[str, tuple[int, int]] = {}
     for check in own:

@@ -14,7 +14,7 @@ from dali_pipeline.shard import write_whole
 
 # what `Trainer.state` holds, beside the name and the configuration
 PARTS = {"best", "model", "optimizer", "scheduler", "loader", "epoch", "loss_sum", "loss_count", "history", "best_auroc"}
-PARTS |= {"random", "random_cuda"}
+PARTS |= {"random", "random_cuda", "delivered"}
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:

@@ -47,7 +47,7 @@ def train(
                 board.add_scalar(key, row[key], int(row["epoch"]))
             print(
                 f"{name} epoch {int(row['epoch']) + 1}/{config.epochs}: training loss {row['train_loss']:.4f}, validation loss "
-                f"{row['val_loss']:.4f}, validation AUROC {row['val_auroc']:.3f} ({row['seconds']:.1f} s)",
+                f"{row['val_loss']:.4f}, validation AUROC {row['val_auroc']:.3f} ({row['seconds']:.1f} s); {trainer.delivered}",
                 flush=True,
             )
     if trainer.timer.steps:

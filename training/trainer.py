@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from dali_pipeline import (
     Dataset,
+    EpochDigest,
     GraphBatch,
     GraphLoader,
     PipelineError,
@@ -62,6 +63,8 @@ class Trainer:
         self.best_weights: dict[str, torch.Tensor] = {}
         self.timer = StepTimer()
         self._position = self.loaders["train"].state_dict()
+        self._before = EpochDigest()  # of what an earlier process delivered of the epoch under way
+        self.delivered = ""  # of the last epoch, in words
 
     @property
     def last_path(self) -> Path:
@@ -81,7 +84,8 @@ class Trainer:
     def train_epoch(self, on_step: OnStep) -> HistoryRow:
         """The rest of the current epoch, then validation; returns the epoch's row of the history.
 
-        On a signal saves `last_path` and raises Interrupted. Raises PipelineError where the loss is no number any more.
+        On a signal saves `last_path` and raises Interrupted. Raises PipelineError where the loss is no number any more, or the
+        records delivered, interruptions included, were not those of the split, each once.
         """
         started = time.perf_counter()
         loader = self.loaders["train"]
@@ -94,6 +98,7 @@ class Trainer:
                     self._position = loader.state_dict()
                     on_step(self._position["step"], self.steps_per_epoch, loss)
                     self.interrupts.check()
+                self.delivered = loader.check_digest(self._before + loader.digest)
                 found = self.predict("val")
             except Interrupted:
                 self.save(self.last_path)
@@ -109,7 +114,7 @@ class Trainer:
             self.loss_sum.zero_()
             self.loss_count = 0
             loader.set_epoch(self.epoch)
-            self._position = loader.state_dict()
+            self._position, self._before = loader.state_dict(), EpochDigest()
             if auroc > self.best_auroc:
                 self.best_auroc = auroc
                 self.best_weights = {name: weight.detach().cpu().clone() for name, weight in self.model.state_dict().items()}
@@ -150,10 +155,7 @@ class Trainer:
             labels.append(batch.labels[valid].cpu())
             losses.append((record_losses(output, batch.labels) + output.penalty_B)[valid].cpu())
             self.interrupts.check()
-        if len(set(ids)) != len(ids) or len(ids) != loader.num_records:
-            raise PipelineError(
-                f"{split}: {len(set(ids))} different ids in {len(ids)} rows; expected {loader.num_records}, each once"
-            )
+        loader.check_digest(loader.digest)
         logits_RK = torch.cat(logits)
         scores = (logits_RK[:, 0].sigmoid() if logits_RK.shape[1] == 1 else logits_RK.softmax(dim=1)).numpy()
         return Predictions(ids=ids, scores=scores, labels=torch.cat(labels).numpy(), loss=float(torch.cat(losses).mean()))
@@ -164,6 +166,7 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Everything that going on needs, the best weights too; whole or not at all; loads with `weights_only=True`."""
+        delivered = self._before + self.loaders["train"].digest if self._position["step"] else EpochDigest()
         state = {
             "name": self.name,
             "config": self.config.to_dict(self.data),
@@ -172,6 +175,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "loader": self._position,
+            "delivered": delivered.to_dict(),
             "epoch": self.epoch,
             "loss_sum": self.loss_sum,
             "loss_count": self.loss_count,
@@ -189,7 +193,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.loaders["train"].load_state_dict(state["loader"])
-        self._position = state["loader"]
+        self._position, self._before = state["loader"], EpochDigest.from_dict(state["delivered"])
         self.epoch, self.loss_count = state["epoch"], state["loss_count"]
         self.loss_sum = state["loss_sum"]
         self.history, self.best_auroc, self.best_weights = state["history"], state["best_auroc"], state["best"]
