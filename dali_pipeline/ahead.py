@@ -1,14 +1,17 @@
-"""map_ahead: work done ahead of its use, in threads of this process, its results in order."""
+"""Work done ahead of its use, in threads of this process, its results in order; and what a forked child must not take down."""
 
 from __future__ import annotations
 
+import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
+_LEFT_TO_THE_PARENT: list[Any] = []
 
 
 def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int) -> Generator[R, None, None]:
@@ -30,3 +33,17 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int) -> G
             yield pending.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def belonging_to_this_process(thing: Any) -> Iterator[None]:
+    """Where the block ends in a process forked meanwhile, keeps `thing` alive there.
+
+    Taken down, a DALI pipeline would wait for threads that the child has not, and torch's iterator end the parent's workers.
+    """
+    process = os.getpid()
+    try:
+        yield
+    finally:
+        if os.getpid() != process:
+            _LEFT_TO_THE_PARENT.append(thing)

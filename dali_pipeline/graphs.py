@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch_geometric.data import Batch, Data
 
-from dali_pipeline.ahead import map_ahead
+from dali_pipeline.ahead import belonging_to_this_process, map_ahead
 from dali_pipeline.dataset import Dataset
 from dali_pipeline.digest import Mask
 from dali_pipeline.loader import Loader, Workers, check_delivery
@@ -117,20 +117,22 @@ class GraphLoader(Loader[GraphBatch]):
             finally:
                 gathered.close()
             return
-        from_workers = DataLoader(
+        processes = DataLoader(
             _WorkerSteps(self, plan, steps),
             batch_size=None,
             num_workers=workers,
             prefetch_factor=PREFETCH_BATCHES,
             multiprocessing_context="fork",  # no main guard needed; workers touch neither CUDA nor DALI
         )
+        from_workers = iter(processes)
         try:
-            for wire in from_workers:
-                if isinstance(wire, PipelineError):
-                    raise wire
-                # copied out of the shared memory, which holds a file descriptor an array
-                own = {name: part.clone() if isinstance(part, torch.Tensor) else part for name, part in wire.items()}
-                yield self._collated(own)
+            with belonging_to_this_process(from_workers):
+                for wire in from_workers:
+                    if isinstance(wire, PipelineError):
+                        raise wire
+                    # copied out of the shared memory, which holds a file descriptor an array
+                    own = {name: part.clone() if isinstance(part, torch.Tensor) else part for name, part in wire.items()}
+                    yield self._collated(own)
         except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two where it died while it handed a batch over
             if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
                 raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from dali_pipeline.ahead import map_ahead
+from dali_pipeline.ahead import belonging_to_this_process, map_ahead
 from dali_pipeline.dataset import Dataset
 from dali_pipeline.digest import Mask
 from dali_pipeline.loader import Loader, Workers, check_delivery
@@ -23,7 +22,6 @@ from dali_pipeline.source import Layers, SequenceRows, SequenceSource
 Engine = Literal["dali", "torch"]
 Loaded = Iterator[tuple[SequenceRows, Shares]]
 PREFETCH_BATCHES = 2  # that DALI runs ahead
-LEFT_TO_THE_PARENT: list[Any] = []  # in a forked child: taking a pipeline down would wait for threads that it has not
 PADDED_BEFORE_DALI = ("float64",)  # fn.pad does not know it
 DALI_DTYPES = {torch.float16: "FLOAT16", torch.float32: "FLOAT"}
 
@@ -167,15 +165,11 @@ class SequenceLoader(Loader[SequenceBatch]):
         )
         names = ["sequences", "labels", "valid"]
         iterator = DALIGenericIterator([pipeline], names, size=-1, auto_reset=False, prepare_first_batch=False)
-        process = os.getpid()
-        try:
+        with belonging_to_this_process(iterator):
             for (out,) in iterator:
                 rows, shares = ahead.popleft()
                 batch = self._batch(out["sequences"].to(self.dtype), out["labels"], out["valid"], rows)
                 yield batch, rows.ids, shares.valid
-        finally:
-            if os.getpid() != process:
-                LEFT_TO_THE_PARENT.append(iterator)
         if failures:
             raise failures[0]
 

@@ -12,6 +12,8 @@ import msgspec
 from dali_pipeline.order import Order
 from dali_pipeline.schema import Kind, PipelineError
 
+VERSION = 2  # 1: before batches were kept within two groups of the shuffle
+
 
 class StateError(PipelineError):
     """A loader state that belongs to other data or another order, or is no state at all."""
@@ -25,7 +27,7 @@ class LoaderState:
     order: Order
     epoch: int
     step: int
-    version: int = 1
+    version: int = VERSION
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -38,8 +40,13 @@ class LoaderState:
             found = msgspec.convert(dict(state), cls)
         except (msgspec.ValidationError, TypeError, ValueError) as error:
             raise StateError(f"not a loader state ({error}); expected what state_dict() returned") from None
-        if found.version != 1 or found.epoch < 0 or found.step < 0:
-            raise StateError(f"loader state of version {found.version}, epoch {found.epoch}, step {found.step} cannot be used")
+        if found.version != VERSION:
+            raise StateError(
+                f"the state is of version {found.version}, whose order of records is another than version {VERSION}'s; "
+                "begin the epoch anew with set_epoch"
+            )
+        if found.epoch < 0 or found.step < 0:
+            raise StateError(f"the state is at epoch {found.epoch}, step {found.step}; expected 0 or more")
         return found
 
     def check_fits(self, kind: Kind, order: Order) -> None:

@@ -142,17 +142,20 @@ def resumes_exactly(make: Make, steps: Iterable[int]) -> None:
 
 
 def resumes_with_another_world(make: Make, batch_size: int) -> None:
-    """A state of 4 ranks goes on with 2 at the same global batch size."""
-    four = [make(batch_size=batch_size // 4, rank=rank, world_size=4) for rank in range(4)]
-    for loader in four:
-        for step, _ in enumerate(loader):
-            if step == 1:
-                break
-    expected = [batch.ids for batch in make(batch_size=batch_size)][2:]
-    two = [make(batch_size=batch_size // 2, rank=rank, world_size=2) for rank in range(2)]
-    for loader in two:
-        loader.load_state_dict(four[0].state_dict())
-    assert [[one for batch in step for one in batch.ids] for step in zip(*two, strict=True)] == expected
+    """Law 6: a state of 8 ranks goes on with 4, and that of 4 with 1, at the same global batch size."""
+    expected = [batch.ids for batch in make(batch_size=batch_size)]
+    for before, after in ((8, 4), (4, 1)):
+        stopped = [make(batch_size=batch_size // before, rank=rank, world_size=before) for rank in range(before)]
+        for loader in stopped:
+            for step, _ in enumerate(loader):
+                if step == 1:
+                    break
+        states = [loader.state_dict() for loader in stopped]
+        assert all(state == states[0] for state in states)
+        ranks = [make(batch_size=batch_size // after, rank=rank, world_size=after) for rank in range(after)]
+        for loader in ranks:
+            loader.load_state_dict(states[0])
+        assert [[one for batch in step for one in batch.ids] for step in zip(*ranks, strict=True)] == expected[2:]
 
 
 def refuses_foreign_states(make: Make, other: dp.Dataset) -> None:
@@ -198,3 +201,88 @@ def iterators_are_independent(make: Make) -> None:
     assert [a.ids for a, _ in interleaved] == epochs[0]
     assert [b.ids for _, b in interleaved] == epochs[1]
     assert loader.state_dict()["epoch"] in (1, 2)
+
+
+def digest_tells_the_epoch(make: Make, world_sizes: Iterable[int]) -> None:
+    """Law 12: the merged digests of all ranks are those of every record once; anything less is not."""
+    for world_size in world_sizes:
+        ranks = [make(rank=rank, world_size=world_size) for rank in range(world_size)]
+        words = f"{ranks[0].num_records:,} of {ranks[0].num_records:,} records, each once"
+        for _ in range(2):
+            for loader in ranks:
+                for batch in loader:
+                    assert len(batch) == loader.batch_size
+            digest = sum((loader.digest for loader in ranks), dp.EpochDigest())
+            assert ranks[-1].check_digest(digest) == words
+        if world_size > 1:
+            with pytest.raises(dp.DataError, match=r"delivered .* expected"):
+                ranks[0].check_digest(ranks[0].digest)
+            with pytest.raises(dp.DataError, match="delivered"):
+                ranks[0].check_digest(digest + ranks[0].digest)
+    loader, batches = make(), iter(make())
+    for _ in loader:
+        break
+    first, state = loader.digest, loader.state_dict()
+    assert first == dp.EpochDigest.of(next(batches).ids)
+    fresh = make()
+    fresh.load_state_dict(json.loads(json.dumps(state)))
+    list(fresh)
+    before = dp.EpochDigest.from_dict(json.loads(json.dumps(first.to_dict())))
+    assert fresh.check_digest(before + fresh.digest).endswith("each once")
+    with pytest.raises(dp.DataError, match="the epoch delivered"):
+        fresh.check_digest(fresh.digest)
+    dropped = make(tail="drop")
+    list(dropped)
+    assert dropped.check_digest(dropped.digest).endswith("records, the rest dropped")
+    with pytest.raises(dp.DataError, match="with tail='drop'"):
+        dropped.check_digest(dropped.digest + first)
+
+
+def loops_end_as_told(make: Make) -> None:
+    """A break, an exception, an iterator dropped, `set_epoch` during a loop, and `next` beyond the end: what comes then."""
+    whole = make()
+    epochs = [[batch.ids for batch in whole] for _ in range(4)]
+    loader = make()
+    with pytest.raises(KeyError):
+        for _ in loader:
+            raise KeyError
+    assert [batch.ids for batch in loader] == epochs[1]  # the next epoch, nothing of the old one
+    dropped = iter(loader)
+    next(dropped)
+    del dropped
+    assert [batch.ids for batch in loader] == epochs[3]
+    loader.set_epoch(0)
+    running = iter(loader)
+    begun = [next(running).ids]
+    loader.set_epoch(3)  # speaks of the next `for`; what runs goes on
+    assert begun + [batch.ids for batch in running] == epochs[0]
+    assert next(running, None) is None
+    assert next(running, None) is None
+    assert [batch.ids for batch in loader] == epochs[3]
+
+
+def state_is_cheap(make: Make) -> None:
+    """Law 6: JSON under 1 KB, at any step of any epoch, without a look at the data."""
+    loader = make()
+    loader.load_state_dict({**loader.state_dict(), "epoch": 10**9, "step": len(loader)})
+    assert len(json.dumps(loader.state_dict())) < 1024
+    batches = iter(loader)
+    assert next(batches, None) is None  # an empty rest
+    assert loader.state_dict()["epoch"] == 10**9 + 1
+
+
+def nodes_open_their_own_shards(make: Make, opened: Callable[[], set[str]]) -> None:
+    """Law 4: with as many lanes as nodes, no shard is opened by two; in every epoch the same ones. opened: since last asked."""
+    for nodes in (2, 4):
+        ranks = [make(batch_size=8, lanes=nodes, rank=rank, world_size=nodes, workers=0) for rank in range(nodes)]
+        met: list[set[str]] = []
+        for loader in ranks:
+            opened()
+            list(loader)
+            met.append(opened())
+            fresh = make(batch_size=8, lanes=nodes, rank=loader.world.rank, world_size=nodes, workers=0)
+            fresh.set_epoch(5)
+            list(fresh)
+            assert opened() == met[-1]
+        assert all(met)
+        assert sum(map(len, met)) == len(set().union(*met))
