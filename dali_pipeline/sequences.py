@@ -58,7 +58,8 @@ class SequenceLoader(Loader[SequenceBatch]):
     batch_size: per rank · layers: steps of each sequence to read, a slice or a list · dtype: delivered · window_bytes: of
     shards that are shuffled together at a time · lanes: disjoint parts of the data with a window each, a node's share ·
     workers: threads that gather ahead, 0 for the caller's own · tail: "pad" the last batches or "drop" them · engine: "dali",
-    or "torch", which delivers the same batches without DALI · rank, world_size: detected where not given.
+    or "torch", which delivers the same batches without DALI · rank, world_size: detected where not given · balance="label":
+    labels in equal numbers; weights: of groups, 1 where not named; either makes an epoch as many draws as there are records.
 
     Raises UsageError for an argument that makes no sense, DataError for data without sequences; while iterating,
     FormatError for a damaged shard.
