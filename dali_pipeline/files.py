@@ -27,10 +27,11 @@ class Recent(Generic[K, V]):
     def get(self, key: K) -> V | None:
         """The value, now the most recently used, or None."""
         with self._lock:
-            if key not in self._kept:
+            found = self._kept.get(key)
+            if found is None:
                 return None
             self._kept.move_to_end(key)
-            return self._kept[key][0]
+            return found[0]
 
     def put(self, key: K, value: V, cost: int = 1) -> V:
         """Keeps the value and returns it; where another thread was first, its value stays and is returned."""

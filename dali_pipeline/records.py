@@ -21,12 +21,17 @@ MAX_SHARDS = 1024  # parsed headers kept
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class IndexPart:
-    """Labels, ids and offsets of up to INDEX_ROWS consecutive records of a shard."""
+    """Labels, ids and offsets of up to INDEX_ROWS consecutive records of a shard.
+
+    labels, id_offsets and rows (of the first ragged array) are lists, as one is asked for at a time; offsets: of every ragged
+    array.
+    """
 
     shard: Shard
-    labels: Ints
+    labels: list[int]
     ids: bytes
-    id_offsets: Ints
+    id_offsets: list[int]
+    rows: list[int]
     offsets: dict[str, Ints]
 
     def id_of(self, row: int) -> str:
@@ -38,8 +43,8 @@ class IndexPart:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays."""
-        return self.labels.nbytes + len(self.ids) + self.id_offsets.nbytes + sum(part.nbytes for part in self.offsets.values())
+        """Bytes of memory, about."""
+        return 120 * len(self.labels) + len(self.ids) + sum(part.nbytes for part in self.offsets.values())
 
 
 class RecordIndex:
@@ -105,8 +110,9 @@ class RecordIndex:
         id_offsets = offsets.pop("ids")
         return IndexPart(
             shard=shard,
-            labels=shard.read("labels", first, end),
+            labels=shard.read("labels", first, end).tolist(),
             ids=shard.read("ids", int(id_offsets[0]), int(id_offsets[-1])).tobytes(),
-            id_offsets=id_offsets - id_offsets[0],
+            id_offsets=(id_offsets - id_offsets[0]).tolist(),
+            rows=offsets[leading].tolist(),
             offsets=offsets,
         )

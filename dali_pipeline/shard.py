@@ -116,15 +116,16 @@ class Shard:
 
     def read_into(self, name: str, start: int, out: memoryview) -> None:
         """Bytes `start` to `start + len(out)` of array `name` into `out`; raises FormatError on damage or a short file."""
-        layout, stop = self.array(name), start + len(out)
+        layout, sound, stop = self.array(name), self._sound, start + len(out)
         if not 0 <= start <= stop <= layout.nbytes:
             raise FormatError(f"{self.path}, {name}: bytes {start} to {stop} asked of {layout.nbytes}; offsets do not fit")
-        if not len(out):
+        if start == stop:
             return
-        blocks = range(start // BLOCK_BYTES, (stop - 1) // BLOCK_BYTES + 1)
-        if all(self._sound[layout.first_block + block] for block in blocks):
+        first, last = layout.first_block + start // BLOCK_BYTES, layout.first_block + (stop - 1) // BLOCK_BYTES
+        if sound[first] and sound[last] and (last < first + 2 or all(sound[first + 1 : last])):
             self._pread(name, layout.begin + start, out)
             return
+        blocks = range(first - layout.first_block, last - layout.first_block + 1)
         for block in blocks:  # the part of `out` that lies in each
             begin, end = max(start, block * BLOCK_BYTES), min(stop, (block + 1) * BLOCK_BYTES)
             part = out[begin - start : end - start]

@@ -125,11 +125,13 @@ class SequenceSource(BatchSource):
         field = self._schema.sequence
         assert field is not None
         found = self._index.locate(positions)
-        spans: list[list[tuple[int, int]]] = []  # of each record, runs of rows in the shard's array
-        for index, row in found:
-            begin, end = index.offsets["sequence"][row : row + 2].tolist()
-            spans.append([(begin + a, begin + b) for a, b in self._selected(end - begin)])
-        lengths = np.array([sum(b - a for a, b in runs) for runs in spans], np.int64)
+        ends = [(part.rows[row], part.rows[row + 1]) for part, row in found]
+        spans: list[tuple[tuple[int, int], ...]]  # of each record, runs of rows in the shard's array
+        if self._layers is None:
+            spans = [(span,) for span in ends]
+        else:
+            spans = [tuple((begin + a, begin + b) for a, b in self._selected(end - begin)) for begin, end in ends]
+        lengths = np.array([sum([b - a for a, b in runs]) for runs in spans], np.int64)
         values = np.empty((int(lengths.sum()), *field.shape), field.dtype)
         out = _Cursor(values)
         for record, runs in zip(found, spans, strict=True):
@@ -153,8 +155,7 @@ class GraphSource(BatchSource):
         runs: list[tuple[tuple[IndexPart, int], tuple[int, int], tuple[int, int]]] = []  # record, its nodes, its edges
         node_counts, edge_counts, layer_index, graphs_per_record = [], [], [], []
         for index, row in found:
-            graphs = index.offsets["graphs"]
-            begin, end = (graphs[row : row + 2] - graphs[0]).tolist()
+            begin, end = index.rows[row] - index.rows[0], index.rows[row + 1] - index.rows[0]
             nodes, edges = index.offsets["x"][begin : end + 1], index.offsets["edge_index"][begin : end + 1]
             selected = self._selected(end - begin)
             for a, b in selected:
@@ -196,29 +197,34 @@ class _Cursor:
         self._bytes = array.reshape(-1).view(np.uint8).data
         self._row_bytes = array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
         self._at = 0  # rows filled
+        self._alike: set[Shard] = set()  # those that store the array's very type, so that bytes can be read into it
 
     def read(self, record: tuple[IndexPart, int], name: str, begin: int, end: int) -> None:
         """Rows begin to end of an array of the record's shard. Raises FormatError with the record's id."""
         part, row = record
+        shard, at, width = part.shard, self._at, self._row_bytes
+        self._at = stop = at + end - begin
         try:
-            self._read(part.shard, name, begin, end)
+            if shard in self._alike or self._agrees(shard, name):
+                shard.read_into(name, begin * width, self._bytes[at * width : stop * width])
+            else:
+                self._array[at:stop] = shard.read(name, begin, end)
         except FormatError as error:
             raise FormatError(f"{error} (met in record {part.id_of(row)!r})") from error
 
-    def _read(self, shard: Shard, name: str, begin: int, end: int) -> None:
-        stored = shard.array(name)
-        if stored.shape[1:] != self._array.shape[1:]:
+    def _agrees(self, shard: Shard, name: str) -> bool:
+        """Whether the shard has the array's very type, or, False, one that widens to it; raises FormatError for another."""
+        stored, wanted = shard.array(name), self._array
+        if stored.shape[1:] != wanted.shape[1:]:
             raise FormatError(
-                f"{shard.path}, {name} has rows of shape {stored.shape[1:]}; expected {self._array.shape[1:]} as in the schema"
+                f"{shard.path}, {name} has rows of shape {stored.shape[1:]}; expected {wanted.shape[1:]} as in the schema"
             )
-        stop = self._at + end - begin
-        if stored.dtype == self._array.dtype:
-            shard.read_into(name, begin * self._row_bytes, self._bytes[self._at * self._row_bytes : stop * self._row_bytes])
-        elif np.can_cast(stored.dtype, self._array.dtype):
-            self._array[self._at : stop] = shard.read(name, begin, end)
-        else:
-            raise FormatError(f"{shard.path}, {name} is {stored.dtype}; expected {self._array.dtype} as in the schema")
-        self._at = stop
+        if stored.dtype == wanted.dtype:
+            self._alike.add(shard)
+            return True
+        if not np.can_cast(stored.dtype, wanted.dtype):
+            raise FormatError(f"{shard.path}, {name} is {stored.dtype}; expected {wanted.dtype} as in the schema")
+        return False
 
 
 class _LabelsAndIds(TypedDict):
