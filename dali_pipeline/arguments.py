@@ -18,6 +18,11 @@ def parse_size(text: str) -> int:
     return int(float(found.group(1)) * units[found.group(2)])
 
 
+def parse_sizes(text: str | None) -> list[int]:
+    """`64MiB,1GiB`: sizes as `parse_size` takes them; None is none."""
+    return [] if text is None else [parse_size(one) for one in text.split(",")]
+
+
 def parse_blocks(text: str) -> tuple[int, ...] | None:
     """`all` is None, `none` is (), `8,16,24` and `8:25` are what they say."""
     if text in ("all", "none"):

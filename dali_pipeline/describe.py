@@ -1,4 +1,4 @@
-"""describe: what a person asks first of a data set, as plain values, as text and as a picture."""
+"""describe: what a person asks first of a data set, as plain values and as text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from dali_pipeline.dataset import Dataset, open_dataset
 from dali_pipeline.files import Files
-from dali_pipeline.schema import Array, Kind, UsageError
+from dali_pipeline.schema import Array, Kind
 from dali_pipeline.shard import Shard
 from dali_pipeline.source import GraphRows, GraphSource, SequenceRows, SequenceSource
 
@@ -117,9 +117,7 @@ def _sample(data: Dataset, kind: Kind) -> list[dict[str, Any]]:
 
 def print_description(found: dict[str, Any]) -> None:
     """As tables on standard output; piped output is never folded."""
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, markup=False, width=200)
+    console = plain_console()
     console.print(
         f"{found['root']}: {' and '.join(found['kinds'])}, {found['bytes'] / 1e9:.3f} GB, digest {found['digest'][:8]}"
     )
@@ -155,59 +153,13 @@ def print_description(found: dict[str, Any]) -> None:
             )
 
 
+def plain_console() -> Console:
+    """Standard output for tables; piped, it is neither folded nor coloured."""
+    console = Console(highlight=False, markup=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=200)
+
+
 def sparkline(counts: list[int]) -> str:
     """A histogram in a line of text; a bar is never empty where something is."""
     most = max(counts, default=0) or 1
     return "".join(BARS[0 if not count else max(1, round(count / most * (len(BARS) - 1)))] for count in counts)
-
-
-def draw(found: dict[str, Any], path: Path) -> None:
-    """A histogram of each distribution, the label balance of each split, and the features' spread, as a picture."""
-    from matplotlib.figure import Figure
-
-    panels = [*found["distributions"].items()]
-    extra = 1 + bool(found["statistics"])
-    columns = min(3, len(panels) + extra)
-    lines = -(-(len(panels) + extra) // columns)
-    figure = Figure(figsize=(4.5 * columns, 3.4 * lines), layout="constrained")
-    if not path.suffix:
-        raise UsageError(f"{path} has no suffix; expected a name such as out.png")
-    figure.suptitle(f"{Path(found['root']).name}: {found['bytes'] / 1e9:.3f} GB")
-    every = figure.subplots(lines, columns, squeeze=False).flatten().tolist()
-    for axes, (name, one) in zip(every, panels, strict=False):
-        axes.bar(
-            np.array(one["edges"][:-1]) - 0.5,
-            one["counts"],
-            width=np.diff(one["edges"]),
-            align="edge",
-            edgecolor="white",
-            linewidth=0.5,
-        )
-        axes.axvline(one["median"], color="C1", label=f"median {one['median']:g}")
-        axes.set(title=name, ylabel="records" if name in ("steps", "graphs") else "graphs")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(fontsize=8)
-    balance = every[len(panels)]
-    classes = sorted({label for counts in found["labels"].values() for label in counts}, key=int)
-    below = np.zeros(len(found["labels"]))
-    for label in classes:
-        counts = np.array([one.get(label, 0) for one in found["labels"].values()])
-        balance.bar(list(found["labels"]), counts, bottom=below, label=f"label {label}")
-        below += counts
-    balance.set(title="records by split and label")
-    balance.legend(fontsize=8)
-    if found["statistics"]:
-        axes = every[len(panels) + 1]
-        axes.plot(np.sort(found["statistics"]["std"])[::-1])
-        axes.set(
-            title="spread of the features (training split)",
-            xlabel="feature, by spread",
-            ylabel="standard deviation",
-            yscale="log",
-        )
-    for axes in every[len(panels) + extra :]:
-        axes.set_axis_off()
-    try:
-        figure.savefig(path, dpi=110)
-    except ValueError as error:
-        raise UsageError(f"{path} cannot be drawn ({error}); expected a name such as out.png") from None

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dali_pipeline as dp
+from dali_pipeline.buffer import replay_buffer, sample_buffer
+from dali_pipeline.cli import app, run
+from dali_pipeline.shuffle import (
+    METHODS,
+    Measured,
+    Quality,
+    displacement,
+    full_displacement,
+    full_same_shard_share,
+    measure,
+    same_shard_share,
+)
+
+SHARDS = np.full(512, 64)
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["dali_pipeline", *map(str, arguments)])
+    return run(app, "dali_pipeline")
+
+
+def of(quality: Quality, method: str) -> Measured:
+    return next(one for one in quality.methods if one.method == method)
+
+
+def test_measures_by_hand() -> None:
+    assert same_shard_share(np.array([[0, 1, 0], [2, 2, 2]])) == pytest.approx(4 / 6)
+    assert displacement(np.arange(4), np.array([3, 1, 2, 0]), 4) == pytest.approx(6 / 16)
+    assert displacement(np.arange(9), np.arange(9), 9) == 0
+    assert full_same_shard_share(np.array([2, 2])) == pytest.approx(1 / 3)
+    assert full_displacement(2) == pytest.approx(1 / 4)
+
+
+def test_buffer_against_a_loop() -> None:
+    """Replayed, each record once and none before it entered; and both ways have the mean of a plain loop at every place."""
+    total, capacity, size = 40, 7, 8
+    firsts = np.arange(0, total, size)
+    rng = np.random.default_rng(0)
+    loops, replays, samples = [], [], []
+    for _ in range(4000):
+        inside, out = list(range(capacity)), []
+        for entering in range(capacity, total):
+            at = int(rng.integers(capacity))
+            out.append(inside[at])
+            inside[at] = entering
+        loops.append([*out, *rng.permutation(inside).tolist()])
+        order = replay_buffer(total, capacity, rng)
+        assert sorted(order) == list(range(total))
+        assert (order < np.arange(total) + capacity).all()
+        replays.append(order)
+        samples.append(sample_buffer(total, capacity, firsts, size, rng).reshape(-1))
+    for found in (replays, samples):
+        assert all(len(set(row)) == size for row in np.reshape(found, (-1, size)))
+        assert np.abs(np.mean(found, axis=0) - np.mean(loops, axis=0)).max() < 0.8
+        assert np.abs(np.std(found, axis=0) - np.std(loops, axis=0)).max() < 0.8
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    shards=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 300)), min_size=1, max_size=20),
+    share=st.sampled_from([0.001, 0.05, 0.3, 2.0]),
+    batch_size=st.integers(2, 9),
+)
+def test_measures_within_range(shards: list[tuple[int, int]], share: float, batch_size: int) -> None:
+    records, nbytes = np.array([n for n, _ in shards]), np.array([n * size for n, size in shards])
+    if batch_size > records.sum():
+        with pytest.raises(dp.DataError):
+            measure(records, nbytes, window_bytes=1, batch_size=batch_size)
+        return
+    quality = measure(records, nbytes, window_bytes=max(1, int(share * nbytes.sum())), batch_size=batch_size, epochs=2)
+    assert [one.method for one in quality.methods] == list(METHODS)
+    for one in quality.methods:
+        assert all(0 <= value <= 1 for value in one.same_shard)
+        assert all(0 <= value < 1 for value in one.displacement)
+
+
+@pytest.mark.parametrize(
+    ("record_bytes", "share", "behind"),
+    [
+        (4 << 20, 0.01, []),
+        (4 << 20, 0.05, []),
+        # known to be worse: above 64 shards a window its runs are whole shards, which a buffer mixes twice as finely
+        (4 << 20, 0.20, ["same-shard pairs"]),
+        # known to be worse: runs of at least a hash block, each charged for one more
+        (33 * 1024 * 2, 0.01, ["same-shard pairs"]),
+        (33 * 1024 * 2, 0.05, ["same-shard pairs"]),
+        (33 * 1024 * 2, 0.20, ["same-shard pairs"]),
+    ],
+)
+def test_same_shard_pairs_beside_the_buffers(record_bytes: int, share: float, behind: list[str]) -> None:
+    """Pinned where the order is better and where it is not, so that a better order must change this."""
+    quality = measure(SHARDS, SHARDS * record_bytes, window_bytes=int(share * SHARDS.sum() * record_bytes), epochs=5)
+    assert [name for name in quality.behind() if name == "same-shard pairs"] == behind
+    full = of(quality, "full permutation")
+    assert np.mean(full.same_shard) == pytest.approx(quality.full_same_shard, rel=0.05)
+    assert np.mean(full.displacement) == pytest.approx(1 / 3, abs=0.003)
+    ours, rival = of(quality, "dali_pipeline"), of(quality, "buffer, file order")
+    assert ours.distances(quality)[1] < rival.distances(quality)[1]
+
+
+def test_sampled_is_close_to_exhaustive() -> None:
+    every = measure(SHARDS, SHARDS << 22, window_bytes=1 << 30)
+    some = measure(SHARDS, SHARDS << 22, window_bytes=1 << 30, sampled_records=1 << 13)
+    assert some.batches < every.batches == every.all_batches
+    for method in METHODS:
+        assert np.mean(of(some, method).displacement) == pytest.approx(np.mean(of(every, method).displacement), abs=0.01)
+        assert np.mean(of(some, method).same_shard) == pytest.approx(np.mean(of(every, method).same_shard), rel=0.15, abs=5e-4)
+
+
+def test_command(data: dp.Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    arguments = ["inspect", data.root, "--shuffle", "--window", "4KiB,1MiB", "--batch-size", 8]
+    assert call(monkeypatch, *arguments, "--json", "--plot", out) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["window_bytes"] for one in found["shuffle"]["graphs"]] == [4096, 1 << 20]
+    assert found["shuffle"]["sequences"][1]["methods"]["dali_pipeline"]["displacement"][0] == pytest.approx(1 / 3, abs=0.1)
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert call(monkeypatch, *arguments) == 0
+    text = capsys.readouterr().out
+    assert "full permutation, exactly" in text
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--window", "0"], "size is '0'"),
+        (["--split", "dev"], "unknown split 'dev'"),
+        (["--batch-size", "1"], "expected at least 2"),
+        (["--batch-size", "5000"], "a whole batch is needed"),
+    ],
+)
+def test_errors_are_one_sentence(
+    data: dp.Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str], words: str
+) -> None:
+    assert call(monkeypatch, "inspect", data.root, "--shuffle", *options) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert words in err
+    assert err.count("\n") == 1
