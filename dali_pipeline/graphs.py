@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from copy import copy
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -51,6 +52,15 @@ class GraphBatch:
     def nbytes(self) -> int:
         """Bytes of the node features, edges and edge features as delivered."""
         return sum(self.graphs[name].nbytes for name in ("x", "edge_index", "edge_attr") if name in self.graphs)
+
+    def to(self, device: str | torch.device) -> GraphBatch:
+        """The batch on that device, `positions` still on the CPU; copies nothing that is there already.
+
+        Lightning calls it with each batch, and would else write to the fields.
+        """
+        on_device = ("graphs_per_record", "layer_index", "last_node", "labels", "valid")
+        moved = {name: getattr(self, name).to(device) for name in on_device}
+        return replace(self, graphs=copy(self.graphs).to(device), **moved)  # a copy, for PyG moves in place
 
 
 class GraphLoader(Loader[GraphBatch]):

@@ -21,14 +21,30 @@ from dali_pipeline.state import LoaderState, StateError
 from dali_pipeline.world import World
 
 Batch = TypeVar("Batch", covariant=True)
+FORKED = (
+    "this loader was in use before the process forked, and threads do not survive a fork; "
+    "go on in the process that began, or make a loader in the new one"
+)
 Workers = int | Literal["auto"]
+
+
+class WorkersRefused(UsageError):
+    """The loader was iterated inside a torch worker.
+
+    It says its one sentence whatever it is made with: torch makes a worker's error anew in the main process, and hands it
+    the worker's whole traceback for a message.
+    """
+
+    def __init__(self, *_: object) -> None:
+        super().__init__("this loader has workers of its own; wrap it with DataLoader(loader, batch_size=None, num_workers=0)")
 
 
 class Loader(IterableDataset[Batch]):
     """Yields whole batches of this rank, epoch after epoch.
 
-    Every `for` is the next epoch, also after a `break`. Each iterator is independent of the others; `state_dict` speaks for
-    the one begun last. Subclasses say how the batches of a plan are made.
+    Every `for` is the next epoch, also after a `break`. An iterator takes its epoch with its first batch, so one that is never
+    used takes none. Each iterator is independent of the others; `state_dict` speaks for the one begun last. Subclasses say how
+    the batches of a plan are made.
     """
 
     kind: Kind
@@ -99,23 +115,23 @@ class Loader(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         if get_worker_info() is not None:
-            raise UsageError(
-                "this loader has workers of its own; wrap it with DataLoader(loader, batch_size=None, num_workers=0)"
-            )
+            raise WorkersRefused
         if self._begun_in not in (None, os.getpid()):
-            raise UsageError(
-                "this loader was in use before the process forked, and threads do not survive a fork; "
-                "make a loader in the new process, or start it with 'spawn'"
-            )
+            raise UsageError(FORKED)
         self._begun_in = os.getpid()
-        epoch, step = self._next
-        self._position, self._next, self._loaded = (epoch, step), (epoch + 1, 0), False
-        self._newest = token = object()
-        self._delivered = delivered = Delivered(drawn=bool(self.selection.draws))
-        return self._run(token, delivered, epoch, step)
+        token, delivered = object(), Delivered(drawn=bool(self.selection.draws))
+        self._position, self._newest, self._delivered = self._next, token, delivered
+        return self._run(token, delivered)
 
-    def _run(self, token: object, delivered: Delivered, epoch: int, step: int) -> Iterator[Batch]:
+    def _run(self, token: object, delivered: Delivered) -> Iterator[Batch]:
+        # Only here, with the first batch, the epoch is taken: torchdata makes an iterator that it drops unused where a state is
+        # of an ended epoch, and Lightning makes its iterator before it tells the epoch.
         process = os.getpid()
+        if process != self._begun_in:
+            raise UsageError(FORKED)
+        epoch, step = self._position = self._next
+        self._next, self._loaded = (epoch + 1, 0), False
+        self._newest, self._delivered = token, delivered
         for batch, ids, valid in self._batches(self._plan(epoch), step):
             step += 1
             delivered.add(ids, valid)
@@ -123,7 +139,7 @@ class Loader(IterableDataset[Batch]):
                 self._position = (epoch, step)
             yield batch
             if os.getpid() != process:
-                raise UsageError("this iterator was begun before the process forked; go on in the process that began it")
+                raise UsageError(FORKED)
         if self._newest is token:
             self._position = self._next  # epoch + 1, unless set_epoch chose another meanwhile
 

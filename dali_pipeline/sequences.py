@@ -51,6 +51,14 @@ class SequenceBatch:
         """Bytes of the sequences as delivered."""
         return self.sequences.nbytes
 
+    def to(self, device: str | torch.device) -> SequenceBatch:
+        """The batch on that device, `lengths` and `positions` still on the CPU; copies nothing that is there already.
+
+        Lightning calls it with each batch, and would else write to the fields.
+        """
+        moved = {name: getattr(self, name).to(device) for name in ("sequences", "labels", "valid")}
+        return replace(self, **moved)
+
 
 class SequenceLoader(Loader[SequenceBatch]):
     """Batches of a split's sequences; see `Loader` for epochs and state.

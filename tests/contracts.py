@@ -286,3 +286,13 @@ def nodes_open_their_own_shards(make: Make, opened: Callable[[], set[str]]) -> N
             assert opened() == met[-1]
         assert all(met)
         assert sum(map(len, met)) == len(set().union(*met))
+
+    loader = make()
+    unused = iter(loader)
+    iter(loader)
+    loader.set_epoch(1)  # behind iter(), as Lightning's order of calls has it
+    assert loader.state_dict()["epoch"] == 1
+    assert [batch.ids for batch in loader] == epochs[1]
+    loader.load_state_dict(make().state_dict())
+    assert [batch.ids for batch in unused] == epochs[0]  # begun now, so it goes on where the state stood
+    assert [batch.ids for batch in loader] == epochs[1]
