@@ -2,8 +2,9 @@
 
 The shuffle of one lane, by index (no buffer, so no state):
 
-1. Cut the lane's shards into runs of consecutive records (at most 1/64 of the window each, at least a hash block) and
-   sort the runs by a hashed key: the *line*, a random order of runs from all over the lane.
+1. Cut the lane's shards into runs of consecutive records (an eighth of a shard at most, so that a window mixes four times
+   as many shards as a buffer filled from whole ones; some MiB at most) and sort the runs by a hashed key: the *line*, a
+   random order of runs from all over the lane.
 2. Cut the line into groups of at most half a window. Permute the records within each group (hashed keys, sorted).
 3. Permute again within blocks that reach from about the middle of one group to about the middle of the next.
 
@@ -19,7 +20,10 @@ import numpy as np
 from dali_pipeline.order import ACROSS_GROUPS, RUNS, WITHIN_GROUPS, Ints, Order, hashed_keys, purpose_key
 from dali_pipeline.shard import BLOCK_BYTES
 
-RUNS_PER_WINDOW = 64
+RUNS_PER_WINDOW, RUNS_PER_SHARD = 64, 8
+MAX_RUN_BYTES = 4 << 20  # longer ones are read no faster, and mix less
+TOUCHED_BLOCKS = 4  # by a record beside its own bytes: two, and two by its edges
+MAX_RUNS = 1 << 21  # of a lane: their order is in memory
 
 
 class Lane:
@@ -37,7 +41,7 @@ class Lane:
         self._key = [purpose_key(order, epoch, purpose) for purpose in (RUNS, WITHIN_GROUPS, ACROSS_GROUPS)]
         fits = nbytes.sum() <= window_bytes
         if order.shuffle:
-            starts, records, nbytes = _cut_into_runs(starts, records, nbytes, max(BLOCK_BYTES, window_bytes // RUNS_PER_WINDOW))
+            starts, records, nbytes = _cut_into_runs(starts, records, nbytes, window_bytes, batch_size)
             line = np.argsort(hashed_keys(starts, self._key[RUNS]), kind="stable")
             starts, records, nbytes = starts[line], records[line], nbytes[line]
         self._run_starts = starts  # (runs,) first record of each run, as a position in the split
@@ -93,17 +97,24 @@ class Lane:
         return line[:middle], line[middle:]
 
 
-def _cut_into_runs(starts: Ints, records: Ints, nbytes: Ints, run_bytes: int) -> tuple[Ints, Ints, Ints]:
-    """Shards cut into runs of at most about `run_bytes` and at least one record: their starts, records and bytes.
+def _cut_into_runs(starts: Ints, records: Ints, nbytes: Ints, window_bytes: int, batch_size: int) -> tuple[Ints, Ints, Ints]:
+    """Shards cut into runs of at least one record: their starts, records and bytes.
 
-    A run that is cut off inside a shard touches one hash block more than it fills, and its bytes count that.
+    A run that is cut off inside a shard touches a hash block more than it fills. Where the blocks of a batch's records alone
+    could fill the window, its bytes count that block, so that a resume still reads one window at most.
     """
-    pieces = np.clip(-(-nbytes // run_bytes), 1, np.maximum(records, 1))
+    run_bytes = np.minimum(min(max(window_bytes // RUNS_PER_WINDOW, BLOCK_BYTES), MAX_RUN_BYTES), nbytes // RUNS_PER_SHARD)
+    pieces = np.clip(-(-nbytes // np.maximum(run_bytes, 1)), 1, np.maximum(records, 1))
+    if pieces.sum() > MAX_RUNS:
+        pieces = np.maximum(1, pieces * MAX_RUNS // pieces.sum())
+    record_bytes = int((nbytes // np.maximum(records, 1)).max(initial=0))
+    tight = batch_size * (record_bytes + TOUCHED_BLOCKS * BLOCK_BYTES) > window_bytes
     shard = np.repeat(np.arange(len(records)), pieces)
     piece = np.arange(len(shard)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     cut = piece * records[shard] // pieces[shard]
     run_records = (piece + 1) * records[shard] // pieces[shard] - cut
-    return starts[shard] + cut, run_records, nbytes[shard] // pieces[shard] + np.where(pieces[shard] > 1, BLOCK_BYTES, 0)
+    filled = nbytes[shard] // pieces[shard]
+    return starts[shard] + cut, run_records, filled + (np.minimum(BLOCK_BYTES, nbytes[shard] - filled) if tight else 0)
 
 
 def _group_last(nbytes: Ints, limit: int) -> Ints:

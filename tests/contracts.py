@@ -201,6 +201,15 @@ def iterators_are_independent(make: Make) -> None:
     assert [a.ids for a, _ in interleaved] == epochs[0]
     assert [b.ids for _, b in interleaved] == epochs[1]
     assert loader.state_dict()["epoch"] in (1, 2)
+    loader = make()
+    unused = iter(loader)
+    iter(loader)
+    loader.set_epoch(1)  # behind iter(), as Lightning's order of calls has it
+    assert loader.state_dict()["epoch"] == 1
+    assert [batch.ids for batch in loader] == epochs[1]
+    loader.load_state_dict(make().state_dict())
+    assert [batch.ids for batch in unused] == epochs[0]  # begun now, so it goes on where the state stood
+    assert [batch.ids for batch in loader] == epochs[1]
 
 
 def digest_tells_the_epoch(make: Make, world_sizes: Iterable[int]) -> None:
@@ -286,13 +295,3 @@ def nodes_open_their_own_shards(make: Make, opened: Callable[[], set[str]]) -> N
             assert opened() == met[-1]
         assert all(met)
         assert sum(map(len, met)) == len(set().union(*met))
-
-    loader = make()
-    unused = iter(loader)
-    iter(loader)
-    loader.set_epoch(1)  # behind iter(), as Lightning's order of calls has it
-    assert loader.state_dict()["epoch"] == 1
-    assert [batch.ids for batch in loader] == epochs[1]
-    loader.load_state_dict(make().state_dict())
-    assert [batch.ids for batch in unused] == epochs[0]  # begun now, so it goes on where the state stood
-    assert [batch.ids for batch in loader] == epochs[1]

@@ -92,7 +92,8 @@ def test_window_bounds_what_is_open() -> None:
     records, nbytes = [64] * 256, [1 << 20] * 256  # 16 KiB a record, 256 MiB
     window = 16 << 20
     plan = EpochPlan(order(window_bytes=window, global_batch_size=64), 0, records, nbytes)
-    shards = [set(plan.batch(step).positions // 64) for step in range(plan.num_steps)]
+    # runs of an eighth of a shard, each charged for the one hash block that it lies in
+    shards = [set(plan.batch(step).positions // 8) for step in range(plan.num_steps)]
     opened: dict[int, int] = {}
     closed: dict[int, int] = {}
     for step, met in enumerate(shards):
@@ -126,10 +127,18 @@ def test_golden_order() -> None:
     without a new version of the state, which refuses the old one."""
     plan = EpochPlan(order(window_bytes=4), 1, [4, 4, 3, 5], [2 << 20] * 4)
     assert [plan.batch(step).positions.tolist() for step in range(4)] == [
-        [9, 10, 7, 12],
-        [6, 11, 1, 0],
-        [15, 14, 13, 8],
-        [2, 3, 5, 4],
+        [9, 14, 6, 1],
+        [11, 12, 0, 13],
+        [8, 7, 10, 5],
+        [3, 2, 15, 4],
+    ]
+    # runs within shards, several windows, two lanes
+    plan = EpochPlan(order(window_bytes=64 << 20, lanes=2), 2, [40, 60, 20], [40 << 20, 60 << 20, 20 << 20])
+    assert [plan.batch(step).positions.tolist() for step in (0, 7, 14, 29)] == [
+        [43, 88, 100, 33],
+        [66, 71, 111, 32],
+        [85, 74, 27, 8],
+        [91, 79, 103, 107],
     ]
 
 
