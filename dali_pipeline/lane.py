@@ -23,7 +23,7 @@ from dali_pipeline.shard import BLOCK_BYTES
 RUNS_PER_WINDOW, RUNS_PER_SHARD = 64, 8
 MAX_RUN_BYTES = 4 << 20  # longer ones are read no faster, and mix less
 TOUCHED_BLOCKS = 4  # by a record beside its own bytes: two, and two by its edges
-MAX_RUNS = 1 << 21  # of a lane: their order is in memory
+MAX_RUNS = 1 << 22  # of a lane: their order is in memory, some 100 bytes each while it is made
 
 
 class Lane:

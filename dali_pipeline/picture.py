@@ -107,7 +107,8 @@ def _bars(axes: Axes, several: list[Quality], values: list[list[tuple[float, ...
     for number, method in enumerate(METHODS):
         epochs = np.array([one[number] for one in values])
         means = epochs.mean(axis=1)
-        reach = np.stack([means - epochs.min(axis=1), epochs.max(axis=1) - means])
+        # equal epochs have a mean that rounding can put beside them
+        reach = np.maximum(0, np.stack([means - epochs.min(axis=1), epochs.max(axis=1) - means]))
         places = at + (number - (len(METHODS) - 1) / 2) * width
         style: dict[str, Any] = {"color": COLOURS[number], "hatch": HATCHES[number], "edgecolor": "white", "linewidth": 0}
         axes.bar(places, means, width * 0.92, label=method, yerr=reach, error_kw={"linewidth": 1}, **style)

@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from dali_pipeline.buffer import replay_buffer, sample_buffer
 from dali_pipeline.order import Ints, Order
 from dali_pipeline.plan import EpochPlan
 from dali_pipeline.schema import DataError, UsageError
 
+Floats = npt.NDArray[np.float64]
 Method = Literal["buffer, file order", "buffer, shuffled shards", "dali_pipeline", "full permutation"]
 METHODS: tuple[Method, ...] = get_args(Method)
 WINDOW_SHARES = (0.01, 0.05, 0.20)
@@ -49,9 +51,14 @@ class Measured:
 
         The mean of distances, not the distance of means: an order that misses by as much to either side is no better for it.
         """
+        pairs, moved = self.distances_by_epoch(quality)
+        return float(pairs.mean()), float(moved.mean())
+
+    def distances_by_epoch(self, quality: Quality) -> tuple[Floats, Floats]:
+        """|measured - full permutation| of each epoch, of both measures."""
         return (
-            float(np.abs(np.array(self.same_shard) - quality.full_same_shard).mean()),
-            float(np.abs(np.array(self.displacement) - quality.full_displacement).mean()),
+            np.abs(np.array(self.same_shard) - quality.full_same_shard),
+            np.abs(np.array(self.displacement) - quality.full_displacement),
         )
 
 
@@ -84,11 +91,20 @@ class Quality:
         return {name: value for name, value in vars(self).items() if name != "methods"} | {"methods": methods}
 
     def behind(self) -> list[str]:
-        """By which measures dali_pipeline is farther from the full permutation than one of the buffers, be it by chance."""
-        ours = next(one for one in self.methods if one.method == "dali_pipeline").distances(self)
-        rivals = [one.distances(self) for one in self.methods if one.method.startswith("buffer")]
-        names = "same-shard pairs", "displacement"
-        return [name for at, name in enumerate(names) if any(rival[at] < ours[at] for rival in rivals)]
+        """By which measures dali_pipeline is farther from the full permutation than one of the buffers.
+
+        By more than three standard errors of the difference: two full permutations are not told apart by chance.
+        """
+        ours, *rivals = [one.distances_by_epoch(self) for one in self.methods if one.method == "dali_pipeline"] + [
+            one.distances_by_epoch(self) for one in self.methods if one.method.startswith("buffer")
+        ]
+        found = []
+        for at, name in enumerate(("same-shard pairs", "displacement")):
+            for rival in rivals:
+                error = np.sqrt((ours[at].var() + rival[at].var()) / len(ours[at]))
+                if ours[at].mean() - rival[at].mean() > 3 * error and name not in found:
+                    found.append(name)
+        return found
 
 
 def same_shard_share(shards: Ints) -> float:

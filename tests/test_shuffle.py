@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,11 @@ def test_closer_than_both_buffers(record_bytes: int, share: float) -> None:
     """By pairs and by displacement, at equal memory, for shards of 256 and of 4 MiB."""
     quality = measure(SHARDS, SHARDS * record_bytes, window_bytes=int(share * SHARDS.sum() * record_bytes), epochs=12)
     assert quality.behind() == []
+    ours = of(quality, "dali_pipeline").distances(quality)
+    for rival in ("buffer, file order", "buffer, shuffled shards"):
+        pairs, moved = of(quality, rival).distances(quality)
+        assert ours[0] < pairs
+        assert ours[1] < moved
     full = of(quality, "full permutation")
     assert np.mean(full.same_shard) == pytest.approx(quality.full_same_shard, rel=0.05)
     assert np.mean(full.displacement) == pytest.approx(1 / 3, abs=0.003)
@@ -137,3 +143,19 @@ def test_errors_are_one_sentence(
     assert out == ""
     assert words in err
     assert err.count("\n") == 1
+
+
+def test_behind_names_what_is_farther() -> None:
+    def methods(ours: tuple[float, ...], moved: tuple[float, ...]) -> tuple[Measured, ...]:
+        rival = Measured(method="buffer, file order", same_shard=(0.3, 0.31), displacement=(0.2, 0.21), points=())
+        return rival, Measured(method="dali_pipeline", same_shard=ours, displacement=moved, points=())
+
+    quality = measure(SHARDS[:4], SHARDS[:4], window_bytes=1)
+    for ours, moved, expected in (
+        ((0.1, 0.11), (0.33, 0.33), []),
+        ((0.5, 0.51), (0.33, 0.33), ["same-shard pairs"]),
+        ((0.5, 0.51), (0.01, 0.01), ["same-shard pairs", "displacement"]),
+        ((0.25, 0.37), (0.33, 0.33), []),  # farther by chance alone
+    ):
+        flat = replace(quality, full_same_shard=0.0, methods=methods(ours, moved))
+        assert flat.behind() == expected
