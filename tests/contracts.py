@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 
 import dali_pipeline as dp
 from dali_pipeline.loader import Loader
@@ -33,6 +34,16 @@ def content(batch: Any) -> dict[str, Any]:
         }
     tensors |= {"labels": batch.labels, "valid": batch.valid, "positions": batch.positions}
     return {"ids": list(batch.ids), **{name: tensor.clone() for name, tensor in tensors.items()}}
+
+
+def fingerprint(batches: Iterable[Any]) -> str:
+    """One hash of every byte that some batches hold, in order, and of their number."""
+    found, count = xxhash.xxh3_128(), 0
+    for batch in batches:
+        count += 1
+        for name, value in sorted(content(batch).items()):
+            found.update(f"{name} {value if isinstance(value, list) else value.numpy().tobytes().hex()}".encode())
+    return f"{count} {found.hexdigest()}"
 
 
 def assert_same(ours: Iterable[Any], theirs: Iterable[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import pickle
 import signal
@@ -128,6 +129,34 @@ for loader in [*sequences, dp.GraphLoader(data), dp.GraphLoader(data, workers=2)
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("each once") == 4
+
+
+GOES_ON = """
+import json, sys
+import dali_pipeline as dp
+from contracts import fingerprint
+data = dp.open_dataset(sys.argv[1])
+options = eval(sys.argv[2])
+loader = getattr(dp, options.pop("loader"))(data, batch_size=8, **options)
+loader.load_state_dict(json.loads(sys.argv[3]))
+print(fingerprint(batch for _ in range(2) for batch in loader))
+"""
+
+
+@pytest.mark.parametrize("kind", ["dali", "torch", "graphs", "graphs, processes"])
+def test_a_new_process_goes_on_to_the_bit(kind: str, data: dp.Dataset) -> None:
+    """Law 5, with DALI and threads running ahead of what was delivered: the rest of the epoch, and the next one."""
+    options = {**KINDS[kind], "loader": KINDS[kind]["loader"].__name__}
+    chosen = dict(KINDS[kind])
+    loader = chosen.pop("loader")(data, batch_size=8, **chosen)
+    batches = iter(loader)
+    for _ in range(5):
+        next(batches)
+    state = json.dumps(loader.state_dict())
+    expected = contracts.fingerprint(batch for part in (batches, loader) for batch in part)
+    command = [sys.executable, "-c", GOES_ON, str(data.root), repr(options), state]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": "tests"})
+    assert done.stdout.strip() == expected, done.stderr
 
 
 ENDLESS = """
