@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dali_pipeline.dataset import Dataset, View
+from dali_pipeline.draws import Draws
 from dali_pipeline.schema import DataError, Kind, UsageError
 from dali_pipeline.selection import Selection, derived_digest
 
@@ -35,11 +36,12 @@ def mix(shares: Mapping[Dataset, float]) -> Dataset:
                 raise UsageError("a mix cannot be mixed again; give all its data sets at once")
             chained = Selection.chain(parts, digest)
             if split == "train":
-                ends = np.cumsum([part.num_records for part in parts])
                 if not all(part.num_records for part in parts):
                     raise DataError(f"a data set of the mix has no {kind} in its train split; leave it out")
+                ends = np.cumsum([len(part.records) for part in parts]).tolist()
                 spans = zip([0, *ends[:-1]], ends, shares.values(), strict=True)
-                chained = chained.drawn([(np.arange(begin, end), share) for begin, end, share in spans], digest)
+                draws = tuple(Draws(begin=begin, end=end, share=share) for begin, end, share in spans)
+                chained = replace(chained, draws=draws, num_draws=chained.num_records)
             selections[split][kind] = chained
     counts = {split: _sum([one.label_counts(split) for one in sets]) for split in selections}
     return View(sets[0].root, replace(sets[0].manifest, statistics=None), digest, selections, counts)

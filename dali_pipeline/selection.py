@@ -106,12 +106,16 @@ class Selection:
         starts = np.cumsum(self.records) - self.records
         return np.arange(self.num_records) - np.repeat(starts, self.records)
 
-    def take(self, chosen: Ints, digest: str) -> Selection:
-        """The records at positions `chosen`, in that order; a shard that they come back to later is another entry."""
+    def take(self, chosen: Ints, digest: str, borders: Sequence[int] = ()) -> Selection:
+        """The records at positions `chosen`, in that order; a shard that they come back to later is another entry.
+
+        borders: places among them that no entry lies across.
+        """
         entry = np.repeat(np.arange(len(self.records)), self.records)[chosen]
         rows = self.every_row()[chosen]
-        cuts = np.flatnonzero((np.diff(entry) != 0) | (np.diff(rows) <= 0)) + 1
-        begins = np.concatenate([[0], cuts])[: len(chosen)]
+        cut = (np.diff(entry, prepend=-1) != 0) | (np.diff(rows, prepend=-1) <= 0)  # (n,) whether an entry begins here
+        cut[np.array([at for at in borders if at < len(chosen)], np.int64)] = True
+        begins = np.flatnonzero(cut)
         which, records = entry[begins], np.diff([*begins, len(chosen)])
         return Selection(
             shards=self.shards,
@@ -126,7 +130,8 @@ class Selection:
     def drawn(self, parts: Sequence[tuple[Ints, float]], digest: str) -> Selection:
         """Epochs of N draws: of each part (positions, in order) its share, every record of it before one comes again."""
         chosen = np.concatenate([positions for positions, _ in parts])
-        taken, ends = self.take(chosen, digest), np.cumsum([len(positions) for positions, _ in parts])
+        ends = np.cumsum([len(positions) for positions, _ in parts])
+        taken = self.take(chosen, digest, ends.tolist())
         entry_ends = np.searchsorted(np.cumsum(taken.records), ends, side="left") + 1
         total = sum(share for _, share in parts)
         draws = tuple(

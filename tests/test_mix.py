@@ -291,6 +291,23 @@ def test_balanced_batches_hold_labels_in_equal_numbers(skewed: dp.Dataset, quick
     assert loader.check_digest(loader.digest) == "200 draws of 120 records, one at most 5 times"
 
 
+def test_balance_where_labels_lie_one_behind_the_other(tmp_path: Path, quick_kind: dict[str, Any]) -> None:
+    """In one shard, label 0 first: the parts meet within it, and neither may lend the other a record."""
+    records = [
+        dp.Record(id=f"r{at}", label=int(at >= 30), sequence=one.sequence, graphs=one.graphs)
+        for at, one in enumerate(make_records(40))
+    ]
+    data = write(tmp_path / "set", records, shard_bytes=1 << 20, shares="100/0/0")
+    loader = load(data, quick_kind, balance="label", batch_size=4)
+    counts: Counter[str] = Counter()
+    for _ in range(3):
+        for batch in loader:
+            assert sorted(batch.labels.tolist()) == [0, 0, 1, 1]
+            counts.update(batch.ids)
+    assert {counts[f"r{at}"] for at in range(30)} == {2}
+    assert {counts[f"r{at}"] for at in range(30, 40)} == {6}
+
+
 def test_balance_tells_the_split_s_own_positions(skewed: dp.Dataset, kind: dict[str, Any]) -> None:
     own = {batch.ids[0]: int(batch.positions[0]) for batch in load(skewed, kind, shuffle=False, batch_size=1)}
     for batch in load(skewed, kind, balance="label"):
