@@ -17,6 +17,8 @@ from dali_pipeline.shardfile import ShardFile
 
 torch.set_num_threads(1)
 
+# a shell's background jobs ignore Ctrl-C, and pass that on: a test's script begins with this
+HEARS_CTRL_C = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
 FEATURES, NODE_FEATURES, LAYERS = 8, 4, 3
 SCHEMA = dp.Schema(
     sequence=dp.Field(dtype="float16", shape=(FEATURES,)),

@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import HEARS_CTRL_C
 from torch_geometric.data import Data
 
 import dali_pipeline as dp
@@ -175,7 +176,7 @@ def test_killed_with_its_workers_and_gone_on_gives_the_same_bytes(tmp_path: Path
     """SIGKILL to the parent alone: the workers die too, the folder is free, and the same command ends as if undisturbed."""
     src = make_folder(tmp_path / "src", per_file=400, files=6)
     code = (
-        "import sys, time\nfrom pathlib import Path\n"
+        f"{HEARS_CTRL_C}import sys, time\nfrom pathlib import Path\n"
         "from dali_pipeline.ingest import convert, sources\nfrom dali_pipeline.filler import ShardFiller\n"
         "sources.STRETCH_BYTES = 1\nwrite = ShardFiller.write\n"
         "def slow(self, record):\n    time.sleep(float(sys.argv[3]))\n    write(self, record)\n"
@@ -346,7 +347,7 @@ def test_a_file_that_changes_while_it_is_converted_is_named(tmp_path: Path, monk
 def test_an_impatient_ctrl_c_still_ends_it(tmp_path: Path) -> None:
     src = make_folder(tmp_path / "src", per_file=40, files=4)
     code = (
-        "import sys, time\nfrom dali_pipeline import cli\nfrom dali_pipeline.ingest import sources\n"
+        f"{HEARS_CTRL_C}import sys, time\nfrom dali_pipeline import cli\nfrom dali_pipeline.ingest import sources\n"
         "from dali_pipeline.filler import ShardFiller\nsources.STRETCH_BYTES = 1\n"
         "ShardFiller.write = lambda self, record: time.sleep(0.5)\n"
         "sys.argv = ['dali_pipeline', 'convert', *sys.argv[1:], '--workers', '2']\ncli.main()\n"

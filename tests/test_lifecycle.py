@@ -18,7 +18,7 @@ from typing import Any
 import contracts
 import psutil
 import pytest
-from conftest import make_records, write
+from conftest import HEARS_CTRL_C, make_records, write
 
 import dali_pipeline as dp
 from dali_pipeline import files as files_module
@@ -159,10 +159,10 @@ def test_a_new_process_goes_on_to_the_bit(kind: str, data: dp.Dataset) -> None:
     assert done.stdout.strip() == expected, done.stderr
 
 
-ENDLESS = """
-import signal, sys, time
+ENDLESS = f"""
+{HEARS_CTRL_C}
+import sys, time
 import dali_pipeline as dp
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and pass that on
 data = dp.open_dataset(sys.argv[1])
 options = eval(sys.argv[2])
 loader = getattr(dp, options.pop("loader"))(data, batch_size=4, **options)
