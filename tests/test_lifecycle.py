@@ -186,12 +186,12 @@ def test_ctrl_c_ends_everything_at_once(kind: str, data: dp.Dataset) -> None:
         children = psutil.Process(process.pid).children(recursive=True)
         assert bool(children) == ("processes" in kind)
         process.send_signal(signal.SIGINT)
-        errors = process.communicate(timeout=20)[1]
+        errors = process.communicate(timeout=60)[1]
     finally:
         process.kill()
         process.communicate()
     assert process.returncode == -signal.SIGINT, errors
-    assert errors.strip().endswith("KeyboardInterrupt"), errors
+    assert "KeyboardInterrupt" in errors
     assert not psutil.wait_procs(children, timeout=10)[1]
     assert len(list(Path("/dev/shm").iterdir())) <= shared
 
