@@ -190,6 +190,8 @@ def refuses_foreign_states(make: Make, other: dp.Dataset) -> None:
     for state in ({}, {**before, "epoch": -1}, {**before, "step": 10**6}, {**before, "order": 3}, {**before, "kind": "words"}):
         with pytest.raises(dp.StateError):
             loader.load_state_dict(state)
+    with pytest.raises(dp.StateError, match="of version 1, whose order of records is another"):
+        loader.load_state_dict({**before, "version": 1})
     assert loader.state_dict() == before
 
 
