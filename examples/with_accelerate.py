@@ -5,6 +5,7 @@ python examples/with_accelerate.py [empty folder]
 The loader is registered for checkpointing and not passed to `prepare`: it shards by rank and delivers on its device by
 itself, so `prepare(loader)` only hands it back as it is. A DataLoader around it, prepared, fails at its first batch, for
 rank 0 would read for all and slice tensors; with dispatch_batches=False it is read one ahead, and a saved state skips one.
+For the same reason `accumulate` cannot see where an epoch ends: its last, unfinished group goes on in the next one.
 """
 
 import sys

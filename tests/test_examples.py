@@ -192,6 +192,18 @@ def test_what_accelerate_prepares(fresh: Callable[[], Loader[Any]]) -> None:
     assert loader.state_dict()["step"] == 2  # of one that was delivered
 
 
+def test_accelerate_accumulates_across_the_end_of_an_epoch(fresh: Callable[[], Loader[Any]]) -> None:
+    """What the example says of a loader that is not prepared; with a prepared one the last batch of an epoch would step."""
+    accelerator, loader = Accelerator(cpu=True, gradient_accumulation_steps=4), fresh()
+    model = accelerator.prepare(torch.nn.Linear(1, 1))
+    stepped = []
+    for _ in [*loader, *loader]:
+        with accelerator.accumulate(model):
+            stepped.append(accelerator.sync_gradients)
+    assert len(loader) % 4
+    assert [number for number, did in enumerate(stepped, start=1) if did] == list(range(4, 2 * len(loader) + 1, 4))
+
+
 def test_batches_move_whole(fresh: Callable[[], Loader[Any]]) -> None:
     """`to`, which Lightning calls: nothing copied where it is there already, and the batch itself never written to."""
     batch = next(iter(fresh()))
