@@ -22,9 +22,10 @@ class Draws:
 
 
 class Part(NamedTuple):
-    """What is drawn `times` an epoch. passes: the order of its pass of this number."""
+    """So many `records`, drawn `times` an epoch. passes: the order of the pass of this number."""
 
     times: int
+    records: int
     passes: Callable[[int], Lane]
 
 
@@ -44,7 +45,8 @@ class DrawnLane:
         """The records at these places of the lane's order."""
         found, left = np.empty_like(places), np.arange(len(places))
         rest, total = places, self.num_records  # places among the parts that are still to be looked at
-        for number, (times, _) in enumerate(self._parts):
+        for number, part in enumerate(self._parts):
+            times = part.times
             if not times:
                 continue
             begun = self._first % total  # the same share of any stretch of places: (n * times + begun) // total before place n
@@ -56,12 +58,10 @@ class DrawnLane:
 
     def _drawn(self, number: int, draws: Ints) -> Ints:
         """Draws of a part, counted from the first epoch's first."""
-        found = np.empty_like(draws)
-        if len(draws):
-            records = self._pass(number, 0).num_records
-            for at in np.unique(draws // records):
-                mine = draws // records == at
-                found[mine] = self._pass(number, int(at)).positions(draws[mine] % records)
+        found, records = np.empty_like(draws), self._parts[number].records
+        for at in np.unique(draws // records):
+            mine = draws // records == at
+            found[mine] = self._pass(number, int(at)).positions(draws[mine] % records)
         return found
 
     def _pass(self, number: int, which: int) -> Lane:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +27,8 @@ class EpochPlan:
     """The batches of one epoch, for every rank.
 
     shard_records, shard_bytes: (S,) sizes of the split's shards in file order · draws: where given, the epoch is `num_draws`
-    draws rather than every record once. Costs O(shards + runs) to make and O(window) a batch, most of it cached between
-    neighbouring batches.
+    draws rather than every record once. Costs a sort of the shards to make, O(runs) for the first batch of a lane and O(window)
+    for any other, most of it cached between neighbouring batches.
     """
 
     def __init__(
@@ -39,46 +40,70 @@ class EpochPlan:
         draws: Sequence[Draws] = (),
         num_draws: int = 0,
     ) -> None:
-        self.order = order
-        self.epoch = epoch
-        records, nbytes = np.asarray(shard_records, np.int64), np.asarray(shard_bytes, np.int64)
-        fewest = min((each.end - each.begin for each in draws), default=len(records))
-        if len(records) and order.lanes > fewest:
+        self.order, self.epoch, self._num_draws = order, epoch, num_draws
+        self._records, self._nbytes = np.asarray(shard_records, np.int64), np.asarray(shard_bytes, np.int64)
+        self._starts = np.cumsum(self._records) - self._records
+        self._drawn = bool(draws)
+        self._parts = draws or (Draws(begin=0, end=len(self._records), share=1.0),)
+        fewest = min(each.end - each.begin for each in self._parts)
+        if len(self._records) and order.lanes > fewest:
             raise DataError(
                 f"split {order.split!r} has {fewest} shards{' of a kind that is drawn' if draws else ''}; "
                 f"expected at least one for each of {order.lanes} lanes"
             )
-        starts = np.cumsum(records) - records
+        # of each part: the lane of every shard
+        self._lane_of = [deal_shards(self._records[each.begin : each.end], order.lanes) for each in self._parts]
+        self._lanes: dict[int, Lane | DrawnLane] = {}  # made when first asked for: `len` needs none, a node its own alone
+        self._share = order.global_batch_size // order.lanes
+        lengths = [self._length(lane) for lane in range(order.lanes)]
+        self.num_steps: int = (
+            min(n // self._share for n in lengths) if order.tail == "drop" else max(-(-n // self._share) for n in lengths)
+        )
 
-        share = order.global_batch_size // order.lanes
+    def _length(self, lane: int) -> int:
+        """Records, or draws, of a lane."""
+        if self._drawn:
+            return self._num_draws * (lane + 1) // self.order.lanes - self._num_draws * lane // self.order.lanes
+        return int(self._records[self._lane_of[0] == lane].sum())
 
-        def passes(begin: int, end: int, lane: int, window_bytes: int, batch_size: int) -> Callable[[int], Lane]:
-            mine = begin + np.flatnonzero(deal_shards(records[begin:end], order.lanes) == lane)
-            return lambda number: Lane(order, number, starts[mine], records[mine], nbytes[mine], window_bytes, batch_size)
+    def _lane(self, lane: int) -> Lane | DrawnLane:
+        found = self._lanes.get(lane)
+        if found is None:  # two threads may make it at once, and make the same
+            found = self._lanes[lane] = self._make(lane)
+        return found
 
-        self._lanes: list[Lane | DrawnLane] = []
-        for lane in range(order.lanes):
-            if not draws:
-                self._lanes.append(passes(0, len(records), lane, order.window_bytes, share)(epoch))
-                continue
-            own = num_draws * (lane + 1) // order.lanes - num_draws * lane // order.lanes
-            counts = apportion(own, [each.share for each in draws])
-            parts = [
-                Part(count, passes(each.begin, each.end, lane, max(1, order.window_bytes * count // max(own, 1)), 1))
-                for each, count in zip(draws, counts, strict=True)
-            ]
-            self._lanes.append(DrawnLane(order, epoch, parts))
-        lengths = [lane.num_records for lane in self._lanes]
-        self.num_steps: int = min(n // share for n in lengths) if order.tail == "drop" else max(-(-n // share) for n in lengths)
+    def _make(self, lane: int) -> Lane | DrawnLane:
+        window_bytes, own = self.order.window_bytes, self._length(lane)
+        shards = [each.begin + np.flatnonzero(of == lane) for each, of in zip(self._parts, self._lane_of, strict=True)]
+        if not self._drawn:
+            return self._pass(shards[0], window_bytes, self._share, self.epoch)
+        counts = apportion(own, [each.share for each in self._parts])
+        return DrawnLane(
+            self.order,
+            self.epoch,
+            [
+                Part(
+                    times=times,
+                    records=int(self._records[mine].sum()),
+                    passes=partial(self._pass, mine, max(1, window_bytes * times // max(own, 1)), 1),
+                )
+                for times, mine in zip(counts, shards, strict=True)
+            ],
+        )
+
+    def _pass(self, shards: Ints, window_bytes: int, batch_size: int, number: int) -> Lane:
+        """The order of some shards, in the epoch or pass of this number."""
+        starts, records, nbytes = (each[shards] for each in (self._starts, self._records, self._nbytes))
+        return Lane(self.order, number, starts, records, nbytes, window_bytes, batch_size)
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Shares:
         """What `rank` takes at `step`: its equal part of the global batch, lane after lane."""
         if not 0 <= step < self.num_steps:
             raise IndexError(f"step {step} of {self.num_steps}")
-        size, share = self.order.global_batch_size, self.order.global_batch_size // self.order.lanes
+        size, share = self.order.global_batch_size, self._share
         begin, end = rank * size // world_size, (rank + 1) * size // world_size
         parts = [
-            _take(self._lanes[lane], step * share + max(begin - lane * share, 0), step * share + min(end - lane * share, share))
+            _take(self._lane(lane), step * share + max(begin - lane * share, 0), step * share + min(end - lane * share, share))
             for lane in range(begin // share, -(-end // share))
         ]
         return Shares(

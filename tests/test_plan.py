@@ -8,6 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dali_pipeline import plan as plan_module
+from dali_pipeline.draws import Draws
+from dali_pipeline.lane import Lane
 from dali_pipeline.order import Order, hashed_keys
 from dali_pipeline.plan import EpochPlan, deal_shards
 from dali_pipeline.schema import DataError, UsageError
@@ -189,3 +192,29 @@ def test_senseless_orders_are_refused(options: dict[str, Any], words: str) -> No
 def test_more_lanes_than_shards_are_refused() -> None:
     with pytest.raises(DataError, match="has 2 shards"):
         EpochPlan(order(lanes=4), 0, [3, 3], [10, 10])
+
+
+def test_an_order_is_made_once_and_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`len` makes none, a rank its own lanes alone, draws each pass once, however often they come back to its border."""
+    made: list[int] = []
+
+    class Noted(Lane):
+        def __init__(self, settings: Order, number: int, *sizes: Any) -> None:
+            made.append(number)
+            super().__init__(settings, number, *sizes)
+
+    monkeypatch.setattr(plan_module, "Lane", Noted)
+    records, nbytes = [10] * 8, [100] * 8
+    plan = EpochPlan(order(lanes=4, global_batch_size=8), 3, records, nbytes)
+    assert (plan.num_steps, made) == (10, [])
+    for step in range(plan.num_steps):
+        plan.batch(step, rank=1, world_size=4)
+    assert made == [3]
+    made.clear()
+    few = [Draws(begin=0, end=1, share=1.0), Draws(begin=1, end=8, share=1.0)]
+    plan = EpochPlan(order(global_batch_size=8), 2, records, nbytes, few, 80)
+    for step in range(plan.num_steps):
+        plan.batch(step)
+    assert made.count(1) == 1  # draws 80 to 119 of 70 records: the last of pass 1 …
+    assert sorted(set(made)) == [1, 8, 9, 10, 11]  # … and of 10 records passes 8 to 11
+    assert len(made) == 5
