@@ -87,7 +87,7 @@ class ShardFiller:
         return *texts, whole_label(record), self.dealer.of(group), arrays
 
     def _write_stack(self, stack: Stack) -> None:
-        """The same bytes as its records one by one would give, for a tenth of the time."""
+        """The same bytes as its records one by one would give, without their checks and small arrays one by one."""
         rows, kind = stack.rows(self.schema), KINDS[0]
         ids, groups = ([text.encode() for text in texts] for texts in (stack.ids, stack.groups))
         length, nbytes = rows.shape[1], rows[0].nbytes + 8

@@ -13,9 +13,11 @@ from conftest import SCHEMA, make_records, write
 
 import dali_pipeline as dp
 from dali_pipeline import moments as moments_module
+from dali_pipeline.filler import Contents, ShardFiller
 from dali_pipeline.journal import JOURNAL_NAME
 from dali_pipeline.loader import Loader
 from dali_pipeline.moments import Moments
+from dali_pipeline.pending import Stack
 from dali_pipeline.verify import verify
 
 
@@ -360,3 +362,26 @@ def test_a_manifest_from_before_the_sum_of_ids_still_opens(tmp_path: Path) -> No
     for loader in (dp.GraphLoader(older), dp.SequenceLoader(older, engine="torch")):
         list(loader)
         assert loader.check_digest(loader.digest).endswith("each once")
+
+
+@pytest.mark.parametrize("stored", ["float16", "float32"])
+def test_stacked_records_are_written_as_one_by_one(tmp_path: Path, stored: str) -> None:
+    """Into the same shards, byte by byte, cast or not, wherever a shard is full; and refused alike."""
+    values = np.random.default_rng(0).normal(size=(50, 4, 3)).astype(np.float16)
+    names = [f"r{at}" for at in range(50)]
+    schema = dp.Schema(sequence=dp.Field(dtype=stored, shape=(3,)))
+    fillers = [ShardFiller(tmp_path / name, schema, 100, dp.Split(), Contents()) for name in ("one", "stack")]
+    for begin, end in ((0, 1), (1, 30), (30, 50)):
+        chosen = slice(begin, end)
+        labels = [at % 3 for at in range(begin, end)]
+        fillers[1].write(Stack(names[chosen], names[chosen], labels, values[chosen]))
+        for at in range(begin, end):
+            fillers[0].write(dp.Record(id=names[at], label=at % 3, sequence=values[at]))
+    for filler in fillers:
+        filler.flush()
+    assert fillers[0].contents == fillers[1].contents
+    paths = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.safetensors")]
+    assert len(paths) > 10
+    assert all((tmp_path / "one" / path).read_bytes() == (tmp_path / "stack" / path).read_bytes() for path in paths)
+    with pytest.raises(dp.DataError, match="record 'r0', sequence has rows of shape"):
+        fillers[1].write(Stack(names[:2], names[:2], [0, 0], np.zeros((2, 4, 5), np.float16)))
