@@ -73,9 +73,8 @@ class Files:
     """
 
     def __init__(self, limit: int | None = None) -> None:
-        self._open: Recent[Path, OpenFile] = Recent(
-            limit or max(8, min(96, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
-        )
+        self.limit = limit or max(8, min(96, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
+        self._open: Recent[Path, OpenFile] = Recent(self.limit)
 
     def get(self, path: Path) -> OpenFile:
         """The file, opened for reading. Raises FormatError where it cannot be."""

@@ -98,23 +98,30 @@ class EpochPlan:
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Shares:
         """What `rank` takes at `step`: its equal part of the global batch, lane after lane."""
-        if not 0 <= step < self.num_steps:
-            raise IndexError(f"step {step} of {self.num_steps}")
+        return self.batches(range(step, step + 1), rank, world_size)
+
+    def batches(self, steps: range, rank: int = 0, world_size: int = 1) -> Shares:
+        """What `rank` takes at these steps, one after the other."""
+        if not 0 <= steps[0] <= steps[-1] < self.num_steps:
+            raise IndexError(f"steps {steps[0]} to {steps[-1]} of {self.num_steps}")
         size, share = self.order.global_batch_size, self._share
         begin, end = rank * size // world_size, (rank + 1) * size // world_size
         parts = [
-            _take(self._lane(lane), step * share + max(begin - lane * share, 0), step * share + min(end - lane * share, share))
-            for lane in range(begin // share, -(-end // share))
+            _take(
+                self._lane(lane),
+                np.array(steps)[:, None] * share + np.arange(max(begin, first), min(end, first + share)) - first,
+            )
+            for lane, first in enumerate(range(0, size, share))
+            if begin < first + share and first < end
         ]
-        return Shares(
-            positions=np.concatenate([part.positions for part in parts]), valid=np.concatenate([part.valid for part in parts])
-        )
+        positions, valid = (np.concatenate(each, axis=1).reshape(-1) for each in zip(*parts, strict=True))
+        return Shares(positions=positions, valid=valid)
 
 
-def _take(lane: Lane | DrawnLane, begin: int, end: int) -> Shares:
-    """Places begin to end of a lane's order; beyond its last record that record again, not valid."""
-    places = np.arange(begin, end)
-    return Shares(positions=lane.positions(np.minimum(places, lane.num_records - 1)), valid=places < lane.num_records)
+def _take(lane: Lane | DrawnLane, places: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    """Places (steps, n) of a lane's order; beyond its last record that record again, not valid."""
+    found = lane.positions(np.minimum(places, lane.num_records - 1).reshape(-1))
+    return found.reshape(places.shape), places < lane.num_records
 
 
 def deal_shards(shard_records: Ints, lanes: int) -> Ints:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ import numpy as np
 
 from dali_pipeline.files import Files, Recent
 from dali_pipeline.order import Ints
-from dali_pipeline.schema import FormatError
+from dali_pipeline.schema import Array, FormatError
 from dali_pipeline.selection import Selection
 from dali_pipeline.shard import Shard
 
@@ -23,28 +25,40 @@ MAX_SHARDS = 1024  # parsed headers kept
 class IndexPart:
     """Labels, ids and offsets of up to INDEX_ROWS consecutive records of a shard.
 
-    labels, id_offsets and rows (of the first ragged array) are lists, as one is asked for at a time; offsets: of every ragged
-    array.
+    labels, ids and rows (of the first ragged array) are lists, as one is asked for at a time; offsets: of every other ragged
+    array · first_block: the shard's first among all blocks of the index.
     """
 
     shard: Shard
+    first_block: int
     labels: list[int]
-    ids: bytes
-    id_offsets: list[int]
+    ids: list[str]
     rows: list[int]
     offsets: dict[str, Ints]
-
-    def id_of(self, row: int) -> str:
-        """The id of a row."""
-        try:
-            return self.ids[self.id_offsets[row] : self.id_offsets[row + 1]].decode()
-        except UnicodeDecodeError as error:
-            raise FormatError(f"{self.shard.path}, ids: the bytes of a record's id are not UTF-8 ({error.reason})") from None
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory, about."""
-        return 120 * len(self.labels) + len(self.ids) + sum(part.nbytes for part in self.offsets.values())
+        texts = sum(map(len, self.ids))
+        return 170 * len(self.labels) + texts + sum(part.nbytes for part in self.offsets.values())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Found:
+    """N records. parts: the different ones they lie in · which: (N,) each record's among `parts` · rows: its row there.
+
+    sound: (blocks,) uint8 of the whole index, 1 once a block's hash was right · files_at_once: that may be held open.
+    """
+
+    parts: list[IndexPart]
+    which: list[int]
+    rows: list[int]
+    sound: Array
+    files_at_once: int
+
+    def pairs(self) -> list[tuple[IndexPart, int]]:
+        """Of each record its part, and its row in it."""
+        return [(self.parts[which], row) for which, row in zip(self.which, self.rows, strict=True)]
 
 
 class RecordIndex:
@@ -58,45 +72,56 @@ class RecordIndex:
     def __init__(self, selection: Selection, ragged: Sequence[str], window_bytes: int) -> None:
         self._arguments = selection, ragged, window_bytes
         self._selection, self._ragged = selection, ragged
-        self._block_ends = [np.cumsum(shards.table.blocks, dtype=np.int64) for shards in selection.shards]
+        # shards are numbered through all tables, and so are blocks
+        tables = [shards.table for shards in selection.shards]
+        self._first_shards = np.cumsum([0, *map(len, tables)]).tolist()
+        self._block_ends = np.cumsum(np.concatenate([np.zeros(1, np.int64), *(np.asarray(each.blocks) for each in tables)]))
         # a byte a block, 1 once its hash was right; anonymous shared memory, so forked workers tell each other
-        self._sound = [memoryview(mmap.mmap(-1, max(1, int(ends[-1]) if len(ends) else 0))) for ends in self._block_ends]
+        self._memory = mmap.mmap(-1, max(1, int(self._block_ends[-1])))
+        self._sound = np.frombuffer(self._memory, np.uint8)
+        self._numbers = np.asarray(self._first_shards)[selection.table] + selection.number  # (entries,)
         self._ends = np.cumsum(selection.records)  # (entries,) position behind each entry's last record
         self._starts = self._ends - selection.records
         self._files = Files()
-        self._shards: Recent[tuple[int, int], Shard] = Recent(MAX_SHARDS)
-        self._parts: Recent[tuple[int, int, int], IndexPart] = Recent(max(window_bytes, LEAST_INDEX_BYTES))
+        self._shards: Recent[int, Shard] = Recent(MAX_SHARDS)
+        self._parts: Recent[tuple[int, int], IndexPart] = Recent(max(window_bytes, LEAST_INDEX_BYTES))
 
     def __reduce__(self) -> tuple[type[RecordIndex], tuple[Selection, Sequence[str], int]]:
         return RecordIndex, self._arguments
 
-    def locate(self, positions: Ints) -> list[tuple[IndexPart, int]]:
-        """The part that holds each position's record, and the record's row in it."""
+    def locate(self, positions: Ints) -> Found:
+        """Where the records at `positions` (N,) lie."""
         entries = np.searchsorted(self._ends, positions, side="right")
         every = self._selection.rows
         rows = positions - self._starts[entries] if every is None else every[positions]
-        places = self._selection.table[entries].tolist(), self._selection.number[entries].tolist(), rows.tolist()
-        return [
-            (self._part(table, number, row // INDEX_ROWS), row % INDEX_ROWS) for table, number, row in zip(*places, strict=True)
-        ]
+        keys = list(zip(self._numbers[entries].tolist(), (rows // INDEX_ROWS).tolist(), strict=True))
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        return Found(
+            parts=[self._part(*key) for key in numbers],
+            which=[numbers[key] for key in keys],
+            rows=(rows % INDEX_ROWS).tolist(),
+            sound=self._sound,
+            files_at_once=self._files.limit,
+        )
 
-    def _part(self, table: int, number: int, which: int) -> IndexPart:
-        part = self._parts.get((table, number, which))
+    def _part(self, number: int, which: int) -> IndexPart:
+        part = self._parts.get((number, which))
         if part is None:
-            part = self._read_part(self._shard(table, number), which * INDEX_ROWS)
-            part = self._parts.put((table, number, which), part, part.nbytes)
+            part = self._read_part(number, which * INDEX_ROWS)
+            part = self._parts.put((number, which), part, part.nbytes)
         return part
 
-    def _shard(self, table: int, number: int) -> Shard:
-        shard = self._shards.get((table, number))
+    def _shard(self, number: int) -> Shard:
+        shard = self._shards.get(number)
         if shard is None:
-            shards = self._selection.shards[table]
-            end, blocks = int(self._block_ends[table][number]), shards.table.blocks[number]
-            shard = shards.open(number, self._files, self._sound[table][end - blocks : end])
-            shard = self._shards.put((table, number), shard)
+            table = bisect.bisect_right(self._first_shards, number) - 1
+            sound = memoryview(self._memory)[self._block_ends[number] : self._block_ends[number + 1]]
+            shard = self._selection.shards[table].open(number - self._first_shards[table], self._files, sound)
+            shard = self._shards.put(number, shard)
         return shard
 
-    def _read_part(self, shard: Shard, first: int) -> IndexPart:
+    def _read_part(self, number: int, first: int) -> IndexPart:
+        shard = self._shard(number)
         end = min(first + INDEX_ROWS, shard.records)
         leading, *following = self._ragged
         offsets = {name: shard.read(f"{name}.offsets", first, end + 1) for name in ("ids", leading)}
@@ -107,12 +132,23 @@ class RecordIndex:
                 raise FormatError(
                     f"{shard.path}, {name}.offsets do not begin with 0 or go backward between records {first} and {end}"
                 )
-        id_offsets = offsets.pop("ids")
+        cuts = offsets.pop("ids")
+        ids = shard.read("ids", int(cuts[0]), int(cuts[-1])).tobytes()
         return IndexPart(
             shard=shard,
+            first_block=int(self._block_ends[number]),
             labels=shard.read("labels", first, end).tolist(),
-            ids=shard.read("ids", int(id_offsets[0]), int(id_offsets[-1])).tobytes(),
-            id_offsets=(id_offsets - id_offsets[0]).tolist(),
+            ids=_texts(shard, ids, (cuts - cuts[0]).tolist()),
             rows=offsets[leading].tolist(),
             offsets=offsets,
         )
+
+
+def _texts(shard: Shard, texts: bytes, cuts: list[int]) -> list[str]:
+    try:
+        if texts.isascii():
+            every = texts.decode()
+            return [every[a:b] for a, b in itertools.pairwise(cuts)]
+        return [texts[a:b].decode() for a, b in itertools.pairwise(cuts)]
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{shard.path}, ids: the bytes of a record's id are not UTF-8 ({error.reason})") from None

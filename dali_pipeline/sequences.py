@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 
 from dali_pipeline.ahead import belonging_to_this_process, map_ahead
@@ -15,13 +17,15 @@ from dali_pipeline.dataset import Dataset
 from dali_pipeline.digest import Mask
 from dali_pipeline.loader import Loader, Workers, check_delivery
 from dali_pipeline.order import WINDOW_BYTES, Tail
-from dali_pipeline.plan import EpochPlan, Shares
-from dali_pipeline.schema import Array, UsageError
-from dali_pipeline.source import Layers, SequenceRows, SequenceSource
+from dali_pipeline.plan import EpochPlan
+from dali_pipeline.schema import Array, PipelineError, UsageError
+from dali_pipeline.source import Layers, Padded, SequenceSource
+from dali_pipeline.stretch import Stretch, signed, stretches
 
 Engine = Literal["dali", "torch"]
-Loaded = Iterator[tuple[SequenceRows, Shares]]
-PREFETCH_BATCHES = 2  # that DALI runs ahead
+PREFETCH_STRETCHES = 2  # that DALI runs ahead
+STRETCH_BYTES = 16 << 20
+STRETCH_STEPS = 64
 PADDED_BEFORE_DALI = ("float64",)  # fn.pad does not know it
 DALI_DTYPES = {torch.float16: "FLOAT16", torch.float32: "FLOAT"}
 
@@ -58,6 +62,9 @@ class SequenceBatch:
         """
         moved = {name: getattr(self, name).to(device) for name in ("sequences", "labels", "valid")}
         return replace(self, **moved)
+
+
+Loaded = Generator[Stretch, None, None]
 
 
 class SequenceLoader(Loader[SequenceBatch]):
@@ -118,85 +125,119 @@ class SequenceLoader(Loader[SequenceBatch]):
         check_delivery(layers, dtype)
         self.dtype, self.engine = dtype, engine
         steps = self.selection.bounds("step")
-        equal_lengths = steps is not None and steps[0] == steps[1]  # then padding would be one more copy
+        equal_lengths = steps is not None and steps[0] == steps[1]
         assert data.schema.sequence is not None
-        self._pads_in_dali = not equal_lengths and data.schema.sequence.dtype not in PADDED_BEFORE_DALI
+        # On the way to a GPU padding would be so many more bytes; on the CPU records are read to where they stand padded.
+        on_gpu = engine == "dali" and self.device.type == "cuda"
+        self._pads_in_dali = on_gpu and not equal_lengths and data.schema.sequence.dtype not in PADDED_BEFORE_DALI
+        self._padded: Padded = None if self._pads_in_dali else "all" if engine == "dali" else "batch"
+        batch_bytes = batch_size * int(self.selection.nbytes.sum()) // max(1, self.selection.num_records)
+        self._longest_stretch = max(1, min(STRETCH_STEPS, STRETCH_BYTES // max(1, batch_bytes)))
         self._source = SequenceSource(self.selection, data.schema, layers, window_bytes=window_bytes)
 
     def _batches(self, plan: EpochPlan, start: int) -> Iterator[tuple[SequenceBatch, list[str], Mask]]:
-        def load(step: int) -> tuple[SequenceRows, Shares]:
-            shares = plan.batch(step, self.world.rank, self.world.world_size)
-            return signed(self._source.gather(shares.positions)), shares
-
-        loaded = map_ahead(load, range(start, plan.num_steps), 1 if self.workers == "auto" else self.workers)
-        try:
+        loaded = self._read_ahead(plan, start)
+        with closing(loaded):
             yield from (self._through_dali if self.engine == "dali" else self._through_torch)(loaded)
-        finally:
-            loaded.close()
+
+    def _read_ahead(self, plan: EpochPlan, start: int) -> Loaded:
+        threads = 1 if self.workers == "auto" else self.workers
+        results = map_ahead(partial(self._load, plan), stretches(range(start, plan.num_steps), self._longest_stretch), threads)
+        with closing(results):
+            for loaded, error in results:
+                yield from loaded
+                if error is not None:
+                    raise error
+
+    def _load(self, plan: EpochPlan, steps: range) -> tuple[list[Stretch], PipelineError | None]:
+        """The batches of these steps; where one is damaged, those before it, one by one, and the error."""
+        loaded: list[Stretch] = []
+        for part in (steps, *(range(step, step + 1) for step in steps if len(steps) > 1)):
+            try:
+                loaded.append(self._gather(plan, part))
+            except PipelineError as error:
+                if len(part) == 1:
+                    return loaded, error
+            else:
+                if part is steps:
+                    break
+        return loaded, None
+
+    def _gather(self, plan: EpochPlan, steps: range) -> Stretch:
+        shares = plan.batches(steps, self.world.rank, self.world.world_size)
+        rows = self._source.gather(shares.positions, self.batch_size, self._padded)
+        return Stretch(rows=signed(rows), valid=shares.valid, batch_size=self.batch_size)
 
     def _through_torch(self, loaded: Loaded) -> Iterator[tuple[SequenceBatch, list[str], Mask]]:
-        for rows, shares in loaded:
-            batch = self._batch(
-                pad(torch.from_numpy(rows.values), torch.from_numpy(rows.lengths)).to(self.device).to(self.dtype),
-                torch.from_numpy(rows.labels).to(self.device),
-                torch.from_numpy(shares.valid).to(self.device),
-                rows,
-            )
-            yield batch, rows.ids, shares.valid
+        for stretch in loaded:
+            values = torch.from_numpy(stretch.rows.values)
+            labels, valid = torch.from_numpy(stretch.rows.labels), torch.from_numpy(stretch.valid)
+            for rows in stretch.batches():
+                begin, longest = int(stretch.rows.starts[rows.start]), stretch.longest(rows)
+                batch = values[begin : begin + self.batch_size * longest].view(self.batch_size, longest, *values.shape[1:])
+                batch = batch.to(self.device, non_blocking=True).to(self.dtype)
+                yield self._batch(batch, labels[rows].to(self.device), valid[rows].to(self.device), stretch, rows)
 
     def _through_dali(self, loaded: Loaded) -> Iterator[tuple[SequenceBatch, list[str], Mask]]:
         # A pipeline an epoch: building one takes about 10 ms, and nothing read ahead can outlive its epoch.
+        os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", str(1 << 20))  # large outputs are used again, not paged in anew
         from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-        ahead: deque[tuple[SequenceRows, Shares]] = deque()
+        ahead: deque[Stretch] = deque()  # what DALI has in hand; it reads from these very arrays
         failures: list[BaseException] = []
 
         def feed() -> tuple[Any, Array, Array]:
-            """One batch for external_source; an error ends DALI's epoch and is raised behind the batches before it."""
+            """One stretch for external_source; an error ends DALI's epoch and is raised behind the batches before it."""
             try:
-                rows, shares = next(loaded)
+                stretch = next(loaded)
             except StopIteration:
                 raise
             except BaseException as error:
                 failures.append(error)
                 raise StopIteration from None
-            ahead.append((rows, shares))
-            return samples(rows), rows.labels, shares.valid
+            ahead.append(stretch)
+            return stretch.samples(ragged=self._pads_in_dali), stretch.rows.labels, stretch.valid
 
         pipeline = sequence_graph(
             feed,
             cast=DALI_DTYPES.get(self.dtype) if self.device.type == "cuda" else None,
             pads=self._pads_in_dali,
-            batch_size=self.batch_size,
+            batch_size=self.batch_size * self._longest_stretch,
             num_threads=2,
             device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
-            prefetch_queue_depth=PREFETCH_BATCHES,
+            prefetch_queue_depth=PREFETCH_STRETCHES,
         )
         names = ["sequences", "labels", "valid"]
         iterator = DALIGenericIterator([pipeline], names, size=-1, auto_reset=False, prepare_first_batch=False)
         with belonging_to_this_process(iterator):
             for (out,) in iterator:
-                rows, shares = ahead.popleft()
-                batch = self._batch(out["sequences"].to(self.dtype), out["labels"], out["valid"], rows)
-                yield batch, rows.ids, shares.valid
+                stretch = ahead.popleft()
+                for rows in stretch.batches():
+                    batch = out["sequences"][rows, : stretch.longest(rows)].to(self.dtype).contiguous()
+                    yield self._batch(batch, out["labels"][rows], out["valid"][rows], stretch, rows)
         if failures:
             raise failures[0]
 
-    def _batch(self, sequences: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor, rows: SequenceRows) -> SequenceBatch:
-        return SequenceBatch(
+    def _batch(
+        self, sequences: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor, stretch: Stretch, rows: slice
+    ) -> tuple[SequenceBatch, list[str], Mask]:
+        ids = stretch.rows.ids[rows]
+        batch = SequenceBatch(
             sequences=sequences,
-            lengths=torch.from_numpy(rows.lengths),
+            lengths=torch.from_numpy(stretch.rows.lengths[rows]),
             labels=labels,
             valid=valid,
-            ids=rows.ids,
-            positions=torch.from_numpy(rows.positions),
+            ids=ids,
+            positions=torch.from_numpy(stretch.rows.positions[rows]),
         )
+        return batch, ids, stretch.valid[rows]
 
 
 def sequence_graph(feed: Callable[[], tuple[Any, Array, Array]], *, cast: str | None, pads: bool, **pipeline: Any) -> Any:
     """The DALI graph: external_source, cast, pad; on the GPU where `device_id` names one, else on the CPU.
 
-    feed: gives values (a (B, T, F) array, or a list of (T_i, F)), labels (B,) and valid (B,), or raises StopIteration.
+    feed: gives values (an (N, T, F) array, or a list of (T_i, F)), labels (N,) and valid (N,), N <= batch_size, which stay as
+    they are until the output that they became is handed out; or raises StopIteration.
     cast: a `types.DALIDataType` name, or None; on the CPU torch casts three times faster, so the loader asks for none there.
     pads: whether to fill sequences up to the batch's longest; where False, they come in equal lengths.
     """
@@ -204,7 +245,8 @@ def sequence_graph(feed: Callable[[], tuple[Any, Array, Array]], *, cast: str | 
 
     @pipeline_def(**pipeline)  # type: ignore[untyped-decorator]
     def graph() -> tuple[Any, ...]:
-        values, labels, valid = fn.external_source(feed, num_outputs=3, batch=True)
+        # no_copy: DALI's threads copy, rather than the caller while it holds the interpreter lock
+        values, labels, valid = fn.external_source(feed, num_outputs=3, batch=True, no_copy=True)
         if pipeline["device_id"] is not None:
             values, labels, valid = values.gpu(), labels.gpu(), valid.gpu()
         if cast is not None:
@@ -214,32 +256,3 @@ def sequence_graph(feed: Callable[[], tuple[Any, Array, Array]], *, cast: str | 
         return values, labels, valid
 
     return graph()
-
-
-def samples(rows: SequenceRows) -> Array | list[Array]:
-    """What external_source takes: one (B, T, F) array where all lengths are equal, else B views (T_i, F).
-
-    Types that DALI cannot pad are padded here.
-    """
-    count, longest = len(rows.lengths), int(rows.lengths.max())
-    if longest * count == len(rows.values):
-        return rows.values.reshape(count, longest, *rows.values.shape[1:])
-    if rows.values.dtype.name in PADDED_BEFORE_DALI:
-        return pad(torch.from_numpy(rows.values), torch.from_numpy(rows.lengths)).numpy()
-    return np.split(rows.values, np.cumsum(rows.lengths)[:-1])
-
-
-def signed(rows: SequenceRows) -> SequenceRows:
-    """uint16 and uint32 in the next wider signed type: neither DALI nor torch does much with them."""
-    wider = {"uint16": np.int32, "uint32": np.int64}.get(rows.values.dtype.name)
-    return rows if wider is None else replace(rows, values=rows.values.astype(wider))
-
-
-def pad(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """(sum of lengths, F) to (B, T, F), zeros behind each end; a view where all lengths are equal."""
-    count, longest = len(lengths), int(lengths.max())
-    if longest * count == len(values):
-        return values.view(count, longest, *values.shape[1:])
-    padded = values.new_zeros(count, longest, *values.shape[1:])
-    padded[torch.arange(longest) < lengths[:, None]] = values
-    return padded

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from dali_pipeline.files import Files
+from dali_pipeline.files import Files, OpenFile
 from dali_pipeline.schema import Array, FormatError, PipelineError
 
 VERSION = 1
@@ -161,7 +161,7 @@ class Shard:
 
     def _checked_block(self, name: str, layout: Layout, block: int) -> memoryview:
         start = block * BLOCK_BYTES
-        data = memoryview(bytearray(min(BLOCK_BYTES, layout.nbytes - start)))
+        data = np.empty(min(BLOCK_BYTES, layout.nbytes - start), np.uint8).data
         self._pread(name, layout.begin + start, data)
         if xxhash.xxh3_64_intdigest(data) != self._hashes[layout.first_block + block]:
             raise FormatError(
@@ -171,10 +171,15 @@ class Shard:
         self._sound[layout.first_block + block] = 1
         return data
 
-    def _pread(self, name: str, offset: int, out: memoryview) -> None:
+    def opened(self) -> OpenFile:
+        """The shard's file, open while the caller holds it; raises FormatError where it is gone or another."""
         file = self._files.get(self.path)
         if file.identity != self._identity:
             raise FormatError(f"{self.path} was replaced while in use; open the data set again")
+        return file
+
+    def _pread(self, name: str, offset: int, out: memoryview) -> None:
+        file = self.opened()
         done = 0
         while done < len(out):
             try:

@@ -195,8 +195,8 @@ def test_a_whole_epoch_of_batches_from_processes_can_be_held(data: dp.Dataset) -
 def test_workers_tell_each_other_what_is_sound(data: dp.Dataset) -> None:
     loader = dp.GraphLoader(data, workers=2)
     list(loader)
-    sound = loader._source._index._sound[0]
-    shard = loader._source._index._shard(0, 0)
+    sound = loader._source._index._sound
+    shard = loader._source._index._shard(0)
     layout = shard.array("x")
     assert sound[layout.first_block] == 1
 

@@ -1,0 +1,89 @@
+"""Gather: rows of arrays in many shards into one buffer, a system call for hundreds of records."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from dali_pipeline.order import Ints
+from dali_pipeline.reads import read_many
+from dali_pipeline.records import Found, IndexPart
+from dali_pipeline.schema import Array, FormatError
+from dali_pipeline.shard import BLOCK_BYTES, Shard
+
+
+def gather(found: Found, name: str, records: Ints, begins: Ints, ends: Ints, out: Array, at: Ints) -> None:
+    """Rows begins[i] to ends[i] of array `name`, in the shard of record records[i], to out[at[i]:].
+
+    out: contiguous (R, *row); a shard that stores a narrower type is widened. Blocks that this process has not met are read
+    whole and hashed; rows between sound ones are read straight into `out`, neighbours together. Raises FormatError for
+    damage, with the id of the first record that met it.
+    """
+    which = np.array(found.which, np.int64)[records]
+    for first in range(0, len(found.parts), found.files_at_once):
+        parts = found.parts[first : first + found.files_at_once]
+        chosen = np.flatnonzero((first <= which) & (which < first + len(parts)))
+        _gather(found, parts, which[chosen] - first, name, records[chosen], begins[chosen], ends[chosen], out, at[chosen])
+
+
+def _gather(
+    found: Found, parts: list[IndexPart], which: Ints, name: str, records: Ints, begins: Ints, ends: Ints, out: Array, at: Ints
+) -> None:
+    width = out.dtype.itemsize * math.prod(out.shape[1:])
+    files = []  # held until the reads are done
+    table = np.empty(
+        (len(parts), 5), np.int64
+    )  # of each part: descriptor, whether of out's type; its array's begin, size, first block
+    for number, part in enumerate(parts):
+        layout, alike = part.shard.array(name), agrees(part.shard, name, out)
+        files.append(part.shard.opened())
+        table[number] = files[-1].fd, alike, layout.begin, layout.nbytes, part.first_block + layout.first_block
+    fds, alike, begin, nbytes, block = table[which].T
+    starts, stops, sound = begins * width, ends * width, found.sound
+    # as Shard.read_into has it: inside the array, and in one or two blocks, both sound
+    direct = (alike > 0) & (starts >= 0) & (starts < stops) & (stops <= nbytes)
+    first, last = block + starts // BLOCK_BYTES, block + (stops - 1) // BLOCK_BYTES
+    direct &= last < first + 2
+    direct[direct] = (sound[first[direct]] & sound[last[direct]]) > 0
+    for each in np.flatnonzero(~direct & (starts != stops)).tolist():
+        _gather_one(found, name, int(records[each]), int(begins[each]), int(ends[each]), out, int(at[each]))
+    here = np.flatnonzero(direct)
+    if not len(here):
+        return
+    sizes, offsets, addresses = (stops - starts)[here], (begin + starts)[here], out.ctypes.data + at[here] * width
+    fds = fds[here]
+    alone = np.ones(len(here), bool)  # False where a read goes on where the one before ends, in the file and in memory
+    alone[1:] = (offsets[1:] != (offsets + sizes)[:-1]) | (addresses[1:] != (addresses + sizes)[:-1]) | (fds[1:] != fds[:-1])
+    heads = np.flatnonzero(alone)
+    wanted = np.add.reduceat(sizes, heads)
+    got = read_many(fds[heads], offsets[heads], addresses[heads], wanted)
+    for head in np.flatnonzero(got != wanted).tolist():  # cut short, or damaged: once more, one by one, to end or to be named
+        for each in here[heads[head] : heads[head + 1] if head + 1 < len(heads) else len(here)].tolist():
+            _gather_one(found, name, int(records[each]), int(begins[each]), int(ends[each]), out, int(at[each]))
+
+
+def _gather_one(found: Found, name: str, record: int, begin: int, end: int, out: Array, at: int) -> None:
+    part, rows = found.parts[found.which[record]], out[at : at + end - begin]
+    try:
+        if agrees(part.shard, name, out):
+            width = out.dtype.itemsize * math.prod(out.shape[1:])
+            part.shard.read_into(name, begin * width, rows.reshape(-1).view(np.uint8).data)
+        else:
+            rows[:] = part.shard.read(name, begin, end)
+    except FormatError as error:
+        raise FormatError(f"{error} (met in record {part.ids[found.rows[record]]!r})") from error
+
+
+def agrees(shard: Shard, name: str, out: Array) -> bool:
+    """Whether the shard has the array's very type, or, False, one that widens to it; raises FormatError for another."""
+    stored = shard.array(name)
+    if stored.shape[1:] != out.shape[1:]:
+        raise FormatError(
+            f"{shard.path}, {name} has rows of shape {stored.shape[1:]}; expected {out.shape[1:]} as in the schema"
+        )
+    if stored.dtype == out.dtype:
+        return True
+    if not np.can_cast(stored.dtype, out.dtype):
+        raise FormatError(f"{shard.path}, {name} is {stored.dtype}; expected {out.dtype} as in the schema")
+    return False
