@@ -16,7 +16,7 @@ from dali_pipeline.source import SequenceRows
 class Stretch:
     """Several batches that are gathered, and go through DALI, at once: what either costs a time is shared by them.
 
-    rows: of all of them · valid: (N,) bool · batch_size: rows of one.
+    rows: of all of them · valid: (N,) bool · batch_size: rows of one. A batch that looks into `rows` keeps all of them.
     """
 
     rows: SequenceRows
