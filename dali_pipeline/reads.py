@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
 from collections import deque
@@ -56,7 +57,10 @@ def _read_some(fds: Array, offsets: Array, addresses: Array, sizes: Array) -> Ar
             break
         submitted += taken
     while done < submitted:
-        done += max(0, _syscall(get_events, context, submitted - done, submitted - done, events[done:].ctypes.data, 0))
+        got = _syscall(get_events, context, submitted - done, submitted - done, events[done:].ctypes.data, 0)
+        if got < 0 and ctypes.get_errno() != errno.EINTR:  # a sandbox that forbids it, for one
+            return results
+        done += max(0, got)
     results[events["data"][:done].astype(np.int64)] = events["result"][:done]
     _contexts.append(context)
     return results
@@ -90,5 +94,5 @@ def _syscall(number: int, *arguments: ctypes.c_ulong | int) -> int:
     return int(_LIBC_SYSCALL(ctypes.c_long(number), *wide))
 
 
-_LIBC_SYSCALL = ctypes.CDLL(None).syscall
+_LIBC_SYSCALL = ctypes.CDLL(None, use_errno=True).syscall
 _LIBC_SYSCALL.restype = ctypes.c_long

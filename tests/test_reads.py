@@ -56,6 +56,16 @@ def test_short_and_failing_reads_are_told_from_whole_ones(tmp_path: Path, way: s
     os.close(fd)
 
 
+def test_a_sandbox_that_forbids_half_of_the_calls_is_no_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reads are told as failed, and whoever called does them one by one."""
+    (tmp_path / "file").write_bytes(b"abcd" * 10)
+    fd = os.open(tmp_path / "file", os.O_RDONLY)
+    setup, _, submit = reads._NUMBERS[os.uname().machine]
+    monkeypatch.setitem(reads._NUMBERS, os.uname().machine, (setup, 9999, submit))
+    assert read([fd] * 3, [0, 4, 8], np.zeros((3, 4), np.uint8), 4) == [-1] * 3
+    os.close(fd)
+
+
 def test_a_forked_child_reads_with_calls_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"abcd" * 10)
     fd = os.open(tmp_path / "file", os.O_RDONLY)
