@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
+
 T = TypeVar("T")
 R = TypeVar("R")
 _LEFT_TO_THE_PARENT: list[Any] = []
@@ -33,6 +35,12 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int) -> G
             yield pending.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def background_threads(device: torch.device) -> int:
+    """One, which overlaps with a step; none where that computes on the same two cores, for then a thread only costs."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if device.type == "cuda" or cores > 2 else 0
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from dali_pipeline.ahead import belonging_to_this_process, map_ahead
+from dali_pipeline.ahead import background_threads, belonging_to_this_process, map_ahead
 from dali_pipeline.dataset import Dataset
 from dali_pipeline.digest import Mask
 from dali_pipeline.loader import Loader, Workers, check_delivery
@@ -72,9 +72,10 @@ class SequenceLoader(Loader[SequenceBatch]):
 
     batch_size: per rank · layers: steps of each sequence to read, a slice or a list · dtype: delivered · window_bytes: of
     shards that are shuffled together at a time · lanes: disjoint parts of the data with a window each, a node's share ·
-    workers: threads that gather ahead, 0 for the caller's own · tail: "pad" the last batches or "drop" them · engine: "dali",
-    or "torch", which delivers the same batches without DALI · rank, world_size: detected where not given · balance="label":
-    labels in equal numbers; weights: of groups, 1 where not named; either makes an epoch as many draws as there are records.
+    workers: threads that gather ahead, 0 for the caller's own; "auto" is 1, or 0 on two cores without a GPU · tail: "pad" the
+    last batches or "drop" them · engine: "dali", or "torch", which delivers the same batches without DALI · rank, world_size:
+    detected where not given · balance="label": labels in equal numbers; weights: of groups, 1 where not named; either makes an
+    epoch as many draws as there are records.
 
     Raises UsageError for an argument that makes no sense, DataError for data without sequences; while iterating,
     FormatError for a damaged shard.
@@ -141,7 +142,7 @@ class SequenceLoader(Loader[SequenceBatch]):
             yield from (self._through_dali if self.engine == "dali" else self._through_torch)(loaded)
 
     def _read_ahead(self, plan: EpochPlan, start: int) -> Loaded:
-        threads = 1 if self.workers == "auto" else self.workers
+        threads = background_threads(self.device) if self.workers == "auto" else self.workers
         results = map_ahead(partial(self._load, plan), stretches(range(start, plan.num_steps), self._longest_stretch), threads)
         with closing(results):
             for loaded, error in results:

@@ -14,6 +14,7 @@ from conftest import make_records, write
 from torch.nn.utils.rnn import pad_sequence
 
 import dali_pipeline as dp
+from dali_pipeline import ahead
 from dali_pipeline.schema import FIELD_DTYPES
 from dali_pipeline.sequences import sequence_graph
 
@@ -281,3 +282,10 @@ def test_gpu_delivers_what_the_cpu_does(data: dp.Dataset, engine: Any) -> None:
             assert theirs.sequences.is_cuda
             assert torch.equal(ours.sequences, theirs.sequences.cpu())
             assert torch.equal(ours.labels, theirs.labels.cpu())
+
+
+def test_auto_is_a_thread_unless_the_step_needs_both_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, on_cpu in ((1, 0), (2, 0), (3, 1), (16, 1)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        assert ahead.background_threads(torch.device("cpu")) == on_cpu
+        assert ahead.background_threads(torch.device("cuda", 0)) == 1
