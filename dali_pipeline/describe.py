@@ -91,7 +91,7 @@ def _sample(data: Dataset, kind: Kind) -> list[dict[str, Any]]:
     positions = np.arange(min(SAMPLES, data.num_records(split, kind)))
     rows: SequenceRows | GraphRows
     if kind == "sequences":
-        rows = SequenceSource(data.select(split, kind), data.schema).gather(positions)
+        rows = SequenceSource(data.select(split, kind), data.schema).gather(positions, len(positions), None)
         shapes = [{"steps": int(length)} for length in rows.lengths]
         firsts = rows.values[np.cumsum(rows.lengths) - rows.lengths]
     else:

@@ -20,7 +20,7 @@ def gather(found: Found, name: str, records: Ints, begins: Ints, ends: Ints, out
     whole and hashed; rows between sound ones are read straight into `out`, neighbours together. Raises FormatError for
     damage, with the id of the first record that met it.
     """
-    which = np.array(found.which, np.int64)[records]
+    which = found.which[records]
     for first in range(0, len(found.parts), found.files_at_once):
         parts = found.parts[first : first + found.files_at_once]
         chosen = np.flatnonzero((first <= which) & (which < first + len(parts)))
@@ -32,11 +32,10 @@ def _gather(
 ) -> None:
     width = out.dtype.itemsize * math.prod(out.shape[1:])
     files = []  # held until the reads are done
-    table = np.empty(
-        (len(parts), 5), np.int64
-    )  # of each part: descriptor, whether of out's type; its array's begin, size, first block
+    # of each part: file descriptor, whether it stores out's type; its array's first byte, size and first block
+    table = np.empty((len(parts), 5), np.int64)
     for number, part in enumerate(parts):
-        layout, alike = part.shard.array(name), agrees(part.shard, name, out)
+        layout, alike = part.shard.array(name), _agrees(part.shard, name, out)
         files.append(part.shard.opened())
         table[number] = files[-1].fd, alike, layout.begin, layout.nbytes, part.first_block + layout.first_block
     fds, alike, begin, nbytes, block = table[which].T
@@ -46,27 +45,24 @@ def _gather(
     first, last = block + starts // BLOCK_BYTES, block + (stops - 1) // BLOCK_BYTES
     direct &= last < first + 2
     direct[direct] = (sound[first[direct]] & sound[last[direct]]) > 0
-    for each in np.flatnonzero(~direct & (starts != stops)).tolist():
-        _gather_one(found, name, int(records[each]), int(begins[each]), int(ends[each]), out, int(at[each]))
     here = np.flatnonzero(direct)
-    if not len(here):
-        return
     sizes, offsets, addresses = (stops - starts)[here], (begin + starts)[here], out.ctypes.data + at[here] * width
     fds = fds[here]
     alone = np.ones(len(here), bool)  # False where a read goes on where the one before ends, in the file and in memory
     alone[1:] = (offsets[1:] != (offsets + sizes)[:-1]) | (addresses[1:] != (addresses + sizes)[:-1]) | (fds[1:] != fds[:-1])
     heads = np.flatnonzero(alone)
     wanted = np.add.reduceat(sizes, heads)
-    got = read_many(fds[heads], offsets[heads], addresses[heads], wanted)
-    for head in np.flatnonzero(got != wanted).tolist():  # cut short, or damaged: once more, one by one, to end or to be named
-        for each in here[heads[head] : heads[head + 1] if head + 1 < len(heads) else len(here)].tolist():
-            _gather_one(found, name, int(records[each]), int(begins[each]), int(ends[each]), out, int(at[each]))
+    whole = read_many(fds[heads], offsets[heads], addresses[heads], wanted) == wanted
+    direct[here] = np.repeat(whole, np.diff(np.append(heads, len(here))))
+    # the others one by one: to hash a block, to widen, to end a read that was cut short, or to name what is wrong
+    for each in np.flatnonzero(~direct & (starts != stops)).tolist():
+        _gather_one(found, name, int(records[each]), int(begins[each]), int(ends[each]), out, int(at[each]))
 
 
 def _gather_one(found: Found, name: str, record: int, begin: int, end: int, out: Array, at: int) -> None:
     part, rows = found.parts[found.which[record]], out[at : at + end - begin]
     try:
-        if agrees(part.shard, name, out):
+        if _agrees(part.shard, name, out):
             width = out.dtype.itemsize * math.prod(out.shape[1:])
             part.shard.read_into(name, begin * width, rows.reshape(-1).view(np.uint8).data)
         else:
@@ -75,7 +71,7 @@ def _gather_one(found: Found, name: str, record: int, begin: int, end: int, out:
         raise FormatError(f"{error} (met in record {part.ids[found.rows[record]]!r})") from error
 
 
-def agrees(shard: Shard, name: str, out: Array) -> bool:
+def _agrees(shard: Shard, name: str, out: Array) -> bool:
     """Whether the shard has the array's very type, or, False, one that widens to it; raises FormatError for another."""
     stored = shard.array(name)
     if stored.shape[1:] != out.shape[1:]:

@@ -29,7 +29,7 @@ def read_many(fds: Array, offsets: Array, addresses: Array, sizes: Array) -> Arr
     """Reads `sizes` (N,) bytes of files at `offsets` to memory at `addresses`; of each the bytes read, below 0 for an error.
 
     A read may be short at a file's end, or where the system likes; whoever calls reads the rest, and says what is wrong. The
-    kernel copies what it has in memory within the one call (2 microseconds a read less than `preadv`, and other threads run).
+    kernel copies what it has in memory within the one call, while other threads run.
     """
     results = np.empty(len(fds), np.int64)
     for begin in range(0, len(fds), READS_AT_ONCE):

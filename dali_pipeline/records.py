@@ -51,14 +51,14 @@ class Found:
     """
 
     parts: list[IndexPart]
-    which: list[int]
+    which: Ints
     rows: list[int]
     sound: Array
     files_at_once: int
 
     def pairs(self) -> list[tuple[IndexPart, int]]:
         """Of each record its part, and its row in it."""
-        return [(self.parts[which], row) for which, row in zip(self.which, self.rows, strict=True)]
+        return [(self.parts[which], row) for which, row in zip(self.which.tolist(), self.rows, strict=True)]
 
 
 class RecordIndex:
@@ -98,7 +98,7 @@ class RecordIndex:
         numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         return Found(
             parts=[self._part(*key) for key in numbers],
-            which=[numbers[key] for key in keys],
+            which=np.array([numbers[key] for key in keys], np.int64),
             rows=(rows % INDEX_ROWS).tolist(),
             sound=self._sound,
             files_at_once=self._files.limit,

@@ -152,16 +152,17 @@ class SequenceLoader(Loader[SequenceBatch]):
 
     def _load(self, plan: EpochPlan, steps: range) -> tuple[list[Stretch], PipelineError | None]:
         """The batches of these steps; where one is damaged, those before it, one by one, and the error."""
+        try:
+            return [self._gather(plan, steps)], None
+        except PipelineError as error:
+            if len(steps) == 1:
+                return [], error
         loaded: list[Stretch] = []
-        for part in (steps, *(range(step, step + 1) for step in steps if len(steps) > 1)):
-            try:
-                loaded.append(self._gather(plan, part))
-            except PipelineError as error:
-                if len(part) == 1:
-                    return loaded, error
-            else:
-                if part is steps:
-                    break
+        for step in steps:
+            one, failure = self._load(plan, range(step, step + 1))
+            loaded += one
+            if failure is not None:
+                return loaded, failure
         return loaded, None
 
     def _gather(self, plan: EpochPlan, steps: range) -> Stretch:

@@ -1,4 +1,4 @@
-"""Sources: positions in a split to one gathered batch of rows, read straight from the shards into fresh buffers."""
+"""Sources: positions in a split to one gathered batch of rows, read straight from the shards."""
 
 from __future__ import annotations
 
@@ -129,8 +129,8 @@ class SequenceSource(BatchSource):
         super().__init__(selection, schema, layers, window_bytes)
         self._buffers = Buffers()
 
-    def gather(self, positions: Ints, batch_size: int | None = None, padded: Padded = None) -> SequenceRows:
-        """The records at `positions` (N,), any order, repeats allowed; batches of `batch_size`, all one by default.
+    def gather(self, positions: Ints, batch_size: int, padded: Padded) -> SequenceRows:
+        """The records at `positions` (N,), any order, repeats allowed; batches of `batch_size`.
 
         padded: each record to the longest of its "batch", or of "all"; None for no padding. Costs one read a record and run of
         layers that does not go on where the one before ends.
@@ -150,9 +150,9 @@ class SequenceSource(BatchSource):
             lengths = np.bincount(records, ends - begins, len(pairs)).astype(np.int64)
         sizes = lengths  # rows that each record takes in `values`
         if padded is not None:
-            longest = np.maximum.reduceat(lengths, np.arange(0, len(lengths), batch_size or len(lengths)))  # of each batch
+            longest = np.maximum.reduceat(lengths, np.arange(0, len(lengths), batch_size))  # of each batch
             every = longest if padded == "batch" else np.full_like(longest, longest.max())
-            sizes = np.repeat(every, batch_size or len(lengths))[: len(lengths)]
+            sizes = np.repeat(every, batch_size)
         starts = np.cumsum(sizes) - sizes
         at = starts[records] + (np.cumsum(ends - begins) - (ends - begins)) - (np.cumsum(lengths) - lengths)[records]
         values = self._room(int(sizes.sum()), field, pairs[0], int(begins[0]))
@@ -187,7 +187,7 @@ class GraphSource(BatchSource):
     axis = "graph"
 
     def gather(self, positions: Ints) -> GraphRows:
-        """The records at `positions` (B,), any order, repeats allowed. Costs three `pread`s a record and run of layers."""
+        """The records at `positions` (B,), any order, repeats allowed. Costs three reads a record and run of layers."""
         schema = self._schema
         assert schema.x is not None
         found = self._index.locate(positions)
