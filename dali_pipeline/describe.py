@@ -93,7 +93,7 @@ def _sample(data: Dataset, kind: Kind) -> list[dict[str, Any]]:
     if kind == "sequences":
         rows = SequenceSource(data.select(split, kind), data.schema).gather(positions, len(positions), None)
         shapes = [{"steps": int(length)} for length in rows.lengths]
-        firsts = rows.values[np.cumsum(rows.lengths) - rows.lengths]
+        firsts = rows.values[rows.starts]
     else:
         graphs = GraphSource(data.select(split, kind), data.schema).gather(positions)
         record = np.repeat(np.arange(len(positions)), graphs.graphs_per_record)
