@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 import dali_pipeline as dp
 from benchmarks.harness import Results
 from dali_pipeline.cli import CONTEXT, run
-from dali_pipeline.sequences import STRETCH_BYTES, Engine, sequence_graph
+from dali_pipeline.decoding import sequence_graph
+from dali_pipeline.sequences import STRETCH_BYTES, Engine
 
 FILE_RECORDS = DEQUE_RECORDS = 250
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT)
@@ -87,7 +88,7 @@ def through_dali(values: np.ndarray[Any, Any], count: int) -> int:
         return values, labels, valid
 
     options = {"num_threads": 2, "device_id": None, "prefetch_queue_depth": 2}
-    graph = sequence_graph(feed, cast=None, pads=False, batch_size=len(values), **options)
+    graph = sequence_graph(feed, decoding=None, pads=False, batch_size=len(values), **options)
     names = ["sequences", "labels", "valid"]
     iterator = DALIGenericIterator([graph], names, size=-1, auto_reset=False, prepare_first_batch=False)
     return sum(len(out["labels"]) for (out,) in iterator)

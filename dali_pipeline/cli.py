@@ -74,7 +74,7 @@ def convert_command(
     from dali_pipeline.ingest.convert import convert, gigabytes
     from dali_pipeline.ingest.job import ConvertConfig
     from dali_pipeline.ingest.traces import TraceOptions, read_scores
-    from dali_pipeline.source import parse_layers
+    from dali_pipeline.layers import parse_layers
 
     if workers != "auto" and not (workers.isascii() and workers.isdigit()):
         raise UsageError(f"workers is {workers!r}; expected auto or a whole number")

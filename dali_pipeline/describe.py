@@ -40,7 +40,11 @@ def describe(root: Path) -> dict[str, Any]:
         "digest": data.digest,
         "bytes": data.nbytes,
         "kinds": list(schema.kinds),
-        "schema": {name: {"dtype": one.dtype, "shape": list(one.shape)} for name, one in types.items() if one is not None},
+        "schema": {
+            name: {"dtype": one.dtype + (" with a scale" if one.steps else ""), "shape": list(one.shape)}
+            for name, one in types.items()
+            if one is not None
+        },
         "splits": {split: {kind: data.num_records(split, kind) for kind in schema.kinds} for split in data.splits},
         "labels": {split: {str(label): count for label, count in data.label_counts(split).items()} for split in data.splits},
         "shards": {kind: sum(len(data.table(split, kind)) for split in data.splits) for kind in schema.kinds},
@@ -93,7 +97,9 @@ def _sample(data: Dataset, kind: Kind) -> list[dict[str, Any]]:
     if kind == "sequences":
         rows = SequenceSource(data.select(split, kind), data.schema).gather(positions, len(positions), None)
         shapes = [{"steps": int(length)} for length in rows.lengths]
-        firsts = rows.values[rows.starts]
+        field = data.schema.sequence
+        assert field is not None
+        firsts = field.values(rows.values)[rows.starts]
     else:
         graphs = GraphSource(data.select(split, kind), data.schema).gather(positions)
         record = np.repeat(np.arange(len(positions)), graphs.graphs_per_record)
@@ -105,10 +111,9 @@ def _sample(data: Dataset, kind: Kind) -> list[dict[str, Any]]:
             }
             for row in range(len(positions))
         ]
-        rows, firsts = (
-            graphs,
-            graphs.x[np.cumsum(graphs.node_counts) - graphs.node_counts][np.unique(record, return_index=True)[1]],
-        )
+        assert data.schema.x is not None
+        first_nodes = (np.cumsum(graphs.node_counts) - graphs.node_counts)[np.unique(record, return_index=True)[1]]
+        rows, firsts = graphs, data.schema.x.values(graphs.x[first_nodes])
     return [
         {"split": split, "id": id_, "label": int(label), **shape, "first_row": first.reshape(-1)[:6].astype(float).tolist()}
         for id_, label, shape, first in zip(rows.ids, rows.labels, shapes, firsts, strict=True)

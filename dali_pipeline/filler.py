@@ -12,7 +12,8 @@ import numpy as np
 from dali_pipeline.manifest import ShardTable, empty_splits, shard_path
 from dali_pipeline.moments import Moments
 from dali_pipeline.pending import STREAMED, Pending, Stack, as_bytes, record_arrays, whole_label
-from dali_pipeline.schema import KINDS, Array, DataError, Kind, Record, Schema
+from dali_pipeline.record import Record
+from dali_pipeline.schema import KINDS, Array, DataError, Kind, Schema
 
 
 class Dealer(Protocol):
@@ -126,8 +127,16 @@ class ShardFiller:
     def _begin(self, split: str, kind: Kind, expected_bytes: int) -> Pending:
         path = shard_path(self.root, split, kind, len(self.contents.splits[split][kind]))
         path.parent.mkdir(parents=True, exist_ok=True)
-        see = self.contents.moments.update if (split, kind) == ("train", "sequences") else None
-        return Pending(path, kind, self.schema, expected_bytes, see)
+        field = self.schema.sequence if (split, kind) == ("train", "sequences") else None
+        seen = 0  # rows of this shard, which begins with a record
+
+        def see(rows: Array) -> None:
+            nonlocal seen
+            assert field is not None
+            self.contents.moments.update(field.values(rows, seen))
+            seen += len(rows)
+
+        return Pending(path, kind, self.schema, expected_bytes, None if field is None else see)
 
     def _flush(self, split: str, kind: Kind) -> None:
         pending = self._pending.pop((split, kind), None)

@@ -13,13 +13,16 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch_geometric.data import Batch, Data
 
 from dali_pipeline.ahead import belonging_to_this_process, map_ahead
+from dali_pipeline.damage import without_damaged
 from dali_pipeline.dataset import Dataset
-from dali_pipeline.digest import Mask
-from dali_pipeline.loader import Loader, Workers, check_delivery
+from dali_pipeline.delivery import check_delivery
+from dali_pipeline.encoding import BFLOAT16
+from dali_pipeline.layers import Layers
+from dali_pipeline.loader import Loader, Made, OnError, OnNan, Workers
 from dali_pipeline.order import WINDOW_BYTES, Tail
 from dali_pipeline.plan import EpochPlan
 from dali_pipeline.schema import PipelineError
-from dali_pipeline.source import GraphRows, GraphSource, Layers
+from dali_pipeline.source import GraphRows, GraphSource
 
 PREFETCH_BATCHES = 2  # a worker
 Wire = dict[str, torch.Tensor | list[str]]  # what comes from a thread or process: arrays as stored, and ids
@@ -68,7 +71,8 @@ class GraphLoader(Loader[GraphBatch]):
 
     batch_size: records per rank · layers: graphs of each record to read, a slice or a list · dtype: of x and edge_attr as
     delivered · workers: processes that read and gather ahead, 0 for the caller's own thread; "auto" is one background thread,
-    which measured four times faster than a process, whose batches must cross to this one · the others as in `SequenceLoader`.
+    which measured four times faster than a process, whose batches must cross to this one · the others as in `SequenceLoader`;
+    on_nan looks at x and edge_attr.
 
     Raises UsageError for an argument that makes no sense, DataError for data without graphs; while iterating, FormatError
     for a damaged shard and PipelineError for a worker that died (torch's RuntimeError where that strikes the caller's code).
@@ -90,7 +94,8 @@ class GraphLoader(Loader[GraphBatch]):
         lanes: int = 1,
         workers: Workers = "auto",
         tail: Tail = "pad",
-        on_error: str = "raise",
+        on_error: OnError = "raise",
+        on_nan: OnNan = "keep",
         rank: int | None = None,
         world_size: int | None = None,
         balance: Literal["label"] | None = None,
@@ -108,6 +113,7 @@ class GraphLoader(Loader[GraphBatch]):
             workers=workers,
             tail=tail,
             on_error=on_error,
+            on_nan=on_nan,
             rank=rank,
             world_size=world_size,
             balance=balance,
@@ -115,9 +121,11 @@ class GraphLoader(Loader[GraphBatch]):
         )
         check_delivery(layers, dtype)
         self.dtype = dtype
-        self._source = GraphSource(self.selection, data.schema, layers, window_bytes=window_bytes)  # forked workers inherit it
+        named = {"x": data.schema.x, "edge_attr": data.schema.edge_attr}
+        self.bits = frozenset(name for name, field in named.items() if field is not None and field.dtype == BFLOAT16)
+        self._source = GraphSource(self.selection, data.schema, layers, window_bytes=window_bytes, finite=on_nan != "keep")
 
-    def _batches(self, plan: EpochPlan, start: int) -> Iterator[tuple[GraphBatch, list[str], Mask]]:
+    def _batches(self, plan: EpochPlan, start: int) -> Iterator[Made[GraphBatch]]:
         steps = range(start, plan.num_steps)
         workers = self.workers if self.workers == "auto" else min(self.workers, len(steps))
         if not workers or workers == "auto":
@@ -151,15 +159,22 @@ class GraphLoader(Loader[GraphBatch]):
                 f"a worker process of the graph loader died ({reason}); expected enough memory for it"
             ) from error
 
-    def _collated(self, wire: Wire) -> tuple[GraphBatch, list[str], Mask]:
-        batch, valid = collate(wire, self.device, self.dtype), wire["valid"]
+    def _collated(self, wire: Wire) -> Made[GraphBatch]:
+        batch, valid, left_out = collate(wire, self.device, self.dtype), wire["valid"], wire["left_out"]
         assert isinstance(valid, torch.Tensor)
-        return batch, batch.ids, valid.numpy()
+        assert isinstance(left_out, list)
+        return Made(batch, batch.ids, valid.numpy(), tuple(left_out))
 
     def gather(self, plan: EpochPlan, step: int) -> Wire:
         """This rank's rows of a step, as stored."""
-        shares = plan.batch(step, self.world.rank, self.world.world_size)
-        return {**to_tensors(self._source.gather(shares.positions)), "valid": torch.from_numpy(shares.valid)}
+        shares, told = plan.batch(step, self.world.rank, self.world.world_size), list[str]()
+        try:
+            rows = self._source.gather(shares.positions)
+        except self.skips:
+            shares, left_out = without_damaged(shares, self._source.gather, self.skips, self._source.num_records)
+            rows, told = self._source.gather(shares.positions), list(left_out)
+        wire = to_tensors(rows, self.bits)
+        return {**wire, "valid": torch.from_numpy(shares.valid), "left_out": told}
 
 
 class _WorkerSteps(IterableDataset[Wire | PipelineError]):
@@ -179,14 +194,16 @@ class _WorkerSteps(IterableDataset[Wire | PipelineError]):
                 return
 
 
-def to_tensors(rows: GraphRows) -> Wire:
-    """The arrays as tensors, sharing memory; ids stay texts."""
-    values = {field.name: getattr(rows, field.name) for field in fields(rows)}
-    return {
-        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        for name, value in values.items()
-        if value is not None
-    }
+def to_tensors(rows: GraphRows, bits: frozenset[str] = frozenset()) -> Wire:
+    """The arrays as tensors, sharing memory; ids stay texts. bits: those that hold the bits of bfloat16."""
+    wire: Wire = {}
+    for name in (field.name for field in fields(rows)):
+        value = getattr(rows, name)
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(value.view(np.int16)).view(torch.bfloat16) if name in bits else torch.from_numpy(value)
+        if value is not None:
+            wire[name] = value
+    return wire
 
 
 def collate(wire: Wire, device: torch.device, dtype: torch.dtype) -> GraphBatch:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from dali_pipeline.dataset import Dataset
+from dali_pipeline.delivery import resolve_device
 from dali_pipeline.digest import Delivered, EpochDigest, Mask
 from dali_pipeline.mix import reweighed
-from dali_pipeline.order import Order, Tail
+from dali_pipeline.order import Ints, Order, Tail
 from dali_pipeline.plan import EpochPlan
-from dali_pipeline.schema import DataError, Kind, UsageError
-from dali_pipeline.source import Layers
+from dali_pipeline.schema import DataError, FormatError, Kind, PipelineError, UsageError
+from dali_pipeline.source import NotFiniteError
 from dali_pipeline.state import LoaderState, StateError
 from dali_pipeline.world import World
 
@@ -26,6 +28,19 @@ FORKED = (
     "go on in the process that began, or make a loader in the new one"
 )
 Workers = int | Literal["auto"]
+OnError = Literal["raise", "skip"]
+OnNan = Literal["keep", "raise", "skip"]
+TOLD = 10  # records left out that are named in the log, an epoch
+log = logging.getLogger("dali_pipeline")
+
+
+class Made(NamedTuple, Generic[Batch]):
+    """A batch as a subclass makes it; with its ids, its valid rows on the CPU, and why, of every record that was left out."""
+
+    batch: Batch
+    ids: list[str]
+    valid: Mask
+    left_out: tuple[str, ...] = ()
 
 
 class WorkersRefused(UsageError):
@@ -62,11 +77,13 @@ class Loader(IterableDataset[Batch]):
         lanes: int,
         workers: Workers,
         tail: Tail,
-        on_error: str,
+        on_error: OnError,
+        on_nan: OnNan,
         rank: int | None,
         world_size: int | None,
         balance: Literal["label"] | None,
         weights: Mapping[str, float] | None,
+        bucket_by_length: bool = False,
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise UsageError(f"batch_size is {batch_size!r}; expected a whole number of at least 1")
@@ -74,10 +91,15 @@ class Loader(IterableDataset[Batch]):
             raise UsageError(f"workers is {workers!r}; expected 'auto' or a whole number of at least 0")
         if not isinstance(data, Dataset):
             raise UsageError(f"data is {data!r}; expected what open_dataset gives")
-        if not isinstance(shuffle, bool):
-            raise UsageError(f"shuffle is {shuffle!r}; expected True or False")
-        if on_error != "raise":
-            raise UsageError(f"on_error is {on_error!r}; expected 'raise'")
+        for name, choice in (("shuffle", shuffle), ("bucket_by_length", bucket_by_length)):
+            if not isinstance(choice, bool):
+                raise UsageError(f"{name} is {choice!r}; expected True or False")
+        for name, value, known in (("on_error", on_error, get_args(OnError)), ("on_nan", on_nan, get_args(OnNan))):
+            if value not in known:
+                raise UsageError(f"{name} is {value!r}; expected {' or '.join(map(repr, known))}")
+        # what a record is left out for
+        self.skips: tuple[type[PipelineError], ...] = (FormatError,) * (on_error == "skip")
+        self.skips += (NotFiniteError,) * (on_nan == "skip")
         self.data, self.split, self.batch_size, self.workers = data, split, batch_size, workers
         self.world = World.detect(rank, world_size)
         self.device = resolve_device(device, self.world)
@@ -91,6 +113,7 @@ class Loader(IterableDataset[Batch]):
             window_bytes=window_bytes,
             lanes=lanes,
             tail=tail,
+            bucket_by_length=bucket_by_length,
         )
         self._num_records = self.selection.num_draws or self.selection.num_records
         self._num_steps = self._plan(epoch=0).num_steps  # the same in every epoch
@@ -101,6 +124,7 @@ class Loader(IterableDataset[Batch]):
         self._loaded = False  # a loaded state waits for its iterator
         self._newest: object = None  # the iterator begun last
         self._delivered = Delivered(drawn=bool(self.selection.draws))  # by it
+        self.left_out: list[str] = []  # by it: why, of every record
         self._begun_in: int | None = None  # the process that iterates
         self._expected: EpochDigest | None = None  # of a whole epoch, once asked for
 
@@ -120,7 +144,7 @@ class Loader(IterableDataset[Batch]):
             raise UsageError(FORKED)
         self._begun_in = os.getpid()
         token, delivered = object(), Delivered(drawn=bool(self.selection.draws))
-        self._position, self._newest, self._delivered = self._next, token, delivered
+        self._position, self._newest, self._delivered, self.left_out = self._next, token, delivered, []
         return self._run(token, delivered)
 
     def _run(self, token: object, delivered: Delivered) -> Iterator[Batch]:
@@ -132,27 +156,32 @@ class Loader(IterableDataset[Batch]):
         epoch, step = self._position = self._next
         self._next, self._loaded = (epoch + 1, 0), False
         self._newest, self._delivered = token, delivered
-        for batch, ids, valid in self._batches(self._plan(epoch), step):
+        left_out = self.left_out = []
+        for batch, ids, valid, faults in self._batches(self._plan(epoch), step):
             step += 1
             delivered.add(ids, valid)
+            _tell(epoch, faults, left_out)
             if self._newest is token:
                 self._position = (epoch, step)
             yield batch
             if os.getpid() != process:
                 raise UsageError(FORKED)
+        if len(left_out) > TOLD:
+            log.warning("epoch %d: %d records left out in all", epoch, len(left_out))
         if self._newest is token:
             self._position = self._next  # epoch + 1, unless set_epoch chose another meanwhile
 
     @abstractmethod
-    def _batches(self, plan: EpochPlan, start: int) -> Iterator[tuple[Batch, list[str], Mask]]:
-        """The batches of this rank from step `start` to the end of the epoch, each with its ids, and its valid rows on the CPU.
-
-        Nothing is left behind when closed early.
-        """
+    def _batches(self, plan: EpochPlan, start: int) -> Iterator[Made[Batch]]:
+        """The batches of this rank from step `start` to the end of the epoch. Nothing is left behind when closed early."""
 
     def _plan(self, epoch: int) -> EpochPlan:
         chosen = self.selection
-        return EpochPlan(self.order, epoch, chosen.records, chosen.nbytes, chosen.draws, chosen.num_draws)
+        return EpochPlan(self.order, epoch, chosen.records, chosen.nbytes, chosen.draws, chosen.num_draws, self._lengths)
+
+    def _lengths(self, positions: Ints) -> Ints:
+        """Of records, where the order asks for them."""
+        raise NotImplementedError
 
     @property
     def digest(self) -> EpochDigest:
@@ -166,18 +195,24 @@ class Loader(IterableDataset[Batch]):
     def check_digest(self, digest: EpochDigest) -> str:
         """What an epoch's digest, of all ranks together, says in words: `2,816 of 2,816 records, each once`.
 
-        Raises DataError where it is not that. With tail="drop" only the number can be checked; draws are counted. The first
-        time it may read the split's ids (a fold, or a data set written before manifests kept their sum).
+        Raises DataError where it is not that, unless records may be left out: then it says how many were. With tail="drop"
+        only the number can be checked; draws are counted. The first time it may read the split's ids (a fold, or a data set
+        written before manifests kept their sum).
         """
         if self.selection.draws:
             return digest.describe()
         if self.order.tail == "drop":
             expected = self._num_steps * self.order.global_batch_size
+            if self.skips and digest.records < expected:
+                return f"{digest.records:,} of {self._num_records:,} records, the rest left out or dropped"
             if digest.records != expected:
                 raise DataError(f"the epoch delivered {digest.records:,} records; expected {expected:,} with tail='drop'")
             return f"{digest.records:,} of {self._num_records:,} records, the rest dropped"
         if self._expected is None:
             self._expected = self.selection.expected()
+        if self.skips and digest.records < self._expected.records:
+            lost = self._expected.records - digest.records
+            return f"{digest.records:,} of {self._expected.records:,} records, {lost:,} left out as damaged or not finite"
         return digest.check(self._expected)
 
     def set_epoch(self, epoch: int) -> None:
@@ -208,29 +243,9 @@ class Loader(IterableDataset[Batch]):
         self._newest = None
 
 
-def resolve_device(device: str | torch.device, world: World) -> torch.device:
-    """`auto`: this process's own GPU where there is one, else the CPU. Raises UsageError for a GPU that is not there."""
-    if device == "auto":
-        return (
-            torch.device("cuda", world.local_rank % torch.cuda.device_count())
-            if torch.cuda.is_available()
-            else torch.device("cpu")
-        )
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError):
-        found = torch.device("meta")
-    if found.type not in ("cpu", "cuda"):
-        raise UsageError(f"device is {str(device)!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"device is {str(device)!r}, but torch sees {torch.cuda.device_count()} GPUs")
-    return torch.device("cuda", torch.cuda.current_device()) if found.type == "cuda" and found.index is None else found
-
-
-def check_delivery(layers: Layers, dtype: torch.dtype) -> None:
-    """Raises UsageError for layers that choose nothing in particular, or a dtype that is no floating type of torch."""
-    whole = isinstance(layers, Sequence) and all(isinstance(each, int) and not isinstance(each, bool) for each in layers)
-    if layers is not None and not isinstance(layers, slice) and not whole:
-        raise UsageError(f"layers are {layers!r}; expected a slice, a list of whole numbers, or None")
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UsageError(f"dtype is {dtype!r}; expected a floating type such as torch.float32")
+def _tell(epoch: int, faults: tuple[str, ...], left_out: list[str]) -> None:
+    """Into the log, the first ones by name."""
+    for fault in faults:
+        left_out.append(fault)
+        if len(left_out) <= TOLD:
+            log.warning("epoch %d: left out: %s", epoch, fault)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dali_pipeline.encoding import all_finite
 from dali_pipeline.manifest import FeatureStatistics
 from dali_pipeline.schema import Array
 
@@ -54,7 +55,7 @@ class Moments:
                 part_sums = one @ deviations
                 np.multiply(deviations, deviations, out=deviations)
                 part_squares = one @ deviations
-                if part_squares.max() < SURE_SQUARES or (np.isfinite(part_squares).all() and _all_finite(part)):
+                if part_squares.max() < SURE_SQUARES or (np.isfinite(part_squares).all() and all_finite(part, part.dtype.name)):
                     count, sums, squares = count + len(part), sums + part_sums, squares + part_squares
                 else:
                     self._update_exactly(part)
@@ -109,10 +110,3 @@ def _widen(part: Array, out: Array) -> None:
     np.left_shift(bits, 13, out=bits)
     np.bitwise_and(bits, np.int32(-0x70000001), out=bits)  # all but the copies of the sign
     np.multiply(out, np.float32(2.0**112), out=out)
-
-
-def _all_finite(part: Array) -> bool:
-    """Infinities and NaN have the highest patterns of their sign, 0x7C00 and 0xFC00 and up; of other types NumPy knows."""
-    if part.dtype != np.float16:
-        return bool(np.isfinite(part).all())
-    return bool(part.view(np.int16).max(initial=0) < 0x7C00 and part.view(np.uint16).max(initial=0) < 0xFC00)

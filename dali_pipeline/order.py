@@ -16,7 +16,7 @@ TAILS: tuple[Tail, ...] = get_args(Tail)
 WINDOW_BYTES = 256 << 20
 Ints = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.uint64]
-RUNS, WITHIN_GROUPS, ACROSS_GROUPS, TURNS = range(4)  # purposes of a key
+RUNS, WITHIN_GROUPS, ACROSS_GROUPS, TURNS, BUCKETS = range(5)  # purposes of a key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Order:
 
     digest: of the manifest · window_bytes: of shards open at a time · lanes: disjoint sets of shards, each with a window of
     its own; a global batch takes equal shares of every lane. Lanes differ by a shard or so: tail "pad" fills the shorter
-    ones up, "drop" leaves the rest of the longer ones out.
+    ones up, "drop" leaves the rest of the longer ones out. bucket_by_length: neighbouring batches exchange records.
     """
 
     digest: str
@@ -36,6 +36,7 @@ class Order:
     window_bytes: int
     lanes: int
     tail: Tail
+    bucket_by_length: bool = False
 
     def __post_init__(self) -> None:
         limits = {"seed": (0, 2**64 - 1), "global_batch_size": (1, 2**31), "window_bytes": (1, 2**62), "lanes": (1, 2**31)}

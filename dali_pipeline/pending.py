@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dali_pipeline.digest import EpochDigest
-from dali_pipeline.schema import Array, DataError, Kind, Record, Schema, graph_rows, sequence_rows
+from dali_pipeline.record import Record, graph_rows, sequence_rows
+from dali_pipeline.schema import Array, DataError, Kind, Schema
 from dali_pipeline.shard import ShardInfo
 from dali_pipeline.shardfile import ShardFile
 

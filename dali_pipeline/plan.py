@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,8 +11,10 @@ import numpy.typing as npt
 
 from dali_pipeline.draws import DrawnLane, Draws, Part, apportion
 from dali_pipeline.lane import Lane
-from dali_pipeline.order import Ints, Order
+from dali_pipeline.order import BUCKETS, Ints, Order, hashed_keys, purpose_key
 from dali_pipeline.schema import DataError
+
+POOL_STEPS = 64  # batches that exchange records to be of like length, at most
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,8 +29,9 @@ class EpochPlan:
     """The batches of one epoch, for every rank.
 
     shard_records, shard_bytes: (S,) sizes of the split's shards in file order · draws: where given, the epoch is `num_draws`
-    draws rather than every record once. Costs a sort of the shards to make, O(runs) for the first batch of a lane and O(window)
-    for any other, most of it cached between neighbouring batches.
+    draws rather than every record once · lengths: of records by position, asked for where the order has `bucket_by_length`.
+    Costs a sort of the shards to make, O(runs) for the first batch of a lane and O(window) for any other, most of it cached
+    between neighbouring batches.
     """
 
     def __init__(
@@ -39,8 +42,9 @@ class EpochPlan:
         shard_bytes: npt.ArrayLike,
         draws: Sequence[Draws] = (),
         num_draws: int = 0,
+        lengths: Callable[[Ints], Ints] | None = None,
     ) -> None:
-        self.order, self.epoch, self._num_draws = order, epoch, num_draws
+        self.order, self.epoch, self._num_draws, self._lengths = order, epoch, num_draws, lengths
         self._records, self._nbytes = np.asarray(shard_records, np.int64), np.asarray(shard_bytes, np.int64)
         self._starts = np.cumsum(self._records) - self._records
         self._drawn = bool(draws)
@@ -55,10 +59,13 @@ class EpochPlan:
         self._lane_of = [deal_shards(self._records[each.begin : each.end], order.lanes) for each in self._parts]
         self._lanes: dict[int, Lane | DrawnLane] = {}  # made when first asked for: `len` needs none, a node its own alone
         self._share = order.global_batch_size // order.lanes
-        lengths = [self._length(lane) for lane in range(order.lanes)]
+        sizes = [self._length(lane) for lane in range(order.lanes)]
         self.num_steps: int = (
-            min(n // self._share for n in lengths) if order.tail == "drop" else max(-(-n // self._share) for n in lengths)
+            min(n // self._share for n in sizes) if order.tail == "drop" else max(-(-n // self._share) for n in sizes)
         )
+        batch_bytes = self._share * int(self._nbytes.sum()) // max(1, int(self._records.sum()))
+        self._pool_steps = max(1, min(POOL_STEPS, order.window_bytes // 2 // max(1, batch_bytes)))
+        self._pools: dict[tuple[int, int], Ints] = {}  # the last ones, by lane and number
 
     def _length(self, lane: int) -> int:
         """Records, or draws, of a lane."""
@@ -107,15 +114,36 @@ class EpochPlan:
         size, share = self.order.global_batch_size, self._share
         begin, end = rank * size // world_size, (rank + 1) * size // world_size
         parts = [
-            _take(
-                self._lane(lane),
-                np.array(steps)[:, None] * share + np.arange(max(begin, first), min(end, first + share)) - first,
-            )
+            _take(self._lane(lane), self._places(lane, steps)[:, max(begin, first) - first : min(end, first + share) - first])
             for lane, first in enumerate(range(0, size, share))
             if begin < first + share and first < end
         ]
         positions, valid = (np.concatenate(each, axis=1).reshape(-1) for each in zip(*parts, strict=True))
         return Shares(positions=positions, valid=valid)
+
+    def _places(self, lane: int, steps: range) -> Ints:
+        """Places (steps, share) in a lane's order."""
+        if not self.order.bucket_by_length:
+            return np.array(steps)[:, None] * self._share + np.arange(self._share)
+        return np.stack([self._pool(lane, step // self._pool_steps)[step % self._pool_steps] for step in steps])
+
+    def _pool(self, lane: int, number: int) -> Ints:
+        """Places (steps, share) of neighbouring batches, cut anew by length, in a random order that is alike in all lanes."""
+        found = self._pools.get((lane, number))
+        if found is None:
+            assert self._lengths is not None
+            first = number * self._pool_steps
+            steps = range(first, min(first + self._pool_steps, self.num_steps))
+            places = np.arange(first * self._share, steps.stop * self._share)
+            by_length = places[np.argsort(self._lengths(_take(self._lane(lane), places)[0]), kind="stable")]
+            turns = np.array(steps)
+            if self.order.shuffle:
+                turns = hashed_keys(turns, purpose_key(self.order, self.epoch, BUCKETS))
+            found = by_length.reshape(len(steps), -1)[np.argsort(turns, kind="stable")]
+            kept = [key for key in self._pools if key[0] == lane][-1:]
+            self._pools = {key: pool for key, pool in self._pools.items() if key[0] != lane or key in kept}
+            self._pools[lane, number] = found
+        return found
 
 
 def _take(lane: Lane | DrawnLane, places: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,20 +13,21 @@ import torch
 
 from dali_pipeline.ahead import background_threads, belonging_to_this_process, map_ahead
 from dali_pipeline.dataset import Dataset
-from dali_pipeline.digest import Mask
-from dali_pipeline.loader import Loader, Workers, check_delivery
-from dali_pipeline.order import WINDOW_BYTES, Tail
+from dali_pipeline.decoding import Decoding, sequence_graph
+from dali_pipeline.delivery import check_delivery
+from dali_pipeline.layers import Layers
+from dali_pipeline.loader import Loader, Made, OnError, OnNan, Workers
+from dali_pipeline.order import WINDOW_BYTES, Ints, Tail
 from dali_pipeline.plan import EpochPlan
-from dali_pipeline.schema import Array, PipelineError, UsageError
-from dali_pipeline.source import Layers, Padded, SequenceSource
-from dali_pipeline.stretch import Stretch, signed, stretches
+from dali_pipeline.schema import Array, DataError, UsageError
+from dali_pipeline.source import Padded, SequenceSource
+from dali_pipeline.stretch import Stretch, StretchGatherer, stretches
 
 Engine = Literal["dali", "torch"]
 PREFETCH_STRETCHES = 2  # that DALI runs ahead
 STRETCH_BYTES = 16 << 20
 STRETCH_STEPS = 64
-PADDED_BEFORE_DALI = ("float64",)  # fn.pad does not know it
-DALI_DTYPES = {torch.float16: "FLOAT16", torch.float32: "FLOAT"}
+NOT_FOR_DALI = ("float64",)  # neither fn.pad nor the arithmetic of decoding does it
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,8 +77,14 @@ class SequenceLoader(Loader[SequenceBatch]):
     detected where not given · balance="label": labels in equal numbers; weights: of groups, 1 where not named; either makes an
     epoch as many draws as there are records.
 
-    Raises UsageError for an argument that makes no sense, DataError for data without sequences; while iterating,
-    FormatError for a damaged shard.
+    normalize: every feature to mean 0 and standard deviation 1 over the training split, as the manifest has them ·
+    bucket_by_length: batches of like lengths, so less padding: up to 64 neighbouring batches, half a window at most, exchange
+    records, then come in a random order · on_error: "skip" makes a record that cannot be read padding, and counts it in
+    `left_out` and in the log named dali_pipeline · on_nan: the same for one that holds NaN or infinite values; "keep" does not
+    look for them, which costs a pass over the values.
+
+    Raises UsageError for an argument that makes no sense, DataError for data without sequences, or without the statistics to
+    normalize with; while iterating, FormatError for a damaged shard, DataError for NaN with on_nan="raise".
     """
 
     kind = "sequences"
@@ -98,7 +104,10 @@ class SequenceLoader(Loader[SequenceBatch]):
         workers: Workers = "auto",
         tail: Tail = "pad",
         engine: Engine = "dali",
-        on_error: str = "raise",
+        on_error: OnError = "raise",
+        on_nan: OnNan = "keep",
+        normalize: bool = False,
+        bucket_by_length: bool = False,
         rank: int | None = None,
         world_size: int | None = None,
         balance: Literal["label"] | None = None,
@@ -118,73 +127,67 @@ class SequenceLoader(Loader[SequenceBatch]):
             workers=workers,
             tail=tail,
             on_error=on_error,
+            on_nan=on_nan,
             rank=rank,
             world_size=world_size,
             balance=balance,
             weights=weights,
+            bucket_by_length=bucket_by_length,
         )
         check_delivery(layers, dtype)
         self.dtype, self.engine = dtype, engine
         steps = self.selection.bounds("step")
         equal_lengths = steps is not None and steps[0] == steps[1]
-        assert data.schema.sequence is not None
+        field = data.schema.sequence
+        assert field is not None
+        if not isinstance(normalize, bool):
+            raise UsageError(f"normalize is {normalize!r}; expected True or False")
+        if normalize and data.manifest.statistics is None:
+            raise DataError(f"{data.root} has no feature statistics to normalize with; expected those of a training split")
+        statistics = data.manifest.statistics if normalize else None
+        self._decoding = Decoding.of(field, layers, statistics, dtype, self.device)
         # On the way to a GPU padding would be so many more bytes; on the CPU records are read to where they stand padded.
         on_gpu = engine == "dali" and self.device.type == "cuda"
-        self._pads_in_dali = on_gpu and not equal_lengths and data.schema.sequence.dtype not in PADDED_BEFORE_DALI
+        self._decodes_in_dali = on_gpu and self._decoding.in_dali and field.dtype not in NOT_FOR_DALI
+        self._pads_in_dali = self._decodes_in_dali and not equal_lengths
         self._padded: Padded = None if self._pads_in_dali else "all" if engine == "dali" else "batch"
         batch_bytes = batch_size * int(self.selection.nbytes.sum()) // max(1, self.selection.num_records)
         self._longest_stretch = max(1, min(STRETCH_STEPS, STRETCH_BYTES // max(1, batch_bytes)))
-        self._source = SequenceSource(self.selection, data.schema, layers, window_bytes=window_bytes)
+        source = SequenceSource(self.selection, data.schema, layers, window_bytes=window_bytes, finite=on_nan != "keep")
+        bits, skips = self._decoding.bfloat16, self.skips
+        self._stretches = StretchGatherer(source, self.world, batch_size, self._padded, bits=bits, skips=skips)
 
-    def _batches(self, plan: EpochPlan, start: int) -> Iterator[tuple[SequenceBatch, list[str], Mask]]:
+    def _batches(self, plan: EpochPlan, start: int) -> Iterator[Made[SequenceBatch]]:
         loaded = self._read_ahead(plan, start)
         with closing(loaded):
             yield from (self._through_dali if self.engine == "dali" else self._through_torch)(loaded)
 
     def _read_ahead(self, plan: EpochPlan, start: int) -> Loaded:
         threads = background_threads(self.device) if self.workers == "auto" else self.workers
-        results = map_ahead(partial(self._load, plan), stretches(range(start, plan.num_steps), self._longest_stretch), threads)
+        results = map_ahead(
+            partial(self._stretches.gather, plan), stretches(range(start, plan.num_steps), self._longest_stretch), threads
+        )
         with closing(results):
             for loaded, error in results:
                 yield from loaded
                 if error is not None:
                     raise error
 
-    def _load(self, plan: EpochPlan, steps: range) -> tuple[list[Stretch], PipelineError | None]:
-        """The batches of these steps; where one is damaged, those before it, one by one, and the error."""
-        try:
-            return [self._gather(plan, steps)], None
-        except PipelineError as error:
-            if len(steps) == 1:
-                return [], error
-        loaded: list[Stretch] = []
-        for step in steps:
-            one, failure = self._load(plan, range(step, step + 1))
-            loaded += one
-            if failure is not None:
-                return loaded, failure
-        return loaded, None
+    def _lengths(self, positions: Ints) -> Ints:
+        return self._stretches.lengths(positions)
 
-    def _gather(self, plan: EpochPlan, steps: range) -> Stretch:
-        shares = plan.batches(steps, self.world.rank, self.world.world_size)
-        rows = self._source.gather(shares.positions, self.batch_size, self._padded)
-        return Stretch(rows=signed(rows), valid=shares.valid, batch_size=self.batch_size)
-
-    def _through_torch(self, loaded: Loaded) -> Iterator[tuple[SequenceBatch, list[str], Mask]]:
+    def _through_torch(self, loaded: Loaded) -> Iterator[Made[SequenceBatch]]:
         for stretch in loaded:
             values = torch.from_numpy(stretch.rows.values)
             labels, valid = torch.from_numpy(stretch.rows.labels), torch.from_numpy(stretch.valid)
             for rows in stretch.batches():
                 begin, longest = int(stretch.rows.starts[rows.start]), stretch.longest(rows)
                 batch = values[begin : begin + self.batch_size * longest].view(self.batch_size, longest, *values.shape[1:])
-                batch = batch.to(self.device, non_blocking=True).to(self.dtype)
+                batch = self._decoding.run(batch.to(self.device, non_blocking=True), stretch.rows.lengths[rows])
                 yield self._batch(batch, labels[rows].to(self.device), valid[rows].to(self.device), stretch, rows)
 
-    def _through_dali(self, loaded: Loaded) -> Iterator[tuple[SequenceBatch, list[str], Mask]]:
+    def _through_dali(self, loaded: Loaded) -> Iterator[Made[SequenceBatch]]:
         # A pipeline an epoch: building one takes about 10 ms, and nothing read ahead can outlive its epoch.
-        os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", str(1 << 20))  # large outputs are used again, not paged in anew
-        from nvidia.dali.plugin.pytorch import DALIGenericIterator
-
         ahead: deque[Stretch] = deque()  # what DALI has in hand; it reads from these very arrays
         failures: list[BaseException] = []
 
@@ -202,27 +205,32 @@ class SequenceLoader(Loader[SequenceBatch]):
 
         pipeline = sequence_graph(
             feed,
-            cast=DALI_DTYPES.get(self.dtype) if self.device.type == "cuda" else None,
+            decoding=self._decoding if self._decodes_in_dali else None,
             pads=self._pads_in_dali,
             batch_size=self.batch_size * self._longest_stretch,
             num_threads=2,
             device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
             prefetch_queue_depth=PREFETCH_STRETCHES,
         )
+        from nvidia.dali.plugin.pytorch import DALIGenericIterator
+
         names = ["sequences", "labels", "valid"]
         iterator = DALIGenericIterator([pipeline], names, size=-1, auto_reset=False, prepare_first_batch=False)
         with belonging_to_this_process(iterator):
             for (out,) in iterator:
                 stretch = ahead.popleft()
                 for rows in stretch.batches():
-                    batch = out["sequences"][rows, : stretch.longest(rows)].to(self.dtype).contiguous()
+                    batch = out["sequences"][rows, : stretch.longest(rows)]
+                    if not self._decodes_in_dali:
+                        batch = self._decoding.run(batch, stretch.rows.lengths[rows])
+                    batch = batch.contiguous()
                     yield self._batch(batch, out["labels"][rows], out["valid"][rows], stretch, rows)
         if failures:
             raise failures[0]
 
     def _batch(
         self, sequences: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor, stretch: Stretch, rows: slice
-    ) -> tuple[SequenceBatch, list[str], Mask]:
+    ) -> Made[SequenceBatch]:
         ids = stretch.rows.ids[rows]
         batch = SequenceBatch(
             sequences=sequences,
@@ -232,29 +240,4 @@ class SequenceLoader(Loader[SequenceBatch]):
             ids=ids,
             positions=torch.from_numpy(stretch.rows.positions[rows]),
         )
-        return batch, ids, stretch.valid[rows]
-
-
-def sequence_graph(feed: Callable[[], tuple[Any, Array, Array]], *, cast: str | None, pads: bool, **pipeline: Any) -> Any:
-    """The DALI graph: external_source, cast, pad; on the GPU where `device_id` names one, else on the CPU.
-
-    feed: gives values (an (N, T, F) array, or a list of (T_i, F)), labels (N,) and valid (N,), N <= batch_size, which stay as
-    they are until the output that they became is handed out; or raises StopIteration.
-    cast: a `types.DALIDataType` name, or None; on the CPU torch casts three times faster, so the loader asks for none there.
-    pads: whether to fill sequences up to the batch's longest; where False, they come in equal lengths.
-    """
-    from nvidia.dali import fn, pipeline_def, types
-
-    @pipeline_def(**pipeline)  # type: ignore[untyped-decorator]
-    def graph() -> tuple[Any, ...]:
-        # no_copy: DALI's threads copy, rather than the caller while it holds the interpreter lock
-        values, labels, valid = fn.external_source(feed, num_outputs=3, batch=True, no_copy=True)
-        if pipeline["device_id"] is not None:
-            values, labels, valid = values.gpu(), labels.gpu(), valid.gpu()
-        if cast is not None:
-            values = fn.cast(values, dtype=getattr(types, cast))
-        if pads:
-            values = fn.pad(values, axes=(0,), fill_value=0)
-        return values, labels, valid
-
-    return graph()
+        return Made(batch, ids, stretch.valid[rows], stretch.left_out)

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from dali_pipeline.encoding import BFLOAT16, storage
 from dali_pipeline.files import Files, OpenFile
 from dali_pipeline.schema import Array, FormatError, PipelineError
 
@@ -25,7 +26,7 @@ VERSION = 1
 BLOCK_BYTES = 1 << 20
 METADATA_KEY = "dali_pipeline"
 DTYPES = {
-    "F16": "float16", "F32": "float32", "F64": "float64",
+    "F16": "float16", "BF16": BFLOAT16, "F32": "float32", "F64": "float64",
     "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
     "U8": "uint8", "U16": "uint16", "U32": "uint32",
 }  # fmt: skip
@@ -77,7 +78,8 @@ def sync_folder(folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where an array lies: its first byte in the file, and its first block among the shard's blocks."""
+    """Where an array lies: its first byte in the file, and its first block among the shard's blocks; dtype: NumPy's, so
+    uint16 for bfloat16."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -206,7 +208,7 @@ def parse_header(path: Path, header: bytes, size: int) -> tuple[str, int, dict[s
         table = json.loads(header[8:])
         meta = json.loads(table.pop("__metadata__")[METADATA_KEY])
         entries = sorted(
-            (*map(_size, entry["data_offsets"]), name, np.dtype(DTYPES[entry["dtype"]]), tuple(map(_size, entry["shape"])))
+            (*map(_size, entry["data_offsets"]), name, storage(DTYPES[entry["dtype"]]), tuple(map(_size, entry["shape"])))
             for name, entry in table.items()
         )
         texts = [meta["hashes"][name] for _, _, name, _, _ in entries]

@@ -10,12 +10,18 @@ import numpy as np
 import numpy.typing as npt
 
 from dali_pipeline.dataset import Dataset
+from dali_pipeline.encoding import BFLOAT16, decode
 from dali_pipeline.files import Files
 from dali_pipeline.schema import Array, FormatError, Kind
 from dali_pipeline.selection import Shards
 from dali_pipeline.shard import Hashes, Shard, hash_texts
 
-EXPONENTS = {"float16": ("<u2", 0x7C00), "float32": ("<u4", 0x7F800000), "float64": ("<u8", 0x7FF0000000000000)}
+EXPONENTS = {
+    "float16": ("<u2", 0x7C00),
+    BFLOAT16: ("<u2", 0x7F80),
+    "float32": ("<u4", 0x7F800000),
+    "float64": ("<u8", 0x7FF0000000000000),
+}
 # ragged arrays, each after the one that it counts its rows in, with the manifest's name of what they hold
 RAGGED: dict[Kind, tuple[tuple[str, str, str], ...]] = {
     "sequences": (("sequence", "labels", "step"),),
@@ -68,9 +74,9 @@ class ShardCheck:
             self._step(self._check_offsets, shard, name, counted_in, axis)
         for name, one in fields.items():
             if one is not None:
-                self._step(self._check_type, shard, name, (one.dtype,), one.shape)
+                self._step(self._check_type, shard, name, (one.storage.name,), one.shape)
                 if not quick:
-                    self._step(self._check_values, shard, name, advance)
+                    self._step(self._check_values, shard, name, advance, one.dtype)
         if self.kind == "graphs":
             self._step(self._check_weights, shard)
             self._step(self._check_type, shard, "edge_index", ("uint8", "uint16", "uint32"), (2,))
@@ -145,10 +151,10 @@ class ShardCheck:
             raise self._fail(f"{name}.offsets", f"end at {offsets[-1]} of {length} rows; expected them to end with the array")
         return offsets
 
-    def _check_values(self, shard: Shard, name: str, advance: Callable[[int], None]) -> None:
-        """Every block's hash, and whether its numbers are finite."""
+    def _check_values(self, shard: Shard, name: str, advance: Callable[[int], None], dtype: str = "") -> None:
+        """Every block's hash, and whether its numbers are finite. dtype: of the field, where it is one."""
         layout = shard.array(name)
-        view, mask = EXPONENTS.get(layout.dtype.name, ("u1", 0))
+        view, mask = EXPONENTS.get(dtype, ("u1", 0))
         exponent = np.array(mask, view)[()]
         bad_blocks: list[int] = []
         strange: list[Array] = []  # numbers of elements that are not finite, and which of them are NaN
@@ -162,7 +168,8 @@ class ShardCheck:
                 masked = bits & exponent
                 if int(masked.max(initial=0)) == exponent:
                     at = np.flatnonzero(masked == exponent)
-                    strange.append(np.stack([at + start // layout.dtype.itemsize, np.isnan(data.view(layout.dtype)[at])]))
+                    nan = np.isnan(decode(data.view(layout.dtype)[at], dtype, None))
+                    strange.append(np.stack([at + start // layout.dtype.itemsize, nan]))
         if strange:
             self._step(self._tell_strange, name, np.concatenate(strange, axis=1), max(1, int(np.prod(layout.shape[1:]))))
         if bad_blocks:

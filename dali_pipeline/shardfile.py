@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from dali_pipeline.encoding import storage
 from dali_pipeline.schema import Array, Kind, PipelineError
 from dali_pipeline.shard import BLOCK_BYTES, DTYPES, METADATA_KEY, VERSION, ShardInfo, sync_folder
 
@@ -44,8 +45,8 @@ class ShardFile:
         see: Callable[[Array], None] | None = None,
     ) -> None:
         self.path, self._kind, self._name, self._see = path, kind, name, see
-        row_bytes = np.dtype(dtype).itemsize * math.prod(shape)
-        self._buffer = np.empty((max(1, BUFFER_BYTES // row_bytes), *shape), dtype)
+        row_bytes = storage(dtype).itemsize * math.prod(shape)
+        self._dtype, self._buffer = dtype, np.empty((max(1, BUFFER_BYTES // row_bytes), *shape), storage(dtype))
         self._filled = 0
         self._rows = 0  # that are written
         self._hashes: list[str] = []
@@ -77,7 +78,7 @@ class ShardFile:
                 self._hashes.append(self._hash.hexdigest())
             at = self._rows * self._buffer[:1].nbytes
             shape = (self._rows, *self._buffer.shape[1:])
-            table = {self._name: _entry(self._buffer.dtype, shape, 0, at)}
+            table = {self._name: _entry(self._dtype, shape, 0, at)}
             hashes = {self._name: "".join(self._hashes)}
             wide_first = sorted(arrays.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
             aligned = -at % 8
@@ -85,7 +86,7 @@ class ShardFile:
             for name, array in rest:
                 data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
                 self._write(data, 8 + self._room + at)
-                table[name] = _entry(array.dtype, array.shape, at, at + len(data))
+                table[name] = _entry(array.dtype.name, array.shape, at, at + len(data))
                 hashes[name] = block_hashes(data)
                 at += len(data)
             meta = {"kind": self._kind, "records": records, "block_bytes": BLOCK_BYTES, "hashes": hashes, "version": VERSION}
@@ -170,8 +171,8 @@ def block_hashes(data: memoryview) -> str:
     return "".join(xxhash.xxh3_64_hexdigest(data[at : at + BLOCK_BYTES]) for at in range(0, len(data), BLOCK_BYTES))
 
 
-def _entry(dtype: np.dtype[np.generic], shape: tuple[int, ...], begin: int, end: int) -> dict[str, object]:
-    return {"dtype": _NAMES[dtype.name], "shape": list(shape), "data_offsets": [begin, end]}
+def _entry(dtype: str, shape: tuple[int, ...], begin: int, end: int) -> dict[str, object]:
+    return {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
 
 
 def _canonical(value: object) -> str:

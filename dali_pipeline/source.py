@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
+from dali_pipeline.encoding import all_finite
 from dali_pipeline.gather import gather
+from dali_pipeline.layers import Layers, select
 from dali_pipeline.memory import Buffers
 from dali_pipeline.order import WINDOW_BYTES, Ints
 from dali_pipeline.records import IndexPart, RecordIndex
-from dali_pipeline.schema import Array, DataError, Field, Kind, Schema, UsageError
+from dali_pipeline.schema import Array, DataError, Field, Kind, Schema
 from dali_pipeline.selection import Selection
 
-Layers: TypeAlias = "slice | Sequence[int] | None"
 Padded: TypeAlias = Literal["batch", "all"] | None
+
+
+class NotFiniteError(DataError):
+    """A record that holds NaN or infinite values, met by who asked for none."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,21 +62,47 @@ class GraphRows:
 
 
 class BatchSource:
-    """What both sources share. layers: which steps, or graphs, of each record; the others' bytes are not read.
+    """What both sources share.
 
-    Raises DataError for layers that a record does not have; `gather` raises FormatError for damage. Several threads may gather.
+    layers: which steps, or graphs, of each record; the others' bytes are not read · finite: whether to look for values that are
+    not, which costs a pass over them. Raises DataError for layers that a record does not have; `gather` raises FormatError for
+    damage, NotFiniteError. Several threads may gather.
     """
 
     kind: Kind
     ragged: tuple[str, ...]
     axis: str  # what `layers` chooses among, by its name in the manifest
 
-    def __init__(self, selection: Selection, schema: Schema, layers: Layers = None, window_bytes: int = WINDOW_BYTES) -> None:
-        self._selection, self._schema, self._layers = selection, schema, layers
+    def __init__(
+        self,
+        selection: Selection,
+        schema: Schema,
+        layers: Layers = None,
+        window_bytes: int = WINDOW_BYTES,
+        *,
+        finite: bool = False,
+    ) -> None:
+        self._selection, self._schema, self._layers, self._finite = selection, schema, layers, finite
         self._index = RecordIndex(selection, self.ragged, window_bytes)
         self._runs: dict[int, list[tuple[int, int]]] = {}
         if rows := selection.bounds(self.axis):
             self._selected(rows[0])  # what the shortest record has, all have
+
+    @property
+    def num_records(self) -> int:
+        """Positions go from 0 to below this."""
+        return self._selection.num_records
+
+    def _check_finite(self, name: str, field: Field, values: Array, starts: Ints, pairs: list[tuple[IndexPart, int]]) -> None:
+        """starts: (N,) where each record's values begin."""
+        if all_finite(values, field.dtype):
+            return
+        strange = ~np.isfinite(field.values(values)).reshape(len(values), -1).all(axis=1)
+        part, row = pairs[int(np.searchsorted(starts, np.argmax(strange), side="right")) - 1]
+        raise NotFiniteError(
+            f"{part.shard.path}, {name}: record {part.ids[row]!r} holds NaN or infinite values; "
+            "on_nan='skip' leaves such records out, 'keep' delivers them"
+        )
 
     def _selected(self, count: int) -> list[tuple[int, int]]:
         """Runs (begin, end) of the selected ones among `count` steps or graphs, in the order asked for."""
@@ -92,32 +122,6 @@ class BatchSource:
         return [(chosen[a], chosen[b - 1] + 1) for a, b in itertools.pairwise(cuts)]
 
 
-def select(layers: Layers, count: int) -> list[int]:
-    """The numbers of the chosen ones among `count` steps or graphs, in the order asked for; raises DataError for none."""
-    chosen: list[int] = []
-    if layers is None or isinstance(layers, slice):
-        chosen = list(range(count))[layers or slice(None)]
-    elif all(-count <= layer < count for layer in layers):
-        chosen = [layer % count for layer in layers]
-    if not chosen:
-        asked = f"{layers.start or 0}:{'' if layers.stop is None else layers.stop}" if isinstance(layers, slice) else layers
-        raise DataError(f"layers {asked} asked of a record with {count}")
-    return chosen
-
-
-def parse_layers(text: str | None) -> Layers:
-    """`12:20` or `8,16,24`, counted from 0 among the steps (or graphs) as stored; None for all."""
-    if text is None:
-        return None
-    try:
-        if ":" in text:
-            begin, end = (int(part) if part else None for part in text.split(":"))
-            return slice(begin, end)
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"layers are {text!r}; expected a range such as 12:20 or a list such as 8,16,24") from None
-
-
 class SequenceSource(BatchSource):
     """Gathers sequences."""
 
@@ -125,9 +129,13 @@ class SequenceSource(BatchSource):
     ragged = ("sequence",)
     axis = "step"
 
-    def __init__(self, selection: Selection, schema: Schema, layers: Layers = None, window_bytes: int = WINDOW_BYTES) -> None:
-        super().__init__(selection, schema, layers, window_bytes)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self._buffers = Buffers()
+
+    def lengths(self, positions: Ints) -> Ints:
+        """Steps of the records (N,), as stored; reads what is to be read of them anyway before their values."""
+        return np.array([part.rows[row + 1] - part.rows[row] for part, row in self._index.locate(positions).pairs()], np.int64)
 
     def gather(self, positions: Ints, batch_size: int, padded: Padded) -> SequenceRows:
         """The records at `positions` (N,), any order, repeats allowed; batches of `batch_size`.
@@ -159,6 +167,8 @@ class SequenceSource(BatchSource):
         for short in np.flatnonzero(lengths < sizes).tolist():
             values[starts[short] + lengths[short] : starts[short] + sizes[short]] = 0
         gather(found, "sequence", records, begins, ends, values, at)
+        if self._finite:
+            self._check_finite("sequence", field, values, starts, pairs)
         return SequenceRows(
             values=values,
             starts=starts,
@@ -174,9 +184,9 @@ class SequenceSource(BatchSource):
         in a page, processors that copy by `rep movsb` (AMD Zen 3 and later) take five times as long.
         """
         phase = (first[0].shard.array("sequence").begin + begin * field.row_bytes) % 64
-        if phase % np.dtype(field.dtype).itemsize:
+        if phase % field.storage.itemsize:
             phase = 0
-        return self._buffers.take(rows * field.row_bytes, phase).view(field.dtype).reshape(rows, *field.shape)
+        return self._buffers.take(rows * field.row_bytes, phase).view(field.storage).reshape(rows, *field.shape)
 
 
 class GraphSource(BatchSource):
@@ -210,16 +220,19 @@ class GraphSource(BatchSource):
 
         def rows(name: str, dtype: npt.DTypeLike, shape: tuple[int, ...], spans: Ints) -> Array:
             counts = spans[:, 1] - spans[:, 0]
-            out = np.empty((int(counts.sum()), *shape), dtype)
-            gather(found, name, record_of_run, spans[:, 0], spans[:, 1], out, np.cumsum(counts) - counts)
+            starts, out = np.cumsum(counts) - counts, np.empty((int(counts.sum()), *shape), dtype)
+            gather(found, name, record_of_run, spans[:, 0], spans[:, 1], out, starts)
+            field = getattr(schema, name, None)
+            if self._finite and field is not None:
+                self._check_finite(name, field, out, starts, [pairs[record] for record in records])
             return out
 
         widest = np.result_type(*{part.shard.array("edge_index").dtype for part in found.parts})
         attr = schema.edge_attr
         return GraphRows(
-            x=rows("x", schema.x.dtype, schema.x.shape, nodes_of_run),
+            x=rows("x", schema.x.storage, schema.x.shape, nodes_of_run),
             edge_index=rows("edge_index", widest, (2,), edges_of_run),
-            edge_attr=None if attr is None else rows("edge_attr", attr.dtype, attr.shape, edges_of_run),
+            edge_attr=None if attr is None else rows("edge_attr", attr.storage, attr.shape, edges_of_run),
             node_counts=np.concatenate(node_counts),
             edge_counts=np.concatenate(edge_counts),
             layer_index=np.concatenate(layer_index),

@@ -7,21 +7,27 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dali_pipeline.damage import without_damaged
 from dali_pipeline.digest import Mask
-from dali_pipeline.schema import Array
-from dali_pipeline.source import SequenceRows
+from dali_pipeline.order import Ints
+from dali_pipeline.plan import EpochPlan, Shares
+from dali_pipeline.schema import Array, PipelineError
+from dali_pipeline.source import Padded, SequenceRows, SequenceSource
+from dali_pipeline.world import World
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stretch:
     """Several batches that are gathered, and go through DALI, at once: what either costs a time is shared by them.
 
-    rows: of all of them · valid: (N,) bool · batch_size: rows of one. A batch that looks into `rows` keeps all of them.
+    rows: of all of them · valid: (N,) bool · batch_size: rows of one · left_out: why, of every record that was. A batch that
+    looks into `rows` keeps all of them.
     """
 
     rows: SequenceRows
     valid: Mask
     batch_size: int
+    left_out: tuple[str, ...] = ()
 
     def batches(self) -> Iterator[slice]:
         """The rows of each batch."""
@@ -47,7 +53,64 @@ def stretches(steps: range, longest: int) -> Iterator[range]:
         steps, length = steps[length:], min(2 * length, longest)
 
 
-def signed(rows: SequenceRows) -> SequenceRows:
-    """uint16 and uint32 in the next wider signed type: neither DALI nor torch does much with them."""
+class StretchGatherer:
+    """Gathers one rank's stretches; several threads may. bits: whether values are those of bfloat16 · skips: errors for which a
+    record is left out."""
+
+    def __init__(
+        self,
+        source: SequenceSource,
+        world: World,
+        batch_size: int,
+        padded: Padded,
+        *,
+        bits: bool,
+        skips: tuple[type[PipelineError], ...],
+    ) -> None:
+        self._source, self._world, self._batch_size, self._padded = source, world, batch_size, padded
+        self._bits, self._skips = bits, skips
+
+    def gather(self, plan: EpochPlan, steps: range) -> tuple[list[Stretch], PipelineError | None]:
+        """The batches of these steps; where one is damaged, those before it, one by one, and the error."""
+        try:
+            shares = plan.batches(steps, self._world.rank, self._world.world_size)
+            try:
+                return [self._gather(shares)], None
+            except self._skips:
+                if len(steps) == 1:
+                    return [self._gather(*without_damaged(shares, self._rows, self._skips, self._source.num_records))], None
+        except PipelineError as error:
+            if len(steps) == 1:
+                return [], error
+        loaded: list[Stretch] = []
+        for step in steps:
+            one, failure = self.gather(plan, range(step, step + 1))
+            loaded += one
+            if failure is not None:
+                return loaded, failure
+        return loaded, None
+
+    def _gather(self, shares: Shares, left_out: tuple[str, ...] = ()) -> Stretch:
+        rows = _signed(self._rows(shares.positions), self._bits)
+        return Stretch(rows=rows, valid=shares.valid, batch_size=self._batch_size, left_out=left_out)
+
+    def _rows(self, positions: Ints) -> SequenceRows:
+        return self._source.gather(positions, self._batch_size, self._padded)
+
+    def lengths(self, positions: Ints) -> Ints:
+        """Steps of records (N,), as stored; 0 for one that cannot be read and will be left out."""
+        try:
+            return self._source.lengths(positions)
+        except self._skips:
+            if len(positions) == 1:
+                return np.zeros(1, np.int64)
+        return np.concatenate([self.lengths(positions[at : at + 1]) for at in range(len(positions))])
+
+
+def _signed(rows: SequenceRows, bits: bool) -> SequenceRows:
+    """uint16 and uint32 in the next wider signed type, or, where they are `bits`, in their own: neither DALI nor torch does
+    much with them."""
+    if bits:
+        return replace(rows, values=rows.values.view(np.int16))
     wider = {"uint16": np.int32, "uint32": np.int64}.get(rows.values.dtype.name)
     return rows if wider is None else replace(rows, values=rows.values.astype(wider))

@@ -16,7 +16,8 @@ from dali_pipeline.files import Files
 from dali_pipeline.filler import Contents, Dealer, ShardFiller
 from dali_pipeline.journal import WorkFolder
 from dali_pipeline.manifest import Manifest, shard_path
-from dali_pipeline.schema import DataError, Kind, Record, Schema, UsageError
+from dali_pipeline.record import Record
+from dali_pipeline.schema import DataError, Kind, Schema, UsageError
 from dali_pipeline.shard import Hashes, hash_texts
 from dali_pipeline.split import Split
 

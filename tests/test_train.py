@@ -22,7 +22,7 @@ from test_convert import make_folder
 import dali_pipeline as dp
 import train as train_module
 from dali_pipeline.cli import run
-from dali_pipeline.source import parse_layers
+from dali_pipeline.layers import parse_layers
 from training.config import MODELS, TrainConfig
 from training.interrupt import Interrupted, Interrupts
 from training.metrics import Predictions, area_under_roc, best_threshold, measure

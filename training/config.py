@@ -9,7 +9,7 @@ import msgspec
 import xxhash
 
 from dali_pipeline import Dataset, UsageError
-from dali_pipeline.source import parse_layers
+from dali_pipeline.layers import parse_layers
 
 ModelName = Literal["lstm", "gnn_lstm", "gvae_lstm"]
 MODELS: tuple[ModelName, ...] = get_args(ModelName)

@@ -22,8 +22,8 @@ from dali_pipeline import (
     SequenceLoader,
     StepTimer,
 )
+from dali_pipeline.layers import parse_layers
 from dali_pipeline.loader import Loader
-from dali_pipeline.source import parse_layers
 from models import GNNLSTMDetector, GVAELSTMDetector, LSTMDetector, Output
 from training.checkpoint import read_checkpoint, write_checkpoint
 from training.config import MODELS, ModelName, TrainConfig

@@ -18,7 +18,8 @@ import pyarrow as pa
 from pyarrow import compute, parquet
 
 from dali_pipeline.ingest.foreign import ForeignFile, Values, as_text, whole_numbers
-from dali_pipeline.schema import Array, FormatError, Graphs, Kind
+from dali_pipeline.record import Graphs
+from dali_pipeline.schema import Array, FormatError, Kind
 
 NAMES = {
     "label": ("label", "labels", "y"),

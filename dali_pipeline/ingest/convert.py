@@ -22,11 +22,12 @@ from dali_pipeline.ingest.sources import Source
 from dali_pipeline.ingest.traces import TRACES
 from dali_pipeline.ingest.workers import Advance, in_order
 from dali_pipeline.journal import remove_leftovers
+from dali_pipeline.layers import select
 from dali_pipeline.manifest import MANIFEST_NAME
 from dali_pipeline.pending import Stack
 from dali_pipeline.progress import progress_bar
-from dali_pipeline.schema import Array, DataError, Field, FormatError, PipelineError, Record, UsageError
-from dali_pipeline.source import select
+from dali_pipeline.record import Record
+from dali_pipeline.schema import Array, DataError, Field, FormatError, PipelineError, UsageError
 from dali_pipeline.split import FileSplit
 from dali_pipeline.writer import ShardWriter
 

@@ -21,7 +21,8 @@ from dali_pipeline.ingest.prompts import Prompt, read_prompts
 from dali_pipeline.journal import remove_leftovers
 from dali_pipeline.manifest import MANIFEST_NAME
 from dali_pipeline.progress import progress_bar
-from dali_pipeline.schema import DataError, Field, Graphs, Record, Schema, UsageError
+from dali_pipeline.record import Graphs, Record
+from dali_pipeline.schema import DataError, Field, Schema, UsageError
 from dali_pipeline.split import Split
 from dali_pipeline.writer import SHARD_BYTES, ShardWriter
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dali_pipeline.schema import Array, FormatError, Graphs, Kind
+from dali_pipeline.record import Graphs
+from dali_pipeline.schema import Array, FormatError, Kind
 
 
 class Values(NamedTuple):

@@ -17,8 +17,8 @@ from dali_pipeline.ingest.pt import FOLDERS
 from dali_pipeline.ingest.sources import Source
 from dali_pipeline.ingest.traces import TraceOptions
 from dali_pipeline.ingest.workers import Workers
+from dali_pipeline.layers import Layers
 from dali_pipeline.schema import Array, DataError, Field, FormatError, Schema, UsageError
-from dali_pipeline.source import Layers
 from dali_pipeline.split import FileSplit, Split
 from dali_pipeline.writer import SHARD_BYTES
 

@@ -25,7 +25,8 @@ from dali_pipeline.ingest.foreign import (
 )
 from dali_pipeline.ingest.inert import Bag
 from dali_pipeline.ingest.tensors import Tensor, TorchFile
-from dali_pipeline.schema import Array, FormatError, Graphs, Kind
+from dali_pipeline.record import Graphs
+from dali_pipeline.schema import Array, FormatError, Kind
 
 FOLDERS: dict[str, Kind] = {"lstm_solo": "sequences", "gnn": "graphs"}
 PATTERNS = ("batch_*.pt", "preprocessed_*.pt")

@@ -21,7 +21,8 @@ import numpy as np
 
 from dali_pipeline.ingest.foreign import ForeignFile, Reader, Values, as_text, files_named, whole_numbers
 from dali_pipeline.ingest.inert import Bag, InertUnpickler
-from dali_pipeline.schema import Array, FormatError, Graphs, UsageError
+from dali_pipeline.record import Graphs
+from dali_pipeline.schema import Array, FormatError, UsageError
 
 TRACES = "*.pkl or *.pkl.gz"
 _CORES = ("numpy.core", "numpy._core")

@@ -1,0 +1,114 @@
+"""Decoding: stored sequences to delivered ones, on the device; the same arithmetic in torch and in DALI, to the bit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dali_pipeline.encoding import BFLOAT16
+from dali_pipeline.layers import Layers, select
+from dali_pipeline.manifest import FeatureStatistics
+from dali_pipeline.schema import Array, Field
+
+DALI_DTYPES = {torch.float16: "FLOAT16", torch.float32: "FLOAT"}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Decoding:
+    """float32(stored) * scale, (that - mean) * inverse, then dtype: whichever of them there is, each rounded on its own.
+
+    bfloat16: whether stored values are its bits, as int16 · scale: (T or 1, *row), mean, inverse: (*row), float32.
+    Numbers stored as float64 stay so until the end.
+    """
+
+    bfloat16: bool
+    scale: torch.Tensor | None
+    mean: torch.Tensor | None
+    inverse: torch.Tensor | None
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls,
+        field: Field,
+        layers: Layers,
+        statistics: FeatureStatistics | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Decoding:
+        """statistics: to normalise with, of every feature of a row; one that never varies becomes 0."""
+        scale = mean = inverse = None
+        if field.steps:
+            rows = np.array(field.steps, np.float32).reshape(-1, *field.shape)
+            scale = torch.from_numpy(rows[select(layers, len(rows))] if len(rows) > 1 else rows)
+        if statistics is not None:
+            mean = torch.tensor(statistics.mean, dtype=torch.float32).reshape(field.shape)
+            std = torch.tensor(statistics.std, dtype=torch.float32).reshape(field.shape)
+            inverse = 1 / torch.where(std > 0, std, 1)
+        scale, mean, inverse = (None if one is None else one.to(device) for one in (scale, mean, inverse))
+        return cls(bfloat16=field.dtype == BFLOAT16, scale=scale, mean=mean, inverse=inverse, dtype=dtype)
+
+    @property
+    def in_dali(self) -> bool:
+        """Whether DALI can do it; it knows neither bfloat16 nor float64."""
+        return not self.bfloat16 and self.dtype in DALI_DTYPES
+
+    def run(self, values: torch.Tensor, lengths: Array) -> torch.Tensor:
+        """values: (B, T, *row) as stored, on the device; lengths: (B,). Zero behind a sequence's end."""
+        if self.bfloat16:
+            values = values.view(torch.bfloat16)
+        if self.scale is None and self.mean is None:
+            return values.to(self.dtype)
+        values = values.to(torch.float64 if values.dtype == torch.float64 else torch.float32)
+        if self.scale is not None:
+            values = values * self.scale
+        if self.mean is not None and self.inverse is not None:
+            values = (values - self.mean).mul_(self.inverse)
+            for short in np.flatnonzero(lengths < values.shape[1]).tolist():
+                values[short, int(lengths[short]) :] = 0
+        return values.to(self.dtype)
+
+    def graph(self, values: Any) -> Any:
+        """The same, in a DALI graph; padding comes behind it."""
+        from nvidia.dali import fn, types
+
+        if self.scale is not None or self.mean is not None:
+            values = fn.cast(values, dtype=types.FLOAT)
+        if self.scale is not None:
+            values = values * types.Constant(self.scale.cpu().numpy())
+        if self.mean is not None and self.inverse is not None:
+            values = (values - types.Constant(self.mean.cpu().numpy())) * types.Constant(self.inverse.cpu().numpy())
+        return fn.cast(values, dtype=getattr(types, DALI_DTYPES[self.dtype]))
+
+
+def sequence_graph(
+    feed: Callable[[], tuple[Any, Array, Array]], *, decoding: Decoding | None, pads: bool, **pipeline: Any
+) -> Any:
+    """The DALI graph: external_source, decode, pad; on the GPU where `device_id` names one, else on the CPU.
+
+    feed: gives values (an (N, T, F) array, or a list of (T_i, F)), labels (N,) and valid (N,), N <= batch_size, which stay as
+    they are until the output that they became is handed out; or raises StopIteration.
+    decoding: None where torch does it: on the CPU it casts three times faster.
+    pads: whether to fill sequences up to the batch's longest; where False, they come in equal lengths.
+    """
+    os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", str(1 << 20))  # large outputs are used again, not paged in anew
+    from nvidia.dali import fn, pipeline_def
+
+    @pipeline_def(**pipeline)  # type: ignore[untyped-decorator]
+    def graph() -> tuple[Any, ...]:
+        # no_copy: DALI's threads copy, rather than the caller while it holds the interpreter lock
+        values, labels, valid = fn.external_source(feed, num_outputs=3, batch=True, no_copy=True)
+        if pipeline["device_id"] is not None:
+            values, labels, valid = values.gpu(), labels.gpu(), valid.gpu()
+        if decoding is not None:
+            values = decoding.graph(values)
+        if pads:
+            values = fn.pad(values, axes=(0,), fill_value=0)
+        return values, labels, valid
+
+    return graph()

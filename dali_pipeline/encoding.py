@@ -1,0 +1,74 @@
+"""Encodings: what a field's values become in a file beside plain numbers: bfloat16, and int8 with a scale."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+BFLOAT16 = "bfloat16"
+LARGEST = 127  # of int8 with a scale; -128 is not used
+_DIGITS = 3  # of a scale: enough, and short in JSON
+_LEAST = 1e-30  # scale, of float32
+Array = npt.NDArray[Any]
+_INFINITE = {"float16": (0x7C00, 0xFC00), BFLOAT16: (0x7F80, 0xFF80)}  # its bits, of either sign
+Scale = tuple[tuple[float, ...], ...]
+
+
+def storage(dtype: str) -> np.dtype[Any]:
+    """The type that NumPy holds it in: of bfloat16, which it lacks, the bits as uint16."""
+    return np.dtype("uint16" if dtype == BFLOAT16 else dtype)
+
+
+def encode(rows: Array, dtype: str, scale: Scale | None) -> tuple[Array, bool]:
+    """Rows (T, *row) as stored, and whether a value was lost: one that the type cannot hold, not one that it rounds.
+
+    bfloat16 and int8 round to the nearest, halves to even. scale: a row for every step, or one for all.
+    """
+    if scale:
+        steps = np.asarray(scale, np.float32).reshape(len(scale), *rows.shape[1:])
+        with np.errstate(all="ignore"):
+            quotients = np.rint(rows.astype(np.float32) / steps)
+            stored = quotients.clip(-LARGEST, LARGEST).astype(np.int8)
+        return stored, not bool((np.abs(quotients) <= LARGEST).all())
+    if dtype == BFLOAT16:
+        with np.errstate(over="ignore"):
+            wide = rows.astype(np.float32)
+        bits = wide.view(np.uint32)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        rounded[np.isnan(wide)] = 0x7FC0
+        return rounded, bool((((rounded & 0x7FFF) == 0x7F80) & np.isfinite(rows)).any())
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = rows.astype(dtype)
+    if cast.dtype.kind == "f":
+        return cast, bool((np.isinf(cast) & np.isfinite(rows)).any())
+    return cast, not np.array_equal(cast, rows)
+
+
+def decode(rows: Array, dtype: str, scale: Scale | None, first: int = 0) -> Array:
+    """Stored rows as numbers: themselves, or float32 where they are encoded. first: how many steps stand before them, counted
+    from a record's begin."""
+    if scale:
+        steps = (first + np.arange(len(rows))) % len(scale)
+        return rows.astype(np.float32) * np.asarray(scale, np.float32).reshape(len(scale), *rows.shape[1:])[steps]
+    if dtype == BFLOAT16:
+        return (rows.astype(np.uint32) << 16).view(np.float32)
+    return rows
+
+
+def all_finite(rows: Array, dtype: str) -> bool:
+    """Whether no stored value is NaN or infinite: these have the highest patterns of their sign. Integers always are."""
+    if dtype not in _INFINITE:
+        return bool(np.isfinite(rows).all())
+    positive, negative = _INFINITE[dtype]
+    return bool(rows.view(np.int16).max(initial=0) < positive and rows.view(np.uint16).max(initial=0) < negative)
+
+
+def scale_for(greatest: Array) -> Scale:
+    """The scale by which values of at most `greatest` (T or 1, *row), 0 or more, fit into int8, 1 where all are 0."""
+    flat = greatest.reshape(len(greatest), -1).astype(np.float64) / LARGEST
+    flat = np.where(flat > 0, flat.clip(_LEAST), 1)
+    unit = 10.0 ** (np.floor(np.log10(flat)) + 1 - _DIGITS)
+    rounded = np.ceil(flat / unit - 1e-9) * unit  # up, so that the greatest fits
+    return tuple(tuple(float(f"{one:.{_DIGITS - 1}e}") for one in row) for row in rounded.tolist())
