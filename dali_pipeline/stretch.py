@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -78,7 +79,8 @@ class StretchGatherer:
                 return [self._gather(shares)], None
             except self._skips:
                 if len(steps) == 1:
-                    return [self._gather(*without_damaged(shares, self._rows, self._skips, self._source.num_records))], None
+                    one_by_one = partial(self._source.gather, batch_size=1, padded=None)
+                    return [self._gather(*without_damaged(shares, one_by_one, self._skips, self._source.num_records))], None
         except PipelineError as error:
             if len(steps) == 1:
                 return [], error
@@ -91,11 +93,8 @@ class StretchGatherer:
         return loaded, None
 
     def _gather(self, shares: Shares, left_out: tuple[str, ...] = ()) -> Stretch:
-        rows = _signed(self._rows(shares.positions), self._bits)
+        rows = _signed(self._source.gather(shares.positions, self._batch_size, self._padded), self._bits)
         return Stretch(rows=rows, valid=shares.valid, batch_size=self._batch_size, left_out=left_out)
-
-    def _rows(self, positions: Ints) -> SequenceRows:
-        return self._source.gather(positions, self._batch_size, self._padded)
 
     def lengths(self, positions: Ints) -> Ints:
         """Steps of records (N,), as stored; 0 for one that cannot be read and will be left out."""
