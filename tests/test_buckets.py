@@ -1,0 +1,69 @@
+"""bucket_by_length: less padding, and every law as without it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import contracts
+import pytest
+from conftest import make_records, write
+
+import dali_pipeline as dp
+
+
+@pytest.fixture
+def make(data: dp.Dataset) -> contracts.Make:
+    def make_loader(**options: Any) -> dp.SequenceLoader:
+        chosen = {"data": data, "batch_size": 16, "window_bytes": 6000, "engine": "torch", "bucket_by_length": True, **options}
+        return dp.SequenceLoader(**chosen)
+
+    return make_loader
+
+
+def test_the_laws_hold(make: contracts.Make, tmp_path: Any) -> None:
+    contracts.each_record_once(make, world_sizes=(1, 2, 3, 16))
+    contracts.each_record_once(
+        lambda **options: make(batch_size=4, lanes=4, window_bytes=10**6, **options), world_sizes=(1, 2, 4)
+    )
+    contracts.drop_drops(make)
+    contracts.order_ignores(make, {"workers": 0}, {"workers": 3}, {"engine": "dali"})
+    contracts.global_order_ignores_world(make, batch_size=16)
+    contracts.epochs_differ_and_repeat(make)
+    contracts.resumes_exactly(make, steps=(1, 2, len(make()) - 1, len(make())))
+    contracts.resumes_with_another_world(make, batch_size=16)
+    contracts.refuses_foreign_states(make, write(tmp_path / "other", make_records(300, seed=1)))
+    contracts.batches_stay(make)
+    contracts.digest_tells_the_epoch(make, world_sizes=(1, 2))
+    with pytest.raises(dp.StateError, match="bucket_by_length True; this loader has False"):
+        make(bucket_by_length=False).load_state_dict(make().state_dict())
+
+
+@pytest.mark.parametrize("lanes", [1, 4])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_padding_is_less_and_batches_are_mixed(make: contracts.Make, world_size: int, lanes: int) -> None:
+    def padding(bucket: bool) -> float:
+        total = real = 0
+        for rank in range(world_size):
+            options = {"rank": rank, "world_size": world_size, "batch_size": 8, "lanes": lanes, "window_bytes": 10**6}
+            for batch in make(bucket_by_length=bucket, **options):
+                total += batch.sequences.shape[0] * batch.sequences.shape[1]
+                real += int(batch.lengths.sum())
+        return 1 - real / total
+
+    assert padding(True) < padding(False) / 2
+    lengths = [int(batch.lengths.max()) for batch in make(window_bytes=10**6)]
+    assert lengths != sorted(lengths)
+
+
+def test_two_epochs_have_other_batches(make: contracts.Make) -> None:
+    loader = make(window_bytes=10**6)
+    first, second = ([frozenset(batch.ids) for batch in loader] for _ in range(2))
+    assert len(set(first) & set(second)) < len(first) / 4
+
+
+def test_unshuffled_is_by_length(make: contracts.Make) -> None:
+    lengths = [length for batch in make(shuffle=False, window_bytes=10**6) for length in batch.lengths[batch.valid].tolist()]
+    assert lengths == sorted(lengths)
+    assert len(lengths) > 100
+    with pytest.raises(dp.UsageError, match="bucket_by_length is 1; expected True or False"):
+        make(bucket_by_length=1)
