@@ -44,7 +44,7 @@ def convert_command(
     split_by: Annotated[str, typer.Option(metavar="group|file", help="Deal each group, or whole files.")] = "group",
     shard_size: ShardSize = "256MiB",
     dtype: Annotated[
-        str | None, typer.Option(metavar="TYPE", help="Stored type of values: float16 or float32. [default: as they come]")
+        str | None, typer.Option(metavar="TYPE", help="float16, bfloat16, float32, int8, or by field. [default: as they come]")
     ] = None,
     layers: Annotated[
         str | None,
@@ -70,6 +70,7 @@ def convert_command(
       python -m dali_pipeline convert preprocessed_data data/traces
       python -m dali_pipeline convert preprocessed_data data/traces --split 80/10/10 --split-by file --workers 8
       python -m dali_pipeline convert raw_traces data/traces --scores scores.csv --score-column bleurt
+      python -m dali_pipeline convert data/traces data/traces8 --dtype sequence=int8,x=bfloat16
     """
     from dali_pipeline.ingest.convert import convert, gigabytes
     from dali_pipeline.ingest.job import ConvertConfig

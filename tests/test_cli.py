@@ -34,7 +34,10 @@ def test_convert_says_what_it_made(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["convert", "{tmp}", "{tmp}/dst"], "holds no lstm_solo"),
         (["convert", "{tmp}/missing", "{tmp}/dst", "--split", "1/2"], "such as 70/15/15"),
         (["convert", "{tmp}/missing", "{tmp}/dst", "--shard-size", "big"], "such as 4KiB"),
-        (["convert", "{tmp}/missing", "{tmp}/dst", "--dtype", "int3"], "expected float16 or float32"),
+        (
+            ["convert", "{tmp}/missing", "{tmp}/dst", "--dtype", "int3"],
+            "expected float16, bfloat16, float32, int8, or by field",
+        ),
         (["convert", "{tmp}"], "Missing argument"),
         (["convert", "{tmp}", "{tmp}/dst", "--fast"], "No such option"),
         (["extract", "{tmp}/dst", "--model", "m", "--prompts", "{tmp}/none.csv"], "cannot be read as CSV"),

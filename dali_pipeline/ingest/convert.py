@@ -151,7 +151,7 @@ def _stack(job: Job, stack: Stack) -> Stack:
     if job.config.layers is not None:
         chosen = select(job.config.layers, stack.sequences.shape[1])
         stack = stack._replace(sequences=stack.sequences[:, chosen])
-    if job.config.dtype is None:
+    if "sequence" not in job.config.dtypes:
         _check_width(stack.ids[0], "sequence", stack.sequences, job.schema.sequence)
     return stack
 
@@ -164,11 +164,11 @@ def _record(job: Job, name: str, group: str, label: int, values: Values) -> Reco
         graphs = None if graphs is None else graphs.select(select(layers, len(graphs.node_counts)))
     if graphs is not None and graphs.edge_attr is not None and schema.edge_attr is None:
         raise DataError(f"record {name!r} has edge_attr, which the first graphs with edges had not; expected all or none")
-    if job.config.dtype is None:
-        rows = {"sequence": sequence}
-        if graphs is not None:
-            rows |= {"x": graphs.x, "edge_attr": graphs.edge_attr}
-        for what, array in rows.items():
+    rows = {"sequence": sequence}
+    if graphs is not None:
+        rows |= {"x": graphs.x, "edge_attr": graphs.edge_attr}
+    for what, array in rows.items():
+        if what not in job.config.dtypes:
             _check_width(name, what, array, getattr(schema, what))
     return Record(id=name, group=group, label=label, sequence=sequence, graphs=graphs)
 

@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 import xxhash
+from rich.progress import Progress, TaskID
 
 from dali_pipeline.filler import Dealer
 from dali_pipeline.ingest.foreign import Block
 from dali_pipeline.ingest.names import Disagreement, FileNames, Names
 from dali_pipeline.ingest.pt import FOLDERS
+from dali_pipeline.ingest.scales import greatest_values
 from dali_pipeline.ingest.sources import Source
 from dali_pipeline.ingest.traces import TraceOptions
 from dali_pipeline.ingest.workers import Workers
 from dali_pipeline.layers import Layers
+from dali_pipeline.progress import progress_bar
 from dali_pipeline.schema import Array, DataError, Field, FormatError, Schema, UsageError
 from dali_pipeline.split import FileSplit, Split
 from dali_pipeline.writer import SHARD_BYTES
+
+FIELDS = ("sequence", "x", "edge_attr")
+DTYPES = ("float16", "bfloat16", "float32", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
     """What a conversion does; `workers` does not change what is written, `skip_bad` only where a file is bad.
 
-    split_by: `group`, each by its own hash, or `file`, whole files · dtype: of values as stored; None for that of the first
-    record · layers: the steps, and graphs, of each record to keep; None for all · workers: processes; "auto" for one a core ·
-    skip_bad: leaves out a file that cannot be taken in, instead of stopping.
+    split_by: `group`, each by its own hash, or `file`, whole files · dtype: of values as stored, one of DTYPES for all of them,
+    or by field, such as `sequence=int8,x=float16`; as in the first record where it says nothing. int8 is for sequences alone: a
+    pass over the data finds a scale for each step and feature · layers: the steps, and graphs, of each record to keep; None
+    for all · workers: processes; "auto" for one a core · skip_bad: leaves out a file that cannot be taken in, instead of
+    stopping.
     """
 
     split: Split = field(default_factory=Split)
@@ -42,12 +51,26 @@ class ConvertConfig:
     traces: TraceOptions = field(default_factory=TraceOptions)
 
     def __post_init__(self) -> None:
-        if self.dtype not in (None, "float16", "float32"):
-            raise UsageError(f"dtype is {self.dtype!r}; expected float16 or float32")
+        for name, dtype in self.dtypes.items():
+            known = DTYPES if name == "sequence" else DTYPES[:-1]
+            if dtype not in known or name not in FIELDS:
+                raise UsageError(
+                    f"dtype is {self.dtype!r}; expected {', '.join(DTYPES)}, or by field, of "
+                    f"{', '.join(FIELDS)}, such as sequence=int8,x=float16; int8 for sequences alone"
+                )
         if self.split_by not in ("group", "file"):
             raise UsageError(f"split by {self.split_by!r}; expected group or file")
         if self.workers != "auto" and self.workers < 1:
             raise UsageError(f"workers is {self.workers}; expected at least 1")
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """As stored, by the names of fields that it is said of."""
+        if self.dtype is None:
+            return {}
+        if "=" not in self.dtype:
+            return dict.fromkeys(FIELDS if self.dtype != "int8" else FIELDS[:1], self.dtype)
+        return {name: dtype for name, _, dtype in (part.partition("=") for part in self.dtype.split(","))}
 
     def fingerprint(self, source: Source) -> str:
         """What tells this conversion from another: the files' names and sizes, and what is done with them."""
@@ -97,6 +120,8 @@ def prepare(source: Source, config: ConvertConfig, numbers: Iterable[int]) -> Jo
         dealer = FileSplit(config.split, [_dealt_as(name) for name in source.names], [each.groups for each in found])
     counts = [len(each.labels) for each in found]
     schema = infer_schema(source, found, config)
+    if schema.sequence is not None and config.dtypes.get("sequence") == "int8":
+        schema = replace(schema, sequence=_scaled(source, found, config))
     return Job(source=source, config=config, names=names, counts=counts, dealer=dealer, schema=schema, unreadable=unreadable)
 
 
@@ -120,11 +145,11 @@ def infer_schema(source: Source, found: Sequence[FileNames], config: ConvertConf
             for values in source.open(number).values():
                 rows, graphs = (values.sequences[0], None) if isinstance(values, Block) else values
                 if rows is not None and sequence is None:
-                    sequence = _field(source.files[number], rows, config)
+                    sequence = _field(source.files[number], "sequence", rows, config)
                 if graphs is not None and (x is None or graphs.edge_index.size):
-                    x, edges = _field(source.files[number], graphs.x, config), bool(graphs.edge_index.size)
+                    x, edges = _field(source.files[number], "x", graphs.x, config), bool(graphs.edge_index.size)
                     attr = graphs.edge_attr
-                    edge_attr = None if attr is None else _field(source.files[number], attr, config)
+                    edge_attr = None if attr is None else _field(source.files[number], "edge_attr", attr, config)
                 if graphs is None or edges:
                     break
         except (FormatError, DataError):
@@ -135,8 +160,20 @@ def infer_schema(source: Source, found: Sequence[FileNames], config: ConvertConf
     return Schema(sequence=sequence, x=x, edge_attr=edge_attr)
 
 
-def _field(path: Path, rows: Array, config: ConvertConfig) -> Field:
+def _scaled(source: Source, found: Sequence[FileNames], config: ConvertConfig) -> Field:
+    numbers = [number for number, names in enumerate(found) if len(names.labels) and "sequences" in names.kinds]
+    with progress_bar() as bar:
+        task = bar.add_task("measure", total=len(numbers))
+        show = partial(_show, bar, task)
+        return Field.scaled(greatest_values(source, numbers, config.layers, config.workers, config.skip_bad, show))
+
+
+def _show(bar: Progress, task: TaskID, files: int) -> None:
+    bar.update(task, completed=files)
+
+
+def _field(path: Path, name: str, rows: Array, config: ConvertConfig) -> Field:
     try:
-        return Field(dtype=config.dtype or rows.dtype.name, shape=rows.shape[1:])
+        return Field(dtype=config.dtypes.get(name, rows.dtype.name), shape=rows.shape[1:])
     except UsageError as error:
         raise FormatError(f"{path}: {error}") from None

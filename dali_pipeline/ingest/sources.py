@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dali_pipeline.ingest.foreign import Block, ForeignFile, Reader, Values, files_named
 from dali_pipeline.ingest.npz import NPZ
+from dali_pipeline.ingest.own import OWN
 from dali_pipeline.ingest.pt import PT
 from dali_pipeline.ingest.traces import TraceOptions, traces_reader
 from dali_pipeline.schema import FormatError, PipelineError, UsageError
@@ -125,7 +126,8 @@ def _named_values(path: Path, values: Callable[[], Iterator[Values | Block]]) ->
 
 def _readers(traces: TraceOptions) -> tuple[Reader, ...]:
     columns = partial(files_named, patterns=("*.parquet", "*.arrow"), skip="cache-")
-    return PT, traces_reader(traces), NPZ, Reader(what="*.parquet or *.arrow", find=columns, open=_open_columns)
+    tables = Reader(what="*.parquet or *.arrow", find=columns, open=_open_columns)
+    return PT, traces_reader(traces), NPZ, tables, OWN
 
 
 def _open_columns(path: Path, name: str) -> ForeignFile:

@@ -1,0 +1,81 @@
+"""Our own data sets as a source: to be encoded, cut into shards or dealt into splits anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+
+from dali_pipeline.dataset import Dataset, open_dataset
+from dali_pipeline.files import Files
+from dali_pipeline.ingest.foreign import Block, ForeignFile, Reader, Values, rows_at_a_time
+from dali_pipeline.manifest import MANIFEST_NAME
+from dali_pipeline.record import Graphs
+from dali_pipeline.schema import KINDS
+from dali_pipeline.selection import Shards
+from dali_pipeline.shard import Shard
+
+_open_once = lru_cache(maxsize=1)(open_dataset)
+
+
+def _find(root: Path) -> list[Path]:
+    """The shards, split by split, sequences first."""
+    if not (root / MANIFEST_NAME).is_file():
+        return []
+    data = open_dataset(root)
+    kinds = [(split, kind) for kind in data.schema.kinds for split in data.splits]
+    return [data.shard_path(split, kind, number) for split, kind in kinds for number in range(len(data.table(split, kind)))]
+
+
+def _open(path: Path, _: str) -> ForeignFile:
+    data, split = _open_once(path.parent.parent), path.parent.name
+    kind = next(kind for kind in KINDS if path.name.startswith(kind))
+    number = int(path.stem.removeprefix(f"{kind}-"))
+    shard = Shards(root=data.root, split=split, kind=kind, table=data.table(split, kind)).open(number, Files(1))
+    return ForeignFile(
+        path=path,
+        kinds=(kind,),
+        ids=[one.decode() for one in shard.texts("ids")],
+        groups=[one.decode() for one in shard.texts("groups")],
+        labels=shard.read("labels").tolist(),
+        values=partial(_sequences if kind == "sequences" else _graphs, data, shard),
+    )
+
+
+def _sequences(data: Dataset, shard: Shard) -> Iterator[Values | Block]:
+    field, offsets = data.schema.sequence, shard.read("sequence.offsets")
+    assert field is not None
+    lengths, begin = np.diff(offsets), 0
+    while begin < shard.records:
+        # a block of records of one length, about 1 MiB
+        end = begin + rows_at_a_time(int(lengths[begin]) * field.row_bytes)
+        alike = np.flatnonzero(lengths[begin:end] != lengths[begin])
+        end = min(end, shard.records) if not len(alike) else begin + int(alike[0])
+        rows = field.values(shard.read("sequence", int(offsets[begin]), int(offsets[end])))
+        yield Block(rows.reshape(end - begin, int(lengths[begin]), *field.shape))
+        begin = end
+
+
+def _graphs(data: Dataset, shard: Shard) -> Iterator[Values | Block]:
+    schema = data.schema
+    assert schema.x is not None
+    graphs, nodes, edges = (shard.read(f"{name}.offsets") for name in ("graphs", "x", "edge_index"))
+    for record in range(shard.records):
+        begin, end = int(graphs[record]), int(graphs[record + 1])
+        x_span, edge_span = (nodes[begin], nodes[end]), (edges[begin], edges[end])
+        attr = schema.edge_attr
+        yield Values(
+            None,
+            Graphs(
+                x=schema.x.values(shard.read("x", *map(int, x_span))),
+                edge_index=shard.read("edge_index", *map(int, edge_span)).T,
+                edge_attr=None if attr is None else attr.values(shard.read("edge_attr", *map(int, edge_span))),
+                node_counts=np.diff(nodes[begin : end + 1]),
+                edge_counts=np.diff(edges[begin : end + 1]),
+            ),
+        )
+
+
+OWN = Reader(what=f"data set ({MANIFEST_NAME})", find=_find, open=_open)

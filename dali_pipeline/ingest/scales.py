@@ -1,0 +1,68 @@
+"""Scales: how large the values of each step and feature are, before they are stored as int8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+
+import numpy as np
+
+from dali_pipeline.ingest.foreign import Block
+from dali_pipeline.ingest.sources import Source
+from dali_pipeline.ingest.workers import Advance, Workers, in_order
+from dali_pipeline.layers import Layers, select
+from dali_pipeline.schema import Array, DataError, FormatError
+
+
+def greatest_values(
+    source: Source, numbers: list[int], layers: Layers, workers: Workers, skip_bad: bool, progress: Callable[[int], None]
+) -> Array:
+    """The greatest absolute values in the sequences of these files: (T, *row), or (1, *row) where lengths differ.
+
+    Reads all of them, on `workers`; progress: told how many files are done. Raises FormatError for NaN or infinite values,
+    unless such files are to be left out.
+    """
+
+    def work(number: int, advance: Advance) -> Array | None:
+        try:
+            return _of_file(source, number, layers)
+        except (FormatError, DataError):
+            if not skip_bad:
+                raise
+            return None
+        finally:
+            advance(1)
+
+    greatest: Array | None = None
+    with closing(in_order(work, numbers, workers, progress)) as results:
+        for _, found in results:
+            greatest = _joined(greatest, found)
+    if greatest is None:
+        raise DataError(f"{source.root} holds no sequences that can be taken in; expected at least one")
+    return greatest
+
+
+def _of_file(source: Source, number: int, layers: Layers) -> Array | None:
+    greatest: Array | None = None
+    for values in source.open(number).values():
+        rows = values.sequences if isinstance(values, Block) else values.sequence
+        if rows is None:
+            continue
+        stacked = np.asarray(rows if isinstance(values, Block) else rows[None])  # (N, T, *row)
+        if layers is not None:
+            stacked = stacked[:, select(layers, stacked.shape[1])]
+        found = np.maximum(stacked.max(axis=0), -stacked.min(axis=0)).astype(np.float32)
+        if not np.isfinite(found).all():
+            raise FormatError(
+                f"{source.files[number]}, sequence holds NaN or infinite values, which int8 cannot; store float16"
+            )
+        greatest = _joined(greatest, found)
+    return greatest
+
+
+def _joined(ours: Array | None, theirs: Array | None) -> Array | None:
+    if ours is None or theirs is None:
+        return theirs if ours is None else ours
+    if len(ours) != len(theirs):  # lengths differ: one row for all steps
+        ours, theirs = ours.max(axis=0, keepdims=True), theirs.max(axis=0, keepdims=True)
+    return np.maximum(ours, theirs)

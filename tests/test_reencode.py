@@ -1,0 +1,115 @@
+"""A data set of ours as the source of another: encoded, cut and dealt anew, its values as they were or rounded as asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import SCHEMA, make_records, write
+
+import dali_pipeline as dp
+from dali_pipeline.ingest.convert import convert
+from dali_pipeline.ingest.job import ConvertConfig
+from dali_pipeline.verify import verify
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def sequences(data: dp.Dataset) -> dict[str, np.ndarray[Any, Any]]:
+    found: dict[str, np.ndarray[Any, Any]] = {}
+    for split in data.splits:
+        for batch in dp.SequenceLoader(data, split, batch_size=8, engine="torch"):
+            rows = zip(batch.ids, batch.sequences.numpy(), batch.lengths.tolist(), strict=True)
+            found |= {f"{split}/{one}": sequence[:length] for one, sequence, length in rows}
+    return found
+
+
+def graphs(data: dp.Dataset) -> dict[str, Any]:
+    found = {}
+    for split in data.splits:
+        for batch in dp.GraphLoader(data, split, batch_size=1):
+            found[f"{split}/{batch.ids[0]}"] = [
+                batch.graphs[name].numpy() for name in ("x", "edge_index", "edge_attr", "batch", "ptr")
+            ]
+    return found
+
+
+@pytest.mark.parametrize("ragged", [True, False])
+def test_as_it_is_but_for_the_shards(tmp_path: Path, ragged: bool) -> None:
+    data = write(tmp_path / "set", make_records(120, ragged=ragged))
+    one = convert(data.root, tmp_path / "one", ConvertConfig(shard_bytes=5000, workers=1))
+    two = convert(data.root, tmp_path / "two", ConvertConfig(shard_bytes=5000, workers=2))
+    assert contents(one.root) == contents(two.root)
+    assert one.schema == data.schema
+    assert {split: one.num_records(split, "graphs") for split in one.splits} == {
+        split: data.num_records(split, "graphs") for split in data.splits
+    }
+    assert len(one.table("train", "sequences")) < len(data.table("train", "sequences"))
+    for ours, theirs in ((sequences(one), sequences(data)), (graphs(one), graphs(data))):
+        assert ours.keys() == theirs.keys()
+        for name, values in ours.items():
+            for a, b in zip(values, theirs[name], strict=True):
+                assert np.array_equal(a, b)
+    assert verify(one.root).damages == []
+
+
+@pytest.mark.parametrize("ragged", [True, False])
+def test_int8_and_bfloat16_by_field(tmp_path: Path, ragged: bool) -> None:
+    data = write(tmp_path / "set", make_records(120, ragged=ragged))
+    one = convert(data.root, tmp_path / "one", ConvertConfig(dtype="sequence=int8,x=bfloat16", workers=1))
+    two = convert(data.root, tmp_path / "two", ConvertConfig(dtype="sequence=int8,x=bfloat16", workers=2))
+    assert contents(one.root) == contents(two.root)
+    field = one.schema.sequence
+    assert field is not None
+    assert field.steps is not None
+    assert len(field.steps) == (1 if ragged else 5)
+    assert one.schema.x == dp.Field(dtype="bfloat16", shape=(4,))
+    assert one.schema.edge_attr == SCHEMA.edge_attr
+    before, steps = sequences(data), np.array(field.steps)
+    for name, values in sequences(one).items():
+        assert (np.abs(values - before[name]) <= 0.5001 * steps).all()
+        assert np.abs(values - before[name]).max() > 0
+    exact = graphs(data)
+    for name, (x, *rest) in graphs(one).items():
+        assert np.allclose(x, exact[name][0], rtol=2**-8)
+        assert all(np.array_equal(a, b) for a, b in zip(rest, exact[name][1:], strict=True))
+    assert verify(one.root).damages == []
+    back = convert(one.root, tmp_path / "back", ConvertConfig(dtype="float32"))
+    assert all(np.array_equal(values, sequences(one)[name]) for name, values in sequences(back).items())
+
+
+def test_layers_are_chosen_before_the_scale(tmp_path: Path) -> None:
+    data = write(tmp_path / "set", make_records(60, ragged=False))
+    one = convert(data.root, tmp_path / "one", ConvertConfig(dtype="int8", layers=[1, 2], workers=1))
+    field, before = one.schema.sequence, sequences(data)
+    assert field is not None
+    assert len(field.steps or ()) == 2
+    for name, values in sequences(one).items():
+        assert (np.abs(values - before[name][1:3]) <= 0.5001 * np.array(field.steps)).all()
+
+
+def test_what_int8_cannot_hold_is_named(tmp_path: Path) -> None:
+    records = make_records(20)
+    records[5].sequence[1, 1] = np.nan
+    data = write(tmp_path / "set", records)
+    with pytest.raises(dp.FormatError, match=r"sequences-.*\.safetensors, sequence holds NaN or infinite values"):
+        convert(data.root, tmp_path / "one", ConvertConfig(dtype="int8"))
+    assert not (tmp_path / "one").exists()
+    for wrong in ("float64", "x=int8", "labels=int8", "sequence", "sequence=int4", "sequence=int8,"):
+        with pytest.raises(dp.UsageError, match="int8 for sequences alone"):
+            ConvertConfig(dtype=wrong)
+
+
+def test_a_damaged_shard_is_no_source(tmp_path: Path) -> None:
+    data = write(tmp_path / "set", make_records(40))
+    path = data.shard_path("train", "graphs", 1)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(dp.FormatError, match=r"graphs-00001\.safetensors"):
+        convert(data.root, tmp_path / "one")
+    assert not (tmp_path / "one").exists()
