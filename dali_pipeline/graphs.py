@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from typing import Literal
@@ -21,8 +21,9 @@ from dali_pipeline.layers import Layers
 from dali_pipeline.loader import Loader, Made, OnError, OnNan, Workers
 from dali_pipeline.order import WINDOW_BYTES, Tail
 from dali_pipeline.plan import EpochPlan
+from dali_pipeline.rows import GraphRows
 from dali_pipeline.schema import PipelineError
-from dali_pipeline.source import GraphRows, GraphSource
+from dali_pipeline.source import GraphSource
 
 PREFETCH_BATCHES = 2  # a worker
 Wire = dict[str, torch.Tensor | list[str]]  # what comes from a thread or process: arrays as stored, and ids
@@ -79,6 +80,7 @@ class GraphLoader(Loader[GraphBatch]):
     """
 
     kind = "graphs"
+    _source: GraphSource
 
     def __init__(
         self,
@@ -125,7 +127,7 @@ class GraphLoader(Loader[GraphBatch]):
         self.bits = frozenset(name for name, field in named.items() if field is not None and field.dtype == BFLOAT16)
         self._source = GraphSource(self.selection, data.schema, layers, window_bytes=window_bytes, finite=on_nan != "keep")
 
-    def _batches(self, plan: EpochPlan, start: int) -> Iterator[Made[GraphBatch]]:
+    def _batches(self, plan: EpochPlan, start: int) -> Generator[Made[GraphBatch], None, None]:
         steps = range(start, plan.num_steps)
         workers = self.workers if self.workers == "auto" else min(self.workers, len(steps))
         if not workers or workers == "auto":

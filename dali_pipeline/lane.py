@@ -48,7 +48,8 @@ class Lane:
         self._run_ends = np.cumsum(records)  # (runs,) where each run ends in the line
         # group_ends: (groups,) where each group ends in the line
         group_bytes = window_bytes if fits else window_bytes // 2
-        self._group_ends = self._run_ends[_group_last(nbytes, group_bytes)]
+        self._last_runs = _group_last(nbytes, group_bytes)  # (groups,) of each group
+        self._group_ends = self._run_ends[self._last_runs]
         group_starts = np.concatenate([[0], self._group_ends[:-1]]).astype(np.int64)
         # block_ends: (groups + 1,) from the middle of a group to the middle of the next, between two batches where it can be,
         # so that no batch needs three groups
@@ -72,6 +73,18 @@ class Lane:
         found: Ints = self._run_starts[run] + into
         return found
 
+    def group(self, place: int) -> int:
+        """The later one of the two groups that the records around this place come from."""
+        return min(int(np.searchsorted(self._block_ends, place, side="right")), len(self._group_ends) - 1)
+
+    def runs(self, group: int) -> list[tuple[int, int]]:
+        """First position and number of records of each run of a group; none beyond the last group."""
+        if group >= len(self._last_runs):
+            return []
+        chosen = slice(int(self._last_runs[group - 1]) + 1 if group else 0, int(self._last_runs[group]) + 1)
+        records = np.diff(self._run_ends, prepend=0)[chosen]
+        return list(zip(self._run_starts[chosen].tolist(), records.tolist(), strict=True))
+
     def _block_start(self, block: int) -> int:
         return int(self._block_ends[block - 1]) if block else 0
 
@@ -80,15 +93,15 @@ class Lane:
         for number, places in self._recent:
             if number == block:
                 return places
-        parts = [self._group(block - 1)[1]] if block else []
+        parts = [self._halves(block - 1)[1]] if block else []
         if block < len(self._group_ends):
-            parts.append(self._group(block)[0])
+            parts.append(self._halves(block)[0])
         members = np.concatenate(parts)
         places = members[np.argsort(hashed_keys(members, self._key[ACROSS_GROUPS]), kind="stable")]
         self._recent = (*self._recent[-1:], (block, places))
         return places
 
-    def _group(self, group: int) -> tuple[Ints, Ints]:
+    def _halves(self, group: int) -> tuple[Ints, Ints]:
         """The group's places in the line, permuted, as the half before its middle and the half behind."""
         begin = int(self._group_ends[group - 1]) if group else 0
         line = np.arange(begin, int(self._group_ends[group]))

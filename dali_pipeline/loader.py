@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args
 
 import torch
@@ -17,8 +18,9 @@ from dali_pipeline.digest import Delivered, EpochDigest, Mask
 from dali_pipeline.mix import reweighed
 from dali_pipeline.order import Ints, Order, Tail
 from dali_pipeline.plan import EpochPlan
+from dali_pipeline.readahead import ReadAhead
 from dali_pipeline.schema import DataError, FormatError, Kind, PipelineError, UsageError
-from dali_pipeline.source import NotFiniteError
+from dali_pipeline.source import BatchSource, NotFiniteError
 from dali_pipeline.state import LoaderState, StateError
 from dali_pipeline.world import World
 
@@ -63,6 +65,7 @@ class Loader(IterableDataset[Batch]):
     """
 
     kind: Kind
+    _source: BatchSource
 
     def __init__(
         self,
@@ -157,22 +160,25 @@ class Loader(IterableDataset[Batch]):
         self._next, self._loaded = (epoch + 1, 0), False
         self._newest, self._delivered = token, delivered
         left_out = self.left_out = []
-        for batch, ids, valid, faults in self._batches(self._plan(epoch), step):
-            step += 1
-            delivered.add(ids, valid)
-            _tell(epoch, faults, left_out)
-            if self._newest is token:
-                self._position = (epoch, step)
-            yield batch
-            if os.getpid() != process:
-                raise UsageError(FORKED)
+        plan = self._plan(epoch)
+        with closing(ReadAhead(self._source, plan, self.world)) as ahead, closing(self._batches(plan, step)) as batches:
+            for batch, ids, valid, faults in batches:
+                step += 1
+                delivered.add(ids, valid)
+                _tell(epoch, faults, left_out)
+                if self._newest is token:
+                    self._position = (epoch, step)
+                yield batch
+                if os.getpid() != process:
+                    raise UsageError(FORKED)
+                ahead.reached(step)
         if len(left_out) > TOLD:
             log.warning("epoch %d: %d records left out in all", epoch, len(left_out))
         if self._newest is token:
             self._position = self._next  # epoch + 1, unless set_epoch chose another meanwhile
 
     @abstractmethod
-    def _batches(self, plan: EpochPlan, start: int) -> Iterator[Made[Batch]]:
+    def _batches(self, plan: EpochPlan, start: int) -> Generator[Made[Batch], None, None]:
         """The batches of this rank from step `start` to the end of the epoch. Nothing is left behind when closed early."""
 
     def _plan(self, epoch: int) -> EpochPlan:

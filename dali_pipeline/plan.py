@@ -121,6 +121,19 @@ class EpochPlan:
         positions, valid = (np.concatenate(each, axis=1).reshape(-1) for each in zip(*parts, strict=True))
         return Shares(positions=positions, valid=valid)
 
+    def groups(self, step: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, int]]:
+        """The lanes that `rank` reads from, with the group of runs that each has come to at `step`; none of draws."""
+        size, share = self.order.global_batch_size, self._share
+        lanes = range(rank * size // world_size // share, -(-(rank + 1) * size // world_size // share))
+        found = [(number, self._lane(number)) for number in lanes]
+        place = min(step, self.num_steps - 1) * share
+        return [(number, lane.group(place)) for number, lane in found if isinstance(lane, Lane)]
+
+    def runs(self, lane: int, group: int) -> list[tuple[int, int]]:
+        """First position and number of records of each run of a lane's group: what is read together."""
+        found = self._lane(lane)
+        return found.runs(group) if isinstance(found, Lane) else []
+
     def _places(self, lane: int, steps: range) -> Ints:
         """Places (steps, share) in a lane's order."""
         if not self.order.bucket_by_length:

@@ -104,6 +104,15 @@ class RecordIndex:
             files_at_once=self._files.limit,
         )
 
+    def place(self, position: int, count: int) -> tuple[Shard, int, int]:
+        """The shard of so many records from `position` on, all in one entry; their first row there, and behind their last."""
+        entry = int(np.searchsorted(self._ends, position, side="right"))
+        every = self._selection.rows
+        first, last = position - int(self._starts[entry]), position + count - 1 - int(self._starts[entry])
+        if every is not None:
+            first, last = int(every[position]), int(every[position + count - 1])
+        return self._shard(int(self._numbers[entry])), first, last + 1
+
     def _part(self, number: int, which: int) -> IndexPart:
         part = self._parts.get((number, which))
         if part is None:

@@ -153,11 +153,13 @@ class SequenceLoader(Loader[SequenceBatch]):
         self._padded: Padded = None if self._pads_in_dali else "all" if engine == "dali" else "batch"
         batch_bytes = batch_size * int(self.selection.nbytes.sum()) // max(1, self.selection.num_records)
         self._longest_stretch = max(1, min(STRETCH_STEPS, STRETCH_BYTES // max(1, batch_bytes)))
-        source = SequenceSource(self.selection, data.schema, layers, window_bytes=window_bytes, finite=on_nan != "keep")
+        self._source = source = SequenceSource(
+            self.selection, data.schema, layers, window_bytes=window_bytes, finite=on_nan != "keep"
+        )
         bits, skips = self._decoding.bfloat16, self.skips
         self._stretches = StretchGatherer(source, self.world, batch_size, self._padded, bits=bits, skips=skips)
 
-    def _batches(self, plan: EpochPlan, start: int) -> Iterator[Made[SequenceBatch]]:
+    def _batches(self, plan: EpochPlan, start: int) -> Generator[Made[SequenceBatch], None, None]:
         loaded = self._read_ahead(plan, start)
         with closing(loaded):
             yield from (self._through_dali if self.engine == "dali" else self._through_torch)(loaded)

@@ -20,6 +20,7 @@ import xxhash
 
 from dali_pipeline.encoding import BFLOAT16, storage
 from dali_pipeline.files import Files, OpenFile
+from dali_pipeline.reads import bring
 from dali_pipeline.schema import Array, FormatError, PipelineError
 
 VERSION = 1
@@ -136,6 +137,21 @@ class Shard:
             else:
                 data = self._checked_block(name, layout, block)
                 part[:] = data[begin - block * BLOCK_BYTES : end - block * BLOCK_BYTES]
+
+    def bring(self, name: str, begin: int, end: int) -> None:
+        """Has the system read bytes `begin` to `end` of an array into its cache, without waiting.
+
+        Blocks not met before are read here, and hashed. Raises FormatError for damage.
+        """
+        layout = self.array(name)
+        if not 0 <= begin < end <= layout.nbytes:
+            return
+        blocks = range(begin // BLOCK_BYTES, (end - 1) // BLOCK_BYTES + 1)
+        new = [block for block in blocks if not self._sound[layout.first_block + block]]
+        for block in new:
+            self._checked_block(name, layout, block)
+        if not new:
+            bring(self.opened().fd, layout.begin + begin, end - begin)
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> Array:
         """Rows begin to end of an array, all by default, checked."""

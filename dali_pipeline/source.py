@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypedDict
 
 import numpy as np
@@ -15,6 +14,7 @@ from dali_pipeline.layers import Layers, select
 from dali_pipeline.memory import Buffers
 from dali_pipeline.order import WINDOW_BYTES, Ints
 from dali_pipeline.records import IndexPart, RecordIndex
+from dali_pipeline.rows import GraphRows, SequenceRows
 from dali_pipeline.schema import Array, DataError, Field, Kind, Schema
 from dali_pipeline.selection import Selection
 
@@ -23,42 +23,6 @@ Padded: TypeAlias = Literal["batch", "all"] | None
 
 class NotFiniteError(DataError):
     """A record that holds NaN or infinite values, met by who asked for none."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SequenceRows:
-    """Sequences of one or several batches, as stored.
-
-    values: (R, *row) · starts, lengths: (N,) int64, where each record's rows begin in `values`, and how many they are; behind
-    them zeros up to the next, where the batches were padded · labels, positions: (N,) int64 · ids: N texts.
-    """
-
-    values: Array
-    starts: Ints
-    lengths: Ints
-    labels: Ints
-    ids: list[str]
-    positions: Ints
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class GraphRows:
-    """A batch of graphs as stored, record-major, then layer; every index local to its graph, in the stored type.
-
-    x: (N, *row) · edge_index: (E, 2) · edge_attr: (E, *row) or None · node_counts, edge_counts, layer_index: (G,) int64 ·
-    graphs_per_record, labels, positions: (B,) int64 · ids: B texts.
-    """
-
-    x: Array
-    edge_index: Array
-    edge_attr: Array | None
-    node_counts: Ints
-    edge_counts: Ints
-    layer_index: Ints
-    graphs_per_record: Ints
-    labels: Ints
-    ids: list[str]
-    positions: Ints
 
 
 class BatchSource:
@@ -71,6 +35,7 @@ class BatchSource:
 
     kind: Kind
     ragged: tuple[str, ...]
+    streamed: tuple[str, ...]  # arrays of values
     axis: str  # what `layers` chooses among, by its name in the manifest
 
     def __init__(
@@ -92,6 +57,26 @@ class BatchSource:
     def num_records(self) -> int:
         """Positions go from 0 to below this."""
         return self._selection.num_records
+
+    def bring(self, start: int, count: int) -> None:
+        """Has the system read the values of so many records from position `start` on, of one shard, without waiting for them.
+
+        Blocks not met before are read here, and hashed. Where records differ in size, about the right bytes are read. Raises
+        FormatError for damage.
+        """
+        shard, begin, end = self._index.place(start, count)
+        for name in self.streamed:
+            if name not in shard.arrays:
+                continue
+            layout, records = shard.array(name), max(1, shard.records)
+            rows = layout.shape[0]
+            if self._layers is None or rows % records:
+                shard.bring(name, layout.nbytes * begin // records, layout.nbytes * end // records)
+                continue
+            width, each = layout.nbytes // max(1, rows), rows // records
+            for record in range(begin, end):
+                for a, b in self._selected(each) if name == "sequence" else [(0, each)]:
+                    shard.bring(name, (record * each + a) * width, (record * each + b) * width)
 
     def _check_finite(self, name: str, field: Field, values: Array, starts: Ints, pairs: list[tuple[IndexPart, int]]) -> None:
         """starts: (N,) where each record's values begin."""
@@ -126,7 +111,7 @@ class SequenceSource(BatchSource):
     """Gathers sequences."""
 
     kind = "sequences"
-    ragged = ("sequence",)
+    ragged = streamed = ("sequence",)
     axis = "step"
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -194,6 +179,7 @@ class GraphSource(BatchSource):
 
     kind = "graphs"
     ragged = ("graphs", "x", "edge_index")
+    streamed = ("x", "edge_index", "edge_attr")
     axis = "graph"
 
     def gather(self, positions: Ints) -> GraphRows:

@@ -12,8 +12,9 @@ from dali_pipeline.damage import without_damaged
 from dali_pipeline.digest import Mask
 from dali_pipeline.order import Ints
 from dali_pipeline.plan import EpochPlan, Shares
+from dali_pipeline.rows import SequenceRows
 from dali_pipeline.schema import Array, PipelineError
-from dali_pipeline.source import Padded, SequenceRows, SequenceSource
+from dali_pipeline.source import Padded, SequenceSource
 from dali_pipeline.world import World
 
 
