@@ -1,0 +1,115 @@
+"""Reading ahead: what comes next is asked for in time, all of it, nothing else, and damage is left for the gather."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import dali_pipeline as dp
+from dali_pipeline import reads, shard
+from dali_pipeline.order import Order
+from dali_pipeline.plan import EpochPlan
+
+WIDTH = 2048
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> dp.Dataset:
+    """600 records of [4, 2048] float16, 16 KiB each: about 10 MB in shards of 2 MiB."""
+    schema = dp.Schema(sequence=dp.Field(dtype="float16", shape=(WIDTH,)))
+    with dp.ShardWriter(tmp_path / "set", schema, split=dp.Split.parse("100/0/0"), shard_bytes=2 << 20) as writer:
+        for number in range(600):
+            writer.write({"id": number, "label": number % 2, "sequence": np.full((4, WIDTH), number, np.float16)})
+    return dp.open_dataset(tmp_path / "set")
+
+
+def until(true: Callable[[], bool]) -> bool:
+    end = time.monotonic() + 10
+    while not true() and time.monotonic() < end:
+        time.sleep(0.01)
+    return true()
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+def test_the_groups_of_all_lanes_are_all_records(lanes: int, shuffle: bool) -> None:
+    sizes = [40, 7, 100, 1, 60, 33, 33]
+    for window in (1, 50_000, 200_000, 10**9):
+        options: Any = {"global_batch_size": 12, "window_bytes": window, "lanes": lanes, "tail": "pad", "shuffle": shuffle}
+        order = Order(digest="0" * 32, split="train", seed=0, **options)
+        plan = EpochPlan(order, 3, sizes, [size * 1000 for size in sizes])
+        seen: list[int] = []
+        for lane in range(lanes):
+            group = 0
+            while runs := plan.runs(lane, group):
+                seen += [position for start, count in runs for position in range(start, start + count)]
+                group += 1
+        assert sorted(seen) == list(range(sum(sizes)))
+        for step in range(
+            plan.num_steps if window >= 200_000 else 0
+        ):  # what a batch needs lies in the group that it has come to, or the one before
+            near: set[int] = set()
+            for lane, group in plan.groups(step):
+                for one in range(max(0, group - 1), group + 2):
+                    near |= {at for start, count in plan.runs(lane, one) for at in range(start, start + count)}
+            assert set(plan.batch(step).positions.tolist()) <= near
+        ranks = [{lane for lane, _ in plan.groups(0, rank, 3)} for rank in range(3)]
+        assert set().union(*ranks) == set(range(lanes))
+        assert lanes != 3 or ranks == [{0}, {1}, {2}]
+
+
+@pytest.mark.parametrize("engine", ["torch", "dali"])
+def test_blocks_are_read_and_hashed_before_they_are_asked_for(wide: dp.Dataset, engine: Any) -> None:
+    loader = dp.SequenceLoader(wide, batch_size=8, engine=engine, workers=0)
+    blocks = sum(wide.table("train", "sequences").blocks)
+    batches = iter(loader)
+    next(batches)
+    next(batches)
+    sound = loader._source._index._sound
+    values = blocks - 8 * len(wide.table("train", "sequences").records)  # the small arrays are read as their records come
+    assert until(lambda: int(sound[:blocks].sum()) >= values)
+    del batches
+
+
+def test_layers_alone_are_asked_for(wide: dp.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    for layers, rows in ((slice(1, 3), 2), ([3], 1), (None, 4)):
+        loader = dp.SequenceLoader(wide, batch_size=8, engine="torch", layers=layers)
+        list(loader)  # every block is known
+        asked: list[tuple[int, int]] = []
+        monkeypatch.setattr(shard, "bring", lambda _, offset, nbytes, asked=asked: asked.append((offset, nbytes)))
+        assert len(list(loader)) == 75
+        assert sum(nbytes for _, nbytes in asked) == 600 * rows * WIDTH * 2
+        monkeypatch.undo()
+
+
+def test_damage_is_named_by_the_gather(wide: dp.Dataset) -> None:
+    path = wide.shard_path("train", "sequences", 4)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    loader = dp.SequenceLoader(wide, batch_size=8, engine="torch", shuffle=False)
+    delivered = 0
+    with pytest.raises(dp.FormatError, match=r"sequences-00004\.safetensors, sequence: .* damaged"):
+        for _ in loader:
+            delivered += 1
+            time.sleep(0.002)
+    assert delivered >= sum(wide.table("train", "sequences").records[:4]) // 8
+
+
+def test_a_system_that_cannot_tell_is_asked_all_the_same(wide: dp.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(reads, "_CACHESTAT", 100_000)  # no such call
+    monkeypatch.setattr(reads.os, "posix_fadvise", lambda *arguments: asked.append(arguments))
+    loader = dp.SequenceLoader(wide, batch_size=8, engine="torch")
+    list(loader)
+    asked.clear()
+    assert len(list(loader)) == 75
+    assert sum(nbytes for _, _, nbytes, _ in asked) == 600 * 4 * WIDTH * 2
+    assert max(nbytes for _, _, nbytes, _ in asked) <= 128 << 10
+    monkeypatch.delattr(reads.os, "posix_fadvise")
+    assert len(list(loader)) == 75
