@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -104,12 +105,12 @@ def test_damage_is_named_by_the_gather(wide: dp.Dataset) -> None:
 def test_a_system_that_cannot_tell_is_asked_all_the_same(wide: dp.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(reads, "_CACHESTAT", 100_000)  # no such call
-    monkeypatch.setattr(reads.os, "posix_fadvise", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: asked.append(arguments))
     loader = dp.SequenceLoader(wide, batch_size=8, engine="torch")
     list(loader)
     asked.clear()
     assert len(list(loader)) == 75
     assert sum(nbytes for _, _, nbytes, _ in asked) == 600 * 4 * WIDTH * 2
     assert max(nbytes for _, _, nbytes, _ in asked) <= 128 << 10
-    monkeypatch.delattr(reads.os, "posix_fadvise")
+    monkeypatch.delattr(os, "posix_fadvise")
     assert len(list(loader)) == 75
