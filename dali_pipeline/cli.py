@@ -46,9 +46,9 @@ def convert_command(
     dtype: Annotated[
         str | None, typer.Option(metavar="TYPE", help="float16, bfloat16, float32, int8, or by field. [default: as they come]")
     ] = None,
+    by_layer: Annotated[bool, typer.Option("--by-layer", help="Store sequences layer by layer, for who reads few.")] = False,
     layers: Annotated[
-        str | None,
-        typer.Option(metavar="LIST", help="Steps, and graphs, of each record to keep: 12:20 or 8,16. [default: all]"),
+        str | None, typer.Option(metavar="LIST", help="Steps, and graphs, to keep: 12:20 or 8,16. [default: all]")
     ] = None,
     workers: Annotated[str, typer.Option(metavar="auto|N", help="Processes; auto is one a core.")] = "auto",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out a file that cannot be taken in, and say so.")] = False,
@@ -86,6 +86,7 @@ def convert_command(
         split_by=split_by,  # type: ignore[arg-type]
         shard_bytes=parse_size(shard_size),
         dtype=dtype,
+        by_layer=by_layer,
         layers=parse_layers(layers),
         workers="auto" if workers == "auto" else int(workers),
         skip_bad=skip_bad,
@@ -223,11 +224,8 @@ def _going_on() -> Iterator[None]:
 
 
 def _summary(data: Any) -> str:
-    parts = []
-    for kind in data.schema.kinds:
-        counts = [f"{data.num_records(split, kind):,} {split}" for split in data.splits]
-        parts.append(f"{kind} {', '.join(counts)}")
-    return "; ".join(parts)
+    counts = {kind: [f"{data.num_records(split, kind):,} {split}" for split in data.splits] for kind in data.schema.kinds}
+    return "; ".join(f"{kind} {', '.join(listed)}" for kind, listed in counts.items())
 
 
 def run(application: typer.Typer, name: str) -> int:

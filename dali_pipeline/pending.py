@@ -67,8 +67,16 @@ class Pending:
     ) -> None:
         streamed = schema.sequence if kind == "sequences" else schema.x
         assert streamed is not None
+        self._layers, self._see = streamed.layers, see
+        self._waiting: list[Array] = []  # records to be stored together, layer by layer
         self._file = ShardFile(
-            path, kind, STREAMED[kind], streamed.dtype, streamed.shape, expected_bytes=expected_bytes, see=see
+            path,
+            kind,
+            STREAMED[kind],
+            streamed.dtype,
+            streamed.shape,
+            expected_bytes=expected_bytes,
+            see=None if self._layers else see,
         )
         self._ids: list[bytes] = []
         self._groups: list[bytes] = []
@@ -89,14 +97,29 @@ class Pending:
         self._groups += groups
         self._labels += labels
         for rows in values:
-            self._file.append(rows)
             self.nbytes += rows.nbytes
+            if self._layers is None:
+                self._file.append(rows)
+                continue
+            self._waiting.append(rows.copy())
+            if len(self._waiting) == self._layers.records:
+                self._append_by_layer()
         for name, array in arrays.items():
             self._parts.setdefault(name, _Joined()).add(array)
             self.nbytes += array.nbytes
 
+    def _append_by_layer(self) -> None:
+        stacked = np.stack(self._waiting)  # (N, T, *row)
+        self._waiting = []
+        if self._see is not None:
+            self._see(stacked.reshape(-1, *stacked.shape[2:]))
+        for layer in range(stacked.shape[1]):
+            self._file.append(stacked[:, layer])
+
     def close(self) -> ShardInfo:
         """Writes what waits, and the shard is there."""
+        if self._waiting:
+            self._append_by_layer()
         arrays: dict[str, Array] = {"labels": np.array(self._labels, np.int64)}
         for name, texts in (("ids", self._ids), ("groups", self._groups)):
             arrays[name] = np.frombuffer(b"".join(texts), np.uint8)

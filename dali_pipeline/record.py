@@ -180,6 +180,8 @@ def _cast(where: str, name: str, rows: Array, field: Field) -> Array:
     """`rows` in the field's stored type; a value the type cannot hold is an error, never an infinity or a wrapped number."""
     if rows.shape[1:] != field.shape:
         raise DataError(f"{where}, {name} has rows of shape {rows.shape[1:]}; expected {field.shape} as in the schema")
+    if field.layers and len(rows) != field.layers.steps:
+        raise DataError(f"{where}, {name} has {len(rows)} steps; expected {field.layers.steps}, as rows are stored by layer")
     if rows.dtype == field.storage and field.dtype != BFLOAT16 and not field.steps:
         return rows
     if field.steps and len(field.steps) not in (1, len(rows)):

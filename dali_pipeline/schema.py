@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dali_pipeline.encoding import BFLOAT16, Scale, decode, scale_for, storage
+from dali_pipeline.layout import ByLayer
 
 Array = npt.NDArray[Any]
 Kind = Literal["sequences", "graphs"]
@@ -41,18 +42,22 @@ class Field:
     """One array of a record: a row for each step, node or edge.
 
     dtype: name of the stored type, one of FIELD_DTYPES · shape: shape of one row, () for a scalar, (F,) for a feature vector ·
-    scale: of int8 that stands for real numbers, stored = round(number / scale): a row, flat, for every step, or one for all.
+    scale: of int8 that stands for real numbers, stored = round(number / scale): a row, flat, for every step, or one for all ·
+    by_layer: where rows are not stored record by record.
     """
 
     dtype: str
     shape: tuple[int, ...] = ()
     scale: Scale | msgspec.UnsetType = dataclasses.field(default=msgspec.UNSET, repr=False)  # absent where not set
+    by_layer: ByLayer | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         if self.dtype not in FIELD_DTYPES:
             raise UsageError(f"field dtype {self.dtype!r} cannot be stored; expected one of {', '.join(FIELD_DTYPES)}")
         if any(size < 1 for size in self.shape):
             raise UsageError(f"field shape {self.shape} has a size below 1")
+        if self.by_layer and min(self.by_layer.steps, self.by_layer.records) < 1:
+            raise UsageError(f"{self.by_layer}; expected at least 1 of each")
         if self.scale is msgspec.UNSET:
             return
         sound = self.scale and all(0 < one < np.inf for row in self.scale for one in row)
@@ -73,6 +78,11 @@ class Field:
     def steps(self) -> Scale | None:
         """The scale, where there is one."""
         return self.scale or None
+
+    @property
+    def layers(self) -> ByLayer | None:
+        """How rows are stored, where that is layer by layer."""
+        return self.by_layer or None
 
     @property
     def storage(self) -> np.dtype[Any]:
@@ -106,8 +116,8 @@ class Schema:
             raise UsageError("a schema needs `sequence`, `x` (node features), or both")
         if self.edge_attr is not None and self.x is None:
             raise UsageError("a schema with `edge_attr` needs `x` (node features)")
-        if any(field is not None and field.steps for field in (self.x, self.edge_attr)):
-            raise UsageError("a scale stands at `x` or `edge_attr`; expected int8 with a scale for `sequence` alone")
+        if any(field is not None and (field.steps or field.layers) for field in (self.x, self.edge_attr)):
+            raise UsageError("a scale or by_layer stands at `x` or `edge_attr`; expected them for `sequence` alone")
 
     @property
     def kinds(self) -> tuple[Kind, ...]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from dataclasses import field as made
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from dali_pipeline.dataset import Dataset
 from dali_pipeline.encoding import BFLOAT16, decode
 from dali_pipeline.files import Files
-from dali_pipeline.schema import Array, FormatError, Kind
+from dali_pipeline.schema import Array, Field, FormatError, Kind
 from dali_pipeline.selection import Shards
 from dali_pipeline.shard import Hashes, Shard, hash_texts
 
@@ -40,13 +41,13 @@ class ShardCheck:
     split: str
     kind: Kind
     number: int
-    damages: list[str] = field(default_factory=list)
-    ids: Hashes = field(default_factory=lambda: np.zeros(0, np.uint64))
-    groups: Hashes = field(default_factory=lambda: np.zeros(0, np.uint64))
+    damages: list[str] = made(default_factory=list)
+    ids: Hashes = made(default_factory=lambda: np.zeros(0, np.uint64))
+    groups: Hashes = made(default_factory=lambda: np.zeros(0, np.uint64))
     labels: npt.NDArray[np.int64] | None = None
-    rows: dict[str, tuple[int, int]] = field(default_factory=dict)
+    rows: dict[str, tuple[int, int]] = made(default_factory=dict)
     bytes: int = 0
-    _offsets: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    _offsets: dict[str, npt.NDArray[np.int64]] = made(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -76,7 +77,7 @@ class ShardCheck:
             if one is not None:
                 self._step(self._check_type, shard, name, (one.storage.name,), one.shape)
                 if not quick:
-                    self._step(self._check_values, shard, name, advance, one.dtype)
+                    self._step(self._check_values, shard, name, advance, one)
         if self.kind == "graphs":
             self._step(self._check_weights, shard)
             self._step(self._check_type, shard, "edge_index", ("uint8", "uint16", "uint32"), (2,))
@@ -151,9 +152,9 @@ class ShardCheck:
             raise self._fail(f"{name}.offsets", f"end at {offsets[-1]} of {length} rows; expected them to end with the array")
         return offsets
 
-    def _check_values(self, shard: Shard, name: str, advance: Callable[[int], None], dtype: str = "") -> None:
-        """Every block's hash, and whether its numbers are finite. dtype: of the field, where it is one."""
-        layout = shard.array(name)
+    def _check_values(self, shard: Shard, name: str, advance: Callable[[int], None], field: Field | None = None) -> None:
+        """Every block's hash, and whether its numbers are finite, where they are a field's."""
+        layout, dtype = shard.array(name), "" if field is None else field.dtype
         view, mask = EXPONENTS.get(dtype, ("u1", 0))
         exponent = np.array(mask, view)[()]
         bad_blocks: list[int] = []
@@ -171,17 +172,19 @@ class ShardCheck:
                     nan = np.isnan(decode(data.view(layout.dtype)[at], dtype, None))
                     strange.append(np.stack([at + start // layout.dtype.itemsize, nan]))
         if strange:
-            self._step(self._tell_strange, name, np.concatenate(strange, axis=1), max(1, int(np.prod(layout.shape[1:]))))
+            elements, nan = np.concatenate(strange, axis=1)
+            rows = elements // max(1, int(np.prod(layout.shape[1:])))
+            if field is not None and field.layers is not None:
+                rows = field.layers.numbered(rows, layout.shape[0])
+            self._step(self._tell_strange, name, rows, nan)
         if bad_blocks:
             raise self._fail(name, f"{len(bad_blocks)} blocks are damaged, the first at byte {bad_blocks[0]} (wrong hash)")
 
-    def _tell_strange(self, name: str, strange: Array, width: int) -> None:
+    def _tell_strange(self, name: str, rows: Array, nan: Array) -> None:
         """Counts values that are not finite, by layer: the step, or graph, of a record."""
-        elements, nan = strange
         outer, inner = self._offsets.get("graphs"), self._offsets.get("edge_index" if name == "edge_attr" else name)
         where = ""
         if inner is not None:
-            rows = elements // width
             each = np.searchsorted(inner, rows, side="right") - 1  # record, or graph
             layers = rows - inner[each]
             if outer is not None:

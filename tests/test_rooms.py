@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 # in reading order: a module imports only modules above it
 ROOMS = [
     "encoding",
+    "layout",
     "schema",
     "record",
     "digest",

@@ -20,7 +20,8 @@ from dali_pipeline.ingest.scales import greatest_values
 from dali_pipeline.ingest.sources import Source
 from dali_pipeline.ingest.traces import TraceOptions
 from dali_pipeline.ingest.workers import Workers
-from dali_pipeline.layers import Layers
+from dali_pipeline.layers import Layers, select
+from dali_pipeline.layout import ByLayer
 from dali_pipeline.progress import progress_bar
 from dali_pipeline.schema import Array, DataError, Field, FormatError, Schema, UsageError
 from dali_pipeline.split import FileSplit, Split
@@ -36,7 +37,8 @@ class ConvertConfig:
 
     split_by: `group`, each by its own hash, or `file`, whole files · dtype: of values as stored, one of DTYPES for all of them,
     or by field, such as `sequence=int8,x=float16`; as in the first record where it says nothing. int8 is for sequences alone: a
-    pass over the data finds a scale for each step and feature · layers: the steps, and graphs, of each record to keep; None
+    pass over the data finds a scale for each step and feature · by_layer: sequences, all of one length, stored layer by layer ·
+    layers: the steps, and graphs, of each record to keep; None
     for all · workers: processes; "auto" for one a core · skip_bad: leaves out a file that cannot be taken in, instead of
     stopping.
     """
@@ -45,6 +47,7 @@ class ConvertConfig:
     split_by: Literal["group", "file"] = "group"
     shard_bytes: int = SHARD_BYTES
     dtype: str | None = None
+    by_layer: bool = False
     layers: Layers = None
     workers: Workers = "auto"
     skip_bad: bool = False
@@ -75,8 +78,17 @@ class ConvertConfig:
     def fingerprint(self, source: Source) -> str:
         """What tells this conversion from another: the files' names and sizes, and what is done with them."""
         layers = str(self.layers) if isinstance(self.layers, slice) else self.layers
-        done = (self.split, self.split_by, self.shard_bytes, self.dtype, layers, self.traces)
-        return xxhash.xxh3_128_hexdigest(msgspec.json.encode((source.names, source.sizes, *done), order="sorted"))
+        done = (
+            self.split,
+            self.split_by,
+            self.shard_bytes,
+            self.dtype,
+            layers,
+            self.traces,
+            *([True] if self.by_layer else []),
+        )
+        more = ("by layer",) if self.by_layer else ()  # older conversions knew of none
+        return xxhash.xxh3_128_hexdigest(msgspec.json.encode((source.names, source.sizes, *done, *more), order="sorted"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +133,7 @@ def prepare(source: Source, config: ConvertConfig, numbers: Iterable[int]) -> Jo
     counts = [len(each.labels) for each in found]
     schema = infer_schema(source, found, config)
     if schema.sequence is not None and config.dtypes.get("sequence") == "int8":
-        schema = replace(schema, sequence=_scaled(source, found, config))
+        schema = replace(schema, sequence=replace(_scaled(source, found, config), by_layer=schema.sequence.by_layer))
     return Job(source=source, config=config, names=names, counts=counts, dealer=dealer, schema=schema, unreadable=unreadable)
 
 
@@ -174,6 +186,10 @@ def _show(bar: Progress, task: TaskID, files: int) -> None:
 
 def _field(path: Path, name: str, rows: Array, config: ConvertConfig) -> Field:
     try:
-        return Field(dtype=config.dtypes.get(name, rows.dtype.name), shape=rows.shape[1:])
+        field = Field(dtype=config.dtypes.get(name, rows.dtype.name), shape=rows.shape[1:])
+        if name == "sequence" and config.by_layer:
+            steps = len(select(config.layers, len(rows)))
+            field = replace(field, by_layer=ByLayer.of(steps, field.row_bytes))
+        return field
     except UsageError as error:
         raise FormatError(f"{path}: {error}") from None

@@ -48,6 +48,12 @@ def _sequences(data: Dataset, shard: Shard) -> Iterator[Values | Block]:
     field, offsets = data.schema.sequence, shard.read("sequence.offsets")
     assert field is not None
     lengths, begin = np.diff(offsets), 0
+    while field.layers is not None and begin < shard.records:
+        end, steps = min(begin + field.layers.records, shard.records), field.layers.steps
+        stored = shard.read("sequence", begin * steps, end * steps).reshape(steps, end - begin, *field.shape)
+        rows = field.values(stored.swapaxes(0, 1).reshape(-1, *field.shape))
+        yield Block(rows.reshape(end - begin, steps, *field.shape))
+        begin = end
     while begin < shard.records:
         # a block of records of one length, about 1 MiB
         end = begin + rows_at_a_time(int(lengths[begin]) * field.row_bytes)
