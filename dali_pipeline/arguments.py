@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 from dali_pipeline.schema import UsageError
 
@@ -34,3 +35,12 @@ def parse_blocks(text: str) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise UsageError(f"layers are {text!r}; expected all, a list such as 8,16,24, or a range such as 8:25") from None
+
+
+def parse_workers(text: str) -> int | Literal["auto"]:
+    """`auto`, or a whole number."""
+    if text == "auto":
+        return "auto"
+    if not (text.isascii() and text.isdigit()):
+        raise UsageError(f"workers is {text!r}; expected auto or a whole number")
+    return int(text)

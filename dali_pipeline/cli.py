@@ -1,4 +1,4 @@
-"""The command line: `python -m dali_pipeline convert|verify|inspect|extract`. Heavy imports wait until a command runs."""
+"""The command line: `python -m dali_pipeline convert|verify|inspect|extract|doctor`. Heavy imports wait for a command."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from dali_pipeline.arguments import parse_blocks, parse_size, parse_sizes
+from dali_pipeline.arguments import parse_blocks, parse_size, parse_sizes, parse_workers
+from dali_pipeline.checkup import doctor_command
 from dali_pipeline.schema import PipelineError, UsageError
 from dali_pipeline.split import Split
 
@@ -77,8 +78,6 @@ def convert_command(
     from dali_pipeline.ingest.traces import TraceOptions, read_scores
     from dali_pipeline.layers import parse_layers
 
-    if workers != "auto" and not (workers.isascii() and workers.isdigit()):
-        raise UsageError(f"workers is {workers!r}; expected auto or a whole number")
     if scores is None and score_column is not None:
         raise UsageError("--score-column names a column of --scores; give both")
     config = ConvertConfig(
@@ -88,7 +87,7 @@ def convert_command(
         dtype=dtype,
         by_layer=by_layer,
         layers=parse_layers(layers),
-        workers="auto" if workers == "auto" else int(workers),
+        workers=parse_workers(workers),
         skip_bad=skip_bad,
         traces=TraceOptions(
             scores=None if scores is None else read_scores(scores, score_column),
@@ -106,6 +105,9 @@ def convert_command(
         print(f"{source['moved']:,} groups are in files of several splits, and went with their first file")
     for reason in source.get("left_out", {}).values():
         print(f"left out: {reason}")
+
+
+app.command("doctor")(doctor_command)
 
 
 @app.command("verify")

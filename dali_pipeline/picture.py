@@ -62,7 +62,7 @@ def draw_description(found: dict[str, Any], path: Path) -> None:
         )
     for axes in every[len(panels) + extra :]:
         axes.set_axis_off()
-    _save(figure, path, dpi=110)
+    save(figure, path, dpi=110)
 
 
 def draw_shuffle(found: dict[str, Any], measured: dict[Kind, list[Quality]], path: Path) -> None:
@@ -98,7 +98,7 @@ def draw_shuffle(found: dict[str, Any], measured: dict[Kind, list[Quality]], pat
         axes.axhline(exact, color="black", linestyle="--", linewidth=1, label="full permutation, exactly")
     handles, labels = right.get_legend_handles_labels()
     below.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)
-    _save(figure, path, dpi=90)
+    save(figure, path, dpi=90)
 
 
 def _bars(axes: Axes, several: list[Quality], values: list[list[tuple[float, ...]]]) -> None:
@@ -116,7 +116,8 @@ def _bars(axes: Axes, several: list[Quality], values: list[list[tuple[float, ...
     axes.set_xlabel("window (of the data)", fontsize=9)
 
 
-def _save(figure: Figure, path: Path, dpi: int) -> None:
+def save(figure: Figure, path: Path, dpi: int = 120) -> None:
+    """The picture, in the format of the name. Raises UsageError for a name without one that matplotlib knows."""
     if not path.suffix:
         raise UsageError(f"{path} has no suffix; expected a name such as out.png")
     try:

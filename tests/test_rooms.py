@@ -81,6 +81,10 @@ ROOMS = [
     "shufflereport",
     "picture",
     "arguments",
+    "machine",
+    "stages",
+    "doctor",
+    "checkup",
     "cli",
     "__main__",
 ]

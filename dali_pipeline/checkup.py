@@ -1,0 +1,144 @@
+"""checkup: the command `doctor`, what it prints and draws of an examination."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich import box
+from rich.table import Table
+
+from dali_pipeline.arguments import parse_workers
+from dali_pipeline.describe import plain_console
+from dali_pipeline.progress import progress_bar
+from dali_pipeline.schema import DataError, Kind
+
+if TYPE_CHECKING:
+    from dali_pipeline.loader import Loader
+    from dali_pipeline.stages import Train
+
+ModelName = Literal["lstm", "gnn_lstm", "gvae_lstm"]
+ADVICE = {
+    "disk": "a faster or local disk, fewer layers (`layers=`), or smaller values (`convert --dtype int8`)",
+    "page cache": "faster memory, or smaller values (`convert --dtype int8`)",
+    "gather": "more background threads (`workers=`), fewer layers, or smaller values",
+    "decode": "`dtype=torch.float16`, or a GPU to decode on",
+    "host to device": "float16 all the way (`dtype=torch.float16`), or smaller values",
+    "model": "nothing: the data come faster than the model takes them",
+}
+
+
+def doctor_command(
+    data: Annotated[Path, typer.Argument(help="Folder of a data set.", show_default=False)],
+    model: Annotated[
+        ModelName | None, typer.Option(help="Detector to feed. [default: lstm, or gnn_lstm without sequences]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Records a step.")] = 32,
+    workers: Annotated[str, typer.Option(metavar="auto|N", help="Background threads, or processes of graphs.")] = "auto",
+    engine: Annotated[Literal["dali", "torch"], typer.Option(help="For sequences.")] = "dali",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seconds: Annotated[float, typer.Option(min=0.01, help="For each stage.")] = 3.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the stages.", show_default=False)] = None,
+) -> None:
+    """Tell whether training waits for data, why, and what to change. Exits 0 (fed), 1 (input-bound) or 2 (cannot run).
+
+    \b
+    Measures every stage alone (disk, page cache, gather, decode, copy to the GPU, model step) and all of them together, then
+    tries the change that promises most. Takes under a minute.
+    Examples:
+      python -m dali_pipeline doctor data/sciq
+      python -m dali_pipeline doctor data/traces --model gnn_lstm --batch-size 64 --json
+    """
+    from dali_pipeline.dataset import open_dataset
+    from dali_pipeline.doctor import Setup, examine
+
+    kinds = open_dataset(data).schema.kinds
+    kind: Kind = ("sequences" if model == "lstm" else "graphs") if model else kinds[0]
+    if kind not in kinds:
+        raise DataError(f"{data} holds no {kind}, which {model} trains on; it has {' and '.join(kinds)}")
+    name: ModelName = model or ("lstm" if kind == "sequences" else "gnn_lstm")
+    setup = Setup(batch_size=batch_size, workers=parse_workers(workers), engine=engine, device=device)
+    with progress_bar() as bar:
+        task = bar.add_task("examine", total=8)
+
+        def tell(stage: str) -> None:
+            bar.update(task, advance=1, description=stage)
+
+        found = examine(data, kind, setup, lambda loader: train_step(name, loader), tell, seconds)
+    found |= {"model": name, "batch_size": batch_size, "advice": ADVICE[found["narrowest"]]}
+    if plot is not None:
+        draw_stages(found, plot)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        print_checkup(found)
+    raise typer.Exit(0 if found["verdict"] == "fed" else 1)
+
+
+def train_step(name: ModelName, loader: Loader[Any]) -> Train:
+    """A step of training that model: forward, backward, optimizer."""
+    import torch
+
+    from training.config import TrainConfig
+    from training.trainer import build_model, forward
+
+    model = build_model(name, loader.data, TrainConfig()).to(loader.device)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step(batch: Any) -> None:
+        with torch.autocast(loader.device.type, enabled=False):
+            output = forward(model, batch)
+        loss = output.logits_BK.float().square().mean() + output.penalty_B.mean()  # its value does not matter, its cost does
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return step
+
+
+def print_checkup(found: dict[str, Any]) -> None:
+    """As text; piped output is never folded."""
+    console, machine, together = plain_console(), found["machine"], found["together"]
+    where = ", ".join(machine["gpus"]) or "no GPU"
+    console.print(
+        f"{found['root']}: {found['records']} of {found['bytes_per_record']:,.0f} bytes, batches of {found['batch_size']}, "
+        f"{found['model']} on {machine['cores']:g} cores and {where}"
+    )
+    table = Table("stage", "records/s", "GB/s", "", box=box.SIMPLE_HEAD)
+    slowest = found["stages"][found["narrowest"]]["records_per_second"]
+    for name, one in found["stages"].items():
+        told = "narrowest" if name == found["narrowest"] else "" if one["counted"] else "not counted: the data fit in memory"
+        bar = "█" * max(1, min(40, round(4 * one["records_per_second"] / slowest)))
+        rate, speed = f"{one['records_per_second']:,.0f}", f"{one['bytes_per_second'] / 1e9:.2f}"
+        table.add_row(name, rate, speed, f"{bar} {told}")
+    console.print(table)
+    share = f"{together['wait_share']:.0%} of the time waits for data"
+    console.print(f"{found['verdict']}: all together {together['records_per_second']:,.0f} records/s, {share}")
+    console.print(f"the narrowest stage is {found['narrowest']}; what helps: {found['advice']}")
+    if found["next"]:
+        one = found["next"]
+        console.print(f"tried {one['change']}: {one['predicted']:,.0f} records/s predicted, {one['measured']:,.0f} measured")
+    for warning in found["warnings"]:
+        console.print(f"warning: {warning}")
+
+
+def draw_stages(found: dict[str, Any], path: Path) -> None:
+    """Records a second of every stage, all together as a line."""
+    from matplotlib.figure import Figure
+
+    from dali_pipeline.picture import COLOURS, save
+
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    names = list(found["stages"])[::-1]
+    rates = [found["stages"][name]["records_per_second"] for name in names]
+    colours = [COLOURS[1] if name == found["narrowest"] else COLOURS[2] for name in names]
+    axes.barh(names, rates, color=colours, alpha=0.9)
+    together = found["together"]["records_per_second"]
+    axes.axvline(together, color="black", linestyle="--", label=f"all together: {together:,.0f}")
+    axes.set(xscale="log", xlabel="records a second", title=f"{Path(found['root']).name}: {found['verdict']}")
+    axes.legend(fontsize=8, loc="lower right")
+    save(figure, path)

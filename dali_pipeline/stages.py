@@ -1,0 +1,154 @@
+"""stages: how fast each part of the way is alone, from the disk to the model, and all of them together."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dali_pipeline.dataset import Dataset
+from dali_pipeline.graphs import GraphLoader, collate
+from dali_pipeline.loader import Loader
+from dali_pipeline.plan import EpochPlan
+from dali_pipeline.schema import Kind
+from dali_pipeline.sequences import SequenceLoader
+from dali_pipeline.timing import StepTimer
+
+READ_BYTES = 256 << 20
+Train = Callable[[Any], None]  # one step on a batch
+Tell = Callable[[str], None]  # what is measured now
+
+
+def measure_stages(
+    data: Dataset, kind: Kind, loader: Loader[Any], step: Train, record_bytes: float, tell: Tell, seconds: float
+) -> dict[str, float]:
+    """Records a second of every stage alone, in the order that a record goes through them."""
+    files = [data.shard_path("train", kind, number) for number in range(len(data.table("train", kind)))]
+    plan = loader._plan(0)
+    rates: dict[str, float] = {}
+    tell("disk")
+    rates["disk"] = read_rate(files, direct=True) / record_bytes
+    tell("page cache")
+    read_rate(files, direct=False)  # so that it has them
+    rates["page cache"] = read_rate(files, direct=False) / record_bytes
+    tell("gather")
+    gathered = list(islice(gathers(loader, plan), 4))  # hashed, and in memory
+    rates["gather"] = rate_of(gathers(loader, plan), loader.batch_size, seconds)
+    tell("decode")
+    rates["decode"] = rate_of((decode(loader, one) for one in _for_ever(gathered)), loader.batch_size, seconds)
+    if loader.device.type == "cuda":
+        tell("host to device")
+        rates["host to device"] = copy_rate(loader.device) / record_bytes
+    tell("model")
+    batch = next(iter(loader))
+    step(batch)
+    rates["model"] = rate_of(_steps(step, batch, loader.device), loader.batch_size, seconds)
+    return rates
+
+
+def gathers(loader: Loader[Any], plan: EpochPlan) -> Iterator[Any]:
+    """Batches as stored, gathered one by one in the caller's thread; the plan again and again."""
+    while True:
+        for step in range(plan.num_steps):
+            if isinstance(loader, SequenceLoader):
+                (stretch,), error = loader._stretches.gather(plan, range(step, step + 1))
+                if error is not None:
+                    raise error
+                yield stretch
+            else:
+                assert isinstance(loader, GraphLoader)
+                yield loader.gather(plan, step)
+
+
+def decode(loader: Loader[Any], gathered: Any) -> Any:
+    """A gathered batch in the type that is delivered, on the CPU."""
+    if isinstance(loader, SequenceLoader):
+        rows = gathered.rows
+        values = torch.from_numpy(rows.values).view(loader.batch_size, -1, *rows.values.shape[1:])
+        return loader._decoding.run(values.to(loader.device), rows.lengths)
+    assert isinstance(loader, GraphLoader)
+    return collate(gathered, loader.device, loader.dtype)
+
+
+def rate_of(work: Iterator[Any], records: int, seconds: float) -> float:
+    """Records a second of an endless iterator that does `records` an item."""
+    next(work)
+    begun, done = time.perf_counter(), 0
+    while done < 3 or time.perf_counter() - begun < seconds:
+        next(work)
+        done += 1
+    return done * records / (time.perf_counter() - begun)
+
+
+def read_rate(files: list[Path], *, direct: bool) -> float:
+    """Bytes a second of reading up to READ_BYTES of the files in order: from the disk, past the page cache; or what it has."""
+    buffer, read, spent = mmap.mmap(-1, 8 << 20), 0, 0.0
+    for path in files:
+        flags = getattr(os, "O_DIRECT", 0) if direct else 0
+        try:
+            fd = os.open(path, os.O_RDONLY | flags)
+        except OSError:  # a file system without it: whatever comes
+            fd = os.open(path, os.O_RDONLY)
+        try:
+            at, begun = 0, time.perf_counter()
+            while read < READ_BYTES and (got := os.preadv(fd, [buffer], at)) > 0:
+                at, read = at + got, read + got
+                if got < len(buffer):
+                    break
+            spent += time.perf_counter() - begun
+        finally:
+            os.close(fd)
+        if read >= READ_BYTES:
+            break
+    return read / max(spent, 1e-9)
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second of pinned memory to the device."""
+    source = torch.empty(64 << 20, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device=device)
+    target.copy_(source)
+    torch.cuda.synchronize(device)
+    begun = time.perf_counter()
+    for _ in range(8):
+        target.copy_(source, non_blocking=True)
+    torch.cuda.synchronize(device)
+    return 8 * source.nbytes / (time.perf_counter() - begun)
+
+
+def measure_together(loader: Loader[Any], step: Train, seconds: float) -> tuple[float, float]:
+    """Records a second of loader and model together, and the share of the time that waits for data; the first steps apart."""
+    timer = StepTimer()
+    batches = (batch for _ in _for_ever([0]) for batch in loader)
+    for batch in islice(batches, 3):
+        step(batch)
+    begun = time.perf_counter()
+    for done, batch in enumerate(timer(batches)):
+        step(batch)
+        _wait_for(loader.device)
+        if done > 2 and time.perf_counter() - begun > seconds:
+            break
+    return timer.records_per_second, timer.wait_share
+
+
+def _steps(step: Train, batch: Any, device: torch.device) -> Iterator[None]:
+    while True:
+        step(batch)
+        _wait_for(device)
+        yield
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _for_ever(items: list[Any]) -> Iterator[Any]:
+    while True:
+        yield from items

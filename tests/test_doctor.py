@@ -1,0 +1,120 @@
+"""doctor names the stage that holds the others up, whatever it is, says so to scripts, and knows what it cannot run."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dali_pipeline as dp
+from dali_pipeline import doctor, graphs, machine, stages
+from dali_pipeline.cli import app, run
+from dali_pipeline.decoding import Decoding
+from dali_pipeline.graphs import GraphLoader
+from dali_pipeline.stretch import StretchGatherer
+
+PAUSE = 0.05
+
+
+def slowly(function: Any) -> Any:
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(PAUSE)
+        return function(*arguments, **options)
+
+    return slow
+
+
+def examined(data: dp.Dataset, kind: Any, step: Any = lambda batch: None) -> dict[str, Any]:
+    told: list[str] = []
+    setup = doctor.Setup(batch_size=8, workers=0, engine="torch")
+    found = doctor.examine(data.root, kind, setup, lambda loader: step, told.append, seconds=0.05)
+    assert told[:4] == ["disk", "page cache", "gather", "decode"]
+    assert list(found["stages"]) == ["disk", "page cache", "gather", "decode", "model"]
+    json.dumps(found)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["sequences", "graphs"])
+def test_a_slow_model_is_fed(data: dp.Dataset, kind: Any) -> None:
+    found = examined(data, kind, slowly(lambda batch: None))
+    assert (found["narrowest"], found["verdict"], found["next"]) == ("model", "fed", None)
+    assert found["stages"]["model"]["records_per_second"] <= 8 / PAUSE
+    assert found["together"]["wait_share"] < 0.5
+
+
+@pytest.mark.parametrize("kind", ["sequences", "graphs"])
+def test_a_slow_gather_is_named_and_a_change_tried(data: dp.Dataset, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = StretchGatherer if kind == "sequences" else GraphLoader
+    monkeypatch.setattr(where, "gather", slowly(where.gather))
+    found = examined(data, kind)
+    assert (found["narrowest"], found["verdict"]) == ("gather", "input-bound")
+    assert found["together"]["wait_share"] > 0.5
+    assert found["next"] is None or found["next"]["measured"] > 0
+
+
+@pytest.mark.parametrize("kind", ["sequences", "graphs"])
+def test_a_slow_decode_is_named(data: dp.Dataset, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind == "sequences":
+        monkeypatch.setattr(Decoding, "run", slowly(Decoding.run))
+    else:
+        for name in ("stages", "graphs"):
+            monkeypatch.setattr(f"dali_pipeline.{name}.collate", slowly(graphs.collate))
+    found = examined(data, kind)
+    assert (found["narrowest"], found["verdict"]) == ("decode", "input-bound")
+    assert found["next"] is not None
+    assert found["next"]["change"] == "dtype=torch.float16"
+    assert found["next"]["predicted"] > 1.1 * found["together"]["records_per_second"]
+
+
+def test_a_slow_disk_counts_where_the_data_do_not_fit(data: dp.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = stages.read_rate
+    monkeypatch.setattr(stages, "read_rate", lambda files, direct: 100.0 if direct else rates(files, direct=direct))
+    fits = examined(data, "sequences", slowly(lambda batch: None))
+    assert (fits["narrowest"], fits["verdict"], fits["from_disk"]) == ("model", "fed", False)
+    monkeypatch.setattr(doctor, "describe_machine", lambda root: {**machine.describe_machine(root), "memory_available": 1})
+    found = examined(data, "sequences", slowly(lambda batch: None))
+    assert (found["narrowest"], found["verdict"], found["from_disk"]) == ("disk", "input-bound", True)
+
+
+def test_scripts_can_trust_it(data: dp.Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["doctor", str(data.root), "--seconds", "0.05", "--batch-size", "8"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["dali_pipeline", *arguments, "--json", "--plot", str(tmp_path / "stages.png")])
+        code = run(app, "dali_pipeline")
+        found = json.loads(capsys.readouterr().out)  # and nothing else
+        assert code == {"fed": 0, "input-bound": 1}[found["verdict"]]
+        assert {"disk", "gather", "model"} <= found["stages"].keys()
+        assert (tmp_path / "stages.png").read_bytes().startswith(b"\x89PNG")
+        patch.setattr("sys.argv", ["dali_pipeline", *arguments, "--model", "gnn_lstm"])
+        assert run(app, "dali_pipeline") in (0, 1)
+        told = capsys.readouterr().out
+        assert "narrowest" in told
+        assert "gnn_lstm on" in told
+        for wrong, words in (
+            (["doctor", str(tmp_path)], "not a data set"),
+            (["doctor", str(data.root), "--workers", "many"], "expected auto or a whole number"),
+            (["doctor", str(data.root), "--device", "tpu"], "device is 'tpu'"),
+        ):
+            patch.setattr("sys.argv", ["dali_pipeline", *wrong])
+            assert run(app, "dali_pipeline") == 2
+            assert words in capsys.readouterr().err
+
+
+def test_what_is_likely_a_mistake_is_said(tmp_path: Path) -> None:
+    sound = {**machine.describe_machine(tmp_path), "gpu_in_machine": False, "shared_memory": 8 << 30, "open_files": 65536}
+    sound |= {"file_system": "ext4", "free_disk": 1 << 40, "gpus": []}
+    assert machine.warnings_about(sound) == []
+    for change, words in (
+        ({"gpu_in_machine": True, "cuda": None}, "a GPU that torch does not see"),
+        ({"shared_memory": 64 << 20}, "--shm-size"),
+        ({"open_files": 256}, "ulimit -n"),
+        ({"file_system": "nfs4"}, "network file system"),
+        ({"free_disk": 10}, "of disk are free"),
+    ):
+        (warning,) = machine.warnings_about({**sound, **change})
+        assert words in warning
+    assert 0 < machine.allowed_cores() <= 4096
+    assert machine.file_system(Path("/proc")) == "proc"
