@@ -185,3 +185,20 @@ def test_dali_decodes_to_the_bit_as_torch_does(dtype: str, normalize: bool, deli
     padded = pad_sequence([torch.from_numpy(one) for one in stored], batch_first=True)
     assert torch.equal(ours, decoding.run(padded, lengths))
     assert ours.dtype == delivered
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "int8", "int8 by step"])
+def test_gpu_decodes_to_the_bit_as_the_cpu_does(tmp_path: Path, kind: str, normalize: bool) -> None:
+    """Not run where there is no GPU."""
+    rows = rows_of(40, ragged=kind != "int8 by step")
+    scaled = kind.startswith("int8")
+    field = dp.Field.scaled(greatest(rows, by_step="step" in kind)) if scaled else dp.Field(dtype=kind, shape=(FEATURES,))
+    data = made(tmp_path / "set", rows, field)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        pair = [
+            dp.SequenceLoader(data, batch_size=8, device=device, normalize=normalize, dtype=dtype) for device in ("cpu", "cuda")
+        ]
+        for ours, theirs in zip(*pair, strict=True):
+            assert torch.equal(ours.sequences, theirs.sequences.cpu())
