@@ -43,8 +43,8 @@ class Decoding:
     ) -> Decoding:
         """statistics: to normalise with, of every feature of a row; one that never varies becomes 0."""
         scale = mean = inverse = None
-        if field.steps:
-            rows = np.array(field.steps, np.float32).reshape(-1, *field.shape)
+        if field.scales:
+            rows = np.array(field.scales, np.float32).reshape(-1, *field.shape)
             scale = torch.from_numpy(rows[select(layers, len(rows))] if len(rows) > 1 else rows)
         if statistics is not None:
             mean = torch.tensor(statistics.mean, dtype=torch.float32).reshape(field.shape)

@@ -42,7 +42,7 @@ def describe(root: Path) -> dict[str, Any]:
         "bytes": data.nbytes,
         "kinds": list(schema.kinds),
         "schema": {
-            name: {"dtype": one.dtype + (" with a scale" if one.steps else ""), "shape": list(one.shape)}
+            name: {"dtype": one.dtype + (" with a scale" if one.scales else ""), "shape": list(one.shape)}
             for name, one in types.items()
             if one is not None
         },

@@ -6,12 +6,14 @@ import errno
 import os
 import resource
 import threading
+import weakref
 from collections import OrderedDict
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from dali_pipeline.schema import FormatError
 
+_every: weakref.WeakSet[Recent[Any, Any]] = weakref.WeakSet()
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -20,6 +22,7 @@ class Recent(Generic[K, V]):
     """Values by key up to a budget of cost, the least recently used let go first; the newest always stays. Thread-safe."""
 
     def __init__(self, budget: int) -> None:
+        _every.add(self)
         self._left = budget
         self._kept: OrderedDict[K, tuple[V, int]] = OrderedDict()
         self._lock = threading.Lock()
@@ -44,11 +47,23 @@ class Recent(Generic[K, V]):
                 self._left += self._kept.popitem(last=False)[1][1]
             return value
 
+    def unlock(self) -> None:
+        """In a forked child: a thread that held the lock is not there to give it back."""
+        self._lock = threading.Lock()
+
     def clear(self) -> None:
         """Lets everything go."""
         with self._lock:
             self._left += sum(cost for _, cost in self._kept.values())
             self._kept.clear()
+
+
+def _unlock_all() -> None:
+    for one in _every:
+        one.unlock()
+
+
+os.register_at_fork(after_in_child=_unlock_all)
 
 
 class OpenFile:

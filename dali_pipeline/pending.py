@@ -67,7 +67,7 @@ class Pending:
     ) -> None:
         streamed = schema.sequence if kind == "sequences" else schema.x
         assert streamed is not None
-        self._layers, self._see = streamed.layers, see
+        self._layers, self._see = streamed.layout, see
         self._waiting: list[Array] = []  # records to be stored together, layer by layer
         self._file = ShardFile(
             path,

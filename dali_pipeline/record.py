@@ -180,16 +180,16 @@ def _cast(where: str, name: str, rows: Array, field: Field) -> Array:
     """`rows` in the field's stored type; a value the type cannot hold is an error, never an infinity or a wrapped number."""
     if rows.shape[1:] != field.shape:
         raise DataError(f"{where}, {name} has rows of shape {rows.shape[1:]}; expected {field.shape} as in the schema")
-    if field.layers and len(rows) != field.layers.steps:
-        raise DataError(f"{where}, {name} has {len(rows)} steps; expected {field.layers.steps}, as rows are stored by layer")
-    if rows.dtype == field.storage and field.dtype != BFLOAT16 and not field.steps:
+    if field.layout and len(rows) != field.layout.steps:
+        raise DataError(f"{where}, {name} has {len(rows)} steps; expected {field.layout.steps}, as rows are stored by layer")
+    if rows.dtype == field.storage and field.dtype != BFLOAT16 and not field.scales:
         return rows
-    if field.steps and len(field.steps) not in (1, len(rows)):
-        raise DataError(f"{where}, {name} has {len(rows)} steps; expected {len(field.steps)}, one for each row of the scale")
-    stored, lost = encode(rows, field.dtype, field.steps)
+    if field.scales and len(field.scales) not in (1, len(rows)):
+        raise DataError(f"{where}, {name} has {len(rows)} steps; expected {len(field.scales)}, one for each row of the scale")
+    stored, lost = encode(rows, field.dtype, field.scales)
     if lost:
         raise DataError(
-            f"{where}, {name} holds {rows.dtype} values that {field.dtype}{' with its scale' if field.steps else ''} cannot; "
+            f"{where}, {name} holds {rows.dtype} values that {field.dtype}{' with its scale' if field.scales else ''} cannot; "
             "expected a wider dtype in the schema"
         )
     return stored

@@ -75,12 +75,12 @@ class Field:
         return cls(dtype="int8", shape=limits.shape[1:], scale=scale_for(limits))
 
     @property
-    def steps(self) -> Scale | None:
+    def scales(self) -> Scale | None:
         """The scale, where there is one."""
         return self.scale or None
 
     @property
-    def layers(self) -> ByLayer | None:
+    def layout(self) -> ByLayer | None:
         """How rows are stored, where that is layer by layer."""
         return self.by_layer or None
 
@@ -96,7 +96,7 @@ class Field:
 
     def values(self, rows: Array, first: int = 0) -> Array:
         """Stored rows as numbers; float32 where they are encoded. first: steps of their record before them."""
-        return decode(rows, self.dtype, self.steps, first)
+        return decode(rows, self.dtype, self.scales, first)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ class Schema:
             raise UsageError("a schema needs `sequence`, `x` (node features), or both")
         if self.edge_attr is not None and self.x is None:
             raise UsageError("a schema with `edge_attr` needs `x` (node features)")
-        if any(field is not None and (field.steps or field.layers) for field in (self.x, self.edge_attr)):
+        if any(field is not None and (field.scales or field.layout) for field in (self.x, self.edge_attr)):
             raise UsageError("a scale or by_layer stands at `x` or `edge_attr`; expected them for `sequence` alone")
 
     @property

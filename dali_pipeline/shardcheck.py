@@ -174,8 +174,8 @@ class ShardCheck:
         if strange:
             elements, nan = np.concatenate(strange, axis=1)
             rows = elements // max(1, int(np.prod(layout.shape[1:])))
-            if field is not None and field.layers is not None:
-                rows = field.layers.numbered(rows, layout.shape[0])
+            if field is not None and field.layout is not None:
+                rows = field.layout.numbered(rows, layout.shape[0])
             self._step(self._tell_strange, name, rows, nan)
         if bad_blocks:
             raise self._fail(name, f"{len(bad_blocks)} blocks are damaged, the first at byte {bad_blocks[0]} (wrong hash)")

@@ -70,7 +70,7 @@ class BatchSource:
                 continue
             layout, records = shard.array(name), max(1, shard.records)
             rows = layout.shape[0]
-            by_layer = self._schema.sequence.layers if self._schema.sequence is not None and name == "sequence" else None
+            by_layer = self._schema.sequence.layout if self._schema.sequence is not None and name == "sequence" else None
             if by_layer is not None:
                 width = layout.nbytes // max(1, rows)
                 for a, b in self._selected(by_layer.steps):
@@ -159,12 +159,12 @@ class SequenceSource(BatchSource):
         values = self._room(int(sizes.sum()), field, pairs[0], int(begins[0]))
         for short in np.flatnonzero(lengths < sizes).tolist():
             values[starts[short] + lengths[short] : starts[short] + sizes[short]] = 0
-        if field.layers is not None:  # every row is a read of its own
+        if field.layout is not None:  # every row is a read of its own
             counts = ends - begins
             into = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
             records, at = np.repeat(records, counts), np.repeat(at, counts) + into
             totals = np.array([part.shard.array("sequence").shape[0] for part in found.parts])[found.which[records]]
-            begins = field.layers.stored(np.repeat(begins, counts) + into, totals)
+            begins = field.layout.stored(np.repeat(begins, counts) + into, totals)
             ends = begins + 1
         gather(found, "sequence", records, begins, ends, values, at)
         if self._finite:

@@ -117,13 +117,13 @@ def test_encoded_sets_are_delivered_as_numbers(tmp_path: Path, kind: str, layers
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         seen = 0
         for batch in dp.SequenceLoader(data, batch_size=7, layers=layers, engine=engine, dtype=dtype):
-            stored = [encode(rows[int(one)], field.dtype, field.steps)[0] for one in batch.ids]
-            expected = [torch.from_numpy(decode(one, field.dtype, field.steps)[chosen]) for one in stored]
+            stored = [encode(rows[int(one)], field.dtype, field.scales)[0] for one in batch.ids]
+            expected = [torch.from_numpy(decode(one, field.dtype, field.scales)[chosen]) for one in stored]
             assert torch.equal(batch.sequences, pad_sequence(expected, batch_first=True).to(dtype))
             seen += int(batch.valid.sum())
         assert seen == 40
     assert data.manifest.statistics is not None
-    every = np.concatenate([decode(encode(one, field.dtype, field.steps)[0], field.dtype, field.steps) for one in rows])
+    every = np.concatenate([decode(encode(one, field.dtype, field.scales)[0], field.dtype, field.scales) for one in rows])
     assert np.allclose(data.manifest.statistics.mean, every.mean(axis=0), rtol=1e-4, atol=1e-5)
     assert np.allclose(data.manifest.statistics.std, every.std(axis=0), rtol=1e-4)
     assert verify(data.root).damages == []
@@ -169,7 +169,7 @@ def test_dali_decodes_to_the_bit_as_torch_does(dtype: str, normalize: bool, deli
         rows = [one.clip(0, 200).round() for one in rows]
     scaled = dtype.startswith("int8")
     field = dp.Field.scaled(greatest(rows, by_step="step" in dtype)) if scaled else dp.Field(dtype=dtype, shape=(FEATURES,))
-    stored = [encode(one, field.dtype, field.steps)[0] for one in rows]
+    stored = [encode(one, field.dtype, field.scales)[0] for one in rows]
     rng = np.random.default_rng(1)
     statistics = FeatureStatistics(mean=tuple(rng.normal(size=FEATURES)), std=tuple(rng.random(FEATURES)))
     decoding = Decoding.of(field, None, statistics if normalize else None, delivered, torch.device("cpu"))

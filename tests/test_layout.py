@@ -78,7 +78,7 @@ def test_converted_to_and_fro(pair: tuple[dp.Dataset, dp.Dataset], tmp_path: Pat
     again = convert(pair[1].root, tmp_path / "again", ConvertConfig(**options))
     field = layered.schema.sequence
     assert field is not None
-    assert field.layers == ByLayer(steps=5, records=(1 << 20) // field.row_bytes)
+    assert field.layout == ByLayer(steps=5, records=(1 << 20) // field.row_bytes)
     for other in (layered, again):
         ours, theirs = by_id(other), by_id(plain)
         assert ours.keys() == theirs.keys()

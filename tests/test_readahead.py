@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 import dali_pipeline as dp
 from dali_pipeline import reads, shard
+from dali_pipeline.files import Recent
 from dali_pipeline.order import Order
 from dali_pipeline.plan import EpochPlan
 
@@ -114,3 +116,19 @@ def test_a_system_that_cannot_tell_is_asked_all_the_same(wide: dp.Dataset, monke
     assert max(nbytes for _, _, nbytes, _ in asked) <= 128 << 10
     monkeypatch.delattr(os, "posix_fadvise")
     assert len(list(loader)) == 75
+
+
+def test_a_lock_held_elsewhere_while_the_process_forks_is_free_in_the_child() -> None:
+    kept: Recent[str, int] = Recent(10)
+    with kept._lock:  # as a reading thread may
+        child = os.fork()
+        if not child:
+            kept.put("a", 1)
+            os._exit(kept.get("a") != 1)
+    end = time.monotonic() + 10
+    while not (done := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < end:
+        time.sleep(0.01)
+    if not done[0]:
+        os.kill(child, signal.SIGKILL)
+    assert done[0]
+    assert os.waitstatus_to_exitcode(done[1]) == 0

@@ -65,11 +65,11 @@ def test_int8_and_bfloat16_by_field(tmp_path: Path, ragged: bool) -> None:
     assert contents(one.root) == contents(two.root)
     field = one.schema.sequence
     assert field is not None
-    assert field.steps is not None
-    assert len(field.steps) == (1 if ragged else 5)
+    assert field.scales is not None
+    assert len(field.scales) == (1 if ragged else 5)
     assert one.schema.x == dp.Field(dtype="bfloat16", shape=(4,))
     assert one.schema.edge_attr == SCHEMA.edge_attr
-    before, steps = sequences(data), np.array(field.steps)
+    before, steps = sequences(data), np.array(field.scales)
     for name, values in sequences(one).items():
         assert (np.abs(values - before[name]) <= 0.5001 * steps).all()
         assert np.abs(values - before[name]).max() > 0
@@ -87,9 +87,9 @@ def test_layers_are_chosen_before_the_scale(tmp_path: Path) -> None:
     one = convert(data.root, tmp_path / "one", ConvertConfig(dtype="int8", layers=[1, 2], workers=1))
     field, before = one.schema.sequence, sequences(data)
     assert field is not None
-    assert len(field.steps or ()) == 2
+    assert len(field.scales or ()) == 2
     for name, values in sequences(one).items():
-        assert (np.abs(values - before[name][1:3]) <= 0.5001 * np.array(field.steps)).all()
+        assert (np.abs(values - before[name][1:3]) <= 0.5001 * np.array(field.scales)).all()
 
 
 def test_what_int8_cannot_hold_is_named(tmp_path: Path) -> None:

@@ -48,8 +48,8 @@ def _sequences(data: Dataset, shard: Shard) -> Iterator[Values | Block]:
     field, offsets = data.schema.sequence, shard.read("sequence.offsets")
     assert field is not None
     lengths, begin = np.diff(offsets), 0
-    while field.layers is not None and begin < shard.records:
-        end, steps = min(begin + field.layers.records, shard.records), field.layers.steps
+    while field.layout is not None and begin < shard.records:
+        end, steps = min(begin + field.layout.records, shard.records), field.layout.steps
         stored = shard.read("sequence", begin * steps, end * steps).reshape(steps, end - begin, *field.shape)
         rows = field.values(stored.swapaxes(0, 1).reshape(-1, *field.shape))
         yield Block(rows.reshape(end - begin, steps, *field.shape))
