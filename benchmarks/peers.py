@@ -1,0 +1,101 @@
+"""The peers that our loaders are held against, each in a process of its own that measures when it is asked to.
+
+They run in `.venv-peers` (`make peers`), as their pins clash with ours, or, where that is missing, with our own interpreter,
+which has what some of them need. One that cannot run says why.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PYTHON = ROOT / ".venv-peers" / "bin" / "python"
+START_SECONDS, SAMPLE_SECONDS, END_SECONDS = 600, 300, 10
+
+
+class Peer:
+    """A running peer, or why it is none.
+
+    label: its name, version and number of workers · trials: the samples by which that number was chosen.
+    """
+
+    def __init__(self, theme: str, name: str, records: Path, folder: Path, *, batch_size: int, seconds: float) -> None:
+        folder.mkdir()
+        spec = {"theme": theme, "peer": name, "records": str(records), "folder": str(folder)}
+        # libraries keep caches at home, and two of them would ask a hub
+        home = {"HOME": str(folder.parent), "HF_HUB_OFFLINE": "1", "DISABLE_TELEMETRY": "1"}
+        self._log = folder.with_suffix(".log")
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [
+                    str(PYTHON if PYTHON.exists() else sys.executable),
+                    *("-m", "benchmarks.peer", json.dumps({**spec, "batch_size": batch_size, "seconds": seconds})),
+                ],
+                cwd=ROOT,
+                env={**os.environ, **home},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                bufsize=0,
+                start_new_session=True,  # so that it ends with all its workers
+            )
+        answer = self._answer(START_SECONDS)
+        self.label, self.why = name, answer.get("why")
+        self.trials: dict[int, list[float]] = dict(answer.get("trials", []))
+        if self.trials:
+            best = max(self.trials, key=lambda workers: max(self.trials[workers]))
+            self.label = f"{name} {answer['version']}, workers={best}"
+
+    def sample(self) -> float:
+        """Records a second, now; not a number, and `why`, where it has failed meanwhile."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(b"go\n")
+        answer = self._answer(SAMPLE_SECONDS)
+        self.why = self.why or answer.get("why")
+        return float(answer.get("rate", "nan"))
+
+    def close(self) -> None:
+        """Ends it and its workers."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_SECONDS)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _answer(self, limit_seconds: float) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], limit_seconds)[0]:
+            return {"why": f"no answer in {limit_seconds} seconds"}
+        line = self._process.stdout.readline()
+        if line:
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+        last = self._log.read_text().strip().split("\n")[-1]
+        return {"why": f"it ended with {self._process.wait()}: {last}"[:300]}
+
+
+@contextmanager
+def running(
+    theme: str, names: Iterable[str], records: Path, folder: Path, *, batch_size: int, seconds: float
+) -> Iterator[list[Peer]]:
+    """The peers by name, started one after the other, so that none disturbs another's trials."""
+    with ExitStack() as stack:
+        peers = []
+        for number, name in enumerate(names):
+            where = folder / f"{theme}-peer-{number}"
+            peers.append(Peer(theme, name, records, where, batch_size=batch_size, seconds=seconds))
+            stack.callback(peers[-1].close)
+            print(f"{peers[-1].label}: {peers[-1].why or peers[-1].trials}", flush=True)
+        yield peers
