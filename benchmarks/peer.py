@@ -87,8 +87,8 @@ def main(spec: dict[str, Any]) -> None:
         way: Way = theme.PEERS[spec["peer"]]()
         trials, epochs = measured(way, theme.Records(Path(spec["records"])), spec)
     except Exception as error:  # whatever keeps a peer from running is told in its row
-        reason = f"{type(error).__name__}: {error}".replace(spec["folder"], "its folder")
-        print(json.dumps({"why": " ".join(reason.split())[:300]}), file=answers)
+        last = str(error).strip().split("\n")[-1]  # of a worker's error that is its message, behind a traceback
+        print(json.dumps({"why": f"{type(error).__name__}: {last}"[:300]}), file=answers)
         raise
     print(json.dumps({"version": version(way.package), "trials": list(trials.items())}), file=answers)
     for _ in sys.stdin:

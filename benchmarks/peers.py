@@ -12,10 +12,12 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from benchmarks.harness import Results
 
 ROOT = Path(__file__).parent.parent
 PYTHON = ROOT / ".venv-peers" / "bin" / "python"
@@ -49,7 +51,8 @@ class Peer:
                 start_new_session=True,  # so that it ends with all its workers
             )
         answer = self._answer(START_SECONDS)
-        self.label, self.why = name, answer.get("why")
+        self.name = self.label = name
+        self.why: str | None = answer.get("why")
         self.trials: dict[int, list[float]] = dict(answer.get("trials", []))
         if self.trials:
             best = max(self.trials, key=lambda workers: max(self.trials[workers]))
@@ -58,10 +61,12 @@ class Peer:
     def sample(self) -> float:
         """Records a second, now; not a number, and `why`, where it has failed meanwhile."""
         assert self._process.stdin is not None
+        if self.why:
+            return float("nan")
         with suppress(BrokenPipeError):
             self._process.stdin.write(b"go\n")
         answer = self._answer(SAMPLE_SECONDS)
-        self.why = self.why or answer.get("why")
+        self.why = answer.get("why")
         return float(answer.get("rate", "nan"))
 
     def close(self) -> None:
@@ -99,3 +104,27 @@ def running(
             stack.callback(peers[-1].close)
             print(f"{peers[-1].label}: {peers[-1].why or peers[-1].trials}", flush=True)
         yield peers
+
+
+def report(
+    results: Results,
+    scenario: str,
+    rates: dict[str, list[float]],
+    peers: list[Peer],
+    limit: Callable[[str], str],
+    ours: list[str],
+) -> None:
+    """A row for every way against its limit, for the peers' trials, and for ours against each peer, or why it cannot run."""
+    failed = {peer.label for peer in peers if peer.why}
+    for name in (each for each in rates if each not in failed):
+        reference = limit(name)
+        against = ("", None) if reference == name else (reference, rates[reference])
+        results.add(scenario, name, "records/s", rates[name], *against)
+    for peer in peers:
+        for workers, samples in peer.trials.items():
+            results.add(scenario, f"{peer.name}, trial, workers={workers}", "records/s", samples)
+        if peer.why:
+            results.missing(scenario, peer.label, peer.why)
+            continue
+        for name in ours:
+            results.add(scenario, name, "records/s", rates[name], peer.label, rates[peer.label])

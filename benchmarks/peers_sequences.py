@@ -82,7 +82,8 @@ class WebDataset(Way):
     def write(self, folder: Path, records: Records) -> None:
         import webdataset
 
-        with webdataset.ShardWriter(str(folder / "%06d.tar"), maxsize=SHARD_BYTES, verbose=0) as writer:
+        size = min(SHARD_BYTES, records.values.nbytes // 8)  # a worker without a shard is an error
+        with webdataset.ShardWriter(str(folder / "%06d.tar"), maxsize=size, verbose=0) as writer:
             for record in records:
                 writer.write({"__key__": f"{record['id']:08}", "npy": record["sequence"], "cls": record["label"]})
 
