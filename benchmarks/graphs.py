@@ -21,7 +21,7 @@ import typer
 import dali_pipeline as dp
 from benchmarks.harness import Results, alternately, rate
 from benchmarks.peers import report, running
-from benchmarks.peers_graphs import PEERS, Records, write_graphs
+from benchmarks.peers_graphs import IN_MEMORY, PEERS, Records, write_graphs
 from dali_pipeline.cli import CONTEXT, run
 
 LIMIT = "slice and concatenate"
@@ -117,7 +117,7 @@ def main(
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         where = Path(scratch)
         molecules = made(where / "arrays", 20 * records, 1, 26, 9, 56, weighted=False)
-        compare(results, "molecules, 256 a batch", where, molecules, names[1:2], batch_size=256, **options)
+        compare(results, "molecules, 256 a batch", where, molecules, [IN_MEMORY] if peers else [], batch_size=256, **options)
 
 
 if __name__ == "__main__":

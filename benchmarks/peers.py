@@ -72,12 +72,14 @@ class Peer:
     def close(self) -> None:
         """Ends it and its workers."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        assert self._process.stdout is not None
+        self._process.stdin.close()  # which it takes as its end
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(END_SECONDS)
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self._process.stdout.close()
 
     def _answer(self, limit_seconds: float) -> dict[str, Any]:
         assert self._process.stdout is not None

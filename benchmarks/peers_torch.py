@@ -37,7 +37,7 @@ class Records:
         """The ids of a batch, once it is known to hold what was written."""
         sequences, ids = batch["sequence"], [int(one) for one in batch["id"]]
         if not isinstance(sequences, torch.Tensor) or sequences.dtype != torch.float16:
-            raise TypeError(f"sequences came as {type(sequences).__name__}, expected a float16 tensor")
+            raise TypeError(f"sequences came as {getattr(sequences, 'dtype', type(sequences))}; expected a float16 tensor")
         if not np.array_equal(sequences.numpy(), self.values[ids]):
             raise ValueError(f"records {ids[:3]}… came with other values than were written")
         if [int(one) for one in batch["label"]] != [one % 2 for one in ids]:
