@@ -65,8 +65,8 @@ def sample(epochs: Epochs, seconds: float) -> float:
     return rate(lambda: sum(len(batch["label"]) for batch in epochs()), seconds)
 
 
-def measured(way: Way, records: Records, spec: dict[str, Any]) -> tuple[dict[int, list[float]], Epochs]:
-    """Samples of every number of workers, and the loader with the best."""
+def measured(way: Way, records: Records, spec: dict[str, Any]) -> tuple[dict[int, list[float]], int, Epochs]:
+    """Samples of every number of workers, the best number, and a loader with it."""
     folder, trials = Path(spec["folder"]), {}
     way.write(folder, records)
     os.sync()
@@ -75,7 +75,7 @@ def measured(way: Way, records: Records, spec: dict[str, Any]) -> tuple[dict[int
         trials[workers] = [sample(epochs, spec["seconds"]) for _ in range(TRIALS)]
         del epochs  # ends its workers
     best = max(trials, key=lambda workers: max(trials[workers]))
-    return trials, opened(way, records, folder, spec["batch_size"], best)
+    return trials, best, opened(way, records, folder, spec["batch_size"], best)
 
 
 def main(spec: dict[str, Any]) -> None:
@@ -85,12 +85,12 @@ def main(spec: dict[str, Any]) -> None:
     try:
         theme = importlib.import_module(f"benchmarks.peers_{spec['theme']}")
         way: Way = theme.PEERS[spec["peer"]]()
-        trials, epochs = measured(way, theme.Records(Path(spec["records"])), spec)
+        trials, best, epochs = measured(way, theme.Records(Path(spec["records"])), spec)
     except Exception as error:  # whatever keeps a peer from running is told in its row
         last = str(error).strip().split("\n")[-1]  # of a worker's error that is its message, behind a traceback
         print(json.dumps({"why": f"{type(error).__name__}: {last}"[:300]}), file=answers)
         raise
-    print(json.dumps({"version": version(way.package), "trials": list(trials.items())}), file=answers)
+    print(json.dumps({"version": version(way.package), "workers": best, "trials": list(trials.items())}), file=answers)
     for _ in sys.stdin:
         print(json.dumps({"rate": sample(epochs, spec["seconds"])}), file=answers)
 

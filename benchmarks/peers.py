@@ -27,7 +27,7 @@ START_SECONDS, SAMPLE_SECONDS, END_SECONDS = 600, 300, 10
 class Peer:
     """A running peer, or why it is none.
 
-    label: its name, version and number of workers · trials: the samples by which that number was chosen.
+    label: its name, version and number of workers · trials: the samples by which that number was chosen. Both once it is ready.
     """
 
     def __init__(self, theme: str, name: str, records: Path, folder: Path, *, batch_size: int, seconds: float) -> None:
@@ -50,13 +50,16 @@ class Peer:
                 bufsize=0,
                 start_new_session=True,  # so that it ends with all its workers
             )
-        answer = self._answer(START_SECONDS)
         self.name = self.label = name
-        self.why: str | None = answer.get("why")
-        self.trials: dict[int, list[float]] = dict(answer.get("trials", []))
+        self.why: str | None = None
+        self.trials: dict[int, list[float]] = {}
+
+    def await_ready(self) -> None:
+        """Until it has written, checked and tried."""
+        answer = self._answer(START_SECONDS)
+        self.why, self.trials = answer.get("why"), dict(answer.get("trials", []))
         if self.trials:
-            best = max(self.trials, key=lambda workers: max(self.trials[workers]))
-            self.label = f"{name} {answer['version']}, workers={best}"
+            self.label = f"{self.name} {answer['version']}, workers={answer['workers']}"
 
     def sample(self) -> float:
         """Records a second, now; not a number, and `why`, where it has failed meanwhile."""
@@ -99,12 +102,14 @@ def running(
 ) -> Iterator[list[Peer]]:
     """The peers by name, started one after the other, so that none disturbs another's trials."""
     with ExitStack() as stack:
-        peers = []
+        peers: list[Peer] = []
         for number, name in enumerate(names):
             where = folder / f"{theme}-peer-{number}"
-            peers.append(Peer(theme, name, records, where, batch_size=batch_size, seconds=seconds))
-            stack.callback(peers[-1].close)
-            print(f"{peers[-1].label}: {peers[-1].why or peers[-1].trials}", flush=True)
+            peer = Peer(theme, name, records, where, batch_size=batch_size, seconds=seconds)
+            stack.callback(peer.close)
+            peer.await_ready()
+            print(f"{peer.label}: {peer.why or 'ready'}", flush=True)
+            peers.append(peer)
         yield peers
 
 

@@ -105,15 +105,14 @@ class MappedRecords(Dataset[Batch]):
     """Map-style."""
 
     def __init__(self, folder: Path) -> None:
-        self._values = np.load(folder / "values.npy", mmap_mode="r")
+        self._values = np.load(folder / "values.npy", mmap_mode="c")  # as torch warns of what it may not write to
 
     def __len__(self) -> int:
         return len(self._values)
 
     def __getitem__(self, number: Any) -> Batch:
         """A record, or with a list of numbers a batch."""
-        label = np.asarray(number) % 2
-        return {"sequence": torch.from_numpy(np.array(self._values[number])), "label": label, "id": number}
+        return {"sequence": torch.from_numpy(self._values[number]), "label": np.asarray(number) % 2, "id": number}
 
 
 class MemoryMapBatches(MemoryMap):

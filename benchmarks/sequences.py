@@ -121,10 +121,10 @@ def long_records(
                 ways[f"{engine} engine, {str(dtype)[6:]}, workers={workers}"] = partial(epoch, loader)
     timed: dict[str, Callable[[], float]] = {name: partial(rate, way, seconds) for name, way in ways.items()}
     rates = alternately(timed | {peer.label: peer.sample for peer in peers if not peer.why}, repeats)
-    halves = {engine: [name for name in ways if name.startswith(f"{engine} engine, float16")] for engine in get_args(Engine)}
-    best = [max(names, key=lambda name: statistics.median(rates[name])) for names in halves.values()]
+    stored = {engine: [name for name in ways if name.startswith(f"{engine} engine, float16")] for engine in get_args(Engine)}
+    best = [max(names, key=lambda name: statistics.median(rates[name])) for names in stored.values()]
     report(results, scenario, rates, peers, lambda name: CAST if "float32" in name else "gather", best)
-    for name in halves["dali"]:
+    for name in stored["dali"]:
         results.add(scenario, name, "records/s", rates[name], CONSTANT, rates[CONSTANT])
 
 

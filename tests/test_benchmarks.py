@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,11 @@ def test_every_peer_has_its_rows(sequences: Any, tmp_path: Path, monkeypatch: py
     ) as found:
         ways = {limit: lambda: 2.0, ours: lambda: 1.0} | {peer.label: peer.sample for peer in found if not peer.why}
         rates = harness.alternately(ways, 2)
+        peers.report(harness.Results("peers", ["torch"]), "tiny", rates, found, lambda _: limit, [ours])
+        found[0]._process.kill()
+        assert math.isnan(found[0].sample())
+        assert str(found[0].why).startswith("it ended with -9")
     assert not [peer for peer in found if peer._process.poll() is None]
-    peers.report(harness.Results("peers", ["torch"]), "tiny", rates, found, lambda _: limit, [ours])
     with (tmp_path / "results" / "peers.csv").open() as file:
         rows = list(csv.DictReader(file))
     pt = found[0].label
