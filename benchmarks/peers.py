@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.harness import Results
 
 ROOT = Path(__file__).parent.parent
-PYTHON = ROOT / ".venv-peers" / "bin" / "python"
+READY = ROOT / ".venv-peers" / ".ready"  # which make writes last
 START_SECONDS, SAMPLE_SECONDS, END_SECONDS = 600, 300, 10
 
 
@@ -39,7 +39,7 @@ class Peer:
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 [
-                    str(PYTHON if PYTHON.exists() else sys.executable),
+                    str(READY.parent / "bin" / "python" if READY.exists() else sys.executable),
                     *("-m", "benchmarks.peer", json.dumps({**spec, "batch_size": batch_size, "seconds": seconds})),
                 ],
                 cwd=ROOT,
@@ -90,7 +90,7 @@ class Peer:
             return {"why": f"no answer in {limit_seconds} seconds"}
         line = self._process.stdout.readline()
         if line:
-            answer: dict[str, Any] = json.loads(line)
+            answer: dict[str, Any] = json.loads(line.replace(f"{ROOT}/".encode(), b""))  # rows name no folder of a machine
             return answer
         last = self._log.read_text().strip().split("\n")[-1]
         return {"why": f"it ended with {self._process.wait()}: {last}"[:300]}

@@ -80,7 +80,7 @@ def test_what_a_peer_gets_wrong_is_found(sequences: Any, tmp_path: Path, alter: 
 
 def test_every_peer_has_its_rows(sequences: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(peers, "PYTHON", tmp_path / "none")  # so ours, which has torch and no other library
+    monkeypatch.setattr(peers, "READY", tmp_path / "none")  # so ours, which has torch and no other library
     ours, limit = "ours", "limit"
     with peers.running(
         "sequences", [".pt IterableDataset", "LitData"], tmp_path, tmp_path, batch_size=BATCH, seconds=0
