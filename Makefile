@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test check results help
+.PHONY: train test check results peers help
 
 help:                ## what there is
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -23,6 +23,13 @@ check: $(READY)      ## lint and types alone
 results: $(READY)    ## the README's table: three seeds of every detector, and the linear probe beside them
 	$(BIN)/python train.py --seeds 3
 	$(BIN)/python benchmarks/probe.py data/sciq
+
+peers: .venv-peers/.ready  ## set-up of what the benchmarks compare with, in .venv-peers
+
+.venv-peers/.ready: benchmarks/requirements-peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check -r benchmarks/requirements-peers.txt
+	@touch $@
 
 $(READY): requirements.txt requirements-dev.txt requirements-demo.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; name another with make PYTHON=python3 (3.11 or newer)"; exit 2; }

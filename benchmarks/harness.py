@@ -10,7 +10,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +21,7 @@ import psutil
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
     "scenario", "measured", "unit", "median", "lowest", "highest", "repeats", "reference", "reference_median", "ratio",
-    "machine", "versions", "command", "date",
+    "why", "machine", "versions", "commit", "command", "date",
 )  # fmt: skip
 
 
@@ -29,6 +30,24 @@ def seconds(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
+
+
+def rate(epoch: Callable[[], int], least_seconds: float) -> float:
+    """Records a second of whole epochs, as many as take so long; an epoch returns its records."""
+    records, started = 0, time.perf_counter()
+    while (passed := time.perf_counter() - started) < least_seconds or not records:
+        records += epoch()
+    return records / passed
+
+
+def alternately(ways: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """What every way measures, `repeats` times in turn, as the machine wanders, after one turn that is not counted."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(repeats + 1):
+        for name, way in ways.items():
+            measured = way()
+            found[name] += [measured] if turn else []
+    return found
 
 
 def evict(paths: Iterable[Path]) -> None:
@@ -71,6 +90,7 @@ class Results:
         self._common = {
             "machine": f"{len(os.sched_getaffinity(0))} cores of {model}, {memory:.0f} GiB, no GPU",
             "versions": ", ".join([f"Python {platform.python_version()}", *(f"{one} {version(one)}" for one in packages)]),
+            "commit": _commit(),
             "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
             "date": date.today().isoformat(),
         }
@@ -104,8 +124,25 @@ class Results:
         )
         against_text = f", {ratio} of {reference} ({other:.4g})" if other is not None else ""
         print(f"{scenario}: {measured} {median:.4g} {unit} ({min(values):.4g} to {max(values):.4g}){against_text}", flush=True)
-        RESULTS.mkdir(exist_ok=True)
+        self._write()
+
+    def missing(self, scenario: str, measured: str, why: str) -> None:
+        """A row for what could not be measured."""
+        self._rows.append({"scenario": scenario, "measured": measured, "why": why, **self._common})
+        print(f"{scenario}: {measured} cannot run: {why}", flush=True)
+        self._write()
+
+    def _write(self) -> None:
+        self._path.parent.mkdir(exist_ok=True)
         with self._path.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(self._rows)
+
+
+def _commit() -> str:
+    """Of the checkout, and whether anything was changed since; nothing where this is no checkout."""
+    with suppress(FileNotFoundError):
+        command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return ""

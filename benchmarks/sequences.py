@@ -1,53 +1,37 @@
 """How fast sequences come, beside what the machine allows: `python -m benchmarks.sequences`, some minutes on 2 cores.
 
 Warm page cache, shuffled, the loader alone; records `[33, 1024]` float16 by 32 and `[30, 64]` by 256. Every repeat runs all
-ways one after the other, each over the whole set, after one epoch that is not counted (it checks the hashes). The limits: numpy
-copying the same rows from memory into fresh batch arrays; the same and torch's cast to float32; DALI passing one constant array
-through. The `.pt` way: a torch `IterableDataset` that loads files of 250 records, shuffles through a deque of 250, and is
-batched by torch's `DataLoader`.
+ways one after the other, each over the whole set for a second or more, after a turn that is not counted (it checks the hashes).
+The limits: numpy copying the same rows from memory into fresh batch arrays; the same and torch's cast to float32; DALI passing
+one constant array through. The peers (benchmarks/peers_sequences.py), each at the number of workers that was fastest in its
+trials, are held against each engine at its fastest float16.
 """
 
 from __future__ import annotations
 
-import random
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import numpy as np
 import torch
 import typer
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 import dali_pipeline as dp
-from benchmarks.harness import Results
+from benchmarks.harness import Results, alternately, rate
+from benchmarks.peers import Peer, report, running
+from benchmarks.peers_sequences import PEERS
+from benchmarks.peers_torch import write_values
 from dali_pipeline.cli import CONTEXT, run
 from dali_pipeline.decoding import sequence_graph
 from dali_pipeline.sequences import STRETCH_BYTES, Engine
 
-FILE_RECORDS = DEQUE_RECORDS = 250
+CAST, CONSTANT = "gather and cast", "DALI, a constant batch"
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT)
-
-
-class PtFiles(IterableDataset[Any]):
-    """The `.pt` way."""
-
-    def __init__(self, files: list[Path]) -> None:
-        self._files = files
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
-        info, rng, held = get_worker_info(), random.Random(0), []
-        for file in self._files[info.id :: info.num_workers] if info else self._files:
-            for record in torch.load(file, weights_only=True):
-                held.append(record)
-                if len(held) > DEQUE_RECORDS:
-                    yield held.pop(rng.randrange(len(held)))
-        rng.shuffle(held)
-        yield from held
 
 
 def made(folder: Path, count: int, shape: tuple[int, int]) -> tuple[dp.Dataset, np.ndarray[Any, Any]]:
@@ -60,9 +44,9 @@ def made(folder: Path, count: int, shape: tuple[int, int]) -> tuple[dp.Dataset, 
     return dp.open_dataset(folder), values
 
 
-def epoch(loader: Any) -> Callable[[], int]:
-    """One epoch of a loader; returns its records."""
-    return lambda: sum(len(batch) if isinstance(batch, dp.SequenceBatch) else len(batch[0]) for batch in loader)
+def epoch(loader: dp.SequenceLoader) -> int:
+    """One epoch; returns its records."""
+    return sum(len(batch) for batch in loader)
 
 
 def gather(values: np.ndarray[Any, Any], batch_size: int, *, cast: bool) -> int:
@@ -98,63 +82,51 @@ def through_dali(values: np.ndarray[Any, Any], count: int) -> int:
 def main(
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     records: Annotated[int, typer.Option(help="Of [33, 1024]; eight times as many of [30, 64].")] = 8000,
+    seconds: Annotated[float, typer.Option(help="The least that a sample takes.")] = 1.0,
+    peers: Annotated[bool, typer.Option(help="Measure them too; `make peers` installs them.")] = True,
     folder: Annotated[Path | None, typer.Option(help="Where the sets are made, and removed again.", show_default=False)] = None,
 ) -> None:
     """Measure every way in turn; write results/sequences.csv."""
     results = Results("sequences", ["torch", "numpy", "nvidia-dali-cuda120"])
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        data, values = made(Path(scratch) / "long", records, (33, 1024))
-        files = []
-        for begin in range(0, min(records, 2000), FILE_RECORDS):
-            files.append(Path(scratch) / f"{begin}.pt")
-            torch.save([(torch.from_numpy(each.copy()), 0) for each in values[begin : begin + FILE_RECORDS]], files[-1])
-        ways: dict[str, Callable[[], int]] = {
-            "gather": lambda: gather(values, 32, cast=False),
-            "gather and cast": lambda: gather(values, 32, cast=True),
-            "DALI, a constant batch": lambda: through_dali(values[: STRETCH_BYTES // values[0].nbytes // 32 * 32], len(values)),
-        }
-        for engine in get_args(Engine):
-            for dtype in (torch.float16, torch.float32):
-                for workers in (0, 1, 2):
-                    loader = dp.SequenceLoader(data, tail="drop", engine=engine, dtype=dtype, workers=workers)
-                    ways[f"{engine} engine, {str(dtype)[6:]}, workers={workers}"] = epoch(loader)
-        for workers in (0, 2, 4):
-            ways[f".pt IterableDataset, workers={workers}"] = epoch(DataLoader(PtFiles(files), 32, num_workers=workers))
-        report(results, "[33, 1024] float16, batch 32", measured(ways, repeats), "gather")
+        where = Path(scratch)
+        data, values = made(where / "long", records, (33, 1024))
+        write_values(where, values)
+        names = list(PEERS) if peers else []
+        with running("sequences", names, where, where, batch_size=32, seconds=seconds) as found:
+            long_records(results, data, values, found, repeats, seconds)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
         data, values = made(Path(scratch) / "short", 8 * records, (30, 64))
-        ways = {"gather": lambda: gather(values, 256, cast=False)}
+        ways = {"gather": partial(gather, values, 256, cast=False)}
         for engine in get_args(Engine):
             loader = dp.SequenceLoader(data, batch_size=256, tail="drop", engine=engine, dtype=torch.float16)
-            ways[f"{engine} engine, float16"] = epoch(loader)
-        report(results, "[30, 64] float16, batch 256", measured(ways, repeats), "gather")
+            ways[f"{engine} engine, float16"] = partial(epoch, loader)
+        rates = alternately({name: partial(rate, way, seconds) for name, way in ways.items()}, repeats)
+        report(results, "[30, 64] float16, batch 256", rates, [], lambda _: "gather", [])
 
 
-def measured(ways: dict[str, Callable[[], int]], repeats: int) -> dict[str, list[float]]:
-    """Records a second of every way, `repeats` times in turn, after one time that is not counted."""
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for repeat in range(repeats + 1):
-        for name, way in ways.items():
-            begun = time.perf_counter()
-            rate = way() / (time.perf_counter() - begun)
-            rates[name] += [rate] if repeat else []
-    return rates
-
-
-def report(results: Results, scenario: str, rates: dict[str, list[float]], reference: str) -> None:
-    """A row for every way, held against the reference and, for our engines, the best of the `.pt` ways too."""
-    for name, values in rates.items():
-        against = "gather and cast" if "float32" in name else reference
-        results.add(
-            scenario, name, "records/s", values, against if name != against else "", rates[against] if name != against else None
-        )
-    pt = [name for name in rates if name.startswith(".pt")]
-    if pt:
-        best = max(pt, key=lambda name: statistics.median(rates[name]))
-        for name in (each for each in rates if "engine" in each):
-            results.add(scenario, name, "records/s", rates[name], best, rates[best])
-    constant = rates.get("DALI, a constant batch")
-    for name in (each for each in rates if constant and each.startswith("dali engine, float16")):
-        results.add(scenario, name, "records/s", rates[name], "DALI, a constant batch", constant)
+def long_records(
+    results: Results, data: dp.Dataset, values: np.ndarray[Any, Any], peers: list[Peer], repeats: int, seconds: float
+) -> None:
+    """The limits, both engines and the peers in turn."""
+    scenario = "[33, 1024] float16, batch 32"
+    ways = {
+        "gather": partial(gather, values, 32, cast=False),
+        CAST: partial(gather, values, 32, cast=True),
+        CONSTANT: partial(through_dali, values[: STRETCH_BYTES // values[0].nbytes // 32 * 32], len(values)),
+    }
+    for engine in get_args(Engine):
+        for dtype in (torch.float16, torch.float32):
+            for workers in (0, 1, 2):
+                loader = dp.SequenceLoader(data, tail="drop", engine=engine, dtype=dtype, workers=workers)
+                ways[f"{engine} engine, {str(dtype)[6:]}, workers={workers}"] = partial(epoch, loader)
+    timed: dict[str, Callable[[], float]] = {name: partial(rate, way, seconds) for name, way in ways.items()}
+    rates = alternately(timed | {peer.label: peer.sample for peer in peers if not peer.why}, repeats)
+    stored = {engine: [name for name in ways if name.startswith(f"{engine} engine, float16")] for engine in get_args(Engine)}
+    best = [max(names, key=lambda name: statistics.median(rates[name])) for names in stored.values()]
+    report(results, scenario, rates, peers, lambda name: CAST if "float32" in name else "gather", best)
+    for name in stored["dali"]:
+        results.add(scenario, name, "records/s", rates[name], CONSTANT, rates[CONSTANT])
 
 
 if __name__ == "__main__":

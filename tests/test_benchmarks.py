@@ -1,0 +1,114 @@
+"""Peers of the benchmarks: every one has its row, and none counts that brings other records than were written."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import graphs, harness, peers, peers_graphs, peers_torch
+from benchmarks.peer import Batch, Epochs, Way, opened
+
+COUNT, BATCH = 300, 32  # more than the deques hold
+PLAIN = [peers_torch.PtFiles, peers_torch.MemoryMap, peers_torch.MemoryMapBatches]
+WAYS = list(peers_graphs.PEERS.values())
+
+
+@pytest.fixture
+def sequences(tmp_path: Path) -> peers_torch.Records:
+    values = np.random.default_rng(0).standard_normal((COUNT, 3, 4), np.float32).astype(np.float16)
+    peers_torch.write_values(tmp_path, values)
+    return peers_torch.Records(tmp_path)
+
+
+def ids(epochs: Epochs) -> list[int]:
+    return [int(one) for batch in epochs() for one in batch["id"]]
+
+
+@pytest.mark.parametrize("way", PLAIN)
+def test_sequences_once_an_epoch_in_new_order(sequences: peers_torch.Records, tmp_path: Path, way: type[Way]) -> None:
+    check_way(way(), sequences, tmp_path / "peer")
+
+
+@pytest.mark.parametrize(("way", "weighted"), [*((way, True) for way in WAYS), (WAYS[1], False)])
+def test_graphs_once_an_epoch_in_new_order(tmp_path: Path, way: type[Way], weighted: bool) -> None:
+    check_way(way(), graphs.made(tmp_path / "arrays", COUNT, 2, 6, 3, 9, weighted=weighted), tmp_path / "peer")
+
+
+def check_way(way: Way, records: Any, folder: Path) -> None:
+    folder.mkdir()
+    way.write(folder, records)
+    epochs = opened(way, records, folder, BATCH, 0)
+    one, other = ids(epochs), ids(epochs)
+    assert sorted(one) == sorted(other) == list(range(COUNT))
+    assert one != other != sorted(other)
+
+
+class Altered(peers_torch.MemoryMap):
+    """A peer whose batches are tampered with."""
+
+    def __init__(self, alter: Callable[[dict[str, Any]], Batch | None]) -> None:
+        self._alter = alter
+
+    def loader(self, folder: Path, batch_size: int, workers: int) -> Epochs:
+        epochs = super().loader(folder, batch_size, workers)
+        return lambda: (altered for batch in epochs() if (altered := self._alter(dict(batch))) is not None)
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (lambda batch: batch if 7 not in batch["id"] else None, "records 32 did not come, 0 came more than once"),
+        (lambda batch: batch | {"id": batch["id"] * 0}, "came with other values"),
+        (lambda batch: batch | {"sequence": batch["sequence"] * 0}, "came with other values"),
+        (lambda batch: batch | {"sequence": batch["sequence"].float()}, "came as torch.float32"),
+        (lambda batch: batch | {"label": 1 - batch["label"]}, "came with other labels"),
+    ],
+)
+def test_what_a_peer_gets_wrong_is_found(sequences: Any, tmp_path: Path, alter: Any, message: str) -> None:
+    way = Altered(alter)
+    (tmp_path / "peer").mkdir()
+    way.write(tmp_path / "peer", sequences)
+    with pytest.raises((ValueError, TypeError), match=message):
+        opened(way, sequences, tmp_path / "peer", BATCH, 0)
+
+
+def test_every_peer_has_its_rows(sequences: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(peers, "READY", tmp_path / "none")  # so ours, which has torch and no other library
+    ours, limit = "ours", "limit"
+    with peers.running(
+        "sequences", [".pt IterableDataset", "LitData"], tmp_path, tmp_path, batch_size=BATCH, seconds=0
+    ) as found:
+        ways = {limit: lambda: 2.0, ours: lambda: 1.0} | {peer.label: peer.sample for peer in found if not peer.why}
+        rates = harness.alternately(ways, 2)
+        peers.report(harness.Results("peers", ["torch"]), "tiny", rates, found, lambda _: limit, [ours])
+        found[0]._process.kill()
+        assert math.isnan(found[0].sample())
+        assert str(found[0].why).startswith("it ended with -9")
+    assert not [peer for peer in found if peer._process.poll() is None]
+    with (tmp_path / "results" / "peers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    pt = found[0].label
+    assert pt.startswith(".pt IterableDataset 2.")
+    trials = [f".pt IterableDataset, trial, workers={workers}" for workers in (0, 2, 4)]
+    assert [(row["measured"], row["reference"]) for row in rows] == [
+        (limit, ""),
+        (ours, limit),
+        (pt, limit),
+        *((trial, "") for trial in trials),
+        (ours, pt),
+        ("LitData", ""),
+    ]
+    for row in rows[:-1]:
+        assert float(row["median"]) > 0
+        assert int(row["repeats"]) == 2
+        assert not row["reference"] or float(row["ratio"]) >= 0
+        assert all(row[name] for name in ("machine", "versions", "command", "date"))
+    assert rows[-1]["why"] == "ModuleNotFoundError: No module named 'litdata'"
+    assert not rows[-1]["median"]
