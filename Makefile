@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test check results peers help
+.PHONY: train test check results bench plots peers help
 
 help:                ## what there is
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -23,6 +23,15 @@ check: $(READY)      ## lint and types alone
 results: $(READY)    ## the README's table: three seeds of every detector, and the linear probe beside them
 	$(BIN)/python train.py --seeds 3
 	$(BIN)/python benchmarks/probe.py data/sciq
+
+bench: $(READY) $(if $(QUICK),,.venv-peers/.ready)  ## speed and memory beside the limits and the peers, into benchmarks/results; QUICK=1 without peers
+	$(BIN)/python -m benchmarks.sequences $(if $(QUICK),--repeats 2 --records 4000 --seconds 0.5 --no-peers)
+	$(BIN)/python -m benchmarks.graphs $(if $(QUICK),--repeats 2 --records 300 --seconds 0.5 --no-peers)
+	$(if $(QUICK),,$(BIN)/python -m benchmarks.scale)
+	$(BIN)/python -m benchmarks.plot
+
+plots: $(READY)      ## docs/speed.png from benchmarks/results
+	$(BIN)/python -m benchmarks.plot
 
 peers: .venv-peers/.ready  ## set-up of what the benchmarks compare with, in .venv-peers
 
