@@ -97,11 +97,11 @@ class GraphLoader(Loader[GraphBatch]):
         workers: Workers = "auto",
         tail: Tail = "pad",
         on_error: OnError = "raise",
-        on_nan: OnNan = "keep",
         rank: int | None = None,
         world_size: int | None = None,
         balance: Literal["label"] | None = None,
         weights: Mapping[str, float] | None = None,
+        on_nan: OnNan = "keep",
     ) -> None:
         super().__init__(
             data,

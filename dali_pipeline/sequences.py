@@ -105,13 +105,13 @@ class SequenceLoader(Loader[SequenceBatch]):
         tail: Tail = "pad",
         engine: Engine = "dali",
         on_error: OnError = "raise",
-        on_nan: OnNan = "keep",
-        normalize: bool = False,
-        bucket_by_length: bool = False,
         rank: int | None = None,
         world_size: int | None = None,
         balance: Literal["label"] | None = None,
         weights: Mapping[str, float] | None = None,
+        on_nan: OnNan = "keep",
+        normalize: bool = False,
+        bucket_by_length: bool = False,
     ) -> None:
         if engine not in get_args(Engine):
             raise UsageError(f"engine is {engine!r}; expected 'dali' or 'torch'")
