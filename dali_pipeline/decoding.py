@@ -64,11 +64,13 @@ class Decoding:
             values = values.view(torch.bfloat16)
         if self.scale is None and self.mean is None:
             return values.to(self.dtype)
-        values = values.to(torch.float64 if values.dtype == torch.float64 else torch.float32)
+        stored, values = values, values.to(torch.float64 if values.dtype == torch.float64 else torch.float32)
+        if values is stored:  # the next steps write to it
+            values = stored.clone()
         if self.scale is not None:
-            values = values * self.scale
+            values.mul_(self.scale)
         if self.mean is not None and self.inverse is not None:
-            values = (values - self.mean).mul_(self.inverse)
+            values.sub_(self.mean).mul_(self.inverse)
             for short in np.flatnonzero(lengths < values.shape[1]).tolist():
                 values[short, int(lengths[short]) :] = 0
         return values.to(self.dtype)
