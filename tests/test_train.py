@@ -21,21 +21,24 @@ from test_convert import make_folder
 
 import dali_pipeline as dp
 import train as train_module
+import training.prepare as prepare_module
 from dali_pipeline.cli import run
 from dali_pipeline.source import parse_layers
-from training.config import MODELS, TrainConfig
+from training.config import METRICS, MODELS, TrainConfig
 from training.interrupt import Interrupted, Interrupts
 from training.metrics import Predictions, area_under_roc, best_threshold, measure
-from training.trainer import Trainer
+from training.processes import Processes
+from training.trainer import Conduct, Trainer
 
 ROOT = Path(train_module.__file__).parent
+ALONE = Processes(dp.World())
 
 
 @pytest.fixture(autouse=True)
 def _restored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Signal handlers as they were, and `runs/` in the test's own folder."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    monkeypatch.setattr(train_module, "RUNS_FOLDER", tmp_path / "runs")
+    monkeypatch.setattr(prepare_module, "RUNS_FOLDER", tmp_path / "runs")
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -69,7 +72,7 @@ def test_a_folder_of_pt_files_is_converted_once_and_trained_on(
     metrics = json.loads((folder / "metrics.json").read_text())
     assert list(metrics) == list(MODELS)
     for result in metrics.values():
-        assert {"auroc", "f1", "precision", "recall", "accuracy"} == set(result["test"])
+        assert set(METRICS) == set(result["test"]) == set(result["test_interval"])
         assert all(0 <= value <= 1 for value in result["test"].values())
     assert [(row["model"], row["epoch"]) for row in history(folder)] == [
         (name, str(epoch)) for name in MODELS for epoch in range(2)
@@ -134,14 +137,14 @@ def test_interrupted_at_any_step_the_curve_is_the_same(make: Callable[..., dp.Da
         folder.mkdir()
         done = 0
 
-        def on_step(step: int, steps: int, loss: float) -> None:
+        def on_step(step: int, share: torch.Tensor) -> None:
             nonlocal done
             done += 1
             if done in stops:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         while True:
-            trainer = Trainer(model, data, config, folder, "cpu", Interrupts())
+            trainer = Trainer(model, data, config, folder, Conduct(device="cpu"), Interrupts(ALONE), ALONE)
             if trainer.last_path.exists():
                 trainer.restore(trainer.last_path)
             try:
@@ -221,7 +224,7 @@ def test_resume_takes_a_path_and_never_begins_anew(
         (tmp_path / "one" / "lstm-best.pt", (), "holds no best, so nothing can go on from it; expected lstm-last.pt"),
         (tmp_path / "one" / "lstm-last.pt", ("--model", "all"), "is one model's checkpoint"),
         (tmp_path / "one" / "lstm-last.pt", ("--model", "gnn_lstm"), "is a checkpoint of lstm; expected one of gnn_lstm"),
-        (tmp_path / "one", ("--seeds", 2), "goes with one seed"),
+        (tmp_path / "one", ("--seeds", 2), "goes with one run"),
         (tmp_path / "one", ("--lr", 0.5), "was trained with lr 0.001; this run has 0.5"),
     ]:
         assert call(monkeypatch, *arguments, *more, "--output-dir", tmp_path / "bad", "--resume", resume) == 2
@@ -276,7 +279,7 @@ def test_a_folder_where_nothing_was_trained_yet_takes_another_configuration(
 ) -> None:
     arguments = ("--data", make(60).root, "--model", "lstm", "--epochs", 1, "--output-dir", tmp_path / "out")
     with monkeypatch.context() as broken:
-        broken.setattr(train_module, "train_seeds", lambda *given: (_ for _ in ()).throw(dp.DataError("a damaged shard")))
+        broken.setattr(train_module, "train_runs", lambda *given: (_ for _ in ()).throw(dp.DataError("a damaged shard")))
         assert call(broken, *arguments, "--lr", 0.5) == 2
     assert (tmp_path / "out" / "config.json").exists()
     assert call(monkeypatch, *arguments) == 0
@@ -408,22 +411,20 @@ def test_an_output_folder_of_another_configuration_is_refused(
     assert (tmp_path / "out" / "metrics.json").read_bytes() == before
 
 
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert call(monkeypatch, "--data", "nowhere") == 2
-    assert "runs in one process" in capsys.readouterr().err
-
-
 def test_a_loss_that_is_no_number_stops_the_run(make: Callable[..., dp.Dataset], tmp_path: Path) -> None:
-    trainer = Trainer("lstm", make(60), TrainConfig(lr=1e30), tmp_path, "cpu", Interrupts())
+    trainer = Trainer("lstm", make(60), TrainConfig(lr=1e30), tmp_path, Conduct(device="cpu"), Interrupts(ALONE), ALONE)
     with pytest.raises(dp.PipelineError, match="loss"):
         while not trainer.finished:
-            trainer.train_epoch(lambda step, steps, loss: None)
+            trainer.train_epoch(lambda step, share: None)
 
 
 def predictions(scores: Any, labels: Any) -> Predictions:
     return Predictions(
-        ids=[str(at) for at in range(len(labels))], scores=np.asarray(scores), labels=np.asarray(labels), loss=0.0
+        ids=[str(at) for at in range(len(labels))],
+        positions=np.arange(len(labels)),
+        scores=np.asarray(scores),
+        labels=np.asarray(labels),
+        loss=0.0,
     )
 
 
