@@ -138,7 +138,7 @@ class Processes:
         from torch.nn.parallel import DistributedDataParallel
 
         # no device_ids: with them it would move every input to the GPU, the lengths of sequences too
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def unsynchronised(self, engine: torch.nn.Module, apart: bool) -> AbstractContextManager[None]:
         """Within it, where `apart`, a backward pass leaves gradients where they are, to be averaged with a later one's."""

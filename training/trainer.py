@@ -82,7 +82,7 @@ class Trainer:
         self.best_weights: dict[str, torch.Tensor] = {}
         self.timer = StepTimer()
         self.writer = CheckpointWriter()
-        self._position = self.loaders["train"].state_dict()
+        self.position = self.loaders["train"].state_dict()  # of the last step taken
         self._before = EpochDigest()  # of what an earlier process delivered of the epoch under way
         self.delivered = ""  # of the last epoch, in words
         self._saved = time.monotonic()
@@ -126,12 +126,12 @@ class Trainer:
         loader.set_epoch(self.epoch)
         self.model.train()
         for batch in self.timer(loader):
-            number = self._position["step"]
+            number = self.position["step"]
             count = min(self.config.batch_size, loader.num_records - number * self.config.batch_size)
             share = self.stepper.step(batch, number, count, noise_key)
             self.loss_sum += share.double() * count
             self.loss_count += count
-            self._position = loader.state_dict()
+            self.position = loader.state_dict()
             on_step(number + 1, share)
             self.writer.check()
             if (number + 1) % CHECK_STEPS == 0:
@@ -148,7 +148,7 @@ class Trainer:
 
     def _delivered(self) -> EpochDigest:
         """Of the epoch so far, all processes and earlier runs together."""
-        own = self._before + self.loaders["train"].digest if self._position["step"] else EpochDigest()
+        own = self._before + self.loaders["train"].digest if self.position["step"] else EpochDigest()
         return reduce(add, self.processes.gather(own))
 
     def _check_loss(self) -> None:
@@ -157,7 +157,7 @@ class Trainer:
         if not found:
             return
         number, loader = min(found), self.loaders["train"]
-        loader.load_state_dict({**self._position, "epoch": self.epoch, "step": number})
+        loader.load_state_dict({**self.position, "epoch": self.epoch, "step": number})
         batch = next(iter(loader))
         unfit, ids = (list(chain(*self.processes.gather(each))) for each in (unfit_records(batch), batch.ids))
         if not self.processes.is_first:
@@ -174,7 +174,7 @@ class Trainer:
         self.loss_sum.zero_()
         self.loss_count = 0
         self.loaders["train"].set_epoch(self.epoch)
-        self._position, self._before = self.loaders["train"].state_dict(), EpochDigest()
+        self.position, self._before = self.loaders["train"].state_dict(), EpochDigest()
         if row["val_auroc"] > self.best_auroc:
             self.best_auroc = row["val_auroc"]
             self.best_weights = {name: weight.detach().cpu().clone() for name, weight in self.model.state_dict().items()}
@@ -206,7 +206,7 @@ class Trainer:
         All processes call it at the same step. Raises PipelineError, and keeps the checkpoint before, where the loss is no
         number.
         """
-        if self._position["step"]:
+        if self.position["step"]:
             self._check_loss()
         delivered, loss_sum = self._delivered(), self.processes.sum([float(self.loss_sum)])[0]
         random = self.processes.gather(random_states())
@@ -214,7 +214,7 @@ class Trainer:
         if not self.processes.is_first:
             return
         state = {**self._identity(), **self.stepper.state_dict(), "best": self.best_weights, "best_auroc": self.best_auroc}
-        state |= {"loader": self._position, "delivered": delivered.to_dict(), "epoch": self.epoch, "history": self.history}
+        state |= {"loader": self.position, "delivered": delivered.to_dict(), "epoch": self.epoch, "history": self.history}
         state |= {"loss_sum": loss_sum, "loss_count": self.loss_count, "random": random}
         self.writer.write(self.last_path, state)
 
@@ -226,7 +226,7 @@ class Trainer:
         state = self.processes.first(lambda: read_checkpoint(path, self.name, self.config.to_dict(self.data)))
         self.stepper.load_state_dict(state)
         self.loaders["train"].load_state_dict(state["loader"])
-        self._position = state["loader"]
+        self.position = state["loader"]
         self.epoch, self.loss_count, self.history = state["epoch"], state["loss_count"], state["history"]
         self.best_auroc, self.best_weights = state["best_auroc"], state["best"]
         if self.processes.is_first:  # sums over processes: what was before counts once
@@ -237,7 +237,7 @@ class Trainer:
         if self.processes.rank < len(state["random"]):
             set_random_states(state["random"][self.processes.rank])
         else:  # more processes than before
-            torch.manual_seed(seed_of(self.config.seed, DROPOUT, self.processes.rank, self.epoch, self._position["step"]))
+            torch.manual_seed(seed_of(self.config.seed, DROPOUT, self.processes.rank, self.epoch, self.position["step"]))
 
     def load_best(self) -> None:
         """Takes the weights of the best epoch so far."""
