@@ -1,4 +1,4 @@
-"""The command line: `python -m dali_pipeline convert|verify|inspect|extract`. Heavy imports wait until a command runs."""
+"""The command line: `python -m dali_pipeline convert|verify|inspect|extract|predict`. Heavy imports wait for a command."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import msgspec
 import typer
 
 from dali_pipeline.arguments import parse_blocks, parse_size, parse_sizes
+from dali_pipeline.predict import predict_command
 from dali_pipeline.schema import PipelineError, UsageError
 from dali_pipeline.split import Split
 
@@ -29,6 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings=CONTEXT,
 )
+
+app.command("predict")(predict_command)
 
 SplitOption = Annotated[str, typer.Option("--split", metavar="TRAIN/VAL/TEST", help="Shares in per cent, dealt by group.")]
 SplitSeed = Annotated[int, typer.Option("--split-seed", help="Another seed, another split.")]
@@ -222,11 +225,8 @@ def _going_on() -> Iterator[None]:
 
 
 def _summary(data: Any) -> str:
-    parts = []
-    for kind in data.schema.kinds:
-        counts = [f"{data.num_records(split, kind):,} {split}" for split in data.splits]
-        parts.append(f"{kind} {', '.join(counts)}")
-    return "; ".join(parts)
+    counts = {kind: [f"{data.num_records(split, kind):,} {split}" for split in data.splits] for kind in data.schema.kinds}
+    return "; ".join(f"{kind} {', '.join(each)}" for kind, each in counts.items())
 
 
 def run(application: typer.Typer, name: str) -> int:

@@ -70,6 +70,7 @@ ROOMS = [
     "shufflereport",
     "picture",
     "arguments",
+    "predict",
     "cli",
     "__main__",
 ]
@@ -94,6 +95,7 @@ TRAINING = [
     "watch",
     "layers",
     "report",
+    "scores",
     "pictures",
     "run",
 ]

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from dali_pipeline import Dataset, GraphBatch, GraphLoader, Schema, SequenceBatch, SequenceLoader
 from dali_pipeline.loader import Loader, Workers
+from dali_pipeline.schema import Kind
 from dali_pipeline.source import parse_layers
 from models import GNNLSTMDetector, GVAELSTMDetector, LSTMDetector, Output
 from models.noise import mix
@@ -29,19 +30,27 @@ def make_loader(
     *,
     workers: Workers = "auto",
     world_size: int = 1,
+    shuffle: bool | None = None,
 ) -> Loader[Any]:
-    """The loader of a split for a model: shuffled for training, in file order else. Raises UsageError for a device or layers
-    that are not there."""
+    """The loader of a split for a model: the training split shuffled, where `shuffle` does not say, the others in file order.
+
+    Raises UsageError for a device or layers that are not there.
+    """
     common: dict[str, Any] = {
         "split": split,
         "batch_size": config.batch_size // world_size,
-        "shuffle": split == "train",
+        "shuffle": split == "train" if shuffle is None else shuffle,
         "seed": config.seed,
         "layers": parse_layers(config.layers),
         "device": device,
         "workers": workers,
     }
     return SequenceLoader(data, **common) if name == "lstm" else GraphLoader(data, **common)
+
+
+def kind_of(name: str) -> Kind:
+    """The kind of record that a model takes."""
+    return "sequences" if name == "lstm" else "graphs"
 
 
 def build_model(name: ModelName, schema: Schema, classes: int, config: TrainConfig) -> nn.Module:

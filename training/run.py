@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from dali_pipeline import Dataset
+from training.build import kind_of
 from training.config import ModelName, TrainConfig
 from training.folder import METRICS_NAME, find_checkpoint
 from training.interrupt import Interrupts
@@ -81,7 +82,7 @@ def train(job: Job, name: ModelName, earlier: Mapping[str, Sequence[HistoryRow]]
         if board is not None:
             board.close()
     if trainer.timer.steps and first:
-        print(f"{name}: {verdict(trainer.timer, world_size)}", flush=True)
+        print(f"{name}: {verdict(trainer.timer, world_size, trainer.device)}", flush=True)
     return trainer
 
 
@@ -107,7 +108,7 @@ def report(
     job: Job, histories: Mapping[str, Sequence[HistoryRow]], found: Mapping[str, Splits], epochs: Mapping[str, int]
 ) -> None:
     """Everything that is made of the predictions."""
-    kinds = {name: trained_on(name) for name in found}
+    kinds = {name: kind_of(name) for name in found}
     texts = {
         (kind, split): job.data.select(split, kind).texts("groups") for kind in set(kinds.values()) for split in ("val", "test")
     }
@@ -135,11 +136,6 @@ def report(
     title = f"{job.data.root.resolve().name}: {max(len(one.ids) for one in tests.values()):,} test records"
     draw_curves(job.folder / "curves.png", histories, tests, results, layers, title)
     write_metrics(job.folder / METRICS_NAME, results)
-
-
-def trained_on(name: str) -> Any:
-    """The kind of record that a model takes."""
-    return "sequences" if name == "lstm" else "graphs"
 
 
 def evaluate(splits: Splits, groups: Sequence[bytes]) -> dict[str, Any]:

@@ -55,12 +55,14 @@ def rates(timer: StepTimer, world_size: int) -> str:
     return f"{records:,.0f} records/s, {gigabytes:.2f} GB/s, {timer.wait_share:.0%} of the time waiting for data"
 
 
-def verdict(timer: StepTimer, world_size: int) -> str:
+def verdict(timer: StepTimer, world_size: int, device: torch.device) -> str:
     """Whether the input bounds the speed, and what to do."""
     if timer.wait_share >= INPUT_BOUND:
         advice = "input-bound: try --workers 1 or 2, a larger --batch-size, fewer --layers, or a faster disk"
+    elif device.type == "cuda":
+        advice = "not input-bound: --precision bf16, --compile or a faster GPU would help, a faster disk would not"
     else:
-        advice = "not input-bound: a faster device, --precision bf16 or --compile would help, a faster disk would not"
+        advice = "not input-bound: more cores or a GPU would help, a faster disk would not"
     return f"{rates(timer, world_size)}: {advice}"
 
 
