@@ -112,14 +112,14 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         splits: Splits = {}
         for split in ("train", "val", "test"):
-            sequences, labels, _ = load(dataset, split)
-            splits[split] = torch.from_numpy(sequences), torch.from_numpy(labels)
+            rows, hits, _ = load(dataset, split)
+            splits[split] = torch.from_numpy(rows), torch.from_numpy(hits)
         sequences, labels = splits.pop("train")
         files = []
         for begin in range(0, len(labels), FILE_RECORDS):
             files.append(Path(scratch) / f"{begin}.pt")
-            rows = range(begin, min(begin + FILE_RECORDS, len(labels)))
-            torch.save([(sequences[row].half(), int(labels[row])) for row in rows], files[-1])
+            numbers = range(begin, min(begin + FILE_RECORDS, len(labels)))
+            torch.save([(sequences[row].half(), int(labels[row])) for row in numbers], files[-1])
         for seed in range(seeds):
             config = TrainConfig(models=("lstm",), epochs=epochs, seed=seed)
             found["plain"].append(plain_way(files, len(labels), splits, config))

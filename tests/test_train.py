@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_records, write
-from sklearn.metrics import f1_score, roc_auc_score
 from test_convert import make_folder
 
 import dali_pipeline as dp
@@ -26,7 +25,6 @@ from dali_pipeline.cli import run
 from dali_pipeline.source import parse_layers
 from training.config import METRICS, MODELS, TrainConfig
 from training.interrupt import Interrupted, Interrupts
-from training.metrics import Predictions, area_under_roc, best_threshold, measure
 from training.processes import Processes
 from training.trainer import Conduct, Trainer
 
@@ -416,35 +414,6 @@ def test_a_loss_that_is_no_number_stops_the_run(make: Callable[..., dp.Dataset],
     with pytest.raises(dp.PipelineError, match="loss"):
         while not trainer.finished:
             trainer.train_epoch(lambda step, share: None)
-
-
-def predictions(scores: Any, labels: Any) -> Predictions:
-    return Predictions(
-        ids=[str(at) for at in range(len(labels))],
-        positions=np.arange(len(labels)),
-        scores=np.asarray(scores),
-        labels=np.asarray(labels),
-        loss=0.0,
-    )
-
-
-def test_metrics_are_those_of_scikit_learn() -> None:
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 2, 200)
-    scores = np.clip(rng.normal(labels * 0.3 + 0.3, 0.3), 0, 1).astype(np.float32)
-    found = predictions(scores, labels)
-    threshold = best_threshold(found)
-    assert threshold is not None
-    measured = measure(found, threshold)
-    assert measured["auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-6)
-    assert measured["f1"] == pytest.approx(f1_score(labels, scores >= threshold), abs=1e-6)
-    assert measured["f1"] >= max(f1_score(labels, scores >= other) for other in np.linspace(0.05, 0.95, 19)) - 1e-6
-    classes = rng.integers(0, 3, 200)
-    logits = rng.normal(size=(200, 3)) + 2 * np.eye(3)[classes]
-    shares = (np.exp(logits) / np.exp(logits).sum(1, keepdims=True)).astype(np.float32)
-    several = predictions(shares, classes)
-    assert area_under_roc(several) == pytest.approx(roc_auc_score(classes, shares, multi_class="ovr"), abs=1e-5)
-    assert measure(several, None)["f1"] == pytest.approx(f1_score(classes, shares.argmax(1), average="macro"), abs=1e-6)
 
 
 def test_layers_are_read_as_people_write_them() -> None:

@@ -103,5 +103,5 @@ def unfit_records(batch: Batch) -> list[str]:
     bad = set(record_G[graphs.batch[~torch.isfinite(graphs.x.flatten(1)).all(dim=1)]].tolist())
     if "edge_attr" in graphs:
         graph_E = graphs.batch[graphs.edge_index[0]]
-        bad |= set(record_G[graph_E[~torch.isfinite(graphs.edge_attr.flatten(1)).all(dim=1)]].tolist())
+        bad |= set(record_G[graph_E[~torch.isfinite(graphs.edge_attr.reshape(len(graph_E), -1)).all(dim=1)]].tolist())
     return [batch.ids[at] for at in sorted(bad)]
