@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from dali_pipeline import Dataset, UsageError, open_dataset
+from dali_pipeline import Dataset, UsageError, World, open_dataset
 from dali_pipeline.cli import CONTEXT
 from dali_pipeline.cli import run as run_command_line
 from training.commandline import GroupedCommand, parse_workers, print_config, take_config
@@ -237,7 +237,8 @@ def command_line(
     try:
         main(options, training)
     except Interrupted as stop:
-        print(f"train.py: stopped by {stop}; the same command goes on from here", file=sys.stderr)
+        if World.detect().rank == 0:
+            print(f"train.py: stopped by {stop}; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(stop.exit_code) from None
     except EndedElsewhere:
         raise typer.Exit(2) from None

@@ -36,9 +36,11 @@ class Watch(AbstractContextManager["Watch"]):
         if self._bar.disable or time.monotonic() - self._drawn < DRAW_SECONDS:
             return
         self._drawn = time.monotonic()
-        said = [f"loss {float(share) * self._world_size:.4f}", rates(self._timer, self._world_size)]
+        records, gigabytes = speed(self._timer, self._world_size)
+        said = [f"loss {float(share) * self._world_size:.4f}", f"{records:,.0f} records/s", f"{gigabytes:.2f} GB/s"]
+        said.append(f"{self._timer.wait_share:.0%} waiting")
         used = gpu_use(self._device)
-        said += [] if used is None else [f"GPU {used}% busy"]
+        said += [] if used is None else [f"GPU {used}%"]
         self._bar.update(self._task, completed=before + done, said=", ".join(said))
 
     def __enter__(self) -> Watch:
@@ -49,10 +51,9 @@ class Watch(AbstractContextManager["Watch"]):
         self._bar.stop()
 
 
-def rates(timer: StepTimer, world_size: int) -> str:
-    """`7,100 records/s, 0.49 GB/s, 3% of the time waiting for data`: rates of all processes, the share of this one."""
-    records, gigabytes = timer.records_per_second * world_size, timer.bytes_per_second * world_size / 1e9
-    return f"{records:,.0f} records/s, {gigabytes:.2f} GB/s, {timer.wait_share:.0%} of the time waiting for data"
+def speed(timer: StepTimer, world_size: int) -> tuple[float, float]:
+    """Records and gigabytes a second of all processes, this one's times their number."""
+    return timer.records_per_second * world_size, timer.bytes_per_second * world_size / 1e9
 
 
 def verdict(timer: StepTimer, world_size: int, device: torch.device) -> str:
@@ -63,7 +64,8 @@ def verdict(timer: StepTimer, world_size: int, device: torch.device) -> str:
         advice = "not input-bound: --precision bf16, --compile or a faster GPU would help, a faster disk would not"
     else:
         advice = "not input-bound: more cores or a GPU would help, a faster disk would not"
-    return f"{rates(timer, world_size)}: {advice}"
+    records, gigabytes = speed(timer, world_size)
+    return f"{records:,.0f} records/s, {gigabytes:.2f} GB/s, {timer.wait_share:.0%} of the time waiting for data: {advice}"
 
 
 def gpu_use(device: torch.device) -> int | None:
