@@ -409,6 +409,13 @@ def test_an_output_folder_of_another_configuration_is_refused(
     assert (tmp_path / "out" / "metrics.json").read_bytes() == before
 
 
+def test_several_processes_come_from_torchrun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert call(monkeypatch, "--data", "nowhere") == 2
+    assert "start with torchrun" in capsys.readouterr().err
+
+
 def test_a_loss_that_is_no_number_stops_the_run(make: Callable[..., dp.Dataset], tmp_path: Path) -> None:
     trainer = Trainer("lstm", make(60), TrainConfig(lr=1e30), tmp_path, Conduct(device="cpu"), Interrupts(ALONE), ALONE)
     with pytest.raises(dp.PipelineError, match="loss"):

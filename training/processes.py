@@ -36,6 +36,8 @@ class Processes:
         if processes.world_size == 1:
             yield processes
             return
+        if "MASTER_ADDR" not in os.environ:
+            raise UsageError(f"WORLD_SIZE is {processes.world_size}, but MASTER_ADDR is not set; start with torchrun")
         import torch
         import torch.distributed as dist
 
