@@ -123,7 +123,7 @@ def _calibration(axes: Axes, tests: Mapping[str, Predictions], results: Results,
         xlim=(0, 1),
         ylim=(0, 1),
     )
-    axes.legend(fontsize=8, loc="upper left")
+    axes.legend(fontsize=8, loc="lower right")
 
 
 def _layers(axes: Axes, layers: LayerScores, results: Results, colors: Mapping[str, str]) -> None:
