@@ -50,8 +50,7 @@ def main(options: Options, config: TrainConfig) -> None:
         config = replace(config, models=prepared.models)
         if not prepared.finished:
             train_runs(data, config, prepared.folder, options, interrupts, processes)
-        if processes.is_first:
-            print_results(prepared.folder, data, options)
+        processes.first(lambda: print_results(prepared.folder, data, options))  # while the others wait
 
 
 def prepare(options: Options, config: TrainConfig, world_size: int) -> Prepared:
