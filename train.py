@@ -22,7 +22,7 @@ from dali_pipeline import Dataset, UsageError, World, open_dataset
 from dali_pipeline.cli import CONTEXT
 from dali_pipeline.cli import run as run_command_line
 from training.commandline import GroupedCommand, parse_workers, print_config, take_config
-from training.config import MODELS, ModelName, TrainConfig
+from training.config import MODELS, Conduct, ModelName, TrainConfig
 from training.folder import METRICS_NAME, claim_folder
 from training.interrupt import Interrupted, Interrupts
 from training.prepare import Options, check_labels, check_settings, find_data, find_folder, models_for, runs_of
@@ -43,7 +43,7 @@ class Prepared:
 
 def main(options: Options, config: TrainConfig) -> None:
     """The whole run, step by step."""
-    with Processes.join(options.device) as processes:
+    with Processes.join(options.conduct.device) as processes:
         interrupts = Interrupts(processes)
         prepared = processes.first(lambda: prepare(options, config, processes.world_size))
         data = open_same(prepared)
@@ -81,21 +81,14 @@ def train_runs(
 ) -> None:
     """One run in the folder itself; or several, each in a folder of its own, and their mean and spread."""
     from training.run import Job, carry_out
-    from training.trainer import Conduct
 
-    conduct = Conduct(
-        device=options.device,
-        workers=options.workers,
-        checkpoint_minutes=options.checkpoint_minutes,
-        checkpoint_steps=options.checkpoint_steps,
-    )
     for number, (name, part, own) in enumerate(runs_of(options, config, data)):
         job = Job(
             data=part,
             config=own,
             folder=folder / name,
             resume="auto" if name else options.resume,
-            conduct=conduct,
+            conduct=options.conduct,
             interrupts=interrupts,
             processes=processes,
             probes=number == 0,
@@ -186,7 +179,7 @@ def command_line(
     ] = 0,
     config: Annotated[
         Path | None,
-        flag("Output", "A YAML file of flags; these win.", "--config run.yaml", is_eager=True, callback=take_config),
+        flag("Output", "Flags from a file; others win.", "--config run.yaml", is_eager=True, callback=take_config),
     ] = None,
     show_config: Annotated[
         bool, flag("Output", "Print all flags as --config takes them, and end.", "--print-config", "--print-config")
@@ -225,10 +218,12 @@ def command_line(
         resume=resume,
         seeds=seeds,
         folds=folds,
-        device=device,
-        workers=parse_workers(workers),
-        checkpoint_minutes=checkpoint_minutes,
-        checkpoint_steps=checkpoint_steps,
+        conduct=Conduct(
+            device=device,
+            workers=parse_workers(workers),
+            checkpoint_minutes=checkpoint_minutes,
+            checkpoint_steps=checkpoint_steps,
+        ),
     )
     if show_config:
         print_config(ctx)
@@ -239,7 +234,8 @@ def command_line(
         if World.detect().rank == 0:
             print(f"train.py: stopped by {stop}; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(stop.exit_code) from None
-    except EndedElsewhere:
+    except EndedElsewhere as end:
+        print(end, end="", file=sys.stderr)
         raise typer.Exit(2) from None
 
 

@@ -27,12 +27,12 @@ import dali_pipeline as dp
 from benchmarks.probe import load
 from dali_pipeline.cli import CONTEXT, run
 from models import LSTMDetector
-from training.config import MODELS, TrainConfig
+from training.config import MODELS, Conduct, TrainConfig
 from training.interrupt import Interrupts
 from training.metrics import area_under_roc
 from training.processes import Processes
 from training.randomness import seed_of
-from training.trainer import Conduct, Trainer
+from training.trainer import Trainer
 
 FILE_RECORDS = DEQUE_RECORDS = 250
 Splits = dict[str, tuple[torch.Tensor, torch.Tensor]]

@@ -18,10 +18,10 @@ import nvidia.dali.plugin.pytorch
 import torch
 
 import dali_pipeline as dp
-from training.config import MODELS, ModelName, TrainConfig
+from training.config import MODELS, Conduct, ModelName, TrainConfig
 from training.interrupt import Interrupted, Interrupts
 from training.processes import EndedElsewhere, Processes
-from training.trainer import Conduct, Trainer
+from training.trainer import Trainer
 
 BATCH = 16
 # processes, and pieces that each one's part of a batch is cut in

@@ -29,11 +29,11 @@ from dali_pipeline.cli import app as pipeline_app
 from dali_pipeline.cli import run
 from models.noise import keyed_normal
 from training.checkpoint import CheckpointWriter, load_checkpoint
-from training.config import METRICS, TrainConfig
+from training.config import METRICS, Conduct, TrainConfig
 from training.interrupt import Interrupts
 from training.prepare import Options
 from training.processes import Processes
-from training.trainer import Conduct, Trainer
+from training.trainer import Trainer
 from training.watch import verdict
 
 ALONE = Processes(dp.World())
@@ -247,6 +247,43 @@ def test_a_record_of_no_numbers_is_named_and_the_checkpoint_of_before_stays(
     assert state["loader"]["step"] == step - 1
 
 
+def test_a_record_of_no_numbers_in_validation_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = make_records(60)
+    for batch in dp.SequenceLoader(write(tmp_path / "sound", records), "val", engine="torch"):
+        bad = records[int(batch.ids[0].split("-")[1])]
+    bad.sequence[0, 0] = np.nan
+    data = write(tmp_path / "set", records)
+    assert call(monkeypatch, "--data", data.root, "--model", "lstm", "--output-dir", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"the score of record {bad.id!r} of val" in error
+    assert error.count("\n") == 1
+
+
+def test_predict_refuses_a_checkpoint_of_other_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = write(tmp_path / "set", make_records(60)), tmp_path / "out"
+    trainer = fresh(data, out, epochs=1)
+    trainer.train_epoch(lambda step, share: None)
+    trainer.writer.wait()
+    state = torch.load(out / "lstm-best.pt", weights_only=True)
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"model": {}}, "holds other weights than lstm has"),
+        ({"schema": {"sequence": {"dtype": "float128", "shape": (8,)}}}, "holds a schema that this version does not know"),
+        ({"name": "transformer"}, "is of the model 'transformer'"),
+    ]
+    for change, words in changes:
+        torch.save({**state, **change}, out / "other.pt")
+        capsys.readouterr()
+        assert predict(monkeypatch, "--checkpoint", out / "other.pt", data.root, "--output", tmp_path / "scores.csv") == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
+    assert not list(tmp_path.glob("scores*"))
+
+
 def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays(make: Callable[..., dp.Dataset], tmp_path: Path) -> None:
     data = make(60)
     trainer = fresh(data, tmp_path / "out", epochs=3)
@@ -340,10 +377,7 @@ def test_shares_that_do_not_work_out_are_refused(make: Callable[..., dp.Dataset]
         resume="auto",
         seeds=1,
         folds=0,
-        device="cpu",
-        workers="auto",
-        checkpoint_minutes=10,
-        checkpoint_steps=0,
+        conduct=Conduct(device="cpu"),
     )
     for config, world_size, words in [
         (TrainConfig(batch_size=30), 4, "batch size 30 does not divide by 4 processes;"),

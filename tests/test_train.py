@@ -23,10 +23,10 @@ import train as train_module
 import training.prepare as prepare_module
 from dali_pipeline.cli import run
 from dali_pipeline.source import parse_layers
-from training.config import METRICS, MODELS, TrainConfig
+from training.config import METRICS, MODELS, Conduct, TrainConfig
 from training.interrupt import Interrupted, Interrupts
 from training.processes import Processes
-from training.trainer import Conduct, Trainer
+from training.trainer import Trainer
 
 ROOT = Path(train_module.__file__).parent
 ALONE = Processes(dp.World())

@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import typer
 import yaml
 from typer.core import TyperCommand
 
 from dali_pipeline import UsageError
-from dali_pipeline.loader import Workers
 
 ABOUT_FILES = {"config", "print-config", "help"}
 
@@ -69,7 +68,7 @@ def print_config(ctx: typer.Context) -> None:
     sys.stdout.write(yaml.safe_dump(given, sort_keys=False))
 
 
-def parse_workers(text: str) -> Workers:
+def parse_workers(text: str) -> int | Literal["auto"]:
     """`auto`, or a whole number."""
     if text != "auto" and not (text.isascii() and text.isdigit()):
         raise UsageError(f"workers is {text!r}; expected auto or a whole number")

@@ -19,6 +19,21 @@ METRICS = ("auroc", "average_precision", "f1", "precision", "recall", "accuracy"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Conduct:
+    """How a run is carried out: what changes no number. checkpoint_steps: 0 for none between the minutes and epochs' ends."""
+
+    device: str = "auto"
+    workers: int | Literal["auto"] = "auto"
+    checkpoint_minutes: float = 10.0
+    checkpoint_steps: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint_minutes", "checkpoint_steps"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"{name.replace('_', ' ')} is {getattr(self, name)}; expected at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Hyperparameters of a run.
 

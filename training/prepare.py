@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dali_pipeline import DataError, Dataset, UsageError, open_dataset
-from dali_pipeline.loader import Workers
-from training.config import MODELS, ModelName, TrainConfig
+from training.config import MODELS, Conduct, ModelName, TrainConfig
 from training.folder import check_folder, check_resume, find_checkpoint
 
 DATA_FOLDER = Path("data")
@@ -29,15 +28,11 @@ class Options:
     resume: str
     seeds: int
     folds: int
-    device: str
-    workers: Workers
-    checkpoint_minutes: float
-    checkpoint_steps: int
+    conduct: Conduct
 
     def __post_init__(self) -> None:
-        for name, least in (("seeds", 1), ("checkpoint_minutes", 0), ("checkpoint_steps", 0)):
-            if not getattr(self, name) >= least:
-                raise UsageError(f"{name.replace('_', ' ')} is {getattr(self, name)}; expected at least {least}")
+        if self.seeds < 1:
+            raise UsageError(f"seeds is {self.seeds}; expected at least 1")
         if self.folds < 0 or self.folds == 1:
             raise UsageError(f"folds is {self.folds}; expected 2 or more, or 0 for the split as it is stored")
         if self.folds and self.seeds > 1:
@@ -116,12 +111,13 @@ def check_settings(data: Dataset, config: TrainConfig, folder: Path, options: Op
     from training.build import make_loader
     from training.checkpoint import read_checkpoint
 
+    conduct = options.conduct
     config.check_shares(world_size)
     check_resume(options.resume, config.models, options.runs)
     for name, one in ((name, one) for _, one, _ in runs_of(options, config, data) for name in config.models):
         check_labels(one)
         for split in data.splits:
-            loader = make_loader(name, one, config, split, options.device, workers=options.workers, world_size=world_size)
+            loader = make_loader(name, one, config, split, conduct.device, workers=conduct.workers, world_size=world_size)
             if split == "train" and loader.num_records < world_size:
                 raise DataError(
                     f"{world_size} processes share {loader.num_records} training records; expected one each at least"

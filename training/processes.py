@@ -18,7 +18,7 @@ PATIENCE = timedelta(hours=6)  # the others wait while the first converts data; 
 
 
 class EndedElsewhere(PipelineError):
-    """Another process of the run has ended or refused its input, and said why."""
+    """Another process of the run has ended or refused its input, and says why; a message only where nobody may have."""
 
 
 class Processes:
@@ -50,7 +50,7 @@ class Processes:
         except RuntimeError as error:
             if not _is_lost_connection(error):
                 raise
-            raise EndedElsewhere(f"process {processes.rank} stops, as another process of the run has ended") from None
+            raise EndedElsewhere(f"train.py: process {processes.rank} ends, as another one of the run has ended\n") from None
         finally:
             dist.destroy_process_group()
 
@@ -89,7 +89,7 @@ class Processes:
         if error is not None:
             raise error
         if told[1]:
-            raise EndedElsewhere("the first process says what is wrong")
+            raise EndedElsewhere
         value: T = told[0]
         return value
 

@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dali_pipeline import Dataset
 from training.build import kind_of
-from training.config import ModelName, TrainConfig
+from training.config import Conduct, ModelName, TrainConfig
 from training.folder import METRICS_NAME, find_checkpoint
 from training.interrupt import Interrupts
 from training.intervals import auroc_difference, intervals
@@ -22,7 +22,7 @@ from training.pictures import draw_curves
 from training.processes import Processes
 from training.report import write_history, write_predictions
 from training.results import ADDS, write_metrics
-from training.trainer import Conduct, HistoryRow, Trainer
+from training.trainer import HistoryRow, Trainer
 from training.watch import Watch, verdict
 
 
@@ -125,7 +125,7 @@ def report(
     write_history(job.folder / "history.csv", histories)
     write_predictions(job.folder / "predictions.parquet", found, groups)
     layers = None
-    if steps := layers_of(job.data, job.config.layers) if job.probes else []:
+    if steps := layers_of(job.data, job.config.layers) if job.probes and "lstm" in found else []:
         layers = probe_layers(job.data, steps, job.config.seed)
         write_layers(job.folder / "layers.csv", layers)
         print(

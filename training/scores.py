@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,22 @@ def write_scores(checkpoint: Path, root: Path, output: Path, split: str | None, 
         raise UsageError(f"{output} ends in {output.suffix!r}; expected {' or '.join(WRITERS)}")
     state = load_checkpoint(checkpoint, "name one that train.py kept, such as lstm-best.pt")
     data = open_dataset(root)
-    name, schema = state["name"], msgspec.convert(state["schema"], Schema)
+    name = state["name"]
     if name not in MODELS:
         raise UsageError(f"{checkpoint} is of the model {name!r}; expected one of {', '.join(MODELS)}")
+    try:
+        schema = msgspec.convert(state["schema"], Schema)
+    except (msgspec.ValidationError, UsageError) as error:
+        raise UsageError(f"{checkpoint} holds a schema that this version does not know ({error}); name another") from None
     check_fits(checkpoint, name, schema, data)
-    known = {key: value for key, value in state["config"].items() if key != "data_digest"}
+    known = {one.name: state["config"][one.name] for one in fields(TrainConfig) if one.name in state["config"]}
     config = TrainConfig(**{**known, "models": (name,), "batch_size": batch_size, "compile": False, "accumulate": 1})
     model = build_model(name, schema, state["classes"], config).to(resolve_device(device, World()))
-    model.load_state_dict(state["model"])
+    try:
+        model.load_state_dict(state["model"])
+    except (RuntimeError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{checkpoint} holds other weights than {name} has ({reason}); name another") from None
     splits = data.splits if split is None else (split,)
     loaders = {one: make_loader(name, data, config, one, device, shuffle=False) for one in splits}
     total = sum(loader.num_records for loader in loaders.values())

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import reduce
 from itertools import chain
 from operator import add
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dali_pipeline import Dataset, EpochDigest, PipelineError, StepTimer
-from dali_pipeline.loader import Workers
 from training.build import build_model, make_loader, unfit_records
 from training.checkpoint import CheckpointWriter, read_checkpoint
-from training.config import MODELS, ModelName, TrainConfig
+from training.config import MODELS, Conduct, ModelName, TrainConfig
 from training.folder import checkpoint_path
 from training.interrupt import Interrupted, Interrupts
 from training.metrics import Predictions, area_under_roc
@@ -29,16 +29,6 @@ from training.step import Stepper
 HistoryRow = dict[str, float]
 OnStep = Callable[[int, torch.Tensor], None]  # steps done in the epoch, the loss, still on the device
 CHECK_STEPS = 50  # between two looks at whether the loss still is a number
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conduct:
-    """How a run is carried out: what changes no number. checkpoint_steps: 0 for none between the minutes and epochs' ends."""
-
-    device: str = "auto"
-    workers: Workers = "auto"
-    checkpoint_minutes: float = 10.0
-    checkpoint_steps: int = 0
 
 
 class Trainer:
@@ -127,6 +117,7 @@ class Trainer:
         self.model.train()
         for batch in self.timer(loader):
             number = self.position["step"]
+            # of the global batch: all are full but the last, as there is one lane
             count = min(self.config.batch_size, loader.num_records - number * self.config.batch_size)
             share = self.stepper.step(batch, number, count, noise_key)
             self.loss_sum += share.double() * count
@@ -161,7 +152,7 @@ class Trainer:
         batch = next(iter(loader))
         unfit, ids = (list(chain(*self.processes.gather(each))) for each in (unfit_records(batch), batch.ids))
         if not self.processes.is_first:
-            raise EndedElsewhere("the first process says which loss is no number")
+            raise EndedElsewhere
         which = f"record {unfit[0]!r} holds values that are no finite numbers" if unfit else "its records hold finite values"
         raise PipelineError(
             f"{self.name}: the loss of epoch {self.epoch + 1}, step {number + 1} (records {', '.join(map(repr, ids[:3]))} …) "
@@ -189,7 +180,16 @@ class Trainer:
             parts.append(part)
             self.interrupts.agreed()
         loader.check_digest(reduce(add, self.processes.gather(loader.digest)))
-        return Scored.join(self.processes.gather(Scored.join(parts))).in_file_order()
+        found = Scored.join(self.processes.gather(Scored.join(parts))).in_file_order()
+        unfit = np.flatnonzero(~np.isfinite(found.scores).reshape(len(found.ids), -1).all(axis=1))
+        if len(unfit):
+            if not self.processes.is_first:
+                raise EndedElsewhere
+            raise PipelineError(
+                f"{self.name}: the score of record {found.ids[unfit[0]]!r} of {split}, and of {len(unfit) - 1} others, is no "
+                "finite number; expected finite values in it, and weights that a low enough --lr keeps finite"
+            )
+        return found
 
     def _identity(self) -> dict[str, Any]:
         config, schema = self.config.to_dict(self.data), asdict(self.data.schema)
