@@ -46,9 +46,8 @@ def commit() -> str | None:
     """The code's git commit, with a `+` where files differ from it; None outside of a repository."""
     here = ["git", "-C", str(Path(__file__).parent)]
     try:
-        subprocess.run(
-            [*here, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True
-        )  # not another's
+        # a repository that the code was merely installed in does not know this file
+        subprocess.run([*here, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
         found = subprocess.run([*here, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run([*here, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
