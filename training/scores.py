@@ -13,8 +13,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from dali_pipeline import DataError, Dataset, PipelineError, Schema, UsageError, World, open_dataset
-from dali_pipeline.loader import resolve_device
+from dali_pipeline import DataError, Dataset, PipelineError, Schema, UsageError, open_dataset
 from dali_pipeline.progress import progress_bar
 from dali_pipeline.shard import sync_folder
 from training.build import build_model, kind_of, make_loader
@@ -46,14 +45,14 @@ def write_scores(checkpoint: Path, root: Path, output: Path, split: str | None, 
     check_fits(checkpoint, name, schema, data)
     known = {one.name: state["config"][one.name] for one in fields(TrainConfig) if one.name in state["config"]}
     config = TrainConfig(**{**known, "models": (name,), "batch_size": batch_size, "compile": False, "accumulate": 1})
-    model = build_model(name, schema, state["classes"], config).to(resolve_device(device, World()))
+    splits = data.splits if split is None else (split,)
+    loaders = {one: make_loader(name, data, config, one, device, shuffle=False) for one in splits}
+    model = build_model(name, schema, state["classes"], config).to(loaders[splits[0]].device)
     try:
         model.load_state_dict(state["model"])
     except (RuntimeError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"{checkpoint} holds other weights than {name} has ({reason}); name another") from None
-    splits = data.splits if split is None else (split,)
-    loaders = {one: make_loader(name, data, config, one, device, shuffle=False) for one in splits}
     total = sum(loader.num_records for loader in loaders.values())
     if not total:
         raise DataError(f"{root} has no {kind_of(name)} in {', '.join(splits)}; expected at least one record")
