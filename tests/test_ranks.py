@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from conftest import make_records, write
 
 import dali_pipeline as dp
@@ -19,45 +18,39 @@ WORLDS = ["2-1", "2-2", "4-1"]  # processes, and pieces that each one's part of 
 Found = dict[str, dict[str, Any]]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dp.Dataset:
-    """So many training records that the last of their batches of 16 is padded, on the last of 4 processes altogether."""
-    found = write(tmp_path_factory.mktemp("ranks") / "set", make_records(110))
-    assert found.num_records("train", "sequences") % 16 in range(1, 12)
-    return found
-
-
-@pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("out")
-
-
-@pytest.fixture(scope="module")
-def found(out: Path, data: dp.Dataset) -> dict[str, dict[str, Any]]:
-    """By name: what `ranks.py` came to."""
+def test_processes_pieces_and_signals(tmp_path: Path) -> None:
+    """One test, as one script trains for all of it: processes, batches in pieces, runs stopped and gone on with."""
+    data = write(tmp_path / "set", make_records(110))
+    # the last batch of 16 is padded, so far that the last of 4 processes has nothing else
+    assert data.num_records("train", "sequences") % 16 in range(1, 12)
+    out = tmp_path / "out"
+    out.mkdir()
     command = [sys.executable, str(HERE / "ranks.py"), str(data.root), str(out)]
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    return {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+    found = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+    assert {code for name, codes in found["codes"].items() if "torn" not in name for code in codes} == {0}, done.stderr
+    for model in MODELS:
+        for world in WORLDS:
+            check_any_number_of_processes_and_pieces_trains_alike(found, data, world, model)
+        check_ranks_agree_and_the_first_alone_writes(found, model)
+    check_stopped_by_any_signal_at_any_step_the_curve_is_the_same(found, out)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("model", MODELS)
-def test_any_number_of_processes_and_pieces_trains_alike(found: Found, data: dp.Dataset, world: str, model: str) -> None:
+def check_any_number_of_processes_and_pieces_trains_alike(found: Found, data: dp.Dataset, world: str, model: str) -> None:
     alone, first = found["alike-1-1-rank-0"][model], found[f"alike-{world}-rank-0"][model]
     records = data.num_records("train", "sequences")
     assert len(alone["losses"]) == -(-records // 16)
     for name in ("losses", "gradients", "history", "scores"):
-        np.testing.assert_allclose(first[name], alone[name], atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(first[name], alone[name], atol=1e-4, err_msg=f"{name} of {model}, {world}")
     assert np.abs(alone["gradients"]).max() > 1e-3
     assert first["ids"] == alone["ids"]
     assert len(set(first["ids"])) == data.num_records("test", "sequences")
     assert first["delivered"] == f"{records} of {records} records, each once"
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_ranks_agree_and_the_first_alone_writes(found: Found, model: str) -> None:
+def check_ranks_agree_and_the_first_alone_writes(found: Found, model: str) -> None:
     first, *others = (found[f"alike-4-1-rank-{rank}"][model] for rank in range(4))
     assert first["files"] == [f"{model}-best.pt", f"{model}-last.pt"]
     for other in others:
@@ -65,7 +58,7 @@ def test_ranks_agree_and_the_first_alone_writes(found: Found, model: str) -> Non
         assert {key: other[key] for key in other if key != "files"} == {key: first[key] for key in first if key != "files"}
 
 
-def test_stopped_by_any_signal_at_any_step_the_curve_is_the_same(found: Found, out: Path) -> None:
+def check_stopped_by_any_signal_at_any_step_the_curve_is_the_same(found: Found, out: Path) -> None:
     """SIGKILL goes on from the last checkpoint, within an epoch; SIGTERM to one of two processes stops both at one step."""
     assert {name: codes for name, codes in found["codes"].items() if "torn" in name} == {
         "torn-1-0": [-9],

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import reduce
 from itertools import chain
 from operator import add
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
@@ -192,7 +192,7 @@ class Trainer:
         return found
 
     def _identity(self) -> dict[str, Any]:
-        config, schema = self.config.to_dict(self.data), asdict(self.data.schema)
+        config, schema = self.config.to_dict(self.data), msgspec.to_builtins(self.data.schema)
         return {"name": self.name, "config": config, "schema": schema, "classes": self.data.num_classes}
 
     def _save_best(self) -> None:
