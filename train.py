@@ -3,15 +3,14 @@
     python train.py                                             # makes the demonstration's data first, if need be
     python train.py --preprocessed-dir preprocessed_data --epochs 50 --batch-size 32
     python train.py --data data/traces --model lstm --layers 12:20
-    python train.py --seeds 3                                   # mean and spread over three seeds
+    python train.py --seeds 3                                   # mean and spread over three seeds; --folds 5 over five folds
+    torchrun --nproc-per-node 2 train.py --data data/traces     # the same numbers, on two processes
 
 Stop it whenever you like: the same command goes on where it was, and, once finished, prints its results again.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,204 +18,173 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from dali_pipeline import DataError, Dataset, UsageError, open_dataset
+from dali_pipeline import Dataset, UsageError, World, open_dataset
+from dali_pipeline.arguments import parse_workers
 from dali_pipeline.cli import CONTEXT
 from dali_pipeline.cli import run as run_command_line
-from training.config import MODELS, ModelName, TrainConfig
-from training.folder import METRICS_NAME, check_folder, check_resume, claim_folder, find_checkpoint
+from training.commandline import GroupedCommand, print_config, take_config
+from training.config import MODELS, Conduct, ModelName, TrainConfig
+from training.folder import METRICS_NAME, claim_folder
 from training.interrupt import Interrupted, Interrupts
+from training.prepare import Options, check_labels, check_settings, find_data, find_folder, models_for, runs_of
+from training.processes import EndedElsewhere, Processes
 from training.results import print_table, read_metrics, summarise, write_metrics
-
-DATA_FOLDER = Path("data")
-RUNS_FOLDER = Path("runs")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """Where input and output lie: what changes no number."""
+class Prepared:
+    """What the first process found out, and the others are told."""
 
-    data: Path | None
-    preprocessed_dir: Path | None
-    converted_dir: Path | None
-    output_dir: Path | None
-    resume: str
-    device: str
-    seeds: int
+    root: Path
+    digest: str
+    models: tuple[ModelName, ...]
+    folder: Path
+    finished: bool
 
 
 def main(options: Options, config: TrainConfig) -> None:
     """The whole run, step by step."""
-    interrupts = Interrupts()
-    refuse_many_processes()
+    with Processes.join(options.conduct.device) as processes:
+        interrupts = Interrupts(processes)
+        prepared = processes.first(lambda: prepare(options, config, processes.world_size))
+        data = open_same(prepared)
+        config = replace(config, models=prepared.models)
+        if not prepared.finished:
+            train_runs(data, config, prepared.folder, options, interrupts, processes)
+        processes.first(lambda: print_results(prepared.folder, data, options))  # while the others wait
+
+
+def prepare(options: Options, config: TrainConfig, world_size: int) -> Prepared:
+    """Finds the data and the folder; refuses what cannot work; claims the folder."""
     data = find_data(options)
     config = replace(config, models=models_for(data, config.models))
     check_labels(data)
     folder, described, anew = find_folder(options, config, data)
-    if (folder / METRICS_NAME).exists() and not anew:
+    finished = (folder / METRICS_NAME).exists() and not anew
+    if finished:
         print(f"{folder}: finished before; --resume never trains again")
     else:
-        check_settings(data, config, folder, options)
+        check_settings(data, config, folder, options, world_size)
         claim_folder(folder, described, replace=anew)
-        train_seeds(data, config, folder, options, interrupts)
-    print_results(folder, data)
+    return Prepared(root=data.root, digest=data.digest, models=config.models, folder=folder, finished=finished)
 
 
-def refuse_many_processes() -> None:
-    """One process for now: several would each write the same files."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("train.py runs in one process; start it with python, not with torchrun")
+def open_same(prepared: Prepared) -> Dataset:
+    """The data set, in each process. Raises UsageError where a machine holds another one under this name."""
+    data = open_dataset(prepared.root)
+    if data.digest != prepared.digest:
+        raise UsageError(f"{data.root} here has the digest {data.digest}; the first process opened {prepared.digest}")
+    return data
 
 
-def find_data(options: Options) -> Dataset:
-    """The data set that was named; the one converted from the folder that was named; or the demonstration's."""
-    if options.data and options.preprocessed_dir:
-        raise UsageError("--data and --preprocessed-dir exclude each other; give one")
-    if options.data:
-        return open_dataset(options.data)
-    if options.preprocessed_dir:
-        from dali_pipeline.ingest.convert import convert, gigabytes
-        from dali_pipeline.ingest.sources import Source
+def train_runs(
+    data: Dataset, config: TrainConfig, folder: Path, options: Options, interrupts: Interrupts, processes: Processes
+) -> None:
+    """One run in the folder itself; or several, each in a folder of its own, and their mean and spread."""
+    from training.run import Job, carry_out
 
-        source = Source.find(options.preprocessed_dir)
-        beside = options.preprocessed_dir.resolve()
-        converted = options.converted_dir or beside.with_name(beside.name + "_converted")
-        if options.converted_dir is None and not converted.exists() and not os.access(beside.parent, os.W_OK):
-            raise UsageError(f"{beside.parent} cannot be written to; name a folder for the converted data with --converted-dir")
-        if not (converted / "manifest.json").exists():
-            free = gigabytes(shutil.disk_usage(existing_parent(converted)).free)
-            print(
-                f"converting {gigabytes(source.nbytes)} in {len(source.files)} files to {converted} ({free} free), once",
-                flush=True,
-            )
-        return convert(options.preprocessed_dir, converted)
-    from dali_pipeline.ingest.demo import demo_dataset
-
-    if not (DATA_FOLDER / "sciq" / "manifest.json").exists():
-        print(f"making the demonstration's data in {DATA_FOLDER / 'sciq'}: some 3 minutes on two cores, once", flush=True)
-    return demo_dataset(DATA_FOLDER)
+    for number, (name, part, own) in enumerate(runs_of(options, config, data)):
+        job = Job(
+            data=part,
+            config=own,
+            folder=folder / name,
+            resume="auto" if name else options.resume,
+            conduct=options.conduct,
+            interrupts=interrupts,
+            processes=processes,
+            probes=number == 0,
+        )
+        if not processes.first((job.folder / METRICS_NAME).exists):
+            if name and processes.is_first:
+                print(name.replace("-", " "), flush=True)
+                claim_folder(job.folder, own.to_dict(part), replace=False)
+            carry_out(job)
+    if options.runs > 1 and processes.is_first:
+        runs = [read_metrics(folder / name) for name, _, _ in runs_of(options, config, data)]
+        write_metrics(folder / METRICS_NAME, summarise(runs, "folds" if options.folds else "seeds"))
 
 
-def existing_parent(path: Path) -> Path:
-    """The nearest folder above that exists."""
-    return next(folder for folder in path.absolute().parents if folder.exists())
-
-
-def models_for(data: Dataset, asked: tuple[ModelName, ...]) -> tuple[ModelName, ...]:
-    """The models that the data can train: all three asked of half a data set are those of that half."""
-    possible = tuple(name for name in asked if ("sequences" if name == "lstm" else "graphs") in data.schema.kinds)
-    holds = f"{data.root} holds {' and '.join(data.schema.kinds)} only"
-    if not possible or (possible != asked and asked != MODELS):
-        raise DataError(f"{holds}, on which {', '.join(sorted(set(asked) - set(possible)))} cannot train")
-    if possible != asked:
-        print(f"{holds}: training {', '.join(possible)}")
-    return possible
-
-
-def check_labels(data: Dataset) -> None:
-    """Every split needs records of at least two classes, or no score can be computed."""
-    for split in ("train", "val", "test"):
-        counts = data.label_counts(split)
-        if len(counts) < 2:
-            found = f"labels all {next(iter(counts))}" if counts else "no records"
-            raise DataError(f"split {split!r} of {data.root} has {found}; expected at least two classes in train, val and test")
-
-
-def find_folder(options: Options, config: TrainConfig, data: Dataset) -> tuple[Path, dict[str, Any], bool]:
-    """The output folder, what its config.json is to say, and whether the run begins anew; another run's folder is refused."""
-    suffix = f"-{options.seeds}-seeds" if options.seeds > 1 else ""
-    folder = options.output_dir or RUNS_FOLDER / (config.folder_name(data) + suffix)
-    described = {**config.to_dict(data), "seeds": options.seeds}
-    anew = options.resume == "never"
-    check_folder(folder, described, replace=anew)
-    return folder, described, anew
-
-
-def check_settings(data: Dataset, config: TrainConfig, folder: Path, options: Options) -> None:
-    """What would fail later fails now, before anything is written: layers, a device or a checkpoint that cannot be used."""
-    from training.checkpoint import read_checkpoint
-    from training.trainer import make_loader
-
-    check_resume(options.resume, config.models, options.seeds)
-    for name in config.models:
-        for split in data.splits:
-            make_loader(name, data, config, split, options.device)
-        if checkpoint := find_checkpoint(options.resume, folder, name):
-            read_checkpoint(checkpoint, name, config.to_dict(data))
-
-
-def train_seeds(data: Dataset, config: TrainConfig, folder: Path, options: Options, interrupts: Interrupts) -> None:
-    """One run in the folder itself, or one in a folder of its own for every seed, and their mean and spread."""
-    if options.seeds == 1:
-        train_models(data, config, folder, options, interrupts)
-        return
-    runs = []
-    for seed in range(config.seed, config.seed + options.seeds):
-        one = folder / f"seed-{seed}"
-        one.mkdir(exist_ok=True)
-        print(f"seed {seed}")
-        if not (one / METRICS_NAME).exists():
-            train_models(data, replace(config, seed=seed), one, options, interrupts)
-        runs.append(read_metrics(one))
-    write_metrics(folder / METRICS_NAME, summarise(runs))
-
-
-def train_models(data: Dataset, config: TrainConfig, folder: Path, options: Options, interrupts: Interrupts) -> None:
-    """Trains one model after the other and writes metrics.json, history.csv and curves.png."""
-    from training.metrics import Predictions
-    from training.report import draw_curves, write_history
-    from training.run import evaluate, train
-    from training.trainer import HistoryRow
-
-    results: dict[str, Any] = {}
-    histories: dict[str, list[HistoryRow]] = {}
-    tests: dict[str, Predictions] = {}
-    for name in config.models:
-        trainer = train(name, data, config, folder, options.device, options.resume, interrupts, histories)
-        histories[name] = trainer.history
-        results[name], tests[name] = evaluate(trainer)
-    write_history(folder / "history.csv", histories)
-    draw_curves(
-        folder / "curves.png",
-        histories,
-        tests,
-        f"{data.root.name}: {data.num_records('test', data.schema.kinds[0]):,} test records",
-    )
-    write_metrics(folder / METRICS_NAME, results)
-
-
-def print_results(folder: Path, data: Dataset) -> None:
+def print_results(folder: Path, data: Dataset, options: Options) -> None:
     """The table, and where the rest lies."""
-    print_table(read_metrics(folder), f"Test metrics on {data.root.name}; the threshold is chosen on validation")
-    print(f"{folder}: metrics.json, history.csv, checkpoints" + (", curves.png" if (folder / "curves.png").exists() else ""))
+    over = f", mean and spread over {options.runs} {'folds' if options.folds else 'seeds'}" if options.runs > 1 else ""
+    print_table(read_metrics(folder), f"Test metrics on {data.root.name}{over}; the threshold is chosen on validation")
+    print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir() if path.suffix != '.pt'))}, checkpoints")
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT)
 
 
-@app.command()
+def flag(group: str, text: str, example: str, *names: str, **settings: Any) -> Any:
+    """An option of a group, its help with an example at the end."""
+    return typer.Option(*names, rich_help_panel=group, help=f"{text} E.g. {example}", **settings)
+
+
+@app.command(cls=GroupedCommand)
 def command_line(
-    data: Annotated[Path | None, typer.Option(metavar="SET", help="A data set, as convert or extract writes it.")] = None,
+    ctx: typer.Context,
+    data: Annotated[
+        Path | None, flag("Data", "A data set, as convert or extract writes it.", "--data data/traces", metavar="SET")
+    ] = None,
     preprocessed_dir: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Folder with lstm_solo/*.pt and gnn/*.pt; converted once.")
+        Path | None,
+        flag("Data", "Folder with lstm_solo/*.pt and gnn/*.pt; converted once.", "--preprocessed-dir pre", metavar="FOLDER"),
     ] = None,
-    converted_dir: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where to. [default: beside it]")] = None,
-    model: Annotated[Literal["all", "lstm", "gnn_lstm", "gvae_lstm"], typer.Option(help="Detector to train.")] = "all",
-    epochs: Annotated[int, typer.Option(help="Passes over the training split.")] = 10,
-    batch_size: Annotated[int, typer.Option(help="Records a step, over all processes.")] = 32,
-    lr: Annotated[float, typer.Option(help="Highest learning rate of the one-cycle schedule.")] = 1e-3,
-    dropout: Annotated[float, typer.Option(help="Dropout rate.")] = 0.3,
-    seed: Annotated[int, typer.Option(help="Of weights, dropout and order.")] = 0,
-    seeds: Annotated[int, typer.Option(help="Runs with this many seeds, from --seed on; prints mean and spread.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    converted_dir: Annotated[
+        Path | None, flag("Data", "Where to. [default: beside it]", "--converted-dir /fast/traces", metavar="FOLDER")
+    ] = None,
     layers: Annotated[
-        str | None, typer.Option(metavar="LIST", help="Steps (or graphs) of each record to use: 12:20 or 8,16. [default: all]")
+        str | None,
+        flag("Data", "Steps, or graphs, of each record to use. [default: all]", "--layers 12:20 or 8,16", metavar="LIST"),
     ] = None,
+    workers: Annotated[
+        str, flag("Data", "Threads (sequences) or processes (graphs) that read ahead.", "--workers 2", metavar="auto|N")
+    ] = "auto",
+    model: Annotated[
+        Literal["all", "lstm", "gnn_lstm", "gvae_lstm"], flag("Model", "Detector to train.", "--model lstm")
+    ] = "all",
+    dropout: Annotated[float, flag("Model", "Dropout rate.", "--dropout 0.5")] = 0.3,
+    kl_weight: Annotated[float, flag("Model", "Of the divergence in gvae_lstm's loss.", "--kl-weight 0.01")] = 1e-3,
+    epochs: Annotated[int, flag("Training", "Passes over the training split.", "--epochs 50")] = 10,
+    batch_size: Annotated[int, flag("Training", "Records a step, over all processes.", "--batch-size 128")] = 32,
+    lr: Annotated[float, flag("Training", "Highest learning rate of the one-cycle schedule.", "--lr 3e-4")] = 1e-3,
+    weight_decay: Annotated[float, flag("Training", "Of AdamW.", "--weight-decay 0.1")] = 0.01,
+    clip_norm: Annotated[float, flag("Training", "Greatest norm of the gradient; 0 for any.", "--clip-norm 0.5")] = 1.0,
+    accumulate: Annotated[
+        int, flag("Training", "Pieces that a batch goes through the model in, to save memory.", "--accumulate 4")
+    ] = 1,
+    seed: Annotated[int, flag("Training", "Of weights, dropout, order and folds.", "--seed 1")] = 0,
+    seeds: Annotated[int, flag("Training", "Runs with this many seeds, from --seed on.", "--seeds 3")] = 1,
+    folds: Annotated[
+        int, flag("Training", "Cross-validation: train and val dealt anew by group, a run a fold.", "--folds 5")
+    ] = 0,
+    device: Annotated[str, flag("Speed", "auto, cpu, cuda or cuda:N.", "--device cpu")] = "auto",
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16"], flag("Speed", "Of the forward pass, by autocast.", "--precision bf16")
+    ] = "fp32",
+    compiled: Annotated[
+        bool, flag("Speed", "Compile the model (torch.compile); pays on long runs.", "--compile", "--compile")
+    ] = False,
     output_dir: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="[default: a name made of the configuration]")
+        Path | None,
+        flag("Output", "[default: a name made of the configuration]", "--output-dir runs/one", metavar="FOLDER"),
     ] = None,
     resume: Annotated[
-        str, typer.Option(metavar="auto|never|PATH", help="Go on, start anew, or go on from a checkpoint.")
+        str,
+        flag("Output", "Go on, start anew, or go on from a checkpoint.", "--resume never", metavar="auto|never|PATH"),
     ] = "auto",
+    checkpoint_minutes: Annotated[
+        float, flag("Output", "Between checkpoints, beside each epoch's end; 0 for none.", "--checkpoint-minutes 1")
+    ] = 10.0,
+    checkpoint_steps: Annotated[
+        int, flag("Output", "A checkpoint every so many steps too; 0 for none.", "--checkpoint-steps 500")
+    ] = 0,
+    config: Annotated[
+        Path | None,
+        flag("Output", "Flags from a file; others win.", "--config run.yaml", is_eager=True, callback=take_config),
+    ] = None,
+    show_config: Annotated[
+        bool, flag("Output", "Print all flags as --config takes them, and end.", "--print-config", "--print-config")
+    ] = False,
 ) -> None:
     """Train the detectors and print their test metrics.
 
@@ -225,26 +193,51 @@ def command_line(
       python train.py
       python train.py --preprocessed-dir preprocessed_data --epochs 50 --batch-size 32
       python train.py --data data/traces --model lstm --layers 12:20
+      torchrun --nproc-per-node 2 train.py --data data/traces --precision bf16
       python train.py --seeds 3
     """
-    if seeds < 1:
-        raise UsageError(f"seeds is {seeds}; expected at least 1")
-    models = MODELS if model == "all" else (model,)
-    config = TrainConfig(models=models, epochs=epochs, batch_size=batch_size, lr=lr, dropout=dropout, seed=seed, layers=layers)
+    training = TrainConfig(
+        models=MODELS if model == "all" else (model,),
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        dropout=dropout,
+        weight_decay=weight_decay,
+        kl_weight=kl_weight,
+        seed=seed,
+        layers=layers,
+        precision=precision,
+        accumulate=accumulate,
+        clip_norm=clip_norm,
+        compile=compiled,
+    )
     options = Options(
         data=data,
         preprocessed_dir=preprocessed_dir,
         converted_dir=converted_dir,
         output_dir=output_dir,
         resume=resume,
-        device=device,
         seeds=seeds,
+        folds=folds,
+        conduct=Conduct(
+            device=device,
+            workers=parse_workers(workers),
+            checkpoint_minutes=checkpoint_minutes,
+            checkpoint_steps=checkpoint_steps,
+        ),
     )
+    if show_config:
+        print_config(ctx)
+        return
     try:
-        main(options, config)
+        main(options, training)
     except Interrupted as stop:
-        print(f"train.py: stopped by {stop}; the same command goes on from here", file=sys.stderr)
+        if World.detect().rank == 0:
+            print(f"train.py: stopped by {stop}; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(stop.exit_code) from None
+    except EndedElsewhere as end:
+        print(end, end="", file=sys.stderr)
+        raise typer.Exit(2) from None
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/probe.py data/sciq
 
-PCA to 100 components and logistic regression on each layer's last-token state; the layer is chosen on validation. On a data
+The probe is the one that train.py draws (training/layers.py); the layer is chosen on validation. On a data
 set that `train.py` made, a bag of words over the prompts and their length stand beside it: they read no hidden state.
 """
 
@@ -16,15 +16,14 @@ from typing import Annotated, Any
 import numpy.typing as npt
 import torch
 import typer
-from sklearn.decomposition import PCA
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 import dali_pipeline as dp
 from dali_pipeline.cli import CONTEXT, run
+from training.layers import probe_layers
 
 Floats = npt.NDArray[Any]
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT)
@@ -38,22 +37,6 @@ def load(data: dp.Dataset, split: str) -> tuple[Floats, Floats, list[str]]:
     ]
     sequences, labels, ids = zip(*batches, strict=True)
     return torch.cat(sequences).numpy(), torch.cat(labels).numpy(), [one for part in ids for one in part]
-
-
-def probe_layers(splits: dict[str, tuple[Floats, Floats, list[str]]], components: int) -> list[tuple[float, float]]:
-    """Validation and test AUROC of a probe on each layer."""
-    (train, train_labels, _), (val, val_labels, _), (test, test_labels, _) = (splits[name] for name in ("train", "val", "test"))
-    found = []
-    for layer in range(train.shape[1]):
-        pca = PCA(min(components, train.shape[2], len(train)), random_state=0)
-        model = make_pipeline(StandardScaler(), pca, LogisticRegression(C=0.1, max_iter=1000))
-        model.fit(train[:, layer], train_labels)
-        scores = [
-            roc_auc_score(labels, model.decision_function(x[:, layer]))
-            for x, labels in ((val, val_labels), (test, test_labels))
-        ]
-        found.append((float(scores[0]), float(scores[1])))
-    return found
 
 
 def without_states(splits: dict[str, tuple[Floats, Floats, list[str]]], prompts: Path) -> dict[str, float]:
@@ -76,7 +59,6 @@ def main(
     data: Annotated[
         Path, typer.Argument(help="A data set with sequences of equal length and two classes.", show_default=False)
     ],
-    components: Annotated[int, typer.Option(help="Principal components a layer.")] = 100,
 ) -> None:
     """Print the test AUROC of a linear probe on every layer, and of what reads no hidden state."""
     dataset = dp.open_dataset(data)
@@ -85,17 +67,14 @@ def main(
         raise dp.DataError(
             f"{data} has sequences of {fewest} to {most} steps, {dataset.num_classes} classes; expected one length, 2 classes"
         )
-    splits = {split: load(dataset, split) for split in ("train", "val", "test")}
-    layers = dataset.manifest.source.get("layers") or list(range(most))
-    found = probe_layers(splits, components)
+    found = probe_layers(dataset, list(range(most)), seed=0)
     print(f"{'':24}  val AUROC  test AUROC")
-    for layer, (val, test) in zip(layers, found, strict=True):
+    for layer, val, test in zip(found.layers, found.val, found.test, strict=True):
         print(f"{f'linear probe, layer {layer}':24}  {val:9.3f}  {test:10.3f}")
-    best = max(range(len(found)), key=lambda at: found[at][0])
-    print(f"\nchosen on validation: layer {layers[best]}, test AUROC {found[best][1]:.3f}")
+    print(f"\nchosen on validation: layer {found.layers[found.best]}, test AUROC {found.test[found.best]:.3f}")
     prompts = data.with_suffix(".csv")
     if prompts.exists():
-        for name, auroc in without_states(splits, prompts).items():
+        for name, auroc in without_states({split: load(dataset, split) for split in ("train", "test")}, prompts).items():
             print(f"{name}: test AUROC {auroc:.3f}")
 
 

@@ -82,10 +82,10 @@ def train_step(name: ModelName, loader: Loader[Any]) -> Train:
     """A step of training that model: forward, backward, optimizer."""
     import torch
 
+    from training.build import build_model, forward
     from training.config import TrainConfig
-    from training.trainer import build_model, forward
 
-    model = build_model(name, loader.data, TrainConfig()).to(loader.device)
+    model = build_model(name, loader.data.schema, loader.data.num_classes, TrainConfig()).to(loader.device)
     optimizer = torch.optim.AdamW(model.parameters())
 
     def step(batch: Any) -> None:
@@ -93,7 +93,7 @@ def train_step(name: ModelName, loader: Loader[Any]) -> Train:
             output = forward(model, batch)
         loss = output.logits_BK.float().square().mean() + output.penalty_B.mean()  # its value does not matter, its cost does
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         optimizer.step()
 
     return step

@@ -1,4 +1,4 @@
-"""The command line: `python -m dali_pipeline convert|verify|inspect|extract|doctor`. Heavy imports wait for a command."""
+"""The command line: `python -m dali_pipeline convert|verify|inspect|extract|doctor|predict`. Heavy imports wait."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import typer
 
 from dali_pipeline.arguments import parse_blocks, parse_size, parse_sizes, parse_workers
 from dali_pipeline.checkup import doctor_command
+from dali_pipeline.predict import predict_command
 from dali_pipeline.schema import PipelineError, UsageError
 from dali_pipeline.split import Split
 
@@ -30,6 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings=CONTEXT,
 )
+
+app.command("predict")(predict_command)
 
 SplitOption = Annotated[str, typer.Option("--split", metavar="TRAIN/VAL/TEST", help="Shares in per cent, dealt by group.")]
 SplitSeed = Annotated[int, typer.Option("--split-seed", help="Another seed, another split.")]
@@ -73,6 +76,7 @@ def convert_command(
       python -m dali_pipeline convert raw_traces data/traces --scores scores.csv --score-column bleurt
       python -m dali_pipeline convert data/traces data/traces8 --dtype sequence=int8,x=bfloat16
     """
+    from dali_pipeline.describe import summary
     from dali_pipeline.ingest.convert import convert, gigabytes
     from dali_pipeline.ingest.job import ConvertConfig
     from dali_pipeline.ingest.traces import TraceOptions, read_scores
@@ -97,7 +101,7 @@ def convert_command(
     )
     with _going_on():
         data = convert(src, dst, config)
-    print(f"{dst}: {_summary(data)}, {gigabytes(data.nbytes)}")
+    print(f"{dst}: {summary(data)}, {gigabytes(data.nbytes)}")
     source = data.manifest.source
     if source.get("in_one_half"):
         print(f"{source['in_one_half']:,} records are in one half alone")
@@ -198,6 +202,7 @@ def extract_command(
       python -m dali_pipeline extract --model ./SmolLM2-135M --prompts questions.csv data/traces
       python -m dali_pipeline extract --model ./SmolLM2-135M --prompts questions.csv data/traces --graph-layers 8,16,24
     """
+    from dali_pipeline.describe import summary
     from dali_pipeline.ingest.convert import gigabytes
     from dali_pipeline.ingest.extract import ExtractConfig, extract
 
@@ -212,7 +217,7 @@ def extract_command(
     )
     with _going_on():
         data = extract(model, prompts, out, config, device)
-    print(f"{out}: {_summary(data)}, {gigabytes(data.nbytes)}")
+    print(f"{out}: {summary(data)}, {gigabytes(data.nbytes)}")
 
 
 @contextmanager
@@ -223,11 +228,6 @@ def _going_on() -> Iterator[None]:
     except KeyboardInterrupt:
         print("dali_pipeline: stopped; the same command goes on from what is final", file=sys.stderr)
         raise typer.Exit(130) from None
-
-
-def _summary(data: Any) -> str:
-    counts = {kind: [f"{data.num_records(split, kind):,} {split}" for split in data.splits] for kind in data.schema.kinds}
-    return "; ".join(f"{kind} {', '.join(listed)}" for kind, listed in counts.items())
 
 
 def run(application: typer.Typer, name: str) -> int:

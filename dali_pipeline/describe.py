@@ -121,6 +121,12 @@ def _sample(data: Dataset, kind: Kind) -> list[dict[str, Any]]:
     ]
 
 
+def summary(data: Dataset) -> str:
+    """`sequences 2,807 train, 586 val; graphs …`."""
+    counts = {kind: [f"{data.num_records(split, kind):,} {split}" for split in data.splits] for kind in data.schema.kinds}
+    return "; ".join(f"{kind} {', '.join(listed)}" for kind, listed in counts.items())
+
+
 def print_description(found: dict[str, Any]) -> None:
     """As tables on standard output; piped output is never folded."""
     console = plain_console()

@@ -12,6 +12,7 @@ from torch_geometric.data import Batch
 
 from models.gnn_lstm import GraphEncoder, to_steps
 from models.lstm import Output, StepsClassifier
+from models.noise import keyed_normal, mix
 
 
 class GVAELSTMDetector(nn.Module):
@@ -19,7 +20,8 @@ class GVAELSTMDetector(nn.Module):
 
     The penalty is reconstruction (mean squared error of the layer-normalised node features) plus `kl_weight` times the KL
     divergence from a standard normal, each the mean over a record's nodes. In training the decoder sees a sample, in
-    evaluation the mean; the classifier always sees mean and log-variance, so that evaluation has no randomness.
+    evaluation the mean; the classifier always sees mean and log-variance, so that evaluation has no randomness. The sample's
+    noise is a function of each record's key and the node's number in the record, so it does not depend on batch or process.
     """
 
     def __init__(
@@ -44,24 +46,44 @@ class GVAELSTMDetector(nn.Module):
         self.raw = nn.Sequential(nn.LayerNorm(features), nn.Linear(features, hidden), nn.Dropout(dropout))
         self.classify = StepsClassifier(hidden + 2 * latent, num_classes, hidden=hidden, num_layers=num_layers, dropout=dropout)
 
-    def forward(self, graphs: Batch, graphs_per_record_B: torch.Tensor, last_node_G: torch.Tensor) -> Output:
-        """As `GNNLSTMDetector.forward`."""
+    def forward(
+        self,
+        graphs: Batch,
+        graphs_per_record_B: torch.Tensor,
+        last_node_G: torch.Tensor,
+        noise_keys_B: torch.Tensor | None = None,
+    ) -> Output:
+        """As `GNNLSTMDetector.forward`. noise_keys_B: int64, of the sample in training; None for torch's own noise."""
+        record_N = records_of_nodes(graphs, graphs_per_record_B)
         states_NH = self.encode(graphs)
         mean_NZ, log_variance_NZ = self.mean(states_NH), self.log_variance(states_NH).clamp(-10, 10)
         latent_NZ = mean_NZ
         if self.training:
-            latent_NZ = mean_NZ + torch.randn_like(mean_NZ) * (0.5 * log_variance_NZ).exp()
+            noise_NZ = torch.randn_like(mean_NZ) if noise_keys_B is None else node_noise(noise_keys_B, record_N, mean_NZ)
+            latent_NZ = mean_NZ + noise_NZ * (0.5 * log_variance_NZ).exp()
         reconstruction_N = (self.decode(latent_NZ) - self.target(graphs.x)).square().mean(dim=1)
         kl_N = 0.5 * (mean_NZ.square() + log_variance_NZ.exp() - 1 - log_variance_NZ).sum(dim=1)
-        penalty_B = record_means(reconstruction_N + self.kl_weight * kl_N, graphs, graphs_per_record_B)
+        penalty_B = record_means(reconstruction_N + self.kl_weight * kl_N, record_N, len(graphs_per_record_B))
         steps_GF = torch.cat([self.raw(graphs.x[last_node_G]), mean_NZ[last_node_G], log_variance_NZ[last_node_G]], dim=1)
         return Output(self.classify(*to_steps(steps_GF, graphs_per_record_B)), penalty_B)
 
 
-def record_means(values_N: torch.Tensor, graphs: Batch, graphs_per_record_B: torch.Tensor) -> torch.Tensor:
+def records_of_nodes(graphs: Batch, graphs_per_record_B: torch.Tensor) -> torch.Tensor:
+    """The number, within the batch, of each node's record: (N,)."""
+    records_B = torch.arange(len(graphs_per_record_B), device=graphs.x.device)
+    record_G = torch.repeat_interleave(records_B, graphs_per_record_B)
+    return record_G[graphs.batch]
+
+
+def record_means(values_N: torch.Tensor, record_N: torch.Tensor, records: int) -> torch.Tensor:
     """The mean of a value over the nodes of all graphs of each record, (B,)."""
-    records = len(graphs_per_record_B)
-    record_G = torch.repeat_interleave(torch.arange(records, device=values_N.device), graphs_per_record_B)
-    record_N = record_G[graphs.batch]
     totals_B = values_N.new_zeros(records).index_add(0, record_N, values_N)
     return totals_B / torch.bincount(record_N, minlength=records)
+
+
+def node_noise(noise_keys_B: torch.Tensor, record_N: torch.Tensor, like_NZ: torch.Tensor) -> torch.Tensor:
+    """Standard normal values (N, Z) from each record's key and the node's number in its record."""
+    counts_B = torch.bincount(record_N, minlength=len(noise_keys_B))
+    first_B = counts_B.cumsum(0) - counts_B
+    number_N = torch.arange(len(record_N), device=record_N.device) - first_B[record_N]
+    return keyed_normal(mix(noise_keys_B[record_N] + number_N), like_NZ.shape[1]).to(like_NZ.dtype)

@@ -35,8 +35,16 @@ class StepsClassifier(nn.Module):
             nn.Linear(hidden, 1 if num_classes == 2 else num_classes),
         )
 
+    # not compiled: whether to pack depends on the lengths, and the LSTM is one call either way
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, steps_BTF: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         """lengths_B: int64 on the CPU, each from 1 to T. Returns logits_BK."""
+        if steps_BTF.device.type == "cpu":  # where torch's LSTM cannot be trained in half precision on every processor
+            with torch.autocast("cpu", enabled=False):
+                return self._classify(steps_BTF.float(), lengths_B)
+        return self._classify(steps_BTF, lengths_B)
+
+    def _classify(self, steps_BTF: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         longest = steps_BTF.shape[1]
         if int(lengths_B.min()) == longest:  # nothing to pack
             states_BTH, _ = self.lstm(steps_BTF)

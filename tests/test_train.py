@@ -16,26 +16,27 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_records, write
-from sklearn.metrics import f1_score, roc_auc_score
 from test_convert import make_folder
 
 import dali_pipeline as dp
 import train as train_module
+import training.prepare as prepare_module
 from dali_pipeline.cli import run
 from dali_pipeline.layers import parse_layers
-from training.config import MODELS, TrainConfig
+from training.config import METRICS, MODELS, Conduct, TrainConfig
 from training.interrupt import Interrupted, Interrupts
-from training.metrics import Predictions, area_under_roc, best_threshold, measure
+from training.processes import Processes
 from training.trainer import Trainer
 
 ROOT = Path(train_module.__file__).parent
+ALONE = Processes(dp.World())
 
 
 @pytest.fixture(autouse=True)
 def _restored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Signal handlers as they were, and `runs/` in the test's own folder."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    monkeypatch.setattr(train_module, "RUNS_FOLDER", tmp_path / "runs")
+    monkeypatch.setattr(prepare_module, "RUNS_FOLDER", tmp_path / "runs")
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -69,7 +70,7 @@ def test_a_folder_of_pt_files_is_converted_once_and_trained_on(
     metrics = json.loads((folder / "metrics.json").read_text())
     assert list(metrics) == list(MODELS)
     for result in metrics.values():
-        assert {"auroc", "f1", "precision", "recall", "accuracy"} == set(result["test"])
+        assert set(METRICS) == set(result["test"]) == set(result["test_interval"])
         assert all(0 <= value <= 1 for value in result["test"].values())
     assert [(row["model"], row["epoch"]) for row in history(folder)] == [
         (name, str(epoch)) for name in MODELS for epoch in range(2)
@@ -134,14 +135,14 @@ def test_interrupted_at_any_step_the_curve_is_the_same(make: Callable[..., dp.Da
         folder.mkdir()
         done = 0
 
-        def on_step(step: int, steps: int, loss: float) -> None:
+        def on_step(step: int, share: torch.Tensor) -> None:
             nonlocal done
             done += 1
             if done in stops:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         while True:
-            trainer = Trainer(model, data, config, folder, "cpu", Interrupts())
+            trainer = Trainer(model, data, config, folder, Conduct(device="cpu"), Interrupts(ALONE), ALONE)
             if trainer.last_path.exists():
                 trainer.restore(trainer.last_path)
             try:
@@ -221,7 +222,7 @@ def test_resume_takes_a_path_and_never_begins_anew(
         (tmp_path / "one" / "lstm-best.pt", (), "holds no best, so nothing can go on from it; expected lstm-last.pt"),
         (tmp_path / "one" / "lstm-last.pt", ("--model", "all"), "is one model's checkpoint"),
         (tmp_path / "one" / "lstm-last.pt", ("--model", "gnn_lstm"), "is a checkpoint of lstm; expected one of gnn_lstm"),
-        (tmp_path / "one", ("--seeds", 2), "goes with one seed"),
+        (tmp_path / "one", ("--seeds", 2), "goes with one run"),
         (tmp_path / "one", ("--lr", 0.5), "was trained with lr 0.001; this run has 0.5"),
     ]:
         assert call(monkeypatch, *arguments, *more, "--output-dir", tmp_path / "bad", "--resume", resume) == 2
@@ -276,7 +277,7 @@ def test_a_folder_where_nothing_was_trained_yet_takes_another_configuration(
 ) -> None:
     arguments = ("--data", make(60).root, "--model", "lstm", "--epochs", 1, "--output-dir", tmp_path / "out")
     with monkeypatch.context() as broken:
-        broken.setattr(train_module, "train_seeds", lambda *given: (_ for _ in ()).throw(dp.DataError("a damaged shard")))
+        broken.setattr(train_module, "train_runs", lambda *given: (_ for _ in ()).throw(dp.DataError("a damaged shard")))
         assert call(broken, *arguments, "--lr", 0.5) == 2
     assert (tmp_path / "out" / "config.json").exists()
     assert call(monkeypatch, *arguments) == 0
@@ -408,42 +409,18 @@ def test_an_output_folder_of_another_configuration_is_refused(
     assert (tmp_path / "out" / "metrics.json").read_bytes() == before
 
 
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_processes_come_from_torchrun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
     assert call(monkeypatch, "--data", "nowhere") == 2
-    assert "runs in one process" in capsys.readouterr().err
+    assert "start with torchrun" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_no_number_stops_the_run(make: Callable[..., dp.Dataset], tmp_path: Path) -> None:
-    trainer = Trainer("lstm", make(60), TrainConfig(lr=1e30), tmp_path, "cpu", Interrupts())
+    trainer = Trainer("lstm", make(60), TrainConfig(lr=1e30), tmp_path, Conduct(device="cpu"), Interrupts(ALONE), ALONE)
     with pytest.raises(dp.PipelineError, match="loss"):
         while not trainer.finished:
-            trainer.train_epoch(lambda step, steps, loss: None)
-
-
-def predictions(scores: Any, labels: Any) -> Predictions:
-    return Predictions(
-        ids=[str(at) for at in range(len(labels))], scores=np.asarray(scores), labels=np.asarray(labels), loss=0.0
-    )
-
-
-def test_metrics_are_those_of_scikit_learn() -> None:
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 2, 200)
-    scores = np.clip(rng.normal(labels * 0.3 + 0.3, 0.3), 0, 1).astype(np.float32)
-    found = predictions(scores, labels)
-    threshold = best_threshold(found)
-    assert threshold is not None
-    measured = measure(found, threshold)
-    assert measured["auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-6)
-    assert measured["f1"] == pytest.approx(f1_score(labels, scores >= threshold), abs=1e-6)
-    assert measured["f1"] >= max(f1_score(labels, scores >= other) for other in np.linspace(0.05, 0.95, 19)) - 1e-6
-    classes = rng.integers(0, 3, 200)
-    logits = rng.normal(size=(200, 3)) + 2 * np.eye(3)[classes]
-    shares = (np.exp(logits) / np.exp(logits).sum(1, keepdims=True)).astype(np.float32)
-    several = predictions(shares, classes)
-    assert area_under_roc(several) == pytest.approx(roc_auc_score(classes, shares, multi_class="ovr"), abs=1e-5)
-    assert measure(several, None)["f1"] == pytest.approx(f1_score(classes, shares.argmax(1), average="macro"), abs=1e-6)
+            trainer.train_epoch(lambda step, share: None)
 
 
 def test_layers_are_read_as_people_write_them() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +14,81 @@ import torch
 from dali_pipeline import UsageError
 from dali_pipeline.shard import write_whole
 
-# what `Trainer.state` holds, beside the name and the configuration
-PARTS = {"best", "model", "optimizer", "scheduler", "loader", "epoch", "loss_sum", "loss_count", "history", "best_auroc"}
-PARTS |= {"random", "random_cuda", "delivered"}
+IDENTITY = {"name", "config", "schema", "classes"}
+# what `Trainer.state` holds beside
+PARTS = {"best", "model", "optimizer", "scheduler", "scaler", "loader", "epoch", "loss_sum", "loss_count", "history"}
+PARTS |= {"best_auroc", "random", "delivered"}
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread of its own, one after the other, two at most on their way.
+
+    What it is given is copied before `write` returns, so training goes on at once. An error of the thread (a full disk) comes
+    out of the next call of any method; the file of the checkpoint before is then still there, whole.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._under_way: deque[Future[None]] = deque()
+
+    def write(self, path: Path, state: Mapping[str, Any]) -> None:
+        """Costs the copy to the CPU, and waiting where two are on their way already."""
+        self.check()
+        if len(self._under_way) > 1:
+            self._under_way.popleft().result()
+        self._under_way.append(self._thread.submit(write_checkpoint, path, snapshot(state)))
+
+    def check(self) -> None:
+        """Raises the PipelineError of a checkpoint that could not be written; costs nothing."""
+        while self._under_way and self._under_way[0].done():
+            self._under_way.popleft().result()
+
+    def wait(self) -> None:
+        """Until all are on the disk."""
+        while self._under_way:
+            self._under_way.popleft().result()
+
+
+def snapshot(value: Any) -> Any:
+    """The same nest of dicts and lists, its tensors copied to the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: snapshot(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(snapshot(one) for one in value)
+    return value
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Anything that `torch.load(weights_only=True)` reads."""
+    """Anything that `torch.load(weights_only=True)` reads. Raises PipelineError where it cannot be written."""
     content = io.BytesIO()
     torch.save(dict(state), content)
     write_whole(path, content.getvalue())
 
 
-def read_checkpoint(path: Path, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The state in `path`. Raises UsageError for a file that is none, another model's, or of another configuration."""
+def load_checkpoint(path: Path, advice: str) -> dict[str, Any]:
+    """What is in `path`, whatever model's it is. Raises UsageError, which ends in `advice`, for a file that is none."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        theirs, missing = (state["name"], state["config"]), PARTS - state.keys()
+        missing = IDENTITY - state.keys()
     except Exception as error:
-        raise UsageError(
-            f"{path} is not a checkpoint of train.py ({type(error).__name__}); name another, or begin anew with --resume never"
-        ) from None
-    if theirs[0] != name:
-        raise UsageError(f"{path} is a checkpoint of {theirs[0]}; expected one of {name}")
+        raise UsageError(f"{path} is not a checkpoint of train.py ({type(error).__name__}); {advice}") from None
     if missing:
+        raise UsageError(f"{path} is not a checkpoint of train.py (it holds no {sorted(missing)[0]}); {advice}")
+    return dict(state)
+
+
+def read_checkpoint(path: Path, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The state in `path`. Raises UsageError for a file that is none, another model's, or of another configuration."""
+    state = load_checkpoint(path, "name another, or begin anew with --resume never")
+    if state["name"] != name:
+        raise UsageError(f"{path} is a checkpoint of {state['name']}; expected one of {name}")
+    if missing := PARTS - state.keys():
         raise UsageError(f"{path} holds no {sorted(missing)[0]}, so nothing can go on from it; expected {name}-last.pt")
     for key in config.keys() - {"models"}:
-        if theirs[1].get(key) != config[key]:
-            raise UsageError(f"{path} was trained with {key} {theirs[1].get(key)!r}; this run has {config[key]!r}")
-    return dict(state)
+        theirs = state["config"].get(key)
+        if theirs != config[key]:
+            what = "data of digest" if key == "data_digest" else key
+            raise UsageError(f"{path} was trained with {what} {theirs!r}; this run has {config[key]!r}")
+    return state

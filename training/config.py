@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -13,12 +14,33 @@ from dali_pipeline.layers import parse_layers
 
 ModelName = Literal["lstm", "gnn_lstm", "gvae_lstm"]
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
-METRICS = ("auroc", "f1", "precision", "recall", "accuracy")
+Precision = Literal["fp32", "bf16", "fp16"]
+METRICS = ("auroc", "average_precision", "f1", "precision", "recall", "accuracy", "ece")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conduct:
+    """How a run is carried out: what changes no number. checkpoint_steps: 0 for none between the minutes and epochs' ends."""
+
+    device: str = "auto"
+    workers: int | Literal["auto"] = "auto"
+    checkpoint_minutes: float = 10.0
+    checkpoint_steps: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint_minutes", "checkpoint_steps"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"{name.replace('_', ' ')} is {getattr(self, name)}; expected at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Hyperparameters of a run. batch_size: global · layers: steps or graphs of each record, as `parse_layers` reads them."""
+    """Hyperparameters of a run.
+
+    batch_size: records a step, over all processes and pieces · layers: steps or graphs of each record, as `parse_layers` reads
+    them · accumulate: pieces that each process's part of a batch goes through the model in · clip_norm: greatest norm of all
+    gradients together, 0 for any.
+    """
 
     models: tuple[ModelName, ...] = MODELS
     epochs: int = 10
@@ -29,16 +51,29 @@ class TrainConfig:
     kl_weight: float = 1e-3
     seed: int = 0
     layers: str | None = None
+    precision: Precision = "fp32"
+    accumulate: int = 1
+    clip_norm: float = 1.0
+    compile: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
+        for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0), ("accumulate", 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name.replace('_', ' ')} is {getattr(self, name)}; expected at least {least}")
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             raise UsageError(f"lr is {self.lr}; expected more than 0")
+        for name in ("weight_decay", "kl_weight", "clip_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"{name.replace('_', ' ')} is {getattr(self, name)}; expected 0 or more")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"dropout is {self.dropout}; expected 0 or more and less than 1")
         parse_layers(self.layers)
+
+    def check_shares(self, world_size: int) -> None:
+        """Raises UsageError unless a batch divides by the processes, and each one's part by the pieces."""
+        if self.batch_size % (world_size * self.accumulate):
+            shared = f"{world_size} processes" + (f" times --accumulate {self.accumulate}" if self.accumulate > 1 else "")
+            raise UsageError(f"batch size {self.batch_size} does not divide by {shared}; expected a multiple")
 
     def to_dict(self, data: Dataset) -> dict[str, Any]:
         """Plain JSON types, the data set's digest among them."""

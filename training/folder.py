@@ -11,8 +11,10 @@ from typing import Any, Literal
 from dali_pipeline import UsageError
 from dali_pipeline.shard import write_whole
 from training.config import MODELS, ModelName
+from training.provenance import note_start
 
-CONFIG_NAME, METRICS_NAME = "config.json", "metrics.json"
+CONFIG_NAME, METRICS_NAME, STARTS_NAME = "config.json", "metrics.json", "starts.json"
+WRITTEN = (CONFIG_NAME, METRICS_NAME, STARTS_NAME, "history.csv", "layers.csv", "predictions.parquet", "curves.png")
 
 
 def checkpoint_path(folder: Path, model: ModelName, which: Literal["best", "last"]) -> Path:
@@ -44,20 +46,24 @@ def check_folder(folder: Path, described: Mapping[str, Any], *, replace: bool) -
 
 
 def claim_folder(folder: Path, described: Mapping[str, Any], *, replace: bool) -> None:
-    """Makes the folder, with the run's configuration in it; `replace` takes away what an earlier run wrote, no more."""
+    """Makes the folder, with the run's configuration in it, and notes this start with the code that runs.
+
+    `replace` takes away what an earlier run wrote, no more.
+    """
     try:
         if replace:
             _remove_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / CONFIG_NAME, (json.dumps(described, indent=2) + "\n").encode())
+        note_start(folder / STARTS_NAME)
     except OSError as error:
         raise _unusable(folder, error) from error
 
 
 def _remove_run(folder: Path) -> None:
     checkpoints = [f"{name}-{which}.pt" for name in MODELS for which in ("best", "last")]
-    for run_folder in (folder, *folder.glob("seed-*")):
-        for name in (CONFIG_NAME, METRICS_NAME, "history.csv", "curves.png", *checkpoints):
+    for run_folder in (folder, *folder.glob("seed-*"), *folder.glob("fold-*")):
+        for name in (*WRITTEN, *checkpoints):
             (run_folder / name).unlink(missing_ok=True)
         shutil.rmtree(run_folder / "tensorboard", ignore_errors=True)
 
@@ -66,13 +72,13 @@ def _unusable(folder: Path, error: Exception) -> UsageError:
     return UsageError(f"{folder} cannot be an output folder ({error}); choose another --output-dir")
 
 
-def check_resume(resume: str, models: tuple[ModelName, ...], seeds: int) -> None:
+def check_resume(resume: str, models: tuple[ModelName, ...], runs: int) -> None:
     """Raises UsageError where `--resume PATH` names nothing that these models can go on from."""
     if resume in ("auto", "never"):
         return
     path = Path(resume)
-    if seeds > 1:
-        raise UsageError(f"--resume {path} goes with one seed; leave --seeds out, or go on with --resume auto")
+    if runs > 1:
+        raise UsageError(f"--resume {path} goes with one run; leave --seeds and --folds out, or go on with --resume auto")
     if path.is_file():
         if len(models) > 1:
             raise UsageError(f"--resume {path} is one model's checkpoint; name its --model, or the folder that it lies in")

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from training.processes import Processes
+
 
 class Interrupted(BaseException):
     """The run was asked to stop: no error, so what catches errors lets it through. exit_code: 128 and the signal's number."""
@@ -17,19 +19,25 @@ class Interrupted(BaseException):
 
 
 class Interrupts:
-    """Asked by loops between two steps, `check` raises Interrupted once a signal came. Elsewhere a signal raises at once."""
+    """Asked by loops between two steps, `agreed` raises Interrupted once a signal came. Elsewhere a signal raises at once.
 
-    def __init__(self) -> None:
+    With several processes all stop at the same step, whichever got the signal; and as torchrun passes a terminal's signal on,
+    so that it comes twice, a second one changes nothing there.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
         self._received = 0
         self._deferred = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._deferred and not self._received:
-            self._received = number
+        again, self._received = self._received, number
+        if again and self._processes.world_size > 1:
             return
-        raise Interrupted(number)  # outside a loop, or a second time: now
+        if again or not self._deferred:  # a second time, or outside a loop: now
+            raise Interrupted(number)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -40,7 +48,12 @@ class Interrupts:
         finally:
             self._deferred = False
 
-    def check(self) -> None:
-        """Raises Interrupted where a signal was noted."""
-        if self._received:
-            raise Interrupted(self._received)
+    def agreed(self, wish: bool = False) -> bool:
+        """Whether any process had a `wish` (below); raises Interrupted, in all, where one was signalled.
+
+        To be called by all processes at every step; with several the answer is about the step before.
+        """
+        number = self._processes.agree(self._received or int(wish))
+        if number > 1:
+            raise Interrupted(number)
+        return bool(number)

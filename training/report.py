@@ -1,4 +1,4 @@
-"""What a run leaves for people: history.csv and curves.png."""
+"""What a run leaves in numbers: history.csv, a row a model and epoch, and predictions.parquet, a row a model and record."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from dali_pipeline.shard import write_whole
 from training.metrics import Predictions
@@ -19,7 +20,7 @@ HISTORY_COLUMNS = ("model", "epoch", "train_loss", "val_loss", "val_auroc", "lr"
 
 
 def write_history(path: Path, histories: Mapping[str, Sequence[HistoryRow]]) -> None:
-    """history.csv: a row a model and epoch, written anew each time, so none is ever lost or doubled."""
+    """history.csv, written anew each time, so no row is ever lost or doubled."""
     text = io.StringIO()
     rows = csv.DictWriter(text, HISTORY_COLUMNS)
     rows.writeheader()
@@ -28,41 +29,30 @@ def write_history(path: Path, histories: Mapping[str, Sequence[HistoryRow]]) -> 
     write_whole(path, text.getvalue().encode())
 
 
-def draw_curves(
-    path: Path, histories: Mapping[str, Sequence[HistoryRow]], tests: Mapping[str, Predictions], title: str
+def prediction_table(
+    ids: Sequence[str], groups: Sequence[bytes], labels: Any, scores: np.ndarray[Any, Any], split: str
+) -> pa.Table:
+    """Columns id, group, label, score, split; for C classes score_0 … in place of score."""
+    columns = {"id": pa.array(ids, pa.string()), "group": pa.array([one.decode() for one in groups], pa.string())}
+    columns["label"] = pa.array(np.asarray(labels), pa.int64())
+    if scores.ndim == 1:
+        columns["score"] = pa.array(scores)
+    else:
+        columns |= {f"score_{number}": pa.array(column) for number, column in enumerate(scores.T)}
+    return pa.table({**columns, "split": pa.array([split] * len(ids), pa.string())})
+
+
+def write_predictions(
+    path: Path, found: Mapping[str, Mapping[str, Predictions]], groups: Mapping[str, Mapping[str, Sequence[bytes]]]
 ) -> None:
-    """curves.png: loss and validation AUROC by epoch; ROC and precision-recall on test, micro-averaged for several classes."""
-    figure = Figure(figsize=(12, 8.5), layout="constrained")
-    figure.suptitle(title)
-    (loss, auroc), (roc, pr) = figure.subplots(2, 2)
-    for number, (model, history) in enumerate(histories.items()):
-        color, epochs = f"C{number}", [row["epoch"] + 1 for row in history]
-        loss.plot(epochs, [row["train_loss"] for row in history], color=color, marker=".", label=f"{model}, training")
-        loss.plot(
-            epochs, [row["val_loss"] for row in history], color=color, marker=".", linestyle="--", label=f"{model}, validation"
+    """predictions.parquet: of every model, and split, each record's score. groups: likewise, a name a record."""
+    tables = [
+        prediction_table(one.ids, groups[model][split], one.labels, one.scores, split).add_column(
+            0, "model", pa.array([model] * len(one.ids), pa.string())
         )
-        scores = [row["val_auroc"] for row in history]
-        auroc.plot(epochs, scores, color=color, marker=".", label=model)
-        best = int(np.argmax(scores))
-        auroc.plot(epochs[best], scores[best], color=color, marker="o", markersize=10, fillstyle="none")
-    for number, (model, found) in enumerate(tests.items()):
-        scores_R, hits_R = (part.flatten() for part in found.one_against_rest())
-        false_rate, true_rate, _ = roc_curve(hits_R, scores_R)
-        precision, recall, _ = precision_recall_curve(hits_R, scores_R)
-        roc.plot(false_rate, true_rate, color=f"C{number}", label=f"{model}, area {roc_auc_score(hits_R, scores_R):.3f}")
-        area = average_precision_score(hits_R, scores_R)
-        pr.plot(recall, precision, color=f"C{number}", label=f"{model}, average precision {area:.3f}")
-        pr.axhline(hits_R.mean(), color="0.7", linestyle=":")
-    roc.plot([0, 1], [0, 1], color="0.7", linestyle=":")
-    loss.set(title="Loss by epoch (gvae_lstm: with reconstruction)", xlabel="epoch", ylabel="loss")
-    auroc.set(title="Validation AUROC by epoch (circle: the epoch kept)", xlabel="epoch", ylabel="AUROC")
-    roc.set(title="ROC on test", xlabel="false positive rate", ylabel="true positive rate")
-    pr.set(title="Precision and recall on test", xlabel="recall", ylabel="precision", ylim=(0, 1.02))
-    for axes in (loss, auroc, roc, pr):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    for axes in (loss, auroc):
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=110)
-    temporary.replace(path)
+        for model, splits in found.items()
+        for split, one in splits.items()
+    ]
+    content = io.BytesIO()
+    pq.write_table(pa.concat_tables(tables), content)
+    write_whole(path, content.getvalue())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, cast
@@ -16,6 +16,10 @@ from dali_pipeline import UsageError
 from dali_pipeline.shard import write_whole
 from training.config import METRICS
 from training.folder import METRICS_NAME
+
+# what a detector adds to the one that it is held against
+ADDS = {"gnn_lstm": ("structure", "lstm"), "gvae_lstm": ("uncertainty", "gnn_lstm")}
+HEADS = {"average_precision": "av. precision"}
 
 
 def write_metrics(path: Path, results: Mapping[str, Any]) -> None:
@@ -36,30 +40,58 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     return found
 
 
-def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation over the seeds, in the shape of one seed's metrics."""
-    return {
-        model: {
-            "test": {name: fmean(run[model]["test"][name] for run in runs) for name in METRICS},
-            "test_std": {name: stdev(run[model]["test"][name] for run in runs) for name in METRICS},
-            "seeds": [run[model]["seed"] for run in runs],
-        }
-        for model in runs[0]
-    }
+def summarise(runs: Sequence[Mapping[str, Any]], over: str) -> dict[str, Any]:
+    """Mean and standard deviation over runs, in the shape of one run's metrics. over: `seeds` or `folds`."""
+    summary: dict[str, Any] = {}
+    for model in runs[0]:
+        one: dict[str, Any] = {}
+        for split in ("test", "val"):
+            values = {name: [run[model][split][name] for run in runs] for name in METRICS}
+            one[split] = {name: fmean(each) for name, each in values.items()}
+            one[f"{split}_std"] = {name: stdev(each) for name, each in values.items()}
+        one[over] = [run[model]["seed"] for run in runs] if over == "seeds" else list(range(len(runs)))
+        if "against" in runs[0][model]:
+            gains = [run[model]["against"]["difference"] for run in runs]
+            one["against"] = {**runs[0][model]["against"], "difference": fmean(gains), "std": stdev(gains)}
+            del one["against"]["interval"]
+        summary[model] = one
+    return summary
 
 
 def print_table(results: Mapping[str, Mapping[str, Any]], title: str) -> None:
-    """A row a model: the test metrics and the threshold; with several seeds mean ± standard deviation."""
+    """A row a model: test metrics, AUROC with its interval, the threshold; of several runs mean ± standard deviation."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=200)  # piped output is never folded
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("model")
-    for name in (*METRICS, "threshold"):
-        table.add_column(name, justify="right")
+    several = any("test_std" in result for result in results.values())
+    for name in METRICS:
+        table.add_column(HEADS.get(name, name), justify="right")
+    if not several:
+        table.add_column("threshold", justify="right")
     for model, result in results.items():
-        spread = result.get("test_std", {})
-        cells = [f"{result['test'][name]:.3f}" + (f" ± {spread[name]:.3f}" if spread else "") for name in METRICS]
+        cells = [_cell(result, name) for name in METRICS]
         threshold = result.get("threshold")
-        table.add_row(model, *cells, "–" if threshold is None else f"{threshold:.3f}")
+        table.add_row(model, *cells, *([] if several else ["–" if threshold is None else f"{threshold:.3f}"]))
     console.print(table)
+    for model, result in results.items():
+        if "against" in result:
+            print(said_of(model, result["against"]))
+
+
+def _cell(result: Mapping[str, Any], name: str) -> str:
+    if "test_std" in result:
+        return f"{result['test'][name]:.3f} ± {result['test_std'][name]:.3f}"
+    low, high = result["test_interval"][name]
+    return f"{result['test'][name]:.3f}" + (f" [{low:.3f}, {high:.3f}]" if name == "auroc" else "")
+
+
+def said_of(model: str, against: Mapping[str, Any]) -> str:
+    """What a detector adds, in words: `structure: gnn_lstm +0.014 AUROC [-0.004, +0.032] beside lstm`."""
+    gain = f"{against['difference']:+.3f} AUROC"
+    if "std" in against:
+        return f"{against['adds']}: {model} {gain} ± {against['std']:.3f} beside {against['model']}"
+    low, high = against["interval"]
+    told = "" if low > 0 or high < 0 else ", which these records cannot tell from none"
+    return f"{against['adds']}: {model} {gain} [{low:+.3f}, {high:+.3f}] beside {against['model']}{told}"

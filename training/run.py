@@ -1,77 +1,161 @@
-"""One model's run with what people watch: epoch lines, progress bar, TensorBoard; and its evaluation."""
+"""One run: its models one after the other, what people watch meanwhile, and what is left in the folder."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.progress import TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from dali_pipeline import Dataset
-from dali_pipeline.progress import progress_bar
-from training.config import ModelName, TrainConfig
-from training.folder import find_checkpoint
+from training.build import kind_of
+from training.config import Conduct, ModelName, TrainConfig
+from training.folder import METRICS_NAME, find_checkpoint
 from training.interrupt import Interrupts
+from training.intervals import auroc_difference, intervals
+from training.layers import layers_of, probe_layers, write_layers
 from training.metrics import Predictions, best_threshold, measure
-from training.report import write_history
+from training.pictures import draw_curves
+from training.processes import Processes
+from training.report import write_history, write_predictions
+from training.results import ADDS, write_metrics
 from training.trainer import HistoryRow, Trainer
+from training.watch import Watch, verdict
 
 
-def train(
-    name: ModelName,
-    data: Dataset,
-    config: TrainConfig,
-    folder: Path,
-    device: str,
-    resume: str,
-    interrupts: Interrupts,
-    earlier: Mapping[str, Sequence[HistoryRow]],
-) -> Trainer:
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a run is of, where its files go, and how it is carried out. probes: whether layers are probed one by one."""
+
+    data: Dataset
+    config: TrainConfig
+    folder: Path
+    resume: str
+    conduct: Conduct
+    interrupts: Interrupts
+    processes: Processes
+    probes: bool = True
+
+
+Splits = dict[str, Predictions]
+
+
+def carry_out(job: Job) -> None:
+    """Trains every model and leaves metrics.json, written last, history.csv, predictions.parquet, layers.csv and curves.png."""
+    histories: dict[str, list[HistoryRow]] = {}
+    found: dict[str, Splits] = {}
+    epochs: dict[str, int] = {}
+    for name in job.config.models:
+        trainer = train(job, name, histories)
+        histories[name] = trainer.history
+        trainer.load_best()
+        with job.interrupts.deferred():
+            found[name] = {split: trainer.predict(split) for split in ("val", "test")}
+        epochs[name] = int(max(trainer.history, key=lambda row: row["val_auroc"])["epoch"])
+    if job.processes.is_first:
+        report(job, histories, found, epochs)
+
+
+def train(job: Job, name: ModelName, earlier: Mapping[str, Sequence[HistoryRow]]) -> Trainer:
     """Trains to the last epoch, going on where `resume` says; history.csv holds `earlier` models' rows and this one's."""
-    trainer = Trainer(name, data, config, folder, device, interrupts)
-    checkpoint = find_checkpoint(resume, folder, name)
+    first, epochs = job.processes.is_first, job.config.epochs
+    trainer = Trainer(name, job.data, job.config, job.folder, job.conduct, job.interrupts, job.processes)
+    checkpoint = job.processes.first(lambda: find_checkpoint(job.resume, job.folder, name))
     if checkpoint is not None:
         trainer.restore(checkpoint)
-    with SummaryWriter(folder / "tensorboard" / name, purge_step=trainer.epoch) as board, _bar() as bar:
-        task = bar.add_task(name, total=config.epochs * trainer.steps_per_epoch, loss=float("nan"))
-
-        def on_step(step: int, steps: int, loss: float) -> None:
-            bar.update(task, completed=trainer.epoch * steps + step, loss=loss)
-
-        while not trainer.finished:
-            row = trainer.train_epoch(on_step)
-            write_history(folder / "history.csv", {**earlier, name: trainer.history})
-            for key in ("train_loss", "val_loss", "val_auroc"):
-                board.add_scalar(key, row[key], int(row["epoch"]))
-            print(
-                f"{name} epoch {int(row['epoch']) + 1}/{config.epochs}: training loss {row['train_loss']:.4f}, validation loss "
-                f"{row['val_loss']:.4f}, validation AUROC {row['val_auroc']:.3f} ({row['seconds']:.1f} s); {trainer.delivered}",
-                flush=True,
-            )
-    if trainer.timer.steps:
-        rate, wait = trainer.timer.records_per_second, trainer.timer.wait_share
-        print(f"{name}: {rate:,.0f} records/s, {wait:.0%} of the time waiting for data", flush=True)
+    steps, world_size = trainer.steps_per_epoch, job.processes.world_size
+    board = SummaryWriter(job.folder / "tensorboard" / name, purge_step=trainer.epoch) if first else None
+    try:
+        with Watch(name, epochs * steps, trainer.timer, trainer.device, world_size, show=first) as watch:
+            while not trainer.finished:
+                before = trainer.epoch * steps
+                row = trainer.train_epoch(partial(watch.step, before))
+                if board is not None:
+                    write_history(job.folder / "history.csv", {**earlier, name: trainer.history})
+                    note(board, row, trainer)
+                    print_epoch(name, row, epochs, trainer.delivered)
+        trainer.writer.wait()
+    finally:
+        if board is not None:
+            board.close()
+    if trainer.timer.steps and first:
+        print(f"{name}: {verdict(trainer.timer, world_size, trainer.device)}", flush=True)
     return trainer
 
 
-def evaluate(trainer: Trainer) -> tuple[dict[str, Any], Predictions]:
-    """The best epoch's weights on test, with the threshold from validation: the model's entry of metrics.json."""
-    trainer.load_best()
-    with trainer.interrupts.deferred():
-        val, test = trainer.predict("val"), trainer.predict("test")
-    threshold = best_threshold(val)
-    best = max(trainer.history, key=lambda row: row["val_auroc"])
+def note(board: SummaryWriter, row: HistoryRow, trainer: Trainer) -> None:
+    """An epoch's figures for TensorBoard."""
+    epoch = int(row["epoch"])
+    for key in ("train_loss", "val_loss", "val_auroc", "lr", "seconds"):
+        board.add_scalar(key, row[key], epoch)
+    board.add_scalar("records_per_second", trainer.timer.records_per_second * trainer.processes.world_size, epoch)
+    board.add_scalar("share_of_time_waiting_for_data", trainer.timer.wait_share, epoch)
+
+
+def print_epoch(name: str, row: HistoryRow, epochs: int, delivered: str) -> None:
+    """A line an epoch."""
+    print(
+        f"{name} epoch {int(row['epoch']) + 1}/{epochs}: training loss {row['train_loss']:.4f}, validation loss "
+        f"{row['val_loss']:.4f}, validation AUROC {row['val_auroc']:.3f} ({row['seconds']:.1f} s); {delivered}",
+        flush=True,
+    )
+
+
+def report(
+    job: Job, histories: Mapping[str, Sequence[HistoryRow]], found: Mapping[str, Splits], epochs: Mapping[str, int]
+) -> None:
+    """Everything that is made of the predictions."""
+    kinds = {name: kind_of(name) for name in found}
+    texts = {
+        (kind, split): job.data.select(split, kind).texts("groups") for kind in set(kinds.values()) for split in ("val", "test")
+    }
+    groups = {
+        name: {split: [texts[kinds[name], split][at] for at in one.positions] for split, one in splits.items()}
+        for name, splits in found.items()
+    }
+    results: dict[str, Any] = {}
+    for name, splits in found.items():
+        results[name] = evaluate(splits, groups[name]["test"]) | {"best_epoch": epochs[name], "seed": job.config.seed}
+        adds, other = ADDS.get(name, ("", ""))
+        if other in found and (gain := compare(splits["test"], found[other]["test"], groups[name]["test"])):
+            results[name]["against"] = {"adds": adds, "model": other, **gain}
+    write_history(job.folder / "history.csv", histories)
+    write_predictions(job.folder / "predictions.parquet", found, groups)
+    layers = None
+    if steps := layers_of(job.data, job.config.layers) if job.probes and "lstm" in found else []:
+        layers = probe_layers(job.data, steps, job.config.seed)
+        write_layers(job.folder / "layers.csv", layers)
+        print(
+            f"a linear probe on one layer: test AUROC {layers.test[layers.best]:.3f} on layer {layers.layers[layers.best]}, "
+            f"chosen on validation from {len(steps)}"
+        )
+    tests = {name: splits["test"] for name, splits in found.items()}
+    title = f"{job.data.root.resolve().name}: {max(len(one.ids) for one in tests.values()):,} test records"
+    draw_curves(job.folder / "curves.png", histories, tests, results, layers, title)
+    write_metrics(job.folder / METRICS_NAME, results)
+
+
+def evaluate(splits: Splits, groups: Sequence[bytes]) -> dict[str, Any]:
+    """A model's entry of metrics.json: the figures, with their intervals on test, at the threshold from validation."""
+    threshold = best_threshold(splits["val"])
     return {
-        "test": measure(test, threshold),
-        "val": measure(val, threshold),
+        "test": measure(splits["test"], threshold),
+        "test_interval": intervals(splits["test"], groups, threshold),
+        "val": measure(splits["val"], threshold),
         "threshold": threshold,
-        "best_epoch": int(best["epoch"]),
-        "seed": trainer.config.seed,
-        "test_records": len(test.ids),
-    }, test
+        "test_records": len(splits["test"].ids),
+        "test_groups": len(set(groups)),
+    }
 
 
-def _bar() -> Any:
-    return progress_bar(TextColumn("loss {task.fields[loss]:.4f}"))
+def compare(one: Predictions, other: Predictions, groups: Sequence[bytes]) -> dict[str, Any]:
+    """AUROC of `one` less that of `other`, on the records that both have; empty where these are of one class."""
+    at = {id_: number for number, id_ in enumerate(other.ids)}
+    ours = [number for number, id_ in enumerate(one.ids) if id_ in at]
+    theirs = [at[one.ids[number]] for number in ours]
+    if len(set(one.labels[ours].tolist())) < 2:
+        return {}
+    return auroc_difference(one.rows(ours), other.rows(theirs), [groups[number] for number in ours])

@@ -1,80 +1,86 @@
-"""Trainer: one detector from its first step to its test scores, stopped and resumed at any step."""
+"""Trainer: one detector from its first step to its test scores, stopped and resumed at any step, in one process or many."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import reduce
+from itertools import chain
+from operator import add
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional
 
-from dali_pipeline import (
-    Dataset,
-    EpochDigest,
-    GraphBatch,
-    GraphLoader,
-    PipelineError,
-    SequenceBatch,
-    SequenceLoader,
-    StepTimer,
-)
-from dali_pipeline.layers import parse_layers
-from dali_pipeline.loader import Loader
-from models import GNNLSTMDetector, GVAELSTMDetector, LSTMDetector, Output
-from training.checkpoint import read_checkpoint, write_checkpoint
-from training.config import MODELS, ModelName, TrainConfig
+from dali_pipeline import Dataset, EpochDigest, PipelineError, StepTimer
+from training.build import build_model, make_loader, unfit_records
+from training.checkpoint import CheckpointWriter, read_checkpoint
+from training.config import MODELS, Conduct, ModelName, TrainConfig
 from training.folder import checkpoint_path
 from training.interrupt import Interrupted, Interrupts
 from training.metrics import Predictions, area_under_roc
+from training.processes import EndedElsewhere, Processes
+from training.randomness import DROPOUT, NOISE, random_states, seed_of, set_random_states
+from training.scoring import Scored, score_batches
+from training.step import Stepper
 
 HistoryRow = dict[str, float]
-Batch = SequenceBatch | GraphBatch
-OnStep = Callable[[int, int, float], None]  # steps done of how many, loss
+OnStep = Callable[[int, torch.Tensor], None]  # steps done in the epoch, the loss, still on the device
+CHECK_STEPS = 50  # between two looks at whether the loss still is a number
 
 
 class Trainer:
     """Trains `model_name` on `data`, keeping `<model>-last.pt` and `<model>-best.pt` in `folder`.
 
     The order of records, the weights at the start and every random number depend on the configuration alone, so the same
-    configuration gives the same curve on the same machine, interrupted or not. Best is the highest validation AUROC.
+    configuration gives the same curve on the same machine, interrupted or not. Best is the highest validation AUROC. With
+    several processes each has a Trainer; the first writes the files, and all of them hold the same weights and history.
     """
 
     def __init__(
-        self, model_name: ModelName, data: Dataset, config: TrainConfig, folder: Path, device: str, interrupts: Interrupts
+        self,
+        model_name: ModelName,
+        data: Dataset,
+        config: TrainConfig,
+        folder: Path,
+        conduct: Conduct,
+        interrupts: Interrupts,
+        processes: Processes,
     ) -> None:
-        self.name, self.data, self.config, self.folder, self.interrupts = model_name, data, config, folder, interrupts
-        self.loaders = {split: make_loader(model_name, data, config, split, device) for split in data.splits}
+        self.name, self.data, self.config, self.folder, self.conduct = model_name, data, config, folder, conduct
+        self.interrupts, self.processes = interrupts, processes
+        self.loaders = {
+            split: make_loader(
+                model_name, data, config, split, conduct.device, workers=conduct.workers, world_size=processes.world_size
+            )
+            for split in data.splits
+        }
         self.device = self.loaders["train"].device
         self.steps_per_epoch = len(self.loaders["train"])
-        torch.manual_seed(_seed(config.seed, MODELS.index(model_name)))
-        self.model = build_model(model_name, data, config).to(self.device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-        total = config.epochs * self.steps_per_epoch
-        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, config.lr, total_steps=total)
+        torch.manual_seed(seed_of(config.seed, MODELS.index(model_name)))
+        self.model = build_model(model_name, data.schema, data.num_classes, config).to(self.device)
+        self.stepper = Stepper(self.model, config, config.epochs * self.steps_per_epoch, self.device, processes)
+        if not processes.is_first:  # the others drop out other units than the first
+            torch.manual_seed(seed_of(config.seed, MODELS.index(model_name), DROPOUT, processes.rank))
         self.epoch = 0
-        self.loss_sum = torch.zeros((), dtype=torch.float64)  # of the epoch so far, over valid records
-        self.loss_count = 0
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # this process's part of the epoch so far
+        self.loss_count = 0  # valid records behind it, of all processes
         self.history: list[HistoryRow] = []
         self.best_auroc = -1.0
         self.best_weights: dict[str, torch.Tensor] = {}
         self.timer = StepTimer()
-        self._position = self.loaders["train"].state_dict()
+        self.writer = CheckpointWriter()
+        self.position = self.loaders["train"].state_dict()  # of the last step taken
         self._before = EpochDigest()  # of what an earlier process delivered of the epoch under way
         self.delivered = ""  # of the last epoch, in words
+        self._saved = time.monotonic()
 
     @property
     def last_path(self) -> Path:
         """The checkpoint to go on from."""
         return checkpoint_path(self.folder, self.name, "last")
-
-    @property
-    def best_path(self) -> Path:
-        """The checkpoint with the highest validation AUROC."""
-        return checkpoint_path(self.folder, self.name, "best")
 
     @property
     def finished(self) -> bool:
@@ -85,173 +91,154 @@ class Trainer:
         """The rest of the current epoch, then validation; returns the epoch's row of the history.
 
         On a signal saves `last_path` and raises Interrupted. Raises PipelineError where the loss is no number any more, or the
-        records delivered, interruptions included, were not those of the split, each once.
+        records delivered, interruptions included, were not those of the split, each once; or a checkpoint cannot be written.
         """
         started = time.perf_counter()
-        loader = self.loaders["train"]
-        loader.set_epoch(self.epoch)
         with self.interrupts.deferred():
             try:
-                self.model.train()
-                for batch in self.timer(loader):
-                    loss = self._step(batch)
-                    self._position = loader.state_dict()
-                    on_step(self._position["step"], self.steps_per_epoch, loss)
-                    self.interrupts.check()
-                self.delivered = loader.check_digest(self._before + loader.digest)
+                self._train_rest(on_step)
                 found = self.predict("val")
             except Interrupted:
-                self.save(self.last_path)
+                self.save()
+                self.writer.wait()
                 raise
-            train_loss = float(self.loss_sum) / max(self.loss_count, 1)
-            if not np.isfinite(train_loss):
-                raise PipelineError(f"{self.name}: the loss of epoch {self.epoch} is {train_loss}; try a lower --lr")
-            auroc = area_under_roc(found)
-            row: HistoryRow = {"epoch": self.epoch, "train_loss": train_loss, "val_loss": found.loss, "val_auroc": auroc}
-            row |= {"lr": float(self.scheduler.get_last_lr()[0]), "seconds": time.perf_counter() - started}
-            self.history.append(row)
-            self.epoch += 1
-            self.loss_sum.zero_()
-            self.loss_count = 0
-            loader.set_epoch(self.epoch)
-            self._position, self._before = loader.state_dict(), EpochDigest()
-            if auroc > self.best_auroc:
-                self.best_auroc = auroc
-                self.best_weights = {name: weight.detach().cpu().clone() for name, weight in self.model.state_dict().items()}
-                self._save_best()
-            self.save(self.last_path)
-        self.interrupts.check()
+            loss_sum = self.processes.sum([float(self.loss_sum)])[0]
+            row: HistoryRow = {"epoch": self.epoch, "train_loss": loss_sum / max(self.loss_count, 1), "val_loss": found.loss}
+            row |= {"val_auroc": area_under_roc(found), "lr": self.stepper.learning_rate}
+            row |= {"seconds": time.perf_counter() - started}
+            self._end_epoch(row)
         return row
 
-    def _step(self, batch: Batch) -> float:
-        output = forward(self.model, batch)
-        losses_B = record_losses(output, batch.labels) + output.penalty_B
-        valid_B = batch.valid.to(losses_B.dtype)
-        count = int(batch.valid.sum())
-        loss = (losses_B * valid_B).sum() / max(count, 1)
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.scheduler.step()
-        value = float(loss.detach())
-        self.loss_sum += value * count
-        self.loss_count += count
-        return value
+    def _train_rest(self, on_step: OnStep) -> None:
+        """The steps of the epoch that are still to come."""
+        loader = self.loaders["train"]
+        noise_key = seed_of(self.config.seed, NOISE, self.epoch) if self.name == "gvae_lstm" else None
+        loader.set_epoch(self.epoch)
+        self.model.train()
+        for batch in self.timer(loader):
+            number = self.position["step"]
+            # of the global batch: all are full but the last, as there is one lane
+            count = min(self.config.batch_size, loader.num_records - number * self.config.batch_size)
+            share = self.stepper.step(batch, number, count, noise_key)
+            self.loss_sum += share.double() * count
+            self.loss_count += count
+            self.position = loader.state_dict()
+            on_step(number + 1, share)
+            self.writer.check()
+            if (number + 1) % CHECK_STEPS == 0:
+                self._check_loss()
+            due = self.interrupts.agreed(self._minutes_over())
+            if due or (self.conduct.checkpoint_steps and (number + 1) % self.conduct.checkpoint_steps == 0):
+                self.save()
+        self._check_loss()
+        self.delivered = loader.check_digest(self._delivered())
 
-    @torch.inference_mode()
+    def _minutes_over(self) -> bool:
+        minutes = self.conduct.checkpoint_minutes
+        return minutes > 0 and self.processes.is_first and time.monotonic() - self._saved > 60 * minutes
+
+    def _delivered(self) -> EpochDigest:
+        """Of the epoch so far, all processes and earlier runs together."""
+        own = self._before + self.loaders["train"].digest if self.position["step"] else EpochDigest()
+        return reduce(add, self.processes.gather(own))
+
+    def _check_loss(self) -> None:
+        """Raises PipelineError, which names the records, where the loss of a step so far was no number."""
+        found = [number for number in self.processes.gather(self.stepper.bad_step) if number is not None]
+        if not found:
+            return
+        number, loader = min(found), self.loaders["train"]
+        loader.load_state_dict({**self.position, "epoch": self.epoch, "step": number})
+        batch = next(iter(loader))
+        unfit, ids = (list(chain(*self.processes.gather(each))) for each in (unfit_records(batch), batch.ids))
+        if not self.processes.is_first:
+            raise EndedElsewhere
+        which = f"record {unfit[0]!r} holds values that are no finite numbers" if unfit else "its records hold finite values"
+        raise PipelineError(
+            f"{self.name}: the loss of epoch {self.epoch + 1}, step {number + 1} (records {', '.join(map(repr, ids[:3]))} …) "
+            f"is no finite number; {which}{'' if unfit else ', so try a lower --lr'}; checkpoints are of before"
+        )
+
+    def _end_epoch(self, row: HistoryRow) -> None:
+        self.history.append(row)
+        self.epoch += 1
+        self.loss_sum.zero_()
+        self.loss_count = 0
+        self.loaders["train"].set_epoch(self.epoch)
+        self.position, self._before = self.loaders["train"].state_dict(), EpochDigest()
+        if row["val_auroc"] > self.best_auroc:
+            self.best_auroc = row["val_auroc"]
+            self.best_weights = {name: weight.detach().cpu().clone() for name, weight in self.model.state_dict().items()}
+            self._save_best()
+        self.save()
+
     def predict(self, split: str) -> Predictions:
-        """Scores of every record of a split, each once; on a signal raises Interrupted."""
-        self.model.eval()
-        ids: list[str] = []
-        logits, labels, losses = [], [], []
-        loader = self.loaders[split]
+        """Scores of every record of a split, each once, in every process; on a signal raises Interrupted."""
+        loader, parts = self.loaders[split], []
         loader.set_epoch(0)
-        for batch in loader:
-            output = forward(self.model, batch)
-            valid = batch.valid
-            ids += [one for one, real in zip(batch.ids, valid.tolist(), strict=True) if real]
-            logits.append(output.logits_BK[valid].float().cpu())
-            labels.append(batch.labels[valid].cpu())
-            losses.append((record_losses(output, batch.labels) + output.penalty_B)[valid].cpu())
-            self.interrupts.check()
-        loader.check_digest(loader.digest)
-        logits_RK = torch.cat(logits)
-        scores = (logits_RK[:, 0].sigmoid() if logits_RK.shape[1] == 1 else logits_RK.softmax(dim=1)).numpy()
-        return Predictions(ids=ids, scores=scores, labels=torch.cat(labels).numpy(), loss=float(torch.cat(losses).mean()))
+        for part in score_batches(self.model, loader, self.config.precision):
+            parts.append(part)
+            self.interrupts.agreed()
+        loader.check_digest(reduce(add, self.processes.gather(loader.digest)))
+        found = Scored.join(self.processes.gather(Scored.join(parts))).in_file_order()
+        unfit = np.flatnonzero(~np.isfinite(found.scores).reshape(len(found.ids), -1).all(axis=1))
+        if len(unfit):
+            if not self.processes.is_first:
+                raise EndedElsewhere
+            raise PipelineError(
+                f"{self.name}: the score of record {found.ids[unfit[0]]!r} of {split}, and of {len(unfit) - 1} others, is no "
+                "finite number; expected finite values in it, and weights that a low enough --lr keeps finite"
+            )
+        return found
+
+    def _identity(self) -> dict[str, Any]:
+        config, schema = self.config.to_dict(self.data), msgspec.to_builtins(self.data.schema)
+        return {"name": self.name, "config": config, "schema": schema, "classes": self.data.num_classes}
 
     def _save_best(self) -> None:
-        identity = {"name": self.name, "config": self.config.to_dict(self.data), "val_auroc": self.best_auroc}
-        write_checkpoint(self.best_path, {**identity, "model": self.best_weights})
+        if self.processes.is_first:
+            path = checkpoint_path(self.folder, self.name, "best")
+            self.writer.write(path, {**self._identity(), "val_auroc": self.best_auroc, "model": self.best_weights})
 
-    def save(self, path: Path) -> None:
-        """Everything that going on needs, the best weights too; whole or not at all; loads with `weights_only=True`."""
-        delivered = self._before + self.loaders["train"].digest if self._position["step"] else EpochDigest()
-        state = {
-            "name": self.name,
-            "config": self.config.to_dict(self.data),
-            "best": self.best_weights,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "loader": self._position,
-            "delivered": delivered.to_dict(),
-            "epoch": self.epoch,
-            "loss_sum": self.loss_sum,
-            "loss_count": self.loss_count,
-            "history": self.history,
-            "best_auroc": self.best_auroc,
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
-        write_checkpoint(path, state)
+    def save(self) -> None:
+        """Everything that going on needs, the best weights too; written behind the scenes, whole or not at all.
+
+        All processes call it at the same step. Raises PipelineError, and keeps the checkpoint before, where the loss is no
+        number.
+        """
+        if self.position["step"]:
+            self._check_loss()
+        delivered, loss_sum = self._delivered(), self.processes.sum([float(self.loss_sum)])[0]
+        random = self.processes.gather(random_states())
+        self._saved = time.monotonic()
+        if not self.processes.is_first:
+            return
+        state = {**self._identity(), **self.stepper.state_dict(), "best": self.best_weights, "best_auroc": self.best_auroc}
+        state |= {"loader": self.position, "delivered": delivered.to_dict(), "epoch": self.epoch, "history": self.history}
+        state |= {"loss_sum": loss_sum, "loss_count": self.loss_count, "random": random}
+        self.writer.write(self.last_path, state)
 
     def restore(self, path: Path) -> None:
-        """Goes on where `save(path)` was. Raises UsageError for a file that is no checkpoint, or one of another run."""
-        state = read_checkpoint(path, self.name, self.config.to_dict(self.data))
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        """Goes on where a `save` was, of any number of processes. The first reads the file and tells the others.
+
+        Raises UsageError for a file that is no checkpoint, or one of another run.
+        """
+        state = self.processes.first(lambda: read_checkpoint(path, self.name, self.config.to_dict(self.data)))
+        self.stepper.load_state_dict(state)
         self.loaders["train"].load_state_dict(state["loader"])
-        self._position, self._before = state["loader"], EpochDigest.from_dict(state["delivered"])
-        self.epoch, self.loss_count = state["epoch"], state["loss_count"]
-        self.loss_sum = state["loss_sum"]
-        self.history, self.best_auroc, self.best_weights = state["history"], state["best_auroc"], state["best"]
+        self.position = state["loader"]
+        self.epoch, self.loss_count, self.history = state["epoch"], state["loss_count"], state["history"]
+        self.best_auroc, self.best_weights = state["best_auroc"], state["best"]
+        if self.processes.is_first:  # sums over processes: what was before counts once
+            self._before = EpochDigest.from_dict(state["delivered"])
+            self.loss_sum.fill_(state["loss_sum"])
         if self.best_weights:
             self._save_best()  # the folder may be another one than the checkpoint's
-        torch.set_rng_state(state["random"])
-        if state["random_cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["random_cuda"])
+        if self.processes.rank < len(state["random"]):
+            set_random_states(state["random"][self.processes.rank])
+        else:  # more processes than before
+            torch.manual_seed(seed_of(self.config.seed, DROPOUT, self.processes.rank, self.epoch, self.position["step"]))
 
     def load_best(self) -> None:
         """Takes the weights of the best epoch so far."""
         self.model.load_state_dict(self.best_weights)
-
-
-def make_loader(name: ModelName, data: Dataset, config: TrainConfig, split: str, device: str) -> Loader[Any]:
-    """The loader of a split for a model: shuffled for training, in file order else. Raises UsageError for a device or layers
-    that are not there."""
-    common: dict[str, Any] = {
-        "split": split,
-        "batch_size": config.batch_size,
-        "shuffle": split == "train",
-        "seed": config.seed,
-        "layers": parse_layers(config.layers),
-        "device": device,
-    }
-    return SequenceLoader(data, **common) if name == "lstm" else GraphLoader(data, **common)
-
-
-def build_model(name: ModelName, data: Dataset, config: TrainConfig) -> nn.Module:
-    """The detector for the data's schema and number of classes."""
-    schema, classes = data.schema, data.num_classes
-    if name == "lstm":
-        assert schema.sequence is not None
-        return LSTMDetector(int(np.prod(schema.sequence.shape)), classes, dropout=config.dropout)
-    assert schema.x is not None
-    features = int(np.prod(schema.x.shape))
-    edges = int(np.prod(schema.edge_attr.shape)) if schema.edge_attr is not None else 1
-    if name == "gnn_lstm":
-        return GNNLSTMDetector(features, classes, edge_features=edges, dropout=config.dropout)
-    return GVAELSTMDetector(features, classes, edge_features=edges, dropout=config.dropout, kl_weight=config.kl_weight)
-
-
-def forward(model: nn.Module, batch: Batch) -> Output:
-    """A batch of either kind through its detector."""
-    if isinstance(batch, SequenceBatch):
-        output: Output = model(batch.sequences, batch.lengths)
-    else:
-        output = model(batch.graphs, batch.graphs_per_record, batch.last_node)
-    return output
-
-
-def record_losses(output: Output, labels_B: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of each record, (B,)."""
-    logits_BK = output.logits_BK
-    if logits_BK.shape[1] == 1:
-        return functional.binary_cross_entropy_with_logits(logits_BK[:, 0], labels_B.to(logits_BK.dtype), reduction="none")
-    return functional.cross_entropy(logits_BK, labels_B, reduction="none")
-
-
-def _seed(*words: int) -> int:
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,428 @@
+"""What a run leaves, and what is made of it: predictions, folds, layers, scores of other data; and what stops it."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from conftest import FEATURES, SCHEMA, make_records, write
+from sklearn.metrics import roc_auc_score
+from typer.testing import CliRunner
+
+import dali_pipeline as dp
+import train as train_module
+from dali_pipeline.cli import app as pipeline_app
+from dali_pipeline.cli import run
+from models.noise import keyed_normal
+from training.checkpoint import CheckpointWriter, load_checkpoint
+from training.config import METRICS, Conduct, TrainConfig
+from training.interrupt import Interrupts
+from training.prepare import Options
+from training.processes import Processes
+from training.trainer import Trainer
+from training.watch import verdict
+
+ALONE = Processes(dp.World())
+
+
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    return run(train_module.app, "train.py")
+
+
+def predict(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["dali_pipeline", "predict", *map(str, arguments)])
+    return run(pipeline_app, "dali_pipeline")
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    return found
+
+
+def test_a_run_leaves_its_predictions_and_where_they_came_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And `predict` gives the same scores, of this data set or another."""
+    data = write(tmp_path / "set", make_records(120, ragged=False))
+    out = tmp_path / "out"
+    assert call(monkeypatch, "--data", data.root, "--epochs", 2, "--batch-size", 16, "--output-dir", out) == 0
+    said = capsys.readouterr().out
+    assert "structure: gnn_lstm" in said
+    assert "uncertainty: gvae_lstm" in said
+    metrics, config = (json.loads((out / name).read_text()) for name in ("metrics.json", "config.json"))
+    assert config["data_digest"] == data.digest
+    assert config["precision"] == "fp32"
+    (start,) = json.loads((out / "starts.json").read_text())
+    assert start["version"] == dp.__version__
+    assert start["commit"] is None or len(start["commit"].rstrip("+")) == 40
+    rows, records = rows_of(out / "predictions.parquet"), {record.id: record for record in make_records(120)}
+    assert list(rows[0]) == ["model", "id", "group", "label", "score", "split"]
+    assert all(records[row["id"]].group == row["group"] for row in rows)
+    for model, result in metrics.items():
+        for split in ("val", "test"):
+            own = [row for row in rows if (row["model"], row["split"]) == (model, split)]
+            assert len({row["id"] for row in own}) == len(own) == data.num_records(split, "graphs")
+            auroc = roc_auc_score([row["label"] for row in own], [row["score"] for row in own])
+            assert result[split]["auroc"] == pytest.approx(auroc)
+        low, high = result["test_interval"]["auroc"]
+        assert low <= result["test"]["auroc"] <= high
+    with (out / "layers.csv").open() as file:
+        layers = list(csv.DictReader(file))
+    assert [row["layer"] for row in layers] == ["0", "1", "2", "3", "4"]
+    assert max(float(row["test_auroc"]) for row in layers) > 0.9  # the label shows in every step
+
+    for model, name in (("lstm", "scores.csv"), ("gvae_lstm", "scores.parquet")):
+        checkpoint, output = out / f"{model}-best.pt", tmp_path / name
+        assert predict(monkeypatch, "--checkpoint", checkpoint, data.root, "--output", output, "--device", "cpu") == 0
+        assert "120 records" in capsys.readouterr().out
+        scores: list[dict[str, Any]]
+        scores = list(csv.DictReader(output.read_text().splitlines())) if output.suffix == ".csv" else rows_of(output)
+        assert len({row["id"] for row in scores}) == 120
+        expected = {row["id"]: row for row in rows if row["model"] == model}
+        assert {row["split"] for row in scores} == {"train", "val", "test"}
+        for row in scores:
+            if row["id"] in expected:
+                assert float(row["score"]) == pytest.approx(expected[row["id"]]["score"], abs=1e-6)
+                assert {**row, "label": int(row["label"]), "score": 0, "model": model} == {**expected[row["id"]], "score": 0}
+
+
+def test_predict_refuses_what_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = write(tmp_path / "set", make_records(60)), tmp_path / "out"
+    assert call(monkeypatch, "--data", data.root, "--model", "lstm", "--epochs", 1, "--output-dir", out) == 0
+    wider = replace(SCHEMA, sequence=dp.Field(dtype="float32", shape=(FEATURES + 1,)))
+    with dp.ShardWriter(tmp_path / "wider", wider) as writer:
+        for record in make_records(20):
+            writer.write(replace(record, sequence=np.zeros((3, FEATURES + 1))))
+    with dp.ShardWriter(tmp_path / "graphs", dp.Schema(x=SCHEMA.x, edge_attr=SCHEMA.edge_attr)) as writer:
+        for record in make_records(20):
+            writer.write(replace(record, sequence=None))
+    checkpoint = out / "lstm-best.pt"
+    for arguments, words in [
+        ((checkpoint, tmp_path / "wider"), r"sequence has rows of shape \(9,\); expected rows of shape \(8,\)"),
+        ((checkpoint, tmp_path / "graphs"), "sequence has none; expected rows of shape"),
+        ((checkpoint, tmp_path), "has no manifest.json"),
+        ((out / "metrics.json", data.root), "is not a checkpoint"),
+        ((tmp_path / "missing.pt", data.root), "is not a checkpoint"),
+        ((checkpoint, data.root, "--split", "dev"), "unknown split 'dev'"),
+        ((checkpoint, data.root, "--output", tmp_path / "scores.txt"), "ends in '.txt'"),
+        ((checkpoint, data.root, "--output", tmp_path / "nowhere" / "scores.csv"), "could not be written"),
+        ((checkpoint, data.root, "--batch-size", 0), "batch size is 0"),
+        ((checkpoint, data.root, "--device", "tpu"), "device is 'tpu'"),
+    ]:
+        capsys.readouterr()
+        assert predict(monkeypatch, "--output", tmp_path / "scores.parquet", "--checkpoint", *arguments) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        import re
+
+        assert re.search(words, error), error
+    assert not list(tmp_path.glob("scores*"))
+
+
+def test_folds_are_runs_by_group_with_mean_and_spread(
+    make: Callable[..., dp.Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = make(120), tmp_path / "out"
+    arguments = ("--data", data.root, "--model", "lstm", "--epochs", 2, "--batch-size", 16, "--folds", 3, "--output-dir", out)
+    assert call(monkeypatch, *arguments) == 0
+    assert "over 3 folds" in capsys.readouterr().out
+    held: list[set[str]] = []
+    tested: list[set[str]] = []
+    for fold in range(3):
+        rows = rows_of(out / f"fold-{fold}" / "predictions.parquet")
+        held.append({row["group"] for row in rows if row["split"] == "val"})
+        tested.append({row["id"] for row in rows if row["split"] == "test"})
+    assert len(set.union(*held)) == sum(map(len, held))  # no group in two folds
+    assert tested[0] == tested[1] == tested[2]
+    runs = [json.loads((out / f"fold-{fold}" / "metrics.json").read_text())["lstm"] for fold in range(3)]
+    summary = json.loads((out / "metrics.json").read_text())["lstm"]
+    for split in ("val", "test"):
+        for name in METRICS:
+            values = [each[split][name] for each in runs]
+            assert summary[split][name] == pytest.approx(np.mean(values))
+            assert summary[f"{split}_std"][name] == pytest.approx(np.std(values, ddof=1))
+    assert call(monkeypatch, *arguments) == 0
+    assert "epoch" not in capsys.readouterr().out
+    for more, words in [(("--seeds", 2), "exclude each other"), (("--folds", 1), "folds is 1"), (("--folds", 500), "groups")]:
+        assert call(monkeypatch, *arguments, "--output-dir", tmp_path / "bad", *more) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_configuration_file_and_the_flags_that_win(
+    make: Callable[..., dp.Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, file = make(60), tmp_path / "run.yaml"
+    file.write_text(
+        f"data: {data.root}\nmodel: lstm\nepochs: 7\nlayers: 0:2\nbatch_size: 16\ncompile: false\nlr: 1e-2\nseed:\n"
+    )
+    assert call(monkeypatch, "--config", file, "--epochs", 1, "--print-config") == 0
+    printed = capsys.readouterr().out
+    shown = yaml.safe_load(printed)
+    given = {"data": str(data.root), "model": "lstm", "epochs": 1, "layers": "0:2", "batch-size": 16, "lr": 0.01, "seed": 0}
+    assert {name: shown[name] for name in given} == given
+    again = tmp_path / "again.yaml"
+    again.write_text(printed)
+    assert call(monkeypatch, "--config", again, "--print-config") == 0
+    assert capsys.readouterr().out == printed
+    assert call(monkeypatch, "--config", again, "--output-dir", tmp_path / "out") == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["epochs"], config["layers"], config["batch_size"], config["models"]) == (1, "0:2", 16, ["lstm"])
+    for text, words in [
+        ("epoch: 3", "names 'epoch', which is no flag"),
+        ("- 3", "holds no names and values"),
+        ("lr: [", "cannot be read as YAML"),
+        ("epochs: many", "epochs"),
+        ("batch-size: 0", "batch size is 0"),
+    ]:
+        file.write_text(text)
+        capsys.readouterr()
+        assert call(monkeypatch, "--config", file, "--data", data.root) == 2
+        assert words in capsys.readouterr().err
+    assert call(monkeypatch, "--config", tmp_path / "missing.yaml") == 2
+
+
+def test_help_is_grouped_and_every_flag_has_an_example() -> None:
+    shown = CliRunner().invoke(train_module.app, ["--help"], terminal_width=500).stdout
+    for group in ("Data", "Model", "Training", "Speed", "Output"):
+        assert f"\n{group}:\n" in shown
+    flags = [line for line in shown.splitlines() if line.startswith("  --")]
+    assert len(flags) > 20
+    assert "E.g. --precision bf16" in shown
+    assert shown.count("E.g. ") == len(flags)
+
+
+def fresh(data: dp.Dataset, folder: Path, conduct: Conduct | None = None, **config: Any) -> Trainer:
+    folder.mkdir(exist_ok=True)
+    settings = TrainConfig(models=("lstm",), **config)
+    return Trainer("lstm", data, settings, folder, conduct or Conduct(device="cpu"), Interrupts(ALONE), ALONE)
+
+
+@pytest.mark.parametrize("model", ["lstm", "gnn_lstm"])
+def test_a_record_of_no_numbers_is_named_and_the_checkpoint_of_before_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    records = make_records(120)
+    data = write(tmp_path / "sound", records)
+    batches = dp.SequenceLoader(data, batch_size=16, engine="torch")
+    third = [batch.ids for batch in batches][2]  # of the first epoch's batches
+    bad = records[int(third[5].split("-")[1])]
+    bad.sequence[-1, 3] = np.nan
+    bad.graphs.x[0, 1] = np.inf
+    write(tmp_path / "set", records)
+    out = tmp_path / "out"
+    arguments = ("--data", tmp_path / "set", "--model", model, "--batch-size", 16, "--checkpoint-steps", 1, "--output-dir", out)
+    assert call(monkeypatch, *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "epoch 1, step" in error
+    assert f"record {bad.id!r} holds values that are no finite numbers" in error
+    state = torch.load(out / f"{model}-last.pt", weights_only=True)
+    assert all(torch.isfinite(weight).all() for weight in state["model"].values())
+    step = int(error.split("step ")[1].split(" ")[0])
+    assert state["loader"]["step"] == step - 1
+
+
+def test_a_record_of_no_numbers_in_validation_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = make_records(60)
+    for batch in dp.SequenceLoader(write(tmp_path / "sound", records), "val", engine="torch"):
+        bad = records[int(batch.ids[0].split("-")[1])]
+    bad.sequence[0, 0] = np.nan
+    data = write(tmp_path / "set", records)
+    assert call(monkeypatch, "--data", data.root, "--model", "lstm", "--output-dir", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"the score of record {bad.id!r} of val" in error
+    assert error.count("\n") == 1
+
+
+def test_predict_refuses_a_checkpoint_of_other_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = write(tmp_path / "set", make_records(60)), tmp_path / "out"
+    trainer = fresh(data, out, epochs=1)
+    trainer.train_epoch(lambda step, share: None)
+    trainer.writer.wait()
+    state = torch.load(out / "lstm-best.pt", weights_only=True)
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"model": {}}, "holds other weights than lstm has"),
+        ({"schema": {"sequence": {"dtype": "float128", "shape": (8,)}}}, "holds a schema that this version does not know"),
+        ({"name": "transformer"}, "is of the model 'transformer'"),
+    ]
+    for change, words in changes:
+        torch.save({**state, **change}, out / "other.pt")
+        capsys.readouterr()
+        assert predict(monkeypatch, "--checkpoint", out / "other.pt", data.root, "--output", tmp_path / "scores.csv") == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
+    assert not list(tmp_path.glob("scores*"))
+
+
+def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays(make: Callable[..., dp.Dataset], tmp_path: Path) -> None:
+    data = make(60)
+    trainer = fresh(data, tmp_path / "out", epochs=3)
+    trainer.train_epoch(lambda step, share: None)
+    trainer.writer.wait()
+    before = trainer.last_path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(dp.PipelineError, match=r"-(best|last)\.pt could not be written \(.*\); expected free space"):
+            trainer.train_epoch(lambda step, share: trainer.writer.wait())
+            trainer.writer.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert trainer.last_path.read_bytes() == before
+    assert {path.name for path in trainer.folder.iterdir()} == {"lstm-best.pt", "lstm-last.pt"}
+    again = fresh(data, tmp_path / "out", epochs=3)
+    again.restore(again.last_path)
+    assert again.epoch == 1
+
+
+def test_a_checkpoint_is_what_it_was_when_it_was_written(tmp_path: Path) -> None:
+    """Though it is written behind the scenes, while training goes on changing the weights."""
+    writer, weight = CheckpointWriter(), torch.zeros(1000)
+    identity = {"name": "lstm", "config": {}, "schema": {}, "classes": 2}
+    for number in range(20):
+        writer.write(tmp_path / f"{number}.pt", {**identity, "weight": weight, "nest": {"list": [weight, (1, weight)]}})
+        weight += 1
+    writer.wait()
+    for number in range(20):
+        state = load_checkpoint(tmp_path / f"{number}.pt", "none")
+        assert (state["weight"] == number).all()
+        assert (state["nest"]["list"][1][1] == number).all()
+    writer.write(tmp_path / "missing" / "one.pt", identity)
+    with pytest.raises(dp.PipelineError, match=os.strerror(errno.ENOENT)):
+        writer.wait()
+
+
+def test_checkpoints_by_steps_and_minutes(make: Callable[..., dp.Dataset], tmp_path: Path) -> None:
+    data = make(120)
+    for number, (conduct, saved) in enumerate(
+        [
+            (Conduct(device="cpu", checkpoint_steps=2), [2, 4, 6, 7]),
+            (Conduct(device="cpu", checkpoint_minutes=1e-9), [1, 2, 3, 4, 5, 6, 7, 7]),
+            (Conduct(device="cpu", checkpoint_minutes=0), [7]),
+        ]
+    ):
+        trainer = fresh(data, tmp_path / str(number), conduct, epochs=1, batch_size=data.num_records("train", "graphs") // 6)
+        assert trainer.steps_per_epoch == 7
+        steps: list[int] = []
+        original = trainer.writer.write
+
+        def noted(path: Path, state: Any, steps: list[int] = steps, original: Any = original) -> None:
+            if path.name == "lstm-last.pt":
+                steps.append(state["loader"]["step"] or 7 * state["epoch"])
+            original(path, state)
+
+        trainer.writer.write = noted  # type: ignore[method-assign]
+        trainer.train_epoch(lambda step, share: None)
+        trainer.writer.wait()
+        assert steps == saved
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_learns_what_can_be_learned(make: Callable[..., dp.Dataset], tmp_path: Path, precision: Any) -> None:
+    trainer = fresh(make(300), tmp_path / "out", epochs=4, lr=0.01, precision=precision)
+    rows = [trainer.train_epoch(lambda step, share: None) for _ in range(4)]
+    trainer.writer.wait()
+    assert rows[-1]["val_auroc"] > 0.95
+    assert {weight.dtype for weight in trainer.model.state_dict().values()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_a_compiled_model_learns_the_same(make: Callable[..., dp.Dataset], tmp_path: Path) -> None:
+    curves = []
+    for compiled in (False, True):
+        trainer = fresh(make(60), tmp_path / str(compiled), epochs=1, dropout=0.0, compile=compiled)
+        curves.append(trainer.train_epoch(lambda step, share: None)["train_loss"])
+        trainer.writer.wait()
+        assert not any("_orig_mod" in name for name in trainer.model.state_dict())
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+
+
+def test_shares_that_do_not_work_out_are_refused(make: Callable[..., dp.Dataset], tmp_path: Path) -> None:
+    data = make(60)
+    options = Options(
+        data=data.root,
+        preprocessed_dir=None,
+        converted_dir=None,
+        output_dir=tmp_path / "out",
+        resume="auto",
+        seeds=1,
+        folds=0,
+        conduct=Conduct(device="cpu"),
+    )
+    for config, world_size, words in [
+        (TrainConfig(batch_size=30), 4, "batch size 30 does not divide by 4 processes;"),
+        (TrainConfig(batch_size=32, accumulate=5), 2, "does not divide by 2 processes times --accumulate 5"),
+        (TrainConfig(batch_size=128), 128, "128 processes share .. training records"),
+    ]:
+        with pytest.raises(dp.PipelineError, match=words):
+            train_module.prepare(options, config, world_size)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_other_data_is_refused(
+    make: Callable[..., dp.Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert call(monkeypatch, "--data", make(60).root, "--model", "lstm", "--epochs", 1, "--output-dir", out) == 0
+    capsys.readouterr()
+    other = ("--data", make(70).root, "--model", "lstm", "--epochs", 1, "--output-dir", tmp_path / "other")
+    assert call(monkeypatch, *other, "--resume", out / "lstm-last.pt") == 2
+    error = capsys.readouterr().err
+    assert "was trained with data of digest" in error
+    assert error.count("\n") == 1
+
+
+def test_the_last_line_says_what_bounds_the_speed() -> None:
+    timer = dp.StepTimer()
+    timer.records, timer.bytes, timer.wait_seconds, timer.compute_seconds = 3000, 3 * 10**9, 1.0, 2.0
+    said = verdict(timer, 2, torch.device("cpu"))
+    assert said.startswith("2,000 records/s, 2.00 GB/s, 33% of the time waiting for data: input-bound: try more --workers")
+    timer.wait_seconds, timer.compute_seconds = 0.1, 2.9
+    assert "3% of the time waiting for data: not input-bound" in verdict(timer, 1, torch.device("cpu"))
+    assert "--precision bf16" in verdict(timer, 1, torch.device("cuda"))
+
+
+def test_noise_is_normal_and_a_function_of_its_keys() -> None:
+    keys = torch.arange(4000)
+    noise = keyed_normal(keys, 32)
+    assert noise.shape == (4000, 32)
+    assert torch.isfinite(noise).all()
+    assert abs(float(noise.mean())) < 0.01
+    assert abs(float(noise.std()) - 1) < 0.01
+    assert abs(float((noise**3).mean())) < 0.03
+    assert abs(float((noise**4).mean()) - 3) < 0.1
+    for one in (noise, noise.T):  # neighbouring keys, and columns, have nothing in common
+        assert abs(float((one[1:] * one[:-1]).mean())) < 0.01
+    order = torch.randperm(4000)
+    assert torch.equal(keyed_normal(keys[order], 32), noise[order])
+    assert torch.equal(keyed_normal(keys, 16), noise[:, :16])

@@ -1,0 +1,107 @@
+"""What a detector is made of: its loaders, its network, its loss; from a configuration, a schema and a number of classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from dali_pipeline import Dataset, GraphBatch, GraphLoader, Schema, SequenceBatch, SequenceLoader
+from dali_pipeline.layers import parse_layers
+from dali_pipeline.loader import Loader, Workers
+from dali_pipeline.schema import Kind
+from models import GNNLSTMDetector, GVAELSTMDetector, LSTMDetector, Output
+from models.noise import mix
+from training.config import ModelName, TrainConfig
+
+Batch = SequenceBatch | GraphBatch
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def make_loader(
+    name: ModelName,
+    data: Dataset,
+    config: TrainConfig,
+    split: str,
+    device: str | torch.device,
+    *,
+    workers: Workers = "auto",
+    world_size: int = 1,
+    shuffle: bool | None = None,
+) -> Loader[Any]:
+    """The loader of a split for a model: the training split shuffled, where `shuffle` does not say, the others in file order.
+
+    Raises UsageError for a device or layers that are not there.
+    """
+    common: dict[str, Any] = {
+        "split": split,
+        "batch_size": config.batch_size // world_size,
+        "shuffle": split == "train" if shuffle is None else shuffle,
+        "seed": config.seed,
+        "layers": parse_layers(config.layers),
+        "device": device,
+        "workers": workers,
+    }
+    return SequenceLoader(data, **common) if name == "lstm" else GraphLoader(data, **common)
+
+
+def kind_of(name: str) -> Kind:
+    """The kind of record that a model takes."""
+    return "sequences" if name == "lstm" else "graphs"
+
+
+def build_model(name: ModelName, schema: Schema, classes: int, config: TrainConfig) -> nn.Module:
+    """The detector for a schema and number of classes."""
+    if name == "lstm":
+        assert schema.sequence is not None
+        return LSTMDetector(int(np.prod(schema.sequence.shape)), classes, dropout=config.dropout)
+    assert schema.x is not None
+    features = int(np.prod(schema.x.shape))
+    edges = int(np.prod(schema.edge_attr.shape)) if schema.edge_attr is not None else 1
+    if name == "gnn_lstm":
+        return GNNLSTMDetector(features, classes, edge_features=edges, dropout=config.dropout)
+    return GVAELSTMDetector(features, classes, edge_features=edges, dropout=config.dropout, kl_weight=config.kl_weight)
+
+
+def forward(model: nn.Module, batch: Batch, noise_key: int | None = None) -> Output:
+    """A batch of either kind through its detector. noise_key: of this epoch's noise, for the detector that draws some."""
+    if isinstance(batch, SequenceBatch):
+        output: Output = model(batch.sequences, batch.lengths)
+    elif noise_key is None:
+        output = model(batch.graphs, batch.graphs_per_record, batch.last_node)
+    else:
+        keys_B = mix(mix(batch.positions) + noise_key).to(batch.labels.device, non_blocking=True)
+        output = model(batch.graphs, batch.graphs_per_record, batch.last_node, keys_B)
+    return output
+
+
+def record_losses(output: Output, labels_B: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of each record and its penalty, (B,) float32."""
+    logits_BK, penalty_B = output.logits_BK.float(), output.penalty_B.float()
+    if logits_BK.shape[1] == 1:
+        losses_B = functional.binary_cross_entropy_with_logits(logits_BK[:, 0], labels_B.float(), reduction="none")
+    else:
+        losses_B = functional.cross_entropy(logits_BK, labels_B, reduction="none")
+    return losses_B + penalty_B
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Mixed precision for a forward pass; with fp32 nothing changes."""
+    return torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32")
+
+
+def unfit_records(batch: Batch) -> list[str]:
+    """The ids of a batch's records whose values are not all finite numbers."""
+    if isinstance(batch, SequenceBatch):
+        bad = {int(at) for at in torch.nonzero(~torch.isfinite(batch.sequences.flatten(1)).all(dim=1)).flatten()}
+        return [batch.ids[at] for at in sorted(bad)]
+    graphs, counts_B = batch.graphs, batch.graphs_per_record
+    record_G = torch.arange(len(batch), device=counts_B.device).repeat_interleave(counts_B)
+    bad = set(record_G[graphs.batch[~torch.isfinite(graphs.x.flatten(1)).all(dim=1)]].tolist())
+    if "edge_attr" in graphs:
+        graph_E = graphs.batch[graphs.edge_index[0]]
+        bad |= set(record_G[graph_E[~torch.isfinite(graphs.edge_attr.reshape(len(graph_E), -1)).all(dim=1)]].tolist())
+    return [batch.ids[at] for at in sorted(bad)]

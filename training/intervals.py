@@ -1,0 +1,128 @@
+"""Intervals: how far the figures would wander with other questions; the bootstrap over groups, all resamples at once.
+
+A resample draws as many groups as there are, with replacement (Efron 1979; by cluster, as the answers to one question are not
+independent). It is a weight a record, how often its group was drawn, so every figure is computed from sums of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from training.metrics import CALIBRATION_BINS, Predictions, calibration_bins, occurring
+from training.randomness import BOOTSTRAP, seed_of
+
+Floats = npt.NDArray[Any]
+RESAMPLES = 1000
+LEVEL = 0.95
+BLOCK = 1 << 22  # weights in memory at a time
+
+
+def intervals(found: Predictions, groups: Sequence[bytes], threshold: float | None) -> dict[str, list[float]]:
+    """The 95 % interval of each of METRICS, [low, high]. groups: R names, of each record's group."""
+    parts = [weighted(found, threshold, weights_SR) for weights_SR in resamples(groups)]
+    return {name: _interval(np.concatenate([part[name] for part in parts])) for name in parts[0]}
+
+
+def auroc_interval(found: Predictions, groups: Sequence[bytes]) -> list[float]:
+    """That of AUROC alone."""
+    return _interval(np.concatenate([weighted_auroc(found, weights_SR) for weights_SR in resamples(groups)]))
+
+
+def auroc_difference(one: Predictions, other: Predictions, groups: Sequence[bytes]) -> dict[str, Any]:
+    """AUROC of `one` less that of `other` on the same records, with its 95 % interval: both are drawn the same groups."""
+    everything = np.ones((1, len(groups)))
+    point = weighted_auroc(one, everything) - weighted_auroc(other, everything)
+    drawn = [weighted_auroc(one, weights) - weighted_auroc(other, weights) for weights in resamples(groups)]
+    return {"difference": float(point[0]), "interval": _interval(np.concatenate(drawn))}
+
+
+def resamples(groups: Sequence[bytes]) -> Iterator[Floats]:
+    """RESAMPLES rows of weights (S, R), some at a time; the same for the same groups."""
+    names, group_R = np.unique(np.array(groups, dtype=object).astype(bytes), return_inverse=True)
+    rng = np.random.default_rng(seed_of(BOOTSTRAP))
+    rows = max(1, BLOCK // len(group_R))
+    for begin in range(0, RESAMPLES, rows):
+        size = min(rows, RESAMPLES - begin)
+        drawn_SG = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size)
+        yield drawn_SG[:, group_R].astype(np.float64)
+
+
+def weighted(found: Predictions, threshold: float | None, weights_SR: Floats) -> dict[str, Floats]:
+    """METRICS under each row of weights, (S,) each; not a number where a row draws no record of a class."""
+    chosen_R, labels_R = found.chosen(threshold), found.labels
+    classes = [1] if threshold is not None else sorted({*labels_R.tolist(), *chosen_R.tolist()})
+    true, claimed, real = (
+        np.stack([weights_SR @ member.astype(np.float64) for member in members], axis=1)
+        for members in (
+            [(chosen_R == one) & (labels_R == one) for one in classes],
+            [chosen_R == one for one in classes],
+            [labels_R == one for one in classes],
+        )
+    )
+    confidence_R, hits_R = found.confidence()
+    gaps_RB = np.zeros((len(hits_R), CALIBRATION_BINS))
+    gaps_RB[np.arange(len(hits_R)), calibration_bins(confidence_R)] = confidence_R.astype(np.float64) - hits_R
+    total_S = weights_SR.sum(axis=1)
+    counted = np.full(true.shape, True) if threshold is not None else claimed + real > 0
+    return {
+        "auroc": weighted_auroc(found, weights_SR),
+        "average_precision": weighted_average_precision(found, weights_SR),
+        "f1": _mean(2 * true / (claimed + real).clip(1e-12), counted),
+        "precision": _mean(true / claimed.clip(1e-12), counted),
+        "recall": _mean(true / real.clip(1e-12), counted),
+        "accuracy": weights_SR @ (chosen_R == labels_R) / total_S,
+        "ece": np.abs(weights_SR @ gaps_RB).sum(axis=1) / total_S,
+    }
+
+
+def weighted_auroc(found: Predictions, weights_SR: Floats) -> Floats:
+    """(S,): the share of pairs, one of each class, that the score orders right; ties count half. Mean over classes."""
+    scores_RC, hits_RC = found.one_against_rest()
+    areas = []
+    for at in occurring(hits_RC):
+        hits_SK, misses_SK = _by_score(scores_RC[:, at], hits_RC[:, at], weights_SR)
+        below_SK = np.cumsum(misses_SK, axis=1) - misses_SK / 2
+        with np.errstate(invalid="ignore"):
+            areas.append((hits_SK * below_SK).sum(axis=1) / (hits_SK.sum(axis=1) * misses_SK.sum(axis=1)))
+    areas_SC = np.stack(areas, axis=1)
+    return _mean(areas_SC, np.isfinite(areas_SC))
+
+
+def weighted_average_precision(found: Predictions, weights_SR: Floats) -> Floats:
+    """(S,): the mean, over the records of a class, of the precision at their score. Mean over classes."""
+    scores_RC, hits_RC = found.one_against_rest()
+    means = []
+    for at in occurring(hits_RC):
+        hits_SK, misses_SK = (each[:, ::-1] for each in _by_score(scores_RC[:, at], hits_RC[:, at], weights_SR))
+        found_SK, all_SK = np.cumsum(hits_SK, axis=1), np.cumsum(hits_SK + misses_SK, axis=1)
+        with np.errstate(invalid="ignore"):
+            means.append((hits_SK * found_SK / all_SK.clip(1e-12)).sum(axis=1) / hits_SK.sum(axis=1))
+    means_SC = np.stack(means, axis=1)
+    return _mean(means_SC, np.isfinite(means_SC))
+
+
+def _by_score(scores_R: Floats, hits_R: Floats, weights_SR: Floats) -> tuple[Floats, Floats]:
+    """Weights of hits and of misses at each different score, lowest first: (S, K) each."""
+    order = np.argsort(scores_R, kind="stable")
+    first = np.flatnonzero(np.diff(scores_R[order], prepend=-np.inf))
+    sorted_SR, hits = weights_SR[:, order], hits_R[order].astype(np.float64)
+    hits_SK, misses_SK = (np.add.reduceat(sorted_SR * each, first, axis=1) for each in (hits, 1 - hits))
+    return hits_SK, misses_SK
+
+
+def _mean(values_SC: Floats, counted_SC: Floats) -> Floats:
+    """(S,): the mean over the classes that count in each row; not a number where none does."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.where(counted_SC, values_SC, 0).sum(axis=1) / counted_SC.sum(axis=1))
+
+
+def _interval(values_S: Floats) -> list[float]:
+    values_S = values_S[np.isfinite(values_S)]
+    if not len(values_S):
+        return [float("nan")] * 2
+    low, high = np.quantile(values_S, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return [float(low), float(high)]

@@ -1,0 +1,108 @@
+"""Which layer knows: a linear probe on each step of the sequences, where a step is a layer of a language model.
+
+Every probe reads its own layer alone from the disk (`layers=` of the loader), so all of them together read the data
+once, and memory holds one layer of `MOST_RECORDS` records.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from dali_pipeline import Dataset, SequenceLoader
+from dali_pipeline.layers import parse_layers
+from dali_pipeline.shard import write_whole
+from training.intervals import auroc_interval
+from training.metrics import Floats, Predictions, area_under_roc
+
+MOST_LAYERS = 64
+MOST_RECORDS = 20_000  # of a split, the first of its shuffled order
+COMPONENTS = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerScores:
+    """AUROC of a probe on each layer. layers: their numbers · val, test: as many scores · intervals: 95 % of test."""
+
+    layers: list[int]
+    val: list[float]
+    test: list[float]
+    intervals: list[list[float]]
+
+    @property
+    def best(self) -> int:
+        """Index of the layer that is best on validation."""
+        return int(np.argmax(self.val))
+
+
+def layers_of(data: Dataset, asked: str | None) -> list[int]:
+    """The steps to probe, MOST_LAYERS evenly over all at most; none where sequences are of unequal length."""
+    if "sequences" not in data.schema.kinds:
+        return []
+    bounds = data.select("train", "sequences").bounds("step")
+    if bounds is None or bounds[0] != bounds[1]:
+        return []
+    chosen = parse_layers(asked)
+    steps = np.arange(bounds[0])[chosen if chosen is not None else slice(None)]
+    return [int(steps[at]) for at in np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MOST_LAYERS)).astype(int))]
+
+
+def probe_layers(data: Dataset, steps: list[int], seed: int) -> LayerScores:
+    """A probe on each step: standardised, PCA to 100 components, logistic regression."""
+    names = data.manifest.source.get("layers")
+    scores: dict[str, list[Any]] = {"val": [], "test": [], "intervals": []}
+    groups = data.select("test", "sequences").texts("groups")
+    for step in steps:
+        train, labels, _ = _layer(data, "train", step, seed)
+        pca = PCA(min(COMPONENTS, *train.shape), random_state=0)
+        model = make_pipeline(StandardScaler(), pca, LogisticRegression(C=0.1, max_iter=1000)).fit(train, labels)
+        for split in ("val", "test"):
+            found = _predictions(model, *_layer(data, split, step, seed), data.num_classes)
+            scores[split].append(area_under_roc(found))
+        scores["intervals"].append(auroc_interval(found, [groups[at] for at in found.positions]))
+    numbers = [names[step] if isinstance(names, list) and len(names) > step else step for step in steps]
+    return LayerScores(layers=numbers, **scores)
+
+
+def write_layers(path: Path, found: LayerScores) -> None:
+    """layers.csv: a row a layer."""
+    text = io.StringIO()
+    rows = csv.writer(text)
+    rows.writerow(("layer", "val_auroc", "test_auroc", "test_low", "test_high"))
+    rows.writerows(
+        (layer, val, test, *interval)
+        for layer, val, test, interval in zip(found.layers, found.val, found.test, found.intervals, strict=True)
+    )
+    write_whole(path, text.getvalue().encode())
+
+
+def _layer(data: Dataset, split: str, step: int, seed: int) -> tuple[Floats, Floats, Floats]:
+    """One step of a split's sequences, (N, F) float32, with labels and positions, (N,); MOST_RECORDS or so at most."""
+    whole: dict[str, Any] = {"rank": 0, "world_size": 1, "engine": "torch", "device": "cpu"}
+    loader = SequenceLoader(data, split, batch_size=256, seed=seed, layers=[step], **whole)
+    parts, count = [], 0
+    for batch in loader:
+        parts.append((batch.sequences[batch.valid].flatten(1), batch.labels[batch.valid], batch.positions[batch.valid]))
+        count += len(parts[-1][1])
+        if count >= MOST_RECORDS:
+            break
+    rows, labels, positions = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
+    return rows, labels, positions
+
+
+def _predictions(model: Any, rows: Floats, labels: Floats, positions: Floats, classes: int) -> Predictions:
+    shares = np.zeros((len(rows), classes), np.float32)
+    shares[:, model.classes_] = model.predict_proba(rows)
+    scores = shares[:, 1] if classes == 2 else shares
+    ids = [str(at) for at in positions.tolist()]
+    return Predictions(ids=ids, positions=positions, scores=scores, labels=labels, loss=float("nan"))

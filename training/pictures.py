@@ -1,0 +1,144 @@
+"""curves.png: how training went, and how far the detectors can be trusted, in six panels."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from sklearn.metrics import precision_recall_curve, roc_curve
+
+from dali_pipeline.shard import write_whole
+from training.layers import LayerScores
+from training.metrics import Predictions, calibration_bins
+from training.trainer import HistoryRow
+
+FEWEST = 10  # records of a point of the calibration curve
+Results = Mapping[str, Mapping[str, Any]]
+
+
+def draw_curves(
+    path: Path,
+    histories: Mapping[str, Sequence[HistoryRow]],
+    tests: Mapping[str, Predictions],
+    results: Results,
+    layers: LayerScores | None,
+    title: str,
+) -> None:
+    """Loss and AUROC by epoch; ROC, precision-recall and calibration on test; AUROC by layer where there are layers."""
+    figure = Figure(figsize=(16, 9), layout="constrained")
+    figure.suptitle(title, fontsize=14)
+    panels = list(figure.subplots(2, 3).flat)
+    colors = {model: f"C{number}" for number, model in enumerate(histories)}
+    _losses(panels[0], histories, colors)
+    _scores(panels[1], histories, colors)
+    _roc(panels[2], tests, results, colors)
+    _precision_recall(panels[3], tests, results, colors)
+    _calibration(panels[4], tests, results, colors)
+    if layers is None:
+        panels[5].set_visible(False)
+    else:
+        _layers(panels[5], layers, results, colors)
+    for axes in panels:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=100, format="png")
+    write_whole(path, content.getvalue())
+
+
+def _losses(axes: Axes, histories: Mapping[str, Sequence[HistoryRow]], colors: Mapping[str, str]) -> None:
+    for model, history in histories.items():
+        epochs = [row["epoch"] + 1 for row in history]
+        axes.plot(epochs, [row["train_loss"] for row in history], color=colors[model], marker=".", label=f"{model}, training")
+        axes.plot(epochs, [row["val_loss"] for row in history], color=colors[model], ls="--", label="validation")
+    noted = " (gvae_lstm: with reconstruction)" if "gvae_lstm" in histories else ""
+    axes.set(title=f"Loss by epoch{noted}", xlabel="epoch", ylabel="loss")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(fontsize=8, ncols=2)
+
+
+def _scores(axes: Axes, histories: Mapping[str, Sequence[HistoryRow]], colors: Mapping[str, str]) -> None:
+    for model, history in histories.items():
+        epochs, scores = [row["epoch"] + 1 for row in history], [row["val_auroc"] for row in history]
+        best = int(np.argmax(scores))
+        axes.plot(epochs, scores, color=colors[model], marker=".", label=model)
+        axes.plot(epochs[best], scores[best], color=colors[model], marker="o", markersize=11, fillstyle="none")
+    axes.set(title="Validation AUROC by epoch (circle: the epoch kept)", xlabel="epoch", ylabel="AUROC")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(fontsize=8)
+
+
+def _with_interval(results: Results, model: str, metric: str) -> str:
+    low, high = results[model]["test_interval"][metric]
+    return f"{results[model]['test'][metric]:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _roc(axes: Axes, tests: Mapping[str, Predictions], results: Results, colors: Mapping[str, str]) -> None:
+    for model, found in tests.items():
+        scores, hits = (each.reshape(-1) for each in found.one_against_rest())
+        false_rate, true_rate, _ = roc_curve(hits, scores)
+        axes.plot(false_rate, true_rate, color=colors[model], label=f"{model}, AUROC {_with_interval(results, model, 'auroc')}")
+    axes.plot([0, 1], [0, 1], color="0.6", ls=":")
+    axes.set(title="ROC on test (with 95 % intervals, by group)", xlabel="false positive rate", ylabel="true positive rate")
+    axes.legend(fontsize=8, loc="lower right")
+
+
+def _precision_recall(axes: Axes, tests: Mapping[str, Predictions], results: Results, colors: Mapping[str, str]) -> None:
+    for model, found in tests.items():
+        scores, hits = (each.reshape(-1) for each in found.one_against_rest())
+        precision, recall, _ = precision_recall_curve(hits, scores)
+        label = f"{model}, average precision {_with_interval(results, model, 'average_precision')}"
+        axes.plot(recall, precision, color=colors[model], label=label)
+        if found.num_classes == 2:
+            at = results[model]["test"]
+            axes.plot(at["recall"], at["precision"], color=colors[model], marker="o", ls="none")
+        axes.axhline(hits.mean(), color="0.6", ls=":")
+    binary = all(found.num_classes == 2 for found in tests.values())
+    noted = " (dot: the threshold)" if binary else ""
+    axes.set(title=f"Precision and recall on test{noted}", xlabel="recall", ylabel="precision", ylim=(0, 1.03))
+    axes.legend(fontsize=8, loc="lower left")
+
+
+def _calibration(axes: Axes, tests: Mapping[str, Predictions], results: Results, colors: Mapping[str, str]) -> None:
+    axes.plot([0, 1], [0, 1], color="0.6", ls=":")
+    for model, found in tests.items():
+        confidence, hits = found.confidence()
+        bins = calibration_bins(confidence)
+        counts = np.bincount(bins)
+        filled = counts >= FEWEST
+        said, true = (np.bincount(bins, each)[filled] / counts[filled] for each in (confidence, hits))
+        label = f"{model}, expected error {_with_interval(results, model, 'ece')}"
+        axes.plot(said, true, color=colors[model], lw=1, alpha=0.7, label=label)
+        axes.scatter(said, true, s=400 * counts[filled] / len(bins), color=colors[model], alpha=0.6, lw=0)
+    axes.set(
+        title=f"Calibration on test (size: records, {FEWEST} at least)",
+        xlabel="score",
+        ylabel="share that is so",
+        xlim=(0, 1),
+        ylim=(0, 1),
+    )
+    axes.legend(fontsize=8, loc="lower right")
+
+
+def _layers(axes: Axes, layers: LayerScores, results: Results, colors: Mapping[str, str]) -> None:
+    axes.fill_between(
+        layers.layers,
+        [low for low, _ in layers.intervals],
+        [high for _, high in layers.intervals],
+        color="0.5",
+        alpha=0.2,
+        lw=0,
+        label="95 % of it, by group",
+    )
+    axes.plot(layers.layers, layers.test, color="0.2", marker=".", label="linear probe on one layer, test")
+    axes.plot(layers.layers, layers.val, color="0.2", ls="--", lw=1, label="validation")
+    for model, result in results.items():
+        axes.axhline(result["test"]["auroc"], color=colors[model], lw=1, label=model)
+    axes.set(title="Test AUROC by layer, beside the detectors", xlabel="layer", ylabel="AUROC")
+    axes.legend(fontsize=8, loc="lower right")

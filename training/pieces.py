@@ -1,0 +1,45 @@
+"""cut: a batch in pieces that go through the model one after the other, for batches that do not fit in memory at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch_geometric.data import Batch as Graphs
+from torch_geometric.data import Data
+
+from dali_pipeline import GraphBatch, SequenceBatch
+
+
+def cut(batch: SequenceBatch | GraphBatch, pieces: int) -> list[SequenceBatch | GraphBatch]:
+    """The batch's records in so many equal parts, in order; views of it, nothing is copied but edge indices."""
+    if pieces == 1:
+        return [batch]
+    size = len(batch) // pieces
+    spans = [slice(begin, begin + size) for begin in range(0, len(batch), size)]
+    if isinstance(batch, SequenceBatch):
+        return [_sequences(batch, rows) for rows in spans]
+    ends = batch.graphs_per_record.cumsum(0).tolist()  # graphs before each record's end
+    return [_graphs(batch, rows, slice(ends[rows.start - 1] if rows.start else 0, ends[rows.stop - 1])) for rows in spans]
+
+
+def _sequences(batch: SequenceBatch, rows: slice) -> SequenceBatch:
+    parts = {name: getattr(batch, name)[rows] for name in ("sequences", "lengths", "labels", "valid", "ids", "positions")}
+    return replace(batch, **parts)
+
+
+def _graphs(batch: GraphBatch, rows: slice, own: slice) -> GraphBatch:
+    """own: the records' graphs."""
+    whole, edge_ptr = batch.graphs, batch.graphs._slice_dict["edge_index"]
+    first, last = (int(node) for node in whole.ptr[[own.start, own.stop]])
+    edges = slice(*(int(edge) for edge in edge_ptr[[own.start, own.stop]]))
+    graphs = Graphs(_base_cls=Data)
+    graphs.x = whole.x[first:last]
+    graphs.edge_index = whole.edge_index[:, edges] - first
+    if "edge_attr" in whole:
+        graphs.edge_attr = whole.edge_attr[edges]
+    graphs.batch = whole.batch[first:last] - own.start
+    graphs.ptr = whole.ptr[own.start : own.stop + 1] - first
+    parts = {name: getattr(batch, name)[rows] for name in ("graphs_per_record", "labels", "valid", "ids", "positions")}
+    index: torch.Tensor = batch.layer_index[own]
+    return replace(batch, graphs=graphs, layer_index=index, last_node=batch.last_node[own] - first, **parts)

@@ -1,0 +1,73 @@
+"""What a trained detector says of a split: batch by batch, each record once, padding out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dali_pipeline.loader import Loader
+from training.build import autocast, forward, record_losses
+from training.metrics import Predictions
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scored:
+    """R records on the CPU. ids: R texts · positions: (R,) int64 · logits: (R, K) float32 · labels: (R,) · losses: (R,)."""
+
+    ids: list[str]
+    positions: torch.Tensor
+    logits: torch.Tensor
+    labels: torch.Tensor
+    losses: torch.Tensor
+
+    @classmethod
+    def join(cls, parts: Sequence[Scored]) -> Scored:
+        """One after the other."""
+        names = ("positions", "logits", "labels", "losses")
+        joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        return cls(ids=[one for part in parts for one in part.ids], **joined)
+
+    @property
+    def scores(self) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """(R,) P(label 1) for two classes, else (R, C)."""
+        one_logit = self.logits.shape[1] == 1
+        scores: np.ndarray[Any, Any] = (self.logits[:, 0].sigmoid() if one_logit else self.logits.softmax(dim=1)).numpy()
+        return scores
+
+    def in_file_order(self) -> Predictions:
+        """By position, so that any number of processes gives the same."""
+        order = torch.argsort(self.positions)
+        whole = Scored(
+            ids=[self.ids[at] for at in order.tolist()],
+            **{name: getattr(self, name)[order] for name in ("positions", "logits", "labels", "losses")},
+        )
+        return Predictions(
+            ids=whole.ids,
+            positions=whole.positions.numpy(),
+            scores=whole.scores,
+            labels=whole.labels.numpy(),
+            loss=float(whole.losses.mean()),
+        )
+
+
+def score_batches(model: nn.Module, loader: Loader[Any], precision: str) -> Iterator[Scored]:
+    """Each batch's valid records, in evaluation mode."""
+    model.eval()
+    for batch in loader:
+        with torch.inference_mode():
+            with autocast(loader.device, precision):
+                output = forward(model, batch)
+            losses_B = record_losses(output, batch.labels)
+            valid = batch.valid.cpu()
+            yield Scored(
+                ids=[one for one, real in zip(batch.ids, valid.tolist(), strict=True) if real],
+                positions=batch.positions[valid],
+                logits=output.logits_BK.float().cpu()[valid],
+                labels=batch.labels.cpu()[valid],
+                losses=losses_B.cpu()[valid],
+            )

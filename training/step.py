@@ -1,0 +1,87 @@
+"""Stepper: one step of training, whatever the precision, the number of pieces and the number of processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from training.build import Batch, autocast, forward, record_losses
+from training.config import TrainConfig
+from training.pieces import cut
+from training.processes import Processes
+
+
+class Stepper:
+    """A model with its optimizer, schedule and scaler; the state that a checkpoint keeps.
+
+    The loss is the sum over the valid records of all processes divided by their number, so one, two or four processes, and
+    any number of pieces, give the same gradients. Nothing in a step waits for the GPU.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig, total_steps: int, device: torch.device, processes: Processes):
+        self.model, self.config, self.device, self.processes = model, config, device, processes
+        self._engine = processes.spread(torch.compile(model, dynamic=True) if config.compile else model)  # type: ignore[arg-type]
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        self._schedule = torch.optim.lr_scheduler.OneCycleLR(self._optimizer, config.lr, total_steps=total_steps)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16" and device.type == "cuda")
+        self._bad_step = torch.full((), -1, device=device)  # the first whose loss or gradient was no number
+
+    def step(self, batch: Batch, number: int, count: int, noise_key: int | None) -> torch.Tensor:
+        """Takes one step; number: of the step in its epoch · count: valid records over all processes.
+
+        Returns this process's share of the loss, (), on the device: the sum over processes is the loss.
+        """
+        self._optimizer.zero_grad(set_to_none=True)
+        share = torch.zeros((), device=self.device)
+        pieces = cut(batch, self.config.accumulate)
+        for piece in pieces:
+            with self.processes.unsynchronised(self._engine, apart=piece is not pieces[-1]):
+                with autocast(self.device, self.config.precision):
+                    output = forward(self._engine, piece, noise_key)
+                losses_B = record_losses(output, piece.labels)
+                own = (losses_B * piece.valid).sum() / max(count, 1)
+                # times the processes, as their gradients are averaged
+                torch.autograd.backward(self._scaler.scale(own * self.processes.world_size))
+            share = share + own.detach()
+        self._scaler.unscale_(self._optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm or torch.inf)
+        bad = ~torch.isfinite(share)
+        if not self._scaler.is_enabled():  # which leaves out such a step by itself
+            bad |= ~torch.isfinite(norm)
+        self._bad_step = torch.where((self._bad_step < 0) & bad, number, self._bad_step)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._schedule.step()
+        return share
+
+    @property
+    def bad_step(self) -> int | None:
+        """The first step of the epoch whose loss or gradient was no number, in any process's part; None for none.
+
+        Waits for the GPU.
+        """
+        number = int(self._bad_step)
+        return None if number < 0 else number
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return float(self._schedule.get_last_lr()[0])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Model, optimizer, schedule and scaler."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scheduler": self._schedule.state_dict(),
+            "scaler": self._scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What `state_dict` gave; other keys are left alone."""
+        self.model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["scheduler"])
+        self._scaler.load_state_dict(state["scaler"])

@@ -1,0 +1,78 @@
+"""Watch: what a person sees while a model trains, and the line at its end that says what bounds the speed."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+from types import TracebackType
+
+import torch
+from rich.progress import TextColumn
+
+from dali_pipeline import StepTimer
+from dali_pipeline.progress import progress_bar
+
+DRAW_SECONDS = 0.5
+INPUT_BOUND = 0.2  # share of the time waiting for data from which we say so
+
+
+class Watch(AbstractContextManager["Watch"]):
+    """A progress bar: loss of this process's records, rates of all processes, share of the time waiting for data, GPU use.
+
+    Only where it draws, twice a second on a terminal, it reads the loss from the device.
+    """
+
+    def __init__(
+        self, name: str, total_steps: int, timer: StepTimer, device: torch.device, world_size: int, show: bool
+    ) -> None:
+        self._timer, self._device, self._world_size = timer, device, world_size
+        self._bar = progress_bar(TextColumn("{task.fields[said]}"))
+        self._bar.disable = self._bar.disable or not show
+        self._task = self._bar.add_task(name, total=total_steps, said="")
+        self._drawn = 0.0
+
+    def step(self, before: int, done: int, share: torch.Tensor) -> None:
+        """before, done: steps of the epochs before, and of this one · share: of the loss, as `Stepper.step` gives it."""
+        if self._bar.disable or time.monotonic() - self._drawn < DRAW_SECONDS:
+            return
+        self._drawn = time.monotonic()
+        records, gigabytes = speed(self._timer, self._world_size)
+        said = [f"loss {float(share) * self._world_size:.4f}", f"{records:,.0f} records/s", f"{gigabytes:.2f} GB/s"]
+        said.append(f"{self._timer.wait_share:.0%} waiting")
+        used = gpu_use(self._device)
+        said += [] if used is None else [f"GPU {used}%"]
+        self._bar.update(self._task, completed=before + done, said=", ".join(said))
+
+    def __enter__(self) -> Watch:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._bar.stop()
+
+
+def speed(timer: StepTimer, world_size: int) -> tuple[float, float]:
+    """Records and gigabytes a second of all processes, this one's times their number."""
+    return timer.records_per_second * world_size, timer.bytes_per_second * world_size / 1e9
+
+
+def verdict(timer: StepTimer, world_size: int, device: torch.device) -> str:
+    """Whether the input bounds the speed, and what to do."""
+    if timer.wait_share >= INPUT_BOUND:
+        advice = "input-bound: try more --workers, a larger --batch-size, fewer --layers, or a faster disk"
+    elif device.type == "cuda":
+        advice = "not input-bound: --precision bf16, --compile or a faster GPU would help, a faster disk would not"
+    else:
+        advice = "not input-bound: more cores or a GPU would help, a faster disk would not"
+    records, gigabytes = speed(timer, world_size)
+    return f"{records:,.0f} records/s, {gigabytes:.2f} GB/s, {timer.wait_share:.0%} of the time waiting for data: {advice}"
+
+
+def gpu_use(device: torch.device) -> int | None:
+    """Per cent of the last second in which the GPU was busy; None without one, or where its driver does not tell."""
+    if device.type != "cuda":
+        return None
+    try:
+        return torch.cuda.utilization(device)
+    except Exception:  # the driver's own errors, of which each system has others
+        return None
