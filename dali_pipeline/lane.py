@@ -15,6 +15,8 @@ the result a full permutation.
 
 from __future__ import annotations
 
+import bisect
+
 import numpy as np
 
 from dali_pipeline.order import ACROSS_GROUPS, RUNS, WITHIN_GROUPS, Ints, Order, hashed_keys, purpose_key
@@ -75,7 +77,7 @@ class Lane:
 
     def group(self, place: int) -> int:
         """The later one of the two groups that the records around this place come from."""
-        return min(int(np.searchsorted(self._block_ends, place, side="right")), len(self._group_ends) - 1)
+        return min(bisect.bisect_right(self._block_ends, place), len(self._group_ends) - 1)
 
     def runs(self, group: int) -> list[tuple[int, int]]:
         """First position and number of records of each run of a group; none beyond the last group."""
