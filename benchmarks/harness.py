@@ -78,6 +78,14 @@ def peak_memory(command: list[str]) -> tuple[float, float]:
     return time.perf_counter() - started, peak
 
 
+def _told(arguments: list[str]) -> list[str]:
+    """Without the scratch folder: a path of one machine."""
+    if "--folder" not in arguments:
+        return arguments
+    at = arguments.index("--folder")
+    return arguments[:at] + arguments[at + 2 :]
+
+
 class Results:
     """Rows of one benchmark, printed as they come and written whole to `results/<name>.csv`."""
 
@@ -91,7 +99,7 @@ class Results:
             "machine": f"{len(os.sched_getaffinity(0))} cores of {model}, {memory:.0f} GiB, no GPU",
             "versions": ", ".join([f"Python {platform.python_version()}", *(f"{one} {version(one)}" for one in packages)]),
             "commit": _commit(),
-            "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+            "command": shlex.join(["python", "-m", f"benchmarks.{name}", *_told(sys.argv[1:])]),
             "date": date.today().isoformat(),
         }
 
