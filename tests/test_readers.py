@@ -283,10 +283,8 @@ def test_a_flat_list_of_data(tmp_path: Path) -> None:
         assert graph.edge_attr is None
 
 
-def test_two_formats_in_one_folder_are_refused(tmp_path: Path, data: dp.Dataset) -> None:
+def test_two_formats_in_one_folder_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", sequences=np.ones((3, 2, 1)), labels=[0, 1, 0])
     (tmp_path / "a.pkl").write_bytes(pickle.dumps([]))
     with pytest.raises(dp.UsageError, match=r"holds \*.pkl or \*.pkl.gz and \*.npz; expected one format"):
         convert(tmp_path, tmp_path / "dst")
-    with pytest.raises(dp.UsageError, match="holds no lstm_solo"):
-        convert(data.root, tmp_path / "dst")
