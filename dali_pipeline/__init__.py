@@ -15,7 +15,8 @@ from dali_pipeline.world import World
 from dali_pipeline.writer import ShardWriter
 
 if TYPE_CHECKING:
-    from dali_pipeline.graphs import GraphBatch, GraphLoader
+    from dali_pipeline.collate import GraphBatch
+    from dali_pipeline.graphs import GraphLoader
     from dali_pipeline.sequences import SequenceBatch, SequenceLoader
 
 __version__ = "0.1.0"
@@ -43,7 +44,7 @@ __all__ = [
     "open_dataset",
 ]
 # torch takes 3 seconds to import and PyG 4 more: who converts, or loads sequences alone, does not pay for them
-_LAZY = {"GraphBatch": "graphs", "GraphLoader": "graphs", "SequenceBatch": "sequences", "SequenceLoader": "sequences"}
+_LAZY = {"GraphBatch": "collate", "GraphLoader": "graphs", "SequenceBatch": "sequences", "SequenceLoader": "sequences"}
 
 
 def __getattr__(name: str) -> Any:

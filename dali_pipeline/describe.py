@@ -12,10 +12,11 @@ from rich.table import Table
 
 from dali_pipeline.dataset import Dataset, open_dataset
 from dali_pipeline.files import Files
-from dali_pipeline.rows import GraphRows, SequenceRows
+from dali_pipeline.graphsource import GraphRows, GraphSource
+from dali_pipeline.rows import SequenceRows
 from dali_pipeline.schema import Array, Kind
 from dali_pipeline.shard import Shard
-from dali_pipeline.source import GraphSource, SequenceSource
+from dali_pipeline.source import SequenceSource
 
 BINS = 20
 SAMPLES = 3

@@ -25,8 +25,8 @@ MAX_SHARDS = 1024  # parsed headers kept
 class IndexPart:
     """Labels, ids and offsets of up to INDEX_ROWS consecutive records of a shard.
 
-    labels, ids and rows (of the first ragged array) are lists, as one is asked for at a time; offsets: of every other ragged
-    array · first_block: the shard's first among all blocks of the index.
+    labels, ids and rows (of the first ragged array) are lists, as one is asked for at a time; spans: (rows of the first, 2
+    each) where they begin and end in every other ragged array · first_block: the shard's first among all blocks of the index.
     """
 
     shard: Shard
@@ -34,13 +34,13 @@ class IndexPart:
     labels: list[int]
     ids: list[str]
     rows: list[int]
-    offsets: dict[str, Ints]
+    spans: Ints
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory, about."""
         texts = sum(map(len, self.ids))
-        return 170 * len(self.labels) + texts + sum(part.nbytes for part in self.offsets.values())
+        return 170 * len(self.labels) + texts + self.spans.nbytes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -148,8 +148,8 @@ class RecordIndex:
             first_block=int(self._block_ends[number]),
             labels=shard.read("labels", first, end).tolist(),
             ids=_texts(shard, ids, (cuts - cuts[0]).tolist()),
-            rows=offsets[leading].tolist(),
-            offsets=offsets,
+            rows=offsets.pop(leading).tolist(),
+            spans=np.stack([cut for each in offsets.values() for cut in (each[:-1], each[1:])] or [cuts[:0]], axis=1),
         )
 
 

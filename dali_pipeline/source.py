@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Literal, TypeAlias, TypedDict
 
 import numpy as np
-import numpy.typing as npt
 
 from dali_pipeline.encoding import all_finite
 from dali_pipeline.gather import gather
@@ -14,7 +13,7 @@ from dali_pipeline.layers import Layers, select
 from dali_pipeline.memory import Buffers
 from dali_pipeline.order import WINDOW_BYTES, Ints
 from dali_pipeline.records import IndexPart, RecordIndex
-from dali_pipeline.rows import GraphRows, SequenceRows
+from dali_pipeline.rows import SequenceRows
 from dali_pipeline.schema import Array, DataError, Field, Kind, Schema
 from dali_pipeline.selection import Selection
 
@@ -50,6 +49,7 @@ class BatchSource:
         self._selection, self._schema, self._layers, self._finite = selection, schema, layers, finite
         self._index = RecordIndex(selection, self.ragged, window_bytes)
         self._runs: dict[int, list[tuple[int, int]]] = {}
+        self._buffers = Buffers()
         if rows := selection.bounds(self.axis):
             self._selected(rows[0])  # what the shortest record has, all have
 
@@ -86,6 +86,21 @@ class BatchSource:
                 for a, b in self._selected(each) if name == "sequence" else [(0, each)]:
                     shard.bring(name, (record * each + a) * width, (record * each + b) * width)
 
+    def use(self, memory: Buffers) -> None:
+        """Takes the rows' memory from there from now on."""
+        self._buffers = memory
+
+    def _room(self, name: str, rows: int, field: Field, first: tuple[IndexPart, int], begin: int) -> Array:
+        """Memory for so many rows, of which the first is row `begin` of array `name` in its shard.
+
+        It lies in its cache line as the first row does in the file: where memory stands 1 to 31 bytes beyond the file's place
+        in a page, processors that copy by `rep movsb` (AMD Zen 3 and later) take five times as long.
+        """
+        phase = (first[0].shard.array(name).begin + begin * field.row_bytes) % 64
+        if phase % field.storage.itemsize:
+            phase = 0
+        return self._buffers.take(rows * field.row_bytes, phase).view(field.storage).reshape(rows, *field.shape)
+
     def _check_finite(self, name: str, field: Field, values: Array, starts: Ints, pairs: list[tuple[IndexPart, int]]) -> None:
         """starts: (N,) where each record's values begin."""
         if all_finite(values, field.dtype):
@@ -106,13 +121,16 @@ class BatchSource:
         return self._runs[count]
 
     def _select(self, count: int) -> list[tuple[int, int]]:
+        chosen = self._chosen(count)
+        cuts = [0, *(at for at in range(1, len(chosen)) if chosen[at] != chosen[at - 1] + 1), len(chosen)]
+        return [(chosen[a], chosen[b - 1] + 1) for a, b in itertools.pairwise(cuts)]
+
+    def _chosen(self, count: int) -> list[int]:
         try:
-            chosen = select(self._layers, count)
+            return select(self._layers, count)
         except DataError as error:
             shards = self._selection.shards[0]
             raise DataError(f"{error} in split {shards.split!r} of {shards.root}") from None
-        cuts = [0, *(at for at in range(1, len(chosen)) if chosen[at] != chosen[at - 1] + 1), len(chosen)]
-        return [(chosen[a], chosen[b - 1] + 1) for a, b in itertools.pairwise(cuts)]
 
 
 class SequenceSource(BatchSource):
@@ -121,10 +139,6 @@ class SequenceSource(BatchSource):
     kind = "sequences"
     ragged = streamed = ("sequence",)
     axis = "step"
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._buffers = Buffers()
 
     def lengths(self, positions: Ints) -> Ints:
         """Steps of the records (N,), as stored; reads what is to be read of them anyway before their values."""
@@ -156,7 +170,7 @@ class SequenceSource(BatchSource):
             sizes = np.repeat(every, batch_size)
         starts = np.cumsum(sizes) - sizes
         at = starts[records] + (np.cumsum(ends - begins) - (ends - begins)) - (np.cumsum(lengths) - lengths)[records]
-        values = self._room(int(sizes.sum()), field, pairs[0], int(begins[0]))
+        values = self._room("sequence", int(sizes.sum()), field, pairs[0], int(begins[0]))
         for short in np.flatnonzero(lengths < sizes).tolist():
             values[starts[short] + lengths[short] : starts[short] + sizes[short]] = 0
         if field.layout is not None:  # every row is a read of its own
@@ -174,81 +188,19 @@ class SequenceSource(BatchSource):
             starts=starts,
             lengths=lengths,
             positions=self._selection.told(positions),
-            **_labels_and_ids(pairs),
-        )
-
-    def _room(self, rows: int, field: Field, first: tuple[IndexPart, int], begin: int) -> Array:
-        """Memory for so many rows.
-
-        It lies in its cache line as the first row does in the file: where memory stands 1 to 31 bytes beyond the file's place
-        in a page, processors that copy by `rep movsb` (AMD Zen 3 and later) take five times as long.
-        """
-        phase = (first[0].shard.array("sequence").begin + begin * field.row_bytes) % 64
-        if phase % field.storage.itemsize:
-            phase = 0
-        return self._buffers.take(rows * field.row_bytes, phase).view(field.storage).reshape(rows, *field.shape)
-
-
-class GraphSource(BatchSource):
-    """Gathers graphs."""
-
-    kind = "graphs"
-    ragged = ("graphs", "x", "edge_index")
-    streamed = ("x", "edge_index", "edge_attr")
-    axis = "graph"
-
-    def gather(self, positions: Ints) -> GraphRows:
-        """The records at `positions` (B,), any order, repeats allowed. Costs three reads a record and run of layers."""
-        schema = self._schema
-        assert schema.x is not None
-        found = self._index.locate(positions)
-        pairs = found.pairs()
-        records, nodes_spans, edges_spans = [], [], []  # of each run of graphs: its record, its nodes, its edges
-        node_counts, edge_counts, layer_index, graphs_per_record = [], [], [], []
-        for record, (part, row) in enumerate(pairs):
-            begin, end = part.rows[row] - part.rows[0], part.rows[row + 1] - part.rows[0]
-            nodes, edges = part.offsets["x"][begin : end + 1], part.offsets["edge_index"][begin : end + 1]
-            selected = self._selected(end - begin)
-            for a, b in selected:
-                records.append(record)
-                nodes_spans.append((nodes[a], nodes[b]))
-                edges_spans.append((edges[a], edges[b]))
-                node_counts.append(np.diff(nodes[a : b + 1]))
-                edge_counts.append(np.diff(edges[a : b + 1]))
-                layer_index.append(np.arange(a, b))
-            graphs_per_record.append(sum(b - a for a, b in selected))
-        record_of_run, nodes_of_run, edges_of_run = np.array(records), np.array(nodes_spans), np.array(edges_spans)
-
-        def rows(name: str, dtype: npt.DTypeLike, shape: tuple[int, ...], spans: Ints) -> Array:
-            counts = spans[:, 1] - spans[:, 0]
-            starts, out = np.cumsum(counts) - counts, np.empty((int(counts.sum()), *shape), dtype)
-            gather(found, name, record_of_run, spans[:, 0], spans[:, 1], out, starts)
-            field = getattr(schema, name, None)
-            if self._finite and field is not None:
-                self._check_finite(name, field, out, starts, [pairs[record] for record in records])
-            return out
-
-        widest = np.result_type(*{part.shard.array("edge_index").dtype for part in found.parts})
-        attr = schema.edge_attr
-        return GraphRows(
-            x=rows("x", schema.x.storage, schema.x.shape, nodes_of_run),
-            edge_index=rows("edge_index", widest, (2,), edges_of_run),
-            edge_attr=None if attr is None else rows("edge_attr", attr.storage, attr.shape, edges_of_run),
-            node_counts=np.concatenate(node_counts),
-            edge_counts=np.concatenate(edge_counts),
-            layer_index=np.concatenate(layer_index),
-            graphs_per_record=np.array(graphs_per_record, np.int64),
-            positions=self._selection.told(positions),
-            **_labels_and_ids(pairs),
+            **labels_and_ids(pairs),
         )
 
 
-class _LabelsAndIds(TypedDict):
+class LabelsAndIds(TypedDict):
+    """What the rows of either kind have."""
+
     labels: Ints
     ids: list[str]
 
 
-def _labels_and_ids(pairs: list[tuple[IndexPart, int]]) -> _LabelsAndIds:
+def labels_and_ids(pairs: list[tuple[IndexPart, int]]) -> LabelsAndIds:
+    """Of these records."""
     return {
         "labels": np.array([part.labels[row] for part, row in pairs], np.int64),
         "ids": [part.ids[row] for part, row in pairs],

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dali_pipeline.dataset import Dataset
-from dali_pipeline.graphs import GraphLoader, collate
+from dali_pipeline.graphs import GraphLoader
 from dali_pipeline.loader import Loader
 from dali_pipeline.plan import EpochPlan
 from dali_pipeline.schema import Kind
@@ -63,7 +63,10 @@ def gathers(loader: Loader[Any], plan: EpochPlan) -> Iterator[Any]:
                 yield stretch
             else:
                 assert isinstance(loader, GraphLoader)
-                yield loader.gather(plan, step)
+                (graphs,), error = loader._gatherer.gather(plan, range(step, step + 1))
+                if error is not None:
+                    raise error
+                yield graphs
 
 
 def decode(loader: Loader[Any], gathered: Any) -> Any:
@@ -73,7 +76,8 @@ def decode(loader: Loader[Any], gathered: Any) -> Any:
         values = torch.from_numpy(rows.values).view(loader.batch_size, -1, *rows.values.shape[1:])
         return loader._decoding.run(values.to(loader.device), rows.lengths)
     assert isinstance(loader, GraphLoader)
-    return collate(gathered, loader.device, loader.dtype)
+    ((rows, valid),) = gathered.batches()
+    return loader._collator.batch(rows, valid)
 
 
 def rate_of(work: Iterator[Any], records: int, seconds: float) -> float:

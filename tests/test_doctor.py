@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 import dali_pipeline as dp
-from dali_pipeline import doctor, graphs, machine, stages
+from dali_pipeline import doctor, machine, stages
 from dali_pipeline.cli import app, run
+from dali_pipeline.collate import Collator
 from dali_pipeline.decoding import Decoding
-from dali_pipeline.graphs import GraphLoader
+from dali_pipeline.graphstretch import GraphGatherer
 from dali_pipeline.stretch import StretchGatherer
 
 PAUSE = 0.05
@@ -47,7 +48,7 @@ def test_a_slow_model_is_fed(data: dp.Dataset, kind: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["sequences", "graphs"])
 def test_a_slow_gather_is_named_and_a_change_tried(data: dp.Dataset, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    where = StretchGatherer if kind == "sequences" else GraphLoader
+    where = StretchGatherer if kind == "sequences" else GraphGatherer
     monkeypatch.setattr(where, "gather", slowly(where.gather))
     found = examined(data, kind)
     assert (found["narrowest"], found["verdict"]) == ("gather", "input-bound")
@@ -60,8 +61,7 @@ def test_a_slow_decode_is_named(data: dp.Dataset, kind: Any, monkeypatch: pytest
     if kind == "sequences":
         monkeypatch.setattr(Decoding, "run", slowly(Decoding.run))
     else:
-        for name in ("stages", "graphs"):
-            monkeypatch.setattr(f"dali_pipeline.{name}.collate", slowly(graphs.collate))
+        monkeypatch.setattr(Collator, "batch", slowly(Collator.batch))
     found = examined(data, kind)
     assert (found["narrowest"], found["verdict"]) == ("decode", "input-bound")
     assert found["next"] is not None

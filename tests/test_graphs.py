@@ -160,16 +160,36 @@ def test_damage_crosses_the_process_border_in_one_sentence(tmp_path: Path, worke
     assert good == sum(data.table("train", "graphs").records[:3]) // 2
 
 
-# torch's handler of a dead worker raises wherever the main thread is: in a destructor Python can only print it
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_worker_that_is_killed_is_an_error_not_a_hang(tmp_path: Path) -> None:
     data = write(tmp_path / "set", make_records(400))
     loader = dp.GraphLoader(data, batch_size=1, workers=2)
-    # torch raises where the main thread happens to be: in the loader, which says it in a sentence, or in the loop below
-    with pytest.raises((dp.PipelineError, RuntimeError), match=r"worker process of the graph loader died|is killed by signal"):
+    words = r"^a worker process of the graph loader died \(killed by signal 9\); expected enough memory .* workers=0$"
+    with pytest.raises(dp.PipelineError, match=words):
         for step, _ in enumerate(loader):
             if step == 3:
                 os.kill(psutil.Process().children()[0].pid, signal.SIGKILL)
+    assert psutil.Process().children() == []
+
+
+def test_what_crosses_lies_in_memory_that_is_shared_and_used_again(data: dp.Dataset) -> None:
+    """Anonymous, so that no file of /dev/shm is needed; a result that its room does not suffice for comes through the pipe."""
+    before = len(psutil.Process().memory_maps(grouped=False))
+    for arena_bytes in (1 << 20, 100):
+        loader = dp.GraphLoader(data, workers=2)
+        loader._arena_bytes = arena_bytes
+        batches = iter(loader)
+        held = [next(batches) for _ in range(3)]
+        maps = psutil.Process().memory_maps(grouped=False)
+        assert not [one.path for one in maps if one.path.startswith("/dev/shm")]
+        assert len(maps) < before + 60  # threads that read ahead have some of their own
+        contracts.assert_same([*held, *batches], dp.GraphLoader(data, workers=0))
+
+
+def test_memory_that_cannot_be_had_is_one_sentence(data: dp.Dataset) -> None:
+    loader = dp.GraphLoader(data, workers=1)
+    loader._arena_bytes = 1 << 62
+    with pytest.raises(dp.PipelineError, match=r"^1 worker processes with 2 x .* cannot be had .* or workers=0$"):
+        next(iter(loader))
 
 
 def test_no_process_is_left_behind(make: contracts.Make) -> None:
@@ -195,19 +215,21 @@ def test_a_whole_epoch_of_batches_from_processes_can_be_held(data: dp.Dataset) -
 def test_workers_tell_each_other_what_is_sound(data: dp.Dataset) -> None:
     loader = dp.GraphLoader(data, workers=2)
     list(loader)
-    sound = loader._source._index._sound
-    shard = loader._source._index._shard(0)
-    layout = shard.array("x")
-    assert sound[layout.first_block] == 1
+    index = loader._gatherer.source._index
+    assert index._sound[index._shard(0).array("x").first_block] == 1
 
 
-def test_auto_starts_a_thread_and_no_process(data: dp.Dataset) -> None:
-    loader = iter(dp.GraphLoader(data))
-    next(loader)
-    assert psutil.Process().children() == []
-    assert any(thread.name.startswith("gather") for thread in threading.enumerate())
-    del loader
-    assert not any(thread.name.startswith("gather") for thread in threading.enumerate())
+def test_auto_starts_a_thread_where_there_are_cores_for_it_and_no_process(
+    data: dp.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for cores, threads in ((2, 0), (8, 1)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: range(cores))
+        loader = iter(dp.GraphLoader(data))
+        next(loader)
+        assert psutil.Process().children() == []
+        assert sum(thread.name.startswith("gather") for thread in threading.enumerate()) == threads
+        del loader
+        assert not any(thread.name.startswith("gather") for thread in threading.enumerate())
 
 
 @pytest.mark.gpu
