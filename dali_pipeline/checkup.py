@@ -13,7 +13,7 @@ from rich.table import Table
 from dali_pipeline.arguments import parse_workers
 from dali_pipeline.describe import plain_console
 from dali_pipeline.progress import progress_bar
-from dali_pipeline.schema import DataError, Kind
+from dali_pipeline.schema import DataError, Kind, PipelineError
 
 if TYPE_CHECKING:
     from dali_pipeline.loader import Loader
@@ -67,8 +67,16 @@ def doctor_command(
         def tell(stage: str) -> None:
             bar.update(task, advance=1, description=stage)
 
-        found = examine(data, kind, setup, lambda loader: train_step(name, loader), tell, seconds)
-    found |= {"model": name, "batch_size": batch_size, "advice": ADVICE[found["narrowest"]]}
+        try:
+            found = examine(data, kind, setup, lambda loader: train_step(name, loader), tell, seconds)
+        except (ValueError, RuntimeError, TypeError, OSError) as error:  # exit 2, for 1 says input-bound
+            if isinstance(error, PipelineError):
+                raise
+            raise PipelineError(f"{data}: {name} cannot be trained on it ({type(error).__name__}: {error})") from error
+    advice = ADVICE[found["narrowest"]]
+    if found["verdict"] == "input-bound" and found["narrowest"] == "model":
+        advice = "reading while the model computes (`workers=1`), as one waits for the other"
+    found |= {"model": name, "batch_size": batch_size, "advice": advice}
     if plot is not None:
         draw_stages(found, plot)
     if as_json:

@@ -21,13 +21,14 @@ _MASK = (1 << 64) - 1
 class EpochDigest:
     """A number of records, and the sum of the XXH3-64 of their ids modulo 2**64: the same in any order, and `+` merges ranks.
 
-    A record lost, doubled or put in another's place changes the sum, but for one chance in 2**64. drawn: in an epoch of
-    draws the hashes themselves, so that `times` can tell how often each came; 8 bytes a draw, empty in any other epoch.
-    Costs a sixth of a microsecond a record.
+    A record lost, doubled or put in another's place changes the sum, but for one chance in 2**64. left_out: records that came
+    as padding instead, as they could not be read. drawn: in an epoch of draws the hashes themselves, so that `times` can tell
+    how often each came; 8 bytes a draw, empty in any other epoch. Costs a sixth of a microsecond a record.
     """
 
     records: int = 0
     total: int = 0
+    left_out: int = 0
     drawn: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64), compare=False, repr=False)
 
     @classmethod
@@ -39,18 +40,25 @@ class EpochDigest:
 
     def __add__(self, other: EpochDigest) -> EpochDigest:
         drawn = np.concatenate([self.drawn, other.drawn]) if len(other.drawn) else self.drawn
-        return EpochDigest(records=self.records + other.records, total=(self.total + other.total) & _MASK, drawn=drawn)
+        return EpochDigest(
+            records=self.records + other.records,
+            total=(self.total + other.total) & _MASK,
+            left_out=self.left_out + other.left_out,
+            drawn=drawn,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, for a checkpoint: an epoch that goes on in another process is checked as a whole."""
-        return {"records": self.records, "total": f"{self.total:016x}", "drawn": self.drawn.tobytes().hex()}
+        told = {"records": self.records, "total": f"{self.total:016x}", "left_out": self.left_out}
+        return {**told, "drawn": self.drawn.tobytes().hex()}
 
     @classmethod
     def from_dict(cls, digest: Mapping[str, Any]) -> EpochDigest:
         """What `to_dict` gave; raises UsageError for anything else."""
         try:
             drawn = np.frombuffer(bytes.fromhex(digest["drawn"]), np.uint64)
-            return cls(records=int(digest["records"]), total=int(digest["total"], 16), drawn=drawn)
+            left_out = int(digest.get("left_out", 0))
+            return cls(records=int(digest["records"]), total=int(digest["total"], 16), left_out=left_out, drawn=drawn)
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"not a digest ({error!r}); expected what to_dict() returned") from None
 
@@ -64,6 +72,8 @@ class EpochDigest:
         """`2,816 of 2,816 records, each once`; raises DataError where these are not exactly the `expected` records."""
         if self == expected:
             return f"{self.records:,} of {expected.records:,} records, each once"
+        if self.left_out and self.records + self.left_out == expected.records:
+            return f"{self.records:,} of {expected.records:,} records, {self.left_out:,} left out as damaged or not finite"
         if self.records != expected.records:
             raise DataError(f"the epoch delivered {self.records:,} records; expected {expected.records:,}, each once")
         raise DataError(
@@ -81,11 +91,12 @@ class Delivered:
     """Adds up what an iterator delivers. drawn: whether to keep each hash."""
 
     def __init__(self, drawn: bool) -> None:
-        self._drawn, self._records, self._total = drawn, 0, 0
+        self._drawn, self._records, self._total, self._left_out = drawn, 0, 0, 0
         self._hashes: list[npt.NDArray[np.uint64]] = []
 
-    def add(self, ids: Sequence[str], valid: Mask) -> None:
-        """One batch."""
+    def add(self, ids: Sequence[str], valid: Mask, left_out: int = 0) -> None:
+        """One batch, and how many of its records were left out."""
+        self._left_out += left_out
         digest = EpochDigest.of(ids if valid.all() else compress(ids, valid), drawn=self._drawn)
         self._records, self._total = self._records + digest.records, self._total + digest.total
         self._hashes += [digest.drawn] if self._drawn else []
@@ -94,4 +105,4 @@ class Delivered:
     def digest(self) -> EpochDigest:
         """Of all of them."""
         drawn = np.concatenate([np.zeros(0, np.uint64), *self._hashes])
-        return EpochDigest(records=self._records, total=self._total % 2**64, drawn=drawn)
+        return EpochDigest(records=self._records, total=self._total % 2**64, left_out=self._left_out, drawn=drawn)

@@ -79,21 +79,21 @@ def examine(
         "narrowest": narrowest,
         "together": {"records_per_second": together, "wait_share": share},
         "verdict": "input-bound" if share > WAITING or starved else "fed",
-        "next": best_change(data, kind, setup, rates, together, narrowest, make_step, seconds),
+        "next": best_change(data, kind, setup, rates, together, make_step, seconds),
         "machine": machine,
         "warnings": warnings_about(machine),
     }
 
 
 def best_change(
-    data: Dataset, kind: Kind, setup: Setup, rates: dict[str, float], together: float, narrowest: str,
+    data: Dataset, kind: Kind, setup: Setup, rates: dict[str, float], together: float,
     make_step: Callable[[Loader[Any]], Train], seconds: float,
 ) -> dict[str, Any] | None:  # fmt: skip
     """The change that the stages promise most of, tried; None where none promises a tenth more."""
     promised = {name: predict(rates, change, kind) for name, change in changes(kind, setup).items()}
     now = predict(rates, setup, kind)
     gains = {name: together * rate / now for name, rate in promised.items()}
-    if narrowest == "model" or not gains or max(gains.values()) < 1.1 * together:
+    if not gains or max(gains.values()) < 1.1 * together:
         return None
     name = max(gains, key=lambda one: gains[one])
     loader = changes(kind, setup)[name].loader(data, kind)

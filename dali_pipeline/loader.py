@@ -164,7 +164,7 @@ class Loader(IterableDataset[Batch]):
         with closing(ReadAhead(self._source, plan, self.world)) as ahead, closing(self._batches(plan, step)) as batches:
             for batch, ids, valid, faults in batches:
                 step += 1
-                delivered.add(ids, valid)
+                delivered.add(ids, valid, len(faults))
                 _tell(epoch, faults, left_out)
                 if self._newest is token:
                     self._position = (epoch, step)
@@ -209,16 +209,11 @@ class Loader(IterableDataset[Batch]):
             return digest.describe()
         if self.order.tail == "drop":
             expected = self._num_steps * self.order.global_batch_size
-            if self.skips and digest.records < expected:
-                return f"{digest.records:,} of {self._num_records:,} records, the rest left out or dropped"
-            if digest.records != expected:
+            if digest.records + digest.left_out != expected:
                 raise DataError(f"the epoch delivered {digest.records:,} records; expected {expected:,} with tail='drop'")
             return f"{digest.records:,} of {self._num_records:,} records, the rest dropped"
         if self._expected is None:
             self._expected = self.selection.expected()
-        if self.skips and digest.records < self._expected.records:
-            lost = self._expected.records - digest.records
-            return f"{digest.records:,} of {self._expected.records:,} records, {lost:,} left out as damaged or not finite"
         return digest.check(self._expected)
 
     def set_epoch(self, epoch: int) -> None:

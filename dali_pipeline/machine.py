@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -81,6 +82,6 @@ def file_system(root: Path) -> str | None:
 
 def driver_version() -> str | None:
     """Of the NVIDIA driver."""
-    with contextlib.suppress(OSError, IndexError):
-        return Path("/proc/driver/nvidia/version").read_text().split("Module")[1].split()[0]
+    with contextlib.suppress(OSError):
+        return next(iter(re.findall(r"\b\d+\.\d+(?:\.\d+)?\b", Path("/proc/driver/nvidia/version").read_text())), None)
     return None

@@ -136,17 +136,21 @@ class EpochPlan:
 
     def _places(self, lane: int, steps: range) -> Ints:
         """Places (steps, share) in a lane's order."""
-        if not self.order.bucket_by_length:
-            return np.array(steps)[:, None] * self._share + np.arange(self._share)
-        return np.stack([self._pool(lane, step // self._pool_steps)[step % self._pool_steps] for step in steps])
+        places: Ints = np.array(steps)[:, None] * self._share + np.arange(self._share)
+        if self.order.bucket_by_length:
+            whole = self._length(lane) // self._share  # batches without padding, which stays behind them
+            for at, step in enumerate(steps):
+                if step < whole:
+                    places[at] = self._pool(lane, step // self._pool_steps, whole)[step % self._pool_steps]
+        return places
 
-    def _pool(self, lane: int, number: int) -> Ints:
-        """Places (steps, share) of neighbouring batches, cut anew by length, in a random order that is alike in all lanes."""
+    def _pool(self, lane: int, number: int, whole: int) -> Ints:
+        """Places (steps, share) of neighbouring batches, of the first `whole` ones, cut anew by length, in a random order."""
         found = self._pools.get((lane, number))
         if found is None:
             assert self._lengths is not None
             first = number * self._pool_steps
-            steps = range(first, min(first + self._pool_steps, self.num_steps))
+            steps = range(first, min(first + self._pool_steps, whole))
             places = np.arange(first * self._share, steps.stop * self._share)
             by_length = places[np.argsort(self._lengths(_take(self._lane(lane), places)[0]), kind="stable")]
             turns = np.array(steps)

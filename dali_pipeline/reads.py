@@ -41,12 +41,13 @@ def read_many(fds: Array, offsets: Array, addresses: Array, sizes: Array) -> Arr
     return results
 
 
-def bring(fd: int, offset: int, nbytes: int) -> None:
-    """Has the system read so many bytes into its cache without waiting for them; one system call where they are there."""
+def bring(fd: int, offset: int, nbytes: int) -> bool:
+    """Has the system read so many bytes into its cache without waiting; one system call, and False, where they are there."""
     if not hasattr(os, "posix_fadvise") or _is_cached(fd, offset, nbytes):
-        return
+        return False
     for at in range(offset, offset + nbytes, _ADVISED_BYTES):
         os.posix_fadvise(fd, at, min(_ADVISED_BYTES, offset + nbytes - at), os.POSIX_FADV_WILLNEED)
+    return True
 
 
 def _is_cached(fd: int, offset: int, nbytes: int) -> bool:

@@ -75,7 +75,8 @@ class RecordIndex:
         # shards are numbered through all tables, and so are blocks
         tables = [shards.table for shards in selection.shards]
         self._first_shards = np.cumsum([0, *map(len, tables)]).tolist()
-        self._block_ends = np.cumsum(np.concatenate([np.zeros(1, np.int64), *(np.asarray(each.blocks) for each in tables)]))
+        blocks = [np.asarray(each.blocks, np.int64) for each in tables]
+        self._block_ends = np.cumsum(np.concatenate([np.zeros(1, np.int64), *blocks]))
         # a byte a block, 1 once its hash was right; anonymous shared memory, so forked workers tell each other
         self._memory = mmap.mmap(-1, max(1, int(self._block_ends[-1])))
         self._sound = np.frombuffer(self._memory, np.uint8)

@@ -19,7 +19,7 @@ from dali_pipeline.layers import Layers
 from dali_pipeline.loader import Loader, Made, OnError, OnNan, Workers
 from dali_pipeline.order import WINDOW_BYTES, Ints, Tail
 from dali_pipeline.plan import EpochPlan
-from dali_pipeline.schema import Array, DataError, UsageError
+from dali_pipeline.schema import Array, DataError, FormatError, UsageError
 from dali_pipeline.source import Padded, SequenceSource
 from dali_pipeline.stretch import Stretch, StretchGatherer, stretches
 
@@ -88,6 +88,7 @@ class SequenceLoader(Loader[SequenceBatch]):
     """
 
     kind = "sequences"
+    _source: SequenceSource
 
     def __init__(
         self,
@@ -140,6 +141,8 @@ class SequenceLoader(Loader[SequenceBatch]):
         equal_lengths = steps is not None and steps[0] == steps[1]
         field = data.schema.sequence
         assert field is not None
+        if bucket_by_length and FormatError in self.skips:
+            raise UsageError("on_error='skip' with bucket_by_length: the order would depend on what can be read; give one")
         if not isinstance(normalize, bool):
             raise UsageError(f"normalize is {normalize!r}; expected True or False")
         if normalize and data.manifest.statistics is None:

@@ -138,20 +138,19 @@ class Shard:
                 data = self._checked_block(name, layout, block)
                 part[:] = data[begin - block * BLOCK_BYTES : end - block * BLOCK_BYTES]
 
-    def bring(self, name: str, begin: int, end: int) -> None:
-        """Has the system read bytes `begin` to `end` of an array into its cache, without waiting.
+    def bring(self, name: str, begin: int, end: int) -> bool:
+        """Has the system read bytes `begin` to `end` of an array into its cache; whether they were not there.
 
         Blocks not met before are read here, and hashed. Raises FormatError for damage.
         """
         layout = self.array(name)
         if not 0 <= begin < end <= layout.nbytes:
-            return
+            return False
         blocks = range(begin // BLOCK_BYTES, (end - 1) // BLOCK_BYTES + 1)
         new = [block for block in blocks if not self._sound[layout.first_block + block]]
         for block in new:
             self._checked_block(name, layout, block)
-        if not new:
-            bring(self.opened().fd, layout.begin + begin, end - begin)
+        return bool(new) or bring(self.opened().fd, layout.begin + begin, end - begin)
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> Array:
         """Rows begin to end of an array, all by default, checked."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Literal, TypeAlias, TypedDict
 
 import numpy as np
@@ -16,6 +17,7 @@ from dali_pipeline.records import IndexPart, RecordIndex
 from dali_pipeline.rows import SequenceRows
 from dali_pipeline.schema import Array, DataError, Field, Kind, Schema
 from dali_pipeline.selection import Selection
+from dali_pipeline.shard import Shard
 
 Padded: TypeAlias = Literal["batch", "all"] | None
 
@@ -58,33 +60,32 @@ class BatchSource:
         """Positions go from 0 to below this."""
         return self._selection.num_records
 
-    def bring(self, start: int, count: int) -> None:
-        """Has the system read the values of so many records from position `start` on, of one shard, without waiting for them.
+    def bring(self, start: int, count: int) -> bool:
+        """Has the system read the values of so many records from position `start` on, of one shard; whether any was not there.
 
-        Blocks not met before are read here, and hashed. Where records differ in size, about the right bytes are read. Raises
-        FormatError for damage.
+        Blocks not met before are read here, and hashed. Where records differ in size, about the right bytes are read; of one
+        of which most records are not asked for, as in a fold, none. Raises FormatError for damage.
         """
         shard, begin, end = self._index.place(start, count)
-        for name in self.streamed:
-            if name not in shard.arrays:
-                continue
-            layout, records = shard.array(name), max(1, shard.records)
-            rows = layout.shape[0]
-            by_layer = self._schema.sequence.layout if self._schema.sequence is not None and name == "sequence" else None
-            if by_layer is not None:
-                width = layout.nbytes // max(1, rows)
-                for a, b in self._selected(by_layer.steps):
-                    for step in range(a, b):
-                        for first, last in by_layer.spans(begin, end, step, rows):
-                            shard.bring(name, first * width, last * width)
-                continue
-            if self._layers is None or rows % records:
-                shard.bring(name, layout.nbytes * begin // records, layout.nbytes * end // records)
-                continue
-            width, each = layout.nbytes // max(1, rows), rows // records
-            for record in range(begin, end):
-                for a, b in self._selected(each) if name == "sequence" else [(0, each)]:
-                    shard.bring(name, (record * each + a) * width, (record * each + b) * width)
+        if end - begin > 2 * count:
+            return False
+        names = [name for name in self.streamed if name in shard.arrays]
+        return sum(shard.bring(name, *span) for name in names for span in self._extents(shard, name, begin, end)) > 0
+
+    def _extents(self, shard: Shard, name: str, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """From which byte to which the values of records `begin` to `end` lie in an array, as far as they are read."""
+        array, records = shard.array(name), max(1, shard.records)
+        rows = array.shape[0]
+        width, each = array.nbytes // max(1, rows), rows // records
+        by_layer = self._schema.sequence.layout if self._schema.sequence is not None and name == "sequence" else None
+        if by_layer is not None:
+            for step in itertools.chain.from_iterable(range(a, b) for a, b in self._selected(by_layer.steps)):
+                yield from ((a * width, b * width) for a, b in by_layer.spans(begin, end, step, rows))
+        elif self._layers is None or name != "sequence" or rows % records:
+            yield array.nbytes * begin // records, array.nbytes * end // records
+        else:
+            for record, (a, b) in itertools.product(range(begin, end), self._selected(each)):
+                yield (record * each + a) * width, (record * each + b) * width
 
     def use(self, memory: Buffers) -> None:
         """Takes the rows' memory from there from now on."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from dali_pipeline.loader import Loader
 from dali_pipeline.plan import EpochPlan
 from dali_pipeline.schema import Kind
 from dali_pipeline.sequences import SequenceLoader
+from dali_pipeline.stretch import StretchGatherer
 from dali_pipeline.timing import StepTimer
 
 READ_BYTES = 256 << 20
@@ -54,19 +55,20 @@ def measure_stages(
 
 def gathers(loader: Loader[Any], plan: EpochPlan) -> Iterator[Any]:
     """Batches as stored, gathered one by one in the caller's thread; the plan again and again."""
+    if isinstance(loader, SequenceLoader):  # padded, for torch to decode, wherever the loader itself pads
+        bits, source = loader._decoding.bfloat16, loader._source
+        padded = StretchGatherer(source, loader.world, loader.batch_size, "batch", bits=bits, skips=loader.skips)
+    found: Sequence[Any]
     while True:
         for step in range(plan.num_steps):
             if isinstance(loader, SequenceLoader):
-                (stretch,), error = loader._stretches.gather(plan, range(step, step + 1))
-                if error is not None:
-                    raise error
-                yield stretch
+                found, error = padded.gather(plan, range(step, step + 1))
             else:
                 assert isinstance(loader, GraphLoader)
-                (graphs,), error = loader._gatherer.gather(plan, range(step, step + 1))
-                if error is not None:
-                    raise error
-                yield graphs
+                found, error = loader._gatherer.gather(plan, range(step, step + 1))
+            if error is not None:
+                raise error
+            yield found[0]
 
 
 def decode(loader: Loader[Any], gathered: Any) -> Any:

@@ -98,13 +98,8 @@ class StretchGatherer:
         return Stretch(rows=rows, valid=shares.valid, batch_size=self._batch_size, left_out=left_out)
 
     def lengths(self, positions: Ints) -> Ints:
-        """Steps of records (N,), as stored; 0 for one that cannot be read and will be left out."""
-        try:
-            return self._source.lengths(positions)
-        except self._skips:
-            if len(positions) == 1:
-                return np.zeros(1, np.int64)
-        return np.concatenate([self.lengths(positions[at : at + 1]) for at in range(len(positions))])
+        """Steps of records (N,), as stored."""
+        return self._source.lengths(positions)
 
 
 def _signed(rows: SequenceRows, bits: bool) -> SequenceRows:

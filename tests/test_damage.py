@@ -177,3 +177,21 @@ def test_a_resume_leaves_out_the_same(tmp_path: Path, loads: str) -> None:
         fresh = LOADERS[loads](data, **options)
         fresh.load_state_dict(loader.state_dict())
         assert [(batch.ids, batch.valid.tolist()) for batch in fresh] == whole[stop:]
+
+
+def test_a_loss_that_is_none_of_damage_is_never_explained_by_it(tmp_path: Path, loads: str) -> None:
+    loader = LOADERS[loads](write(tmp_path / "set", make_records(40), shares="100/0/0"), batch_size=4, on_error="skip")
+    for _ in loader:
+        break
+    with pytest.raises(dp.DataError, match=r"delivered 4 records; expected 40"):
+        loader.check_digest(loader.digest)
+
+
+def test_an_order_by_length_is_none_of_what_can_be_read(data: dp.Dataset) -> None:
+    with pytest.raises(dp.UsageError, match="the order would depend on what can be read"):
+        dp.SequenceLoader(data, bucket_by_length=True, on_error="skip")
+
+
+def test_a_fold_of_a_set_without_validation(tmp_path: Path) -> None:
+    fold = write(tmp_path / "set", make_records(40), shares="100/0/0").folds(4)[0]
+    assert len(delivered([dp.SequenceLoader(fold, "val", batch_size=4)])) == 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def examined(data: dp.Dataset, kind: Any, step: Any = lambda batch: None) -> dic
 @pytest.mark.parametrize("kind", ["sequences", "graphs"])
 def test_a_slow_model_is_fed(data: dp.Dataset, kind: Any) -> None:
     found = examined(data, kind, slowly(lambda batch: None))
-    assert (found["narrowest"], found["verdict"], found["next"]) == ("model", "fed", None)
+    assert (found["narrowest"], found["verdict"]) == ("model", "fed")
     assert found["stages"]["model"]["records_per_second"] <= 8 / PAUSE
     assert found["together"]["wait_share"] < 0.5
 
@@ -118,3 +119,18 @@ def test_what_is_likely_a_mistake_is_said(tmp_path: Path) -> None:
         assert words in warning
     assert 0 < machine.allowed_cores() <= 4096
     assert machine.file_system(Path("/proc")) == "proc"
+
+
+def test_damage_is_exit_2_and_serial_loading_is_told(
+    data: dp.Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(data.root, tmp_path / "set")
+    for path in (tmp_path / "set" / "train").glob("sequences-*"):
+        path.write_bytes(path.read_bytes()[:-8] + bytes(8))
+    monkeypatch.setattr("sys.argv", ["dali_pipeline", "doctor", str(tmp_path / "set"), "--seconds", "0.05"])
+    assert run(app, "dali_pipeline") == 2
+    assert "sequences-000" in capsys.readouterr().err
+    monkeypatch.setattr(StretchGatherer, "gather", slowly(StretchGatherer.gather))
+    found = examined(data, "sequences", lambda batch: time.sleep(2 * PAUSE))
+    assert (found["narrowest"], found["verdict"]) == ("model", "input-bound")
+    assert found["next"]["change"] == "workers=1"

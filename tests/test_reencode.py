@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,27 @@ def test_a_damaged_shard_is_no_source(tmp_path: Path) -> None:
     with pytest.raises(dp.FormatError, match=r"graphs-00001\.safetensors"):
         convert(data.root, tmp_path / "one")
     assert not (tmp_path / "one").exists()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "float64"])
+def test_scales_of_any_stored_type(tmp_path: Path, dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(-128 if dtype[0] != "u" else 1, 11, (4, 3)).astype(dtype) for _ in range(20)]
+    rows[0][:] = -128 if dtype == "int8" else 10
+    with dp.ShardWriter(tmp_path / "set", dp.Schema(sequence=dp.Field(dtype=dtype, shape=(3,)))) as writer:
+        for number, sequence in enumerate(rows):
+            writer.write({"id": number, "label": 0, "sequence": sequence})
+    one = convert(tmp_path / "set", tmp_path / "one", ConvertConfig(dtype="int8"))
+    assert one.schema.sequence is not None
+    scale = np.array(one.schema.sequence.scales)
+    assert (scale <= 1.02 * np.abs(np.stack(rows).astype(np.float64)).max(axis=0) / 127).all()
+    for name, values in sequences(one).items():
+        assert (np.abs(values - rows[int(name.split("/")[1])]) <= 0.5001 * scale).all()
+
+
+def test_a_set_made_anew_at_the_same_place_is_read_anew(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        data = write(tmp_path / "set", make_records(30, seed=seed))
+        one = convert(data.root, tmp_path / f"one-{seed}")
+        assert sequences(one).keys() == sequences(data).keys()
+        shutil.rmtree(data.root)

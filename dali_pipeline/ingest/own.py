@@ -24,6 +24,7 @@ def _find(root: Path) -> list[Path]:
     """The shards, split by split, sequences first."""
     if not (root / MANIFEST_NAME).is_file():
         return []
+    _open_once.cache_clear()  # it may be another one than a moment ago
     data = open_dataset(root)
     kinds = [(split, kind) for kind in data.schema.kinds for split in data.splits]
     return [data.shard_path(split, kind, number) for split, kind in kinds for number in range(len(data.table(split, kind)))]

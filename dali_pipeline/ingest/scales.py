@@ -51,7 +51,8 @@ def _of_file(source: Source, number: int, layers: Layers) -> Array | None:
         stacked = np.asarray(rows if isinstance(values, Block) else rows[None])  # (N, T, *row)
         if layers is not None:
             stacked = stacked[:, select(layers, stacked.shape[1])]
-        found = np.maximum(stacked.max(axis=0), -stacked.min(axis=0)).astype(np.float32)
+        low, high = (each.astype(np.float64) for each in (stacked.min(axis=0), stacked.max(axis=0)))  # -128, and unsigned types
+        found = np.maximum(high, -low)
         if not np.isfinite(found).all():
             raise FormatError(
                 f"{source.files[number]}, sequence holds NaN or infinite values, which int8 cannot; store float16"
