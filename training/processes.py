@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+# Never let go of. DistributedDataParallel's part in C++ may else be a group's last owner: it ends the group's thread while it
+# holds the interpreter lock, for which that thread may be waiting, to free the last collective's tensors. A hang, seen once.
+GROUPS: list[Any] = []
 PATIENCE = timedelta(hours=6)  # the others wait while the first converts data; a process that ends is noticed at once
 
 
@@ -45,6 +48,7 @@ class Processes:
         if on_gpu:
             processes._take_gpu(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
+        GROUPS.append(dist.group.WORLD)
         try:
             yield processes
         except RuntimeError as error:
