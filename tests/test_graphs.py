@@ -16,6 +16,7 @@ from conftest import SCHEMA, make_records, write
 from torch_geometric.data import Batch, Data
 
 import dali_pipeline as dp
+from dali_pipeline.collate import first_nodes
 
 
 @pytest.fixture(params=[0, 2, "auto"])
@@ -230,6 +231,54 @@ def test_auto_starts_a_thread_where_there_are_cores_for_it_and_no_process(
         assert sum(thread.name.startswith("gather") for thread in threading.enumerate()) == threads
         del loader
         assert not any(thread.name.startswith("gather") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize(
+    ("nodes", "edge", "words"),
+    [
+        ([4, 4], [0, 4], r"graph 1 of record 'b' has 4 nodes and the edge \(0, 4\); expected indices below 4"),
+        ([8, 0], [0, 3], r"graph 1 of record 'b' has no nodes; expected at least one"),
+    ],
+)
+def test_wrong_content_with_a_right_hash_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: Any, nodes: list[int], edge: list[int], words: str
+) -> None:
+    """As a foreign tool would write it: our own writer refuses, so its check is taken away here."""
+    edges = np.array([[0, edge[0]], [1, edge[1]]])
+    counts = [np.array([4, 4]), np.array(nodes)]
+    records = [
+        dp.Record(
+            id=name,
+            label=0,
+            graphs=dp.Graphs(
+                x=np.ones((8, 4), np.float16),
+                edge_index=edges if name == "b" else edges.clip(0, 1),
+                edge_attr=np.ones(2, np.float16),
+                node_counts=node_counts,
+                edge_counts=np.array([1, 1]),
+            ),
+        )
+        for name, node_counts in zip("ab", counts, strict=True)
+    ]
+    monkeypatch.setattr("dali_pipeline.pending.graph_rows", lambda record, _: record.graphs)
+    data = write(tmp_path / "set", records, shares="100/0/0")
+    good = 0
+    with pytest.raises(dp.FormatError, match=rf"^[^\n]*graphs-00000\.safetensors: {words}$"):
+        for _ in dp.GraphLoader(data, batch_size=1, shuffle=False, workers=workers):
+            good += 1
+    assert good == 1
+    (only, *_) = dp.GraphLoader(data, batch_size=1, shuffle=False, workers=workers, on_error="skip")
+    assert only.ids == ["a"]
+
+
+def test_numbers_of_nodes_do_not_overflow() -> None:
+    """Nodes of a batch are counted in int64, also where the stored indices are narrow and the batch has more than 2**31."""
+    node_ptr = torch.tensor([0, 2**31 - 1, 2**31 + 9, 2**33])
+    found = first_nodes(node_ptr, torch.tensor([1, 0, 2]), 3)
+    assert found.tolist() == [0, 2**31 + 9, 2**31 + 9]
+    local = torch.tensor([[255, 1, 0], [0, 255, 3]], dtype=torch.uint8)
+    edge_index = torch.empty((2, 3), dtype=torch.int64).copy_(local) + found
+    assert int(edge_index.max()) == 2**31 + 9 + 255
 
 
 @pytest.mark.gpu
