@@ -102,6 +102,9 @@ class Trainer:
                 self.save()
                 self.writer.wait()
                 raise
+            except PipelineError:
+                self.writer.wait()  # the checkpoints of before are on the disk when the error is told
+                raise
             loss_sum = self.processes.sum([float(self.loss_sum)])[0]
             row: HistoryRow = {"epoch": self.epoch, "train_loss": loss_sum / max(self.loss_count, 1), "val_loss": found.loss}
             row |= {"val_auroc": area_under_roc(found), "lr": self.stepper.learning_rate}
