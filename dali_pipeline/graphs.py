@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from dali_pipeline.ahead import background_threads, map_ahead
+from dali_pipeline.budget import BudgetPlan, Portion
 from dali_pipeline.collate import Collator, GraphBatch
 from dali_pipeline.dataset import Dataset
-from dali_pipeline.delivery import check_delivery
+from dali_pipeline.delivery import OnError, OnNan, Workers, check_delivery
 from dali_pipeline.graphsource import GraphSource
 from dali_pipeline.graphstretch import GraphGatherer, Loaded
 from dali_pipeline.layers import Layers
-from dali_pipeline.loader import Loader, Made, OnError, OnNan, Workers
+from dali_pipeline.loader import Loader, Made, Position
+from dali_pipeline.memory import Buffers
 from dali_pipeline.order import WINDOW_BYTES, Tail
 from dali_pipeline.plan import EpochPlan
 from dali_pipeline.processes import map_in_processes
+from dali_pipeline.schema import PipelineError, UsageError
+from dali_pipeline.state import LoaderState, StateError
 from dali_pipeline.stretch import stretches
 
 STRETCH_BYTES = 16 << 20
 STRETCH_STEPS = 64
+Oversize = Literal["alone", "raise"]
 
 
 class GraphLoader(Loader[GraphBatch]):
     """Batches of a split's graphs; see `Loader` for epochs and state.
 
-    batch_size: records per rank · layers: graphs of each record to read, a slice or a list · dtype: of x and edge_attr as
-    delivered · workers: processes that read and gather ahead, 0 for the caller's own thread; "auto" is one background thread,
-    which measured four times faster than a process, whose batches must cross to this one · the others as in `SequenceLoader`;
-    on_nan looks at x and edge_attr.
+    batch_size: records per rank · max_nodes, max_edges: a budget in its stead, batches of as many records, in order, as have no
+    more nodes and edges together; a record beyond it by itself is a batch "alone", or raises DataError, as `oversize` says ·
+    layers: graphs of each record to read, a slice or a list · dtype: of x and edge_attr as delivered · workers: processes that
+    read and gather ahead, 0 for the caller's own thread; "auto" is one background thread, which measured four times faster
+    than a process, whose batches must cross to this one · the others as in `SequenceLoader`; on_nan looks at x and edge_attr.
 
     Raises UsageError for an argument that makes no sense, DataError for data without graphs; while iterating, FormatError
     for a damaged shard and PipelineError for a worker that died (torch's RuntimeError where that strikes the caller's code).
@@ -46,6 +52,8 @@ class GraphLoader(Loader[GraphBatch]):
         data: Dataset,
         split: str = "train",
         batch_size: int = 16,
+        max_nodes: int | None = None,
+        max_edges: int | None = None,
         shuffle: bool = True,
         seed: int = 0,
         layers: Layers = None,
@@ -61,7 +69,10 @@ class GraphLoader(Loader[GraphBatch]):
         balance: Literal["label"] | None = None,
         weights: Mapping[str, float] | None = None,
         on_nan: OnNan = "keep",
+        oversize: Oversize = "alone",
     ) -> None:
+        if oversize not in get_args(Oversize):
+            raise UsageError(f"oversize is {oversize!r}; expected 'alone' or 'raise'")
         super().__init__(
             data,
             split=split,
@@ -79,7 +90,14 @@ class GraphLoader(Loader[GraphBatch]):
             world_size=world_size,
             balance=balance,
             weights=weights,
+            max_nodes=max_nodes,
+            max_edges=max_edges,
         )
+        if self.budgeted and self.world.world_size % lanes and lanes % self.world.world_size:
+            raise UsageError(
+                f"lanes is {lanes} and world_size {self.world.world_size}; expected one to be a multiple of the other, "
+                "for with max_nodes or max_edges every rank's batches come from whole lanes"
+            )
         check_delivery(layers, dtype)
         self.dtype = dtype
         self._source = source = GraphSource(
@@ -88,23 +106,71 @@ class GraphLoader(Loader[GraphBatch]):
         self._gatherer = GraphGatherer(source, self.world, self.skips)
         shared = workers not in ("auto", 0)  # a worker's arrays hold until the next stretch alone
         self._collator = Collator(data.schema, self.device, dtype, copies=shared)
-        batch_bytes = batch_size * int(self.selection.nbytes.sum()) // max(1, self.selection.num_records)
-        self._longest_stretch = max(1, min(STRETCH_STEPS, STRETCH_BYTES // max(1, batch_bytes)))
-        self._arena_bytes = max(1 << 20, 2 * self._longest_stretch * batch_bytes)  # what is touched of it is in memory
+        self._oversize = oversize
+        self._steps_of = (-1, 0)  # an epoch, and its steps by the budget
+        record_bytes = max(1, int(self.selection.nbytes.sum()) // max(1, self.selection.num_records))
+        self._stretch_records = STRETCH_BYTES // record_bytes
+        self._longest_stretch = max(1, min(STRETCH_STEPS, self._stretch_records // batch_size))
+        if self.budgeted:
+            self._longest_stretch = STRETCH_STEPS
+        # what is touched of it is in memory
+        records = self._stretch_records if self.budgeted else self._longest_stretch * batch_size
+        self._arena_bytes = max(1 << 20, 2 * records * record_bytes)
 
-    def _batches(self, plan: EpochPlan, start: int) -> Generator[Made[GraphBatch], None, None]:
-        steps = stretches(range(start, plan.num_steps), self._longest_stretch)
-        with closing(self._gathered(plan, steps)) as gathered:
+    def __len__(self) -> int:
+        """Steps of an epoch, the same on every rank.
+
+        With a budget it is about the same number in every epoch, not quite: of the epoch that `set_epoch` chose, that is under
+        way, or that ended last. It then costs a pass over the index of all shards.
+        """
+        if self.budgeted and self._steps_of[0] != self._len_of:
+            self._steps_of = self._len_of, self._budget(self._plan(self._len_of)).num_steps(self.world.world_size)
+        return self._steps_of[1] if self.budgeted else super().__len__()
+
+    def _batches(self, plan: EpochPlan, start: Position) -> Generator[Made[GraphBatch], None, None]:
+        with closing(self._gathered(plan, start)) as gathered:
             for loaded, error in gathered:
                 for stretch in loaded:
-                    for rows, valid in stretch.batches():
+                    for rows, valid, places in stretch.batches():
                         batch = self._collator.batch(rows, valid)
-                        yield Made(batch, batch.ids, valid, stretch.left_out)
+                        yield Made(batch, batch.ids, valid, stretch.left_out, places)
                 if error is not None:
                     raise error
 
-    def _gathered(self, plan: EpochPlan, steps: Iterator[range]) -> Generator[Loaded, None, None]:
+    def _gathered(self, plan: EpochPlan, start: Position) -> Generator[Loaded, None, None]:
+        work: Callable[[Any], Loaded] = partial(self._gatherer.gather, plan)
+        items: Iterator[Any] = stretches(range(start.step, plan.num_steps), self._longest_stretch)
+        if self.budgeted:
+            work, items = self._gatherer.gather_portion, self._portions(plan, start)
         if self.workers == "auto" or not self.workers:
             threads = background_threads(self.device) if self.workers == "auto" else 0
-            return map_ahead(partial(self._gatherer.gather, plan), steps, threads)
-        return map_in_processes(partial(self._gatherer.gather_into, plan), steps, self.workers, self._arena_bytes)
+            return map_ahead(work, items, threads)
+        return map_in_processes(partial(_gather_into, self._gatherer, work), items, self.workers, self._arena_bytes)
+
+    def _budget(self, plan: EpochPlan) -> BudgetPlan:
+        sizes = partial(self._source.sizes, skips=self.skips)
+        return BudgetPlan(plan, sizes, self._source.name, alone=self._oversize == "alone")
+
+    def _portions(self, plan: EpochPlan, start: Position) -> Iterator[Portion | PipelineError]:
+        """What is planned ahead must not fail ahead: an error comes behind the batches before it."""
+        world, stretch = self.world, (self._longest_stretch, self._stretch_records)
+        try:
+            yield from self._budget(plan).portions(start.step, start.places, world.rank, world.world_size, *stretch)
+        except PipelineError as error:
+            yield error
+
+    def _check_place(self, state: LoaderState) -> None:
+        plan = self._plan(state.epoch)
+        expected = [plan.length(lane) for lane in range(self.order.lanes)]
+        if not self.budgeted:
+            super()._check_place(state)
+        elif len(state.places) != len(expected) * bool(state.step) or any(map(int.__gt__, state.places, expected)):
+            raise StateError(
+                f"the state is at places {list(state.places)} of step {state.step}; the lanes have {expected} records"
+            )
+
+
+def _gather_into(gatherer: GraphGatherer, work: Callable[[Any], Loaded], item: object, memory: Buffers) -> Loaded:
+    """`work` in a process of its own, whose parent reads the large arrays in `memory`."""
+    gatherer.use(memory)
+    return work(item)

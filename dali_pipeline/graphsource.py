@@ -11,7 +11,7 @@ import numpy as np
 from dali_pipeline.gather import gather
 from dali_pipeline.order import Ints
 from dali_pipeline.records import Found, IndexPart
-from dali_pipeline.schema import Array, Field, FormatError
+from dali_pipeline.schema import Array, Field, FormatError, PipelineError
 from dali_pipeline.source import BatchSource, labels_and_ids
 
 
@@ -73,11 +73,7 @@ class GraphSource(BatchSource):
         assert schema.x is not None
         found = self._index.locate(positions)
         pairs = found.pairs()
-        begins = np.array([part.rows[row] - part.rows[0] for part, row in pairs], np.int64)
-        counts = np.array([part.rows[row + 1] - part.rows[0] for part, row in pairs], np.int64) - begins
-        graphs_per_record, layer_index = self._layers_of(counts)
-        record = np.repeat(np.arange(len(pairs)), graphs_per_record)  # (G,)
-        spans = _spans(found, record, begins[record] + layer_index)  # (G, 4): where its nodes, and its edges, begin and end
+        graphs_per_record, layer_index, record, spans = self._graphs(found, pairs)
         counted = spans[:, 1::2] - spans[:, ::2]  # (G, 2)
         if (counted[:, 0] < 1).any():
             self._fail(pairs, record, int(np.argmin(counted[:, 0])), layer_index, "has no nodes; expected at least one")
@@ -116,6 +112,38 @@ class GraphSource(BatchSource):
             positions=self._selection.told(positions),
             **labels_and_ids(pairs),
         )
+
+    def sizes(self, positions: Ints, skips: tuple[type[PipelineError], ...] = ()) -> Ints:
+        """(N, 2) int64, nodes and edges of each record's selected graphs, as stored; (0, 0) where reading them raises one of
+        `skips`.
+
+        Reads what is to be read of them anyway before their values.
+        """
+        try:
+            found = self._index.locate(positions)
+        except skips:
+            if len(positions) == 1:
+                return np.zeros((1, 2), np.int64)
+            return np.concatenate([self.sizes(positions[at : at + 1], skips) for at in range(len(positions))])
+        graphs_per_record, _, _, spans = self._graphs(found, found.pairs())
+        spent = np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(spans[:, 1::2] - spans[:, ::2], axis=0)])
+        ends = np.cumsum(graphs_per_record)
+        sizes: Ints = spent[ends] - spent[ends - graphs_per_record]
+        return sizes
+
+    def name(self, position: int) -> str:
+        """The record there in words, for an error."""
+        ((part, row),) = self._index.locate(np.array([position])).pairs()
+        return f"{part.shard.path}: record {part.ids[row]!r}"
+
+    def _graphs(self, found: Found, pairs: list[tuple[IndexPart, int]]) -> tuple[Ints, Ints, Ints, Ints]:
+        """(N,) selected graphs of each record; of each of them (G,) its layer and its record, and (G, 4) where its nodes,
+        and its edges, begin and end."""
+        begins = np.array([part.rows[row] - part.rows[0] for part, row in pairs], np.int64)
+        counts = np.array([part.rows[row + 1] - part.rows[0] for part, row in pairs], np.int64) - begins
+        graphs_per_record, layer_index = self._layers_of(counts)
+        record = np.repeat(np.arange(len(pairs)), graphs_per_record)
+        return graphs_per_record, layer_index, record, _spans(found, record, begins[record] + layer_index)
 
     def _layers_of(self, counts: Ints) -> tuple[Ints, Ints]:
         """Of records with so many graphs (B,): how many are selected, and which, (G,) one record after the other."""

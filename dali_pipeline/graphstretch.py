@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dali_pipeline.budget import Places, Portion
 from dali_pipeline.damage import without_damaged
 from dali_pipeline.digest import Mask
 from dali_pipeline.graphsource import GraphRows, GraphSource
 from dali_pipeline.memory import Buffers
-from dali_pipeline.order import Ints
-from dali_pipeline.plan import EpochPlan, Shares
+from dali_pipeline.plan import EpochPlan
 from dali_pipeline.schema import PipelineError
 from dali_pipeline.world import World
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GraphStretch:
-    """rows: of all batches · valid: (B,) bool · sizes: records of each batch · left_out: why, of every record that was."""
+    """rows: of all batches of `portion` · left_out: why, of every record that was."""
 
     rows: GraphRows
-    valid: Mask
-    sizes: Ints
+    portion: Portion
     left_out: tuple[str, ...] = ()
 
-    def batches(self) -> Iterator[tuple[GraphRows, Mask]]:
-        """Each batch, as views."""
-        valid = np.split(self.valid, np.cumsum(self.sizes)[:-1])
-        return zip(self.rows.cut(self.sizes), valid, strict=True)
+    def batches(self) -> Iterator[tuple[GraphRows, Mask, Places]]:
+        """Each batch, as views; what of it is valid, and where the lanes stand behind it."""
+        sizes, places = self.portion.sizes, self.portion.places
+        valid = np.split(self.portion.shares.valid, np.cumsum(sizes)[:-1])
+        return zip(self.rows.cut(sizes), valid, places or ((),) * len(sizes), strict=True)
 
 
 Loaded = tuple[list[GraphStretch], PipelineError | None]
@@ -41,32 +41,35 @@ class GraphGatherer:
     def __init__(self, source: GraphSource, world: World, skips: tuple[type[PipelineError], ...]) -> None:
         self.source, self._world, self._skips = source, world, skips
 
-    def gather_into(self, plan: EpochPlan, steps: range, memory: Buffers) -> Loaded:
-        """`gather` in a process of its own, whose parent reads the large arrays in `memory`."""
+    def use(self, memory: Buffers) -> None:
+        """Takes the large arrays' memory from there from now on."""
         self.source.use(memory)
-        return self.gather(plan, steps)
 
     def gather(self, plan: EpochPlan, steps: range) -> Loaded:
         """The batches of these steps; where one is damaged, those before it, one by one, and the error."""
+        shares = plan.batches(steps, self._world.rank, self._world.world_size)
+        return self.gather_portion(Portion(shares=shares, sizes=np.full(len(steps), len(shares.positions) // len(steps))))
+
+    def gather_portion(self, portion: Portion | PipelineError) -> Loaded:
+        """`gather` of batches that are planned already; of an error, that."""
+        if isinstance(portion, PipelineError):
+            return [], portion
+        alone = len(portion.sizes) == 1
         try:
-            shares = plan.batches(steps, self._world.rank, self._world.world_size)
-            sizes = np.full(len(steps), len(shares.positions) // len(steps))
             try:
-                return [self._gather(shares, sizes)], None
+                return [GraphStretch(rows=self.source.gather(portion.shares.positions), portion=portion)], None
             except self._skips:
-                if len(steps) == 1:
-                    sound, left_out = without_damaged(shares, self.source.gather, self._skips, self.source.num_records)
-                    return [self._gather(sound, sizes, left_out)], None
+                if alone:
+                    sound, left_out = without_damaged(portion.shares, self.source.gather, self._skips, self.source.num_records)
+                    rows = self.source.gather(sound.positions)
+                    return [GraphStretch(rows=rows, portion=replace(portion, shares=sound), left_out=left_out)], None
         except PipelineError as error:
-            if len(steps) == 1:
+            if alone:
                 return [], error
         loaded: list[GraphStretch] = []
-        for step in steps:
-            one, failure = self.gather(plan, range(step, step + 1))
+        for batch in portion.cut():
+            one, failure = self.gather_portion(batch)
             loaded += one
             if failure is not None:
                 return loaded, failure
         return loaded, None
-
-    def _gather(self, shares: Shares, sizes: Ints, left_out: tuple[str, ...] = ()) -> GraphStretch:
-        return GraphStretch(rows=self.source.gather(shares.positions), valid=shares.valid, sizes=sizes, left_out=left_out)

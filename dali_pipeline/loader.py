@@ -7,13 +7,13 @@ import os
 from abc import abstractmethod
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from dali_pipeline.dataset import Dataset
-from dali_pipeline.delivery import resolve_device
+from dali_pipeline.delivery import OnError, OnNan, Workers, check_options, resolve_device
 from dali_pipeline.digest import Delivered, EpochDigest, Mask
 from dali_pipeline.mix import reweighed
 from dali_pipeline.order import Ints, Order, Tail
@@ -22,18 +22,19 @@ from dali_pipeline.readahead import ReadAhead
 from dali_pipeline.schema import DataError, FormatError, Kind, PipelineError, UsageError
 from dali_pipeline.source import BatchSource, NotFiniteError
 from dali_pipeline.state import LoaderState, StateError
-from dali_pipeline.world import World
+from dali_pipeline.world import FORKED, WorkersRefused, World
 
 Batch = TypeVar("Batch", covariant=True)
-FORKED = (
-    "this loader was in use before the process forked, and threads do not survive a fork; "
-    "go on in the process that began, or make a loader in the new one"
-)
-Workers = int | Literal["auto"]
-OnError = Literal["raise", "skip"]
-OnNan = Literal["keep", "raise", "skip"]
 TOLD = 10  # records left out that are named in the log, an epoch
 log = logging.getLogger("dali_pipeline")
+
+
+class Position(NamedTuple):
+    """Epoch, steps delivered of it, and `places` in the lanes where a step alone does not tell."""
+
+    epoch: int
+    step: int
+    places: tuple[int, ...] = ()
 
 
 class Made(NamedTuple, Generic[Batch]):
@@ -43,17 +44,7 @@ class Made(NamedTuple, Generic[Batch]):
     ids: list[str]
     valid: Mask
     left_out: tuple[str, ...] = ()
-
-
-class WorkersRefused(UsageError):
-    """The loader was iterated inside a torch worker.
-
-    It says its one sentence whatever it is made with: torch makes a worker's error anew in the main process, and hands it
-    the worker's whole traceback for a message.
-    """
-
-    def __init__(self, *_: object) -> None:
-        super().__init__("this loader has workers of its own; wrap it with DataLoader(loader, batch_size=None, num_workers=0)")
+    places: tuple[int, ...] = ()  # behind it
 
 
 class Loader(IterableDataset[Batch]):
@@ -87,43 +78,47 @@ class Loader(IterableDataset[Batch]):
         balance: Literal["label"] | None,
         weights: Mapping[str, float] | None,
         bucket_by_length: bool = False,
+        max_nodes: int | None = None,
+        max_edges: int | None = None,
     ) -> None:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise UsageError(f"batch_size is {batch_size!r}; expected a whole number of at least 1")
-        if workers != "auto" and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 0):
-            raise UsageError(f"workers is {workers!r}; expected 'auto' or a whole number of at least 0")
         if not isinstance(data, Dataset):
             raise UsageError(f"data is {data!r}; expected what open_dataset gives")
-        for name, choice in (("shuffle", shuffle), ("bucket_by_length", bucket_by_length)):
-            if not isinstance(choice, bool):
-                raise UsageError(f"{name} is {choice!r}; expected True or False")
-        for name, value, known in (("on_error", on_error, get_args(OnError)), ("on_nan", on_nan, get_args(OnNan))):
-            if value not in known:
-                raise UsageError(f"{name} is {value!r}; expected {' or '.join(map(repr, known))}")
+        check_options(
+            batch_size=batch_size,
+            workers=workers,
+            shuffle=shuffle,
+            bucket_by_length=bucket_by_length,
+            on_error=on_error,
+            on_nan=on_nan,
+        )
         # what a record is left out for
         self.skips: tuple[type[PipelineError], ...] = (FormatError,) * (on_error == "skip")
         self.skips += (NotFiniteError,) * (on_nan == "skip")
         self.data, self.split, self.batch_size, self.workers = data, split, batch_size, workers
         self.world = World.detect(rank, world_size)
         self.device = resolve_device(device, self.world)
+        self.budgeted = max_nodes is not None or max_edges is not None
         self.selection = reweighed(data.select(split, self.kind), balance, weights)
         self.order = Order(
             digest=self.selection.digest,
             split=split,
             seed=seed,
             shuffle=shuffle,
-            global_batch_size=batch_size * self.world.world_size,
+            max_nodes=max_nodes,
+            max_edges=max_edges,
+            global_batch_size=lanes if self.budgeted else batch_size * self.world.world_size,
             window_bytes=window_bytes,
             lanes=lanes,
             tail=tail,
             bucket_by_length=bucket_by_length,
         )
         self._num_records = self.selection.num_draws or self.selection.num_records
-        self._num_steps = self._plan(epoch=0).num_steps  # the same in every epoch
+        self._num_steps = self._plan(epoch=0).num_steps  # the same in every epoch; with a budget there are fewer
         if not self._num_steps and self.num_records:
             raise DataError(f"split {split!r} has {self.num_records} records, too few for one batch with tail='drop'")
-        self._position = (0, 0)  # epoch and step that state_dict tells
-        self._next = (0, 0)  # epoch and step that the next iterator begins at
+        self._position = Position(0, 0)  # that state_dict tells
+        self._next = Position(0, 0)  # that the next iterator begins at
+        self._len_of = 0  # the epoch whose steps `len` tells: chosen, under way, or ended last
         self._loaded = False  # a loaded state waits for its iterator
         self._newest: object = None  # the iterator begun last
         self._delivered = Delivered(drawn=bool(self.selection.draws))  # by it
@@ -156,30 +151,31 @@ class Loader(IterableDataset[Batch]):
         process = os.getpid()
         if process != self._begun_in:
             raise UsageError(FORKED)
-        epoch, step = self._position = self._next
-        self._next, self._loaded = (epoch + 1, 0), False
+        epoch, step, _ = begin = self._position = self._next
+        self._len_of = epoch
+        self._next, self._loaded = Position(epoch + 1, 0), False
         self._newest, self._delivered = token, delivered
         left_out = self.left_out = []
         plan = self._plan(epoch)
-        with closing(ReadAhead(self._source, plan, self.world)) as ahead, closing(self._batches(plan, step)) as batches:
-            for batch, ids, valid, faults in batches:
+        with closing(ReadAhead(self._source, plan, self.world)) as ahead, closing(self._batches(plan, begin)) as batches:
+            for batch, ids, valid, faults, places in batches:
                 step += 1
                 delivered.add(ids, valid, len(faults))
                 _tell(epoch, faults, left_out)
                 if self._newest is token:
-                    self._position = (epoch, step)
+                    self._position = Position(epoch, step, places)
                 yield batch
                 if os.getpid() != process:
                     raise UsageError(FORKED)
-                ahead.reached(step)
+                ahead.reached(step, places)
         if len(left_out) > TOLD:
             log.warning("epoch %d: %d records left out in all", epoch, len(left_out))
         if self._newest is token:
             self._position = self._next  # epoch + 1, unless set_epoch chose another meanwhile
 
     @abstractmethod
-    def _batches(self, plan: EpochPlan, start: int) -> Generator[Made[Batch], None, None]:
-        """The batches of this rank from step `start` to the end of the epoch. Nothing is left behind when closed early."""
+    def _batches(self, plan: EpochPlan, start: Position) -> Generator[Made[Batch], None, None]:
+        """The batches of this rank from `start` to the end of the epoch. Nothing is left behind when closed early."""
 
     def _plan(self, epoch: int) -> EpochPlan:
         chosen = self.selection
@@ -208,8 +204,9 @@ class Loader(IterableDataset[Batch]):
         if self.selection.draws:
             return digest.describe()
         if self.order.tail == "drop":
-            expected = self._num_steps * self.order.global_batch_size
-            if digest.records + digest.left_out != expected:
+            expected, found = self._num_steps * self.order.global_batch_size, digest.records + digest.left_out
+            if found > self._num_records or (found != expected and not self.budgeted):
+                expected = self._num_records if self.budgeted else expected
                 raise DataError(f"the epoch delivered {digest.records:,} records; expected {expected:,} with tail='drop'")
             return f"{digest.records:,} of {self._num_records:,} records, the rest dropped"
         if self._expected is None:
@@ -221,7 +218,8 @@ class Loader(IterableDataset[Batch]):
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
             raise UsageError(f"epoch is {epoch!r}; expected a whole number of at least 0")
         if not (self._loaded and self._next[0] == epoch):
-            self._position = self._next = (epoch, 0)
+            self._position = self._next = Position(epoch, 0)
+            self._len_of = epoch
             self._loaded = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -230,18 +228,22 @@ class Loader(IterableDataset[Batch]):
         Behind the last batch, but before the loop has ended, the state still is of that epoch: a loader that takes it
         gives an empty rest, then the next epoch.
         """
-        epoch, step = self._position
-        return LoaderState(kind=self.kind, order=self.order, epoch=epoch, step=step).to_dict()
+        epoch, step, places = self._position
+        return LoaderState(kind=self.kind, order=self.order, epoch=epoch, step=step, places=places).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The next iterator goes on where `state` stood. Raises StateError, and changes nothing, where it does not fit."""
         found = LoaderState.from_dict(state)
         found.check_fits(self.kind, self.order)
-        if found.step > self._num_steps:
-            raise StateError(f"the state is at step {found.step}; an epoch has {self._num_steps}")
-        self._position = self._next = (found.epoch, found.step)
+        self._check_place(found)
+        self._len_of = found.epoch
+        self._position = self._next = Position(found.epoch, found.step, found.places)
         self._loaded = True
         self._newest = None
+
+    def _check_place(self, state: LoaderState) -> None:
+        if state.step > self._num_steps:
+            raise StateError(f"the state is at step {state.step}; an epoch has {self._num_steps}")
 
 
 def _tell(epoch: int, faults: tuple[str, ...], left_out: list[str]) -> None:

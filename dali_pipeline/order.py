@@ -25,21 +25,25 @@ class Order:
 
     digest: of the manifest · window_bytes: of shards open at a time · lanes: disjoint sets of shards, each with a window of
     its own; a global batch takes equal shares of every lane. Lanes differ by a shard or so: tail "pad" fills the shorter
-    ones up, "drop" leaves the rest of the longer ones out. bucket_by_length: neighbouring batches exchange records.
+    ones up, "drop" leaves the rest of the longer ones out. bucket_by_length: neighbouring batches exchange records ·
+    max_nodes, max_edges: a budget of each rank's batch, which then has no number of records; `global_batch_size` is `lanes`.
     """
 
     digest: str
     split: str
     seed: int
     shuffle: bool
+    max_nodes: int | None = None
+    max_edges: int | None = None
+    lanes: int
     global_batch_size: int
     window_bytes: int
-    lanes: int
     tail: Tail
     bucket_by_length: bool = False
 
     def __post_init__(self) -> None:
         limits = {"seed": (0, 2**64 - 1), "global_batch_size": (1, 2**31), "window_bytes": (1, 2**62), "lanes": (1, 2**31)}
+        limits |= {name: (1, 2**62) for name in ("max_nodes", "max_edges") if getattr(self, name) is not None}
         for name, (least, most) in limits.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:

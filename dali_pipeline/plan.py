@@ -59,19 +59,24 @@ class EpochPlan:
         self._lane_of = [deal_shards(self._records[each.begin : each.end], order.lanes) for each in self._parts]
         self._lanes: dict[int, Lane | DrawnLane] = {}  # made when first asked for: `len` needs none, a node its own alone
         self._share = order.global_batch_size // order.lanes
-        sizes = [self._length(lane) for lane in range(order.lanes)]
+        sizes = [self.length(lane) for lane in range(order.lanes)]
         self.num_steps: int = (
             min(n // self._share for n in sizes) if order.tail == "drop" else max(-(-n // self._share) for n in sizes)
         )
-        batch_bytes = self._share * int(self._nbytes.sum()) // max(1, int(self._records.sum()))
+        self.nbytes, self.num_records = int(self._nbytes.sum()), int(self._records.sum())
+        batch_bytes = self._share * self.nbytes // max(1, self.num_records)
         self._pool_steps = max(1, min(POOL_STEPS, order.window_bytes // 2 // max(1, batch_bytes)))
         self._pools: dict[tuple[int, int], Ints] = {}  # the last ones, by lane and number
 
-    def _length(self, lane: int) -> int:
+    def length(self, lane: int) -> int:
         """Records, or draws, of a lane."""
         if self._drawn:
             return self._num_draws * (lane + 1) // self.order.lanes - self._num_draws * lane // self.order.lanes
         return int(self._records[self._lane_of[0] == lane].sum())
+
+    def at(self, lane: int, places: Ints) -> Ints:
+        """The records at these places of a lane's order."""
+        return self._lane(lane).positions(places)
 
     def _lane(self, lane: int) -> Lane | DrawnLane:
         found = self._lanes.get(lane)
@@ -80,7 +85,7 @@ class EpochPlan:
         return found
 
     def _make(self, lane: int) -> Lane | DrawnLane:
-        window_bytes, own = self.order.window_bytes, self._length(lane)
+        window_bytes, own = self.order.window_bytes, self.length(lane)
         shards = [each.begin + np.flatnonzero(of == lane) for each, of in zip(self._parts, self._lane_of, strict=True)]
         if not self._drawn:
             return self._pass(shards[0], window_bytes, self._share, self.epoch)
@@ -121,13 +126,14 @@ class EpochPlan:
         positions, valid = (np.concatenate(each, axis=1).reshape(-1) for each in zip(*parts, strict=True))
         return Shares(positions=positions, valid=valid)
 
-    def groups(self, step: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, int]]:
-        """The lanes that `rank` reads from, with the group of runs that each has come to at `step`; none of draws."""
+    def groups(self, step: int, rank: int = 0, world_size: int = 1, places: Sequence[int] = ()) -> list[tuple[int, int]]:
+        """The lanes that `rank` reads from, with the group of runs that each has come to at `step`, or where the lanes are at
+        `places`; none of draws."""
         size, share = self.order.global_batch_size, self._share
         lanes = range(rank * size // world_size // share, -(-(rank + 1) * size // world_size // share))
         found = [(number, self._lane(number)) for number in lanes]
         place = min(step, self.num_steps - 1) * share
-        return [(number, lane.group(place)) for number, lane in found if isinstance(lane, Lane)]
+        return [(number, lane.group(places[number] if places else place)) for number, lane in found if isinstance(lane, Lane)]
 
     def runs(self, lane: int, group: int) -> list[tuple[int, int]]:
         """First position and number of records of each run of a lane's group: what is read together."""
@@ -138,7 +144,7 @@ class EpochPlan:
         """Places (steps, share) in a lane's order."""
         places: Ints = np.array(steps)[:, None] * self._share + np.arange(self._share)
         if self.order.bucket_by_length:
-            whole = self._length(lane) // self._share  # batches without padding, which stays behind them
+            whole = self.length(lane) // self._share  # batches without padding, which stays behind them
             for at, step in enumerate(steps):
                 if step < whole:
                     places[at] = self._pool(lane, step // self._pool_steps, whole)[step % self._pool_steps]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from dali_pipeline.plan import EpochPlan
@@ -29,10 +30,11 @@ class ReadAhead:
         self._cold = True  # whether something lately was not in the cache
         self._process = os.getpid()
 
-    def reached(self, step: int) -> None:
-        """Told of every step delivered; costs microseconds, but once in half a window."""
+    def reached(self, step: int, places: Sequence[int] = ()) -> None:
+        """Told of every step delivered, and `places` in the lanes where it has them; costs microseconds, but once in half
+        a window."""
         due = []
-        for lane, group in self._plan.groups(step, self._world.rank, self._world.world_size):
+        for lane, group in self._plan.groups(step, self._world.rank, self._world.world_size, places):
             begin = self._asked.get(lane, max(0, group - 1))
             due += [(lane, number) for number in range(begin, group + 2)]
             self._asked[lane] = max(begin, group + 2)

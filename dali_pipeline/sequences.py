@@ -14,9 +14,9 @@ import torch
 from dali_pipeline.ahead import background_threads, belonging_to_this_process, map_ahead
 from dali_pipeline.dataset import Dataset
 from dali_pipeline.decoding import Decoding, sequence_graph
-from dali_pipeline.delivery import check_delivery
+from dali_pipeline.delivery import OnError, OnNan, Workers, check_delivery
 from dali_pipeline.layers import Layers
-from dali_pipeline.loader import Loader, Made, OnError, OnNan, Workers
+from dali_pipeline.loader import Loader, Made, Position
 from dali_pipeline.order import WINDOW_BYTES, Ints, Tail
 from dali_pipeline.plan import EpochPlan
 from dali_pipeline.schema import Array, DataError, FormatError, UsageError
@@ -162,8 +162,8 @@ class SequenceLoader(Loader[SequenceBatch]):
         bits, skips = self._decoding.bfloat16, self.skips
         self._stretches = StretchGatherer(source, self.world, batch_size, self._padded, bits=bits, skips=skips)
 
-    def _batches(self, plan: EpochPlan, start: int) -> Generator[Made[SequenceBatch], None, None]:
-        loaded = self._read_ahead(plan, start)
+    def _batches(self, plan: EpochPlan, start: Position) -> Generator[Made[SequenceBatch], None, None]:
+        loaded = self._read_ahead(plan, start.step)
         with closing(loaded):
             yield from (self._through_dali if self.engine == "dali" else self._through_torch)(loaded)
 

@@ -78,7 +78,7 @@ def decode(loader: Loader[Any], gathered: Any) -> Any:
         values = torch.from_numpy(rows.values).view(loader.batch_size, -1, *rows.values.shape[1:])
         return loader._decoding.run(values.to(loader.device), rows.lengths)
     assert isinstance(loader, GraphLoader)
-    ((rows, valid),) = gathered.batches()
+    ((rows, valid, _),) = gathered.batches()
     return loader._collator.batch(rows, valid)
 
 

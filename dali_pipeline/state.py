@@ -21,12 +21,16 @@ class StateError(PipelineError):
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderState:
-    """Epoch and step (batches delivered in it), with everything that the order depends on. Under 1 KB as JSON."""
+    """Epoch and step (batches delivered in it), with everything that the order depends on. Under 1 KB as JSON.
+
+    places: with a budget, records delivered of each lane, over all ranks.
+    """
 
     kind: Kind
     order: Order
     epoch: int
     step: int
+    places: tuple[int, ...] = ()
     version: int = VERSION
 
     def to_dict(self) -> dict[str, Any]:
@@ -45,7 +49,7 @@ class LoaderState:
                 f"the state is of version {found.version}, whose order of records is another than version {VERSION}'s; "
                 "begin the epoch anew with set_epoch"
             )
-        if found.epoch < 0 or found.step < 0:
+        if min(found.epoch, found.step, *found.places) < 0:
             raise StateError(f"the state is at epoch {found.epoch}, step {found.step}; expected 0 or more")
         return found
 

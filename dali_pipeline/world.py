@@ -7,6 +7,22 @@ from dataclasses import dataclass
 
 from dali_pipeline.schema import UsageError
 
+FORKED = (
+    "this loader was in use before the process forked, and threads do not survive a fork; "
+    "go on in the process that began, or make a loader in the new one"
+)
+
+
+class WorkersRefused(UsageError):
+    """The loader was iterated inside a torch worker.
+
+    It says its one sentence whatever it is made with: torch makes a worker's error anew in the main process, and hands it
+    the worker's whole traceback for a message.
+    """
+
+    def __init__(self, *_: object) -> None:
+        super().__init__("this loader has workers of its own; wrap it with DataLoader(loader, batch_size=None, num_workers=0)")
+
 
 @dataclass(frozen=True, kw_only=True)
 class World:

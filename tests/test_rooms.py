@@ -36,6 +36,7 @@ ROOMS = [
     "lane",
     "draws",
     "plan",
+    "budget",
     "selection",
     "dataset",
     "mix",

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import functional
 
 from dali_pipeline import Dataset, GraphBatch, GraphLoader, Schema, SequenceBatch, SequenceLoader
+from dali_pipeline.delivery import Workers
 from dali_pipeline.layers import parse_layers
-from dali_pipeline.loader import Loader, Workers
+from dali_pipeline.loader import Loader
 from dali_pipeline.schema import Kind
 from models import GNNLSTMDetector, GVAELSTMDetector, LSTMDetector, Output
 from models.noise import mix
