@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ from dali_pipeline.digest import Mask
 from dali_pipeline.encoding import BFLOAT16
 from dali_pipeline.graphsource import GraphRows
 from dali_pipeline.memory import Buffers
-from dali_pipeline.schema import Array, Field, Schema
+from dali_pipeline.schema import Array, Field, Schema, level_of
 
 _EMPTY = Batch(_base_cls=Data)  # making one takes PyG a fifth of a millisecond, copying it none
 
@@ -22,7 +23,8 @@ class GraphBatch:
     """One batch of one rank, on the loader's device but for `positions`.
 
     graphs: a PyG `Batch` of all graphs of all records, record-major, then layer: x (N, F), edge_index (2, E) int64,
-    edge_attr, batch (N,), ptr (G + 1,); `to_data_list()` gives them one by one · graphs_per_record: (B,) int64 ·
+    edge_attr, batch (N,), ptr (G + 1,), and the schema's further fields by the names behind their dots, whole numbers as int64;
+    `to_data_list()` gives them one by one · graphs_per_record: (B,) int64 ·
     layer_index: (G,) int64, the graph's number in its stored record · last_node: (G,) int64, each graph's last node in x ·
     labels: (B,) int64 · valid: (B,) bool; a record that is not valid is padding and repeats a real one · ids: B texts ·
     positions: (B,) int64 on the CPU, the records' numbers in their split.
@@ -45,6 +47,12 @@ class GraphBatch:
         """Bytes of the node features, edges and edge features as delivered."""
         return sum(self.graphs[name].nbytes for name in ("x", "edge_index", "edge_attr") if name in self.graphs)
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All of them, those that PyG cuts the batch by too."""
+        graphs = self.graphs
+        yield from (each for each in (*graphs.to_dict().values(), *graphs._slice_dict.values()) if torch.is_tensor(each))
+        yield from (each for each in (*graphs._inc_dict.values(), *vars(self).values()) if torch.is_tensor(each))
+
     def to(self, device: str | torch.device) -> GraphBatch:
         """The batch on that device, `positions` still on the CPU; copies nothing that is there already.
 
@@ -63,8 +71,8 @@ class Collator:
     """
 
     def __init__(self, schema: Schema, device: torch.device, dtype: torch.dtype, *, copies: bool) -> None:
-        assert schema.x is not None
-        self._x, self._edge_attr, self._device, self._dtype = schema.x, schema.edge_attr, device, dtype
+        self._fields = schema.of_graphs
+        self._device, self._dtype = device, dtype
         self._buffers, self._copies = Buffers(), copies
 
     def batch(self, rows: GraphRows, valid: Mask) -> GraphBatch:
@@ -73,20 +81,18 @@ class Collator:
         node_ptr, edge_ptr = _pointers(node_counts), _pointers(edge_counts)  # (G + 1,)
         num_graphs = len(node_counts)
         graphs = copy(_EMPTY)
-        graphs.x = self._values(rows.x, self._x)
+        numbers, zeros = torch.arange(num_graphs + 1, device=self._device), torch.zeros_like(node_counts)
+        first_rows, slices, increments = {"node": node_ptr, "edge": edge_ptr, "graph": numbers}, {}, {}
+        for name, field in self._fields.items():
+            attribute = name.rpartition(".")[2]
+            graphs[attribute] = self._values(rows.arrays[name], field, real=name in ("x", "edge_attr"))
+            slices[attribute], increments[attribute] = first_rows[level_of(name)], zeros
         # (E, 2) local to the graph -> (2, E) numbered through the batch
         edge_index = torch.empty((2, len(rows.edge_index)), dtype=torch.int64, device=self._device)
         edge_index.copy_(self._move(rows.edge_index).t())
         edge_index += first_nodes(node_ptr, edge_counts, len(rows.edge_index))
-        graphs.edge_index = edge_index
-        zeros = torch.zeros_like(node_counts)
-        slices = {"x": node_ptr, "edge_index": edge_ptr}
-        increments = {"x": zeros, "edge_index": node_ptr[:-1]}
-        if rows.edge_attr is not None and self._edge_attr is not None:
-            graphs.edge_attr = self._values(rows.edge_attr, self._edge_attr)
-            slices["edge_attr"], increments["edge_attr"] = edge_ptr, zeros
-        numbers = torch.arange(num_graphs, device=self._device)
-        graphs.batch = torch.repeat_interleave(numbers, node_counts, output_size=len(rows.x))
+        graphs.edge_index, slices["edge_index"], increments["edge_index"] = edge_index, edge_ptr, node_ptr[:-1]
+        graphs.batch = torch.repeat_interleave(numbers[:-1], node_counts, output_size=len(rows.arrays["x"]))
         graphs.ptr = node_ptr
         # what Batch.to_data_list and indexing need
         graphs._num_graphs, graphs._slice_dict, graphs._inc_dict = num_graphs, slices, increments
@@ -102,17 +108,20 @@ class Collator:
         )
 
     def _move(self, array: Array) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        tensor = torch.from_numpy(array)
+        # from pinned memory, which torch keeps and uses again, a copy need not be waited for
+        return tensor if self._device.type == "cpu" else tensor.pin_memory().to(self._device, non_blocking=True)
 
-    def _values(self, array: Array, field: Field) -> torch.Tensor:
-        """Stored rows of a field, on the device, as `dtype`."""
+    def _values(self, array: Array, field: Field, *, real: bool) -> torch.Tensor:
+        """Stored rows of a field, on the device; as `dtype`, but whole numbers that need not be `real` as int64."""
         bits = field.dtype == BFLOAT16
         stored = self._move(array.view("int16")).view(torch.bfloat16) if bits else self._move(array)
-        unchanged = stored.dtype == self._dtype and not self._copies
+        dtype = self._dtype if real or stored.is_floating_point() else torch.int64
+        unchanged = stored.dtype == dtype and not self._copies
         if self._device.type != "cpu" or unchanged or not stored.numel():
-            return stored.to(self._dtype)
-        memory = self._buffers.take(stored.numel() * self._dtype.itemsize)
-        return torch.from_numpy(memory).view(self._dtype).view(stored.shape).copy_(stored)
+            return stored.to(dtype)
+        memory = self._buffers.take(stored.numel() * dtype.itemsize)
+        return torch.from_numpy(memory).view(dtype).view(stored.shape).copy_(stored)
 
 
 def first_nodes(node_ptr: torch.Tensor, edge_counts: torch.Tensor, num_edges: int) -> torch.Tensor:

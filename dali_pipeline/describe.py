@@ -36,7 +36,7 @@ def describe(root: Path) -> dict[str, Any]:
     """
     data = open_dataset(root)
     schema = data.schema
-    types = {"sequence": schema.sequence, "x": schema.x, "edge_attr": schema.edge_attr}
+    types = {"sequence": schema.sequence, **schema.of_graphs}
     return {
         "root": str(data.root),
         "digest": data.digest,
@@ -115,7 +115,7 @@ def _sample(data: Dataset, kind: Kind) -> list[dict[str, Any]]:
         ]
         assert data.schema.x is not None
         first_nodes = (np.cumsum(graphs.node_counts) - graphs.node_counts)[np.unique(record, return_index=True)[1]]
-        rows, firsts = graphs, data.schema.x.values(graphs.x[first_nodes])
+        rows, firsts = graphs, data.schema.x.values(graphs.arrays["x"][first_nodes])
     return [
         {"split": split, "id": id_, "label": int(label), **shape, "first_row": first.reshape(-1)[:6].astype(float).tolist()}
         for id_, label, shape, first in zip(rows.ids, rows.labels, shapes, firsts, strict=True)

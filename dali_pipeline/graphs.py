@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from functools import partial
@@ -22,7 +23,8 @@ from dali_pipeline.memory import Buffers
 from dali_pipeline.order import WINDOW_BYTES, Tail
 from dali_pipeline.plan import EpochPlan
 from dali_pipeline.processes import map_in_processes
-from dali_pipeline.schema import PipelineError, UsageError
+from dali_pipeline.schema import PipelineError, Schema, UsageError
+from dali_pipeline.sidestream import a_batch_ahead
 from dali_pipeline.state import LoaderState, StateError
 from dali_pipeline.stretch import stretches
 
@@ -38,7 +40,8 @@ class GraphLoader(Loader[GraphBatch]):
     more nodes and edges together; a record beyond it by itself is a batch "alone", or raises DataError, as `oversize` says ·
     layers: graphs of each record to read, a slice or a list · dtype: of x and edge_attr as delivered · workers: processes that
     read and gather ahead, 0 for the caller's own thread; "auto" is one background thread, which measured four times faster
-    than a process, whose batches must cross to this one · the others as in `SequenceLoader`; on_nan looks at x and edge_attr.
+    than a process, whose batches must cross to this one · min_weight: edges whose edge_attr, one number, is smaller are left
+    out; a budget counts them all the same · the others as in `SequenceLoader`; on_nan looks at the values of all fields.
 
     Raises UsageError for an argument that makes no sense, DataError for data without graphs; while iterating, FormatError
     for a damaged shard and PipelineError for a worker that died (torch's RuntimeError where that strikes the caller's code).
@@ -70,6 +73,7 @@ class GraphLoader(Loader[GraphBatch]):
         weights: Mapping[str, float] | None = None,
         on_nan: OnNan = "keep",
         oversize: Oversize = "alone",
+        min_weight: float | None = None,
     ) -> None:
         if oversize not in get_args(Oversize):
             raise UsageError(f"oversize is {oversize!r}; expected 'alone' or 'raise'")
@@ -99,9 +103,11 @@ class GraphLoader(Loader[GraphBatch]):
                 "for with max_nodes or max_edges every rank's batches come from whole lanes"
             )
         check_delivery(layers, dtype)
+        if min_weight is not None:
+            _check_weight(min_weight, data.schema)
         self.dtype = dtype
         self._source = source = GraphSource(
-            self.selection, data.schema, layers, window_bytes=window_bytes, finite=on_nan != "keep"
+            self.selection, data.schema, layers, window_bytes, finite=on_nan != "keep", min_weight=min_weight
         )
         self._gatherer = GraphGatherer(source, self.world, self.skips)
         shared = workers not in ("auto", 0)  # a worker's arrays hold until the next stretch alone
@@ -128,6 +134,12 @@ class GraphLoader(Loader[GraphBatch]):
         return self._steps_of[1] if self.budgeted else super().__len__()
 
     def _batches(self, plan: EpochPlan, start: Position) -> Generator[Made[GraphBatch], None, None]:
+        batches = self._collated(plan, start)
+        if self.device.type == "cuda":
+            return a_batch_ahead(batches, lambda made: made.batch.tensors(), self.device)
+        return batches
+
+    def _collated(self, plan: EpochPlan, start: Position) -> Generator[Made[GraphBatch], None, None]:
         with closing(self._gathered(plan, start)) as gathered:
             for loaded, error in gathered:
                 for stretch in loaded:
@@ -168,6 +180,14 @@ class GraphLoader(Loader[GraphBatch]):
             raise StateError(
                 f"the state is at places {list(state.places)} of step {state.step}; the lanes have {expected} records"
             )
+
+
+def _check_weight(least: float, schema: Schema) -> None:
+    if isinstance(least, bool) or not isinstance(least, int | float) or math.isnan(least):
+        raise UsageError(f"min_weight is {least!r}; expected a number")
+    if schema.edge_attr is None or math.prod(schema.edge_attr.shape) != 1:
+        has = "no edge_attr" if schema.edge_attr is None else f"edge_attr in rows of {schema.edge_attr.shape}"
+        raise UsageError(f"min_weight is {least!r} for data with {has}; expected one weight an edge")
 
 
 def _gather_into(gatherer: GraphGatherer, work: Callable[[Any], Loaded], item: object, memory: Buffers) -> Loaded:

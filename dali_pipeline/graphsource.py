@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dali_pipeline.gather import gather
-from dali_pipeline.order import Ints
+from dali_pipeline.layers import Layers
+from dali_pipeline.order import WINDOW_BYTES, Ints
 from dali_pipeline.records import Found, IndexPart
-from dali_pipeline.schema import Array, Field, FormatError, PipelineError
+from dali_pipeline.schema import LEVELS, Array, Field, FormatError, PipelineError, Schema, level_of
+from dali_pipeline.selection import Selection
 from dali_pipeline.source import BatchSource, labels_and_ids
 
 
@@ -19,13 +21,13 @@ from dali_pipeline.source import BatchSource, labels_and_ids
 class GraphRows:
     """Graphs of one or several batches as stored, record-major, then layer; every index local to its graph.
 
-    x: (N, *row) · edge_index: (E, 2) in the stored type · edge_attr: (E, *row) or None · node_counts, edge_counts, layer_index:
-    (G,) int64 · graphs_per_record, labels, positions: (B,) int64 · ids: B texts.
+    arrays: by name as stored, `x`, perhaps `edge_attr`, and the schema's further fields, with N, E or G rows · edge_index:
+    (E, 2) in the stored type · node_counts, edge_counts, layer_index: (G,) int64 · graphs_per_record, labels, positions: (B,)
+    int64 · ids: B texts.
     """
 
-    x: Array
+    arrays: Mapping[str, Array]
     edge_index: Array
-    edge_attr: Array | None
     node_counts: Ints
     edge_counts: Ints
     layer_index: Ints
@@ -40,28 +42,55 @@ class GraphRows:
         graphs = _ends(self.graphs_per_record)[records]
         nodes, edges = _ends(self.node_counts)[graphs], _ends(self.edge_counts)[graphs]
         cuts = np.stack([records, graphs, nodes, edges], axis=1).tolist()
-        for (r, g, n, e), (r_end, g_end, n_end, e_end) in itertools.pairwise(cuts):
+        for begin, end in itertools.pairwise(cuts):
+            record, graph, node, edge = (slice(*span) for span in zip(begin, end, strict=True))
+            rows = {"node": node, "edge": edge, "graph": graph}
             yield GraphRows(
-                x=self.x[n:n_end],
-                edge_index=self.edge_index[e:e_end],
-                edge_attr=None if self.edge_attr is None else self.edge_attr[e:e_end],
-                node_counts=self.node_counts[g:g_end],
-                edge_counts=self.edge_counts[g:g_end],
-                layer_index=self.layer_index[g:g_end],
-                graphs_per_record=self.graphs_per_record[r:r_end],
-                labels=self.labels[r:r_end],
-                ids=self.ids[r:r_end],
-                positions=self.positions[r:r_end],
+                arrays={name: array[rows[level_of(name)]] for name, array in self.arrays.items()},
+                edge_index=self.edge_index[edge],
+                node_counts=self.node_counts[graph],
+                edge_counts=self.edge_counts[graph],
+                layer_index=self.layer_index[graph],
+                graphs_per_record=self.graphs_per_record[record],
+                labels=self.labels[record],
+                ids=self.ids[record],
+                positions=self.positions[record],
             )
+
+    def without_light_edges(self, weights: Array, least: float) -> GraphRows:
+        """Those edges alone whose weight, (E,), is not below `least`."""
+        kept = ~(weights < least)
+        ends = _ends(self.edge_counts)
+        before = _ends(kept.astype(np.int64))[ends]  # edges kept before each graph
+        return replace(
+            self,
+            arrays={name: array[kept] if level_of(name) == "edge" else array for name, array in self.arrays.items()},
+            edge_index=self.edge_index[kept],
+            edge_counts=np.diff(before),
+        )
 
 
 class GraphSource(BatchSource):
-    """Gathers graphs."""
+    """Gathers graphs. min_weight: edges of a smaller edge_attr are left out; other arguments as in `BatchSource`."""
 
     kind = "graphs"
     ragged = ("graphs", "x", "edge_index")
-    streamed = ("x", "edge_index", "edge_attr")
     axis = "graph"
+
+    def __init__(
+        self,
+        selection: Selection,
+        schema: Schema,
+        layers: Layers = None,
+        window_bytes: int = WINDOW_BYTES,
+        *,
+        finite: bool = False,
+        min_weight: float | None = None,
+    ) -> None:
+        super().__init__(selection, schema, layers, window_bytes, finite=finite)
+        self._fields = schema.of_graphs
+        self.streamed = ("edge_index", *self._fields)
+        self._min_weight = min_weight
 
     def gather(self, positions: Ints) -> GraphRows:
         """The records at `positions` (B,), any order, repeats allowed.
@@ -69,8 +98,6 @@ class GraphSource(BatchSource):
         Costs a read a record, array and run of layers that does not go on where the one before ends. Raises FormatError for a
         graph without nodes and for an edge that leaves its graph.
         """
-        schema = self._schema
-        assert schema.x is not None
         found = self._index.locate(positions)
         pairs = found.pairs()
         graphs_per_record, layer_index, record, spans = self._graphs(found, pairs)
@@ -80,10 +107,14 @@ class GraphSource(BatchSource):
         # runs of graphs that lie together
         heads = np.flatnonzero(np.append(True, (record[1:] != record[:-1]) | (spans[1:, ::2] != spans[:-1, 1::2]).any(axis=1)))
         lasts = np.append(heads[1:], len(record)) - 1
-        runs = np.stack([record[heads], *spans[heads].T[::2], *spans[lasts].T[1::2]])  # (5, runs): record, 2 begins, 2 ends
+        # of each run: where its nodes, edges and graphs begin, and end
+        first = np.array([part.rows[row] for part, row in pairs], np.int64)[record] + layer_index  # (G,) graph in its shard
+        begins = np.stack([*spans[heads].T[::2], first[heads]])
+        ends = np.stack([*spans[lasts].T[1::2], first[lasts] + 1])
 
-        def rows(name: str, field: Field, axis: int) -> Array:
-            records, begin, end = runs[0], runs[1 + axis], runs[3 + axis]
+        def rows(name: str, field: Field, level: str) -> Array:
+            axis = LEVELS.index(level)
+            records, begin, end = record[heads], begins[axis], ends[axis]
             starts = np.cumsum(end - begin) - (end - begin)
             out = self._room(name, int((end - begin).sum()), field, pairs[0], int(begin[0]))
             gather(found, name, records, begin, end, out, starts)
@@ -92,19 +123,18 @@ class GraphSource(BatchSource):
             return out
 
         widest = np.result_type(*{part.shard.array("edge_index").dtype for part in found.parts})
-        edge_index = rows("edge_index", Field(dtype=widest.name, shape=(2,)), 1)
+        edge_index = rows("edge_index", Field(dtype=widest.name, shape=(2,)), "edge")
         limits = np.repeat(counted[:, 0], counted[:, 1])  # (E,)
         wrong = (edge_index[:, 0] >= limits) | (edge_index[:, 1] >= limits)
         if wrong.any():
             edge = int(np.argmax(wrong))
             graph = int(np.searchsorted(np.cumsum(counted[:, 1]), edge, side="right"))
-            ends = tuple(edge_index[edge].tolist())
-            words = f"has {limits[edge]} nodes and the edge {ends}; expected indices below {limits[edge]}"
+            pair = tuple(edge_index[edge].tolist())
+            words = f"has {limits[edge]} nodes and the edge {pair}; expected indices below {limits[edge]}"
             self._fail(pairs, record, graph, layer_index, words)
-        return GraphRows(
-            x=rows("x", schema.x, 0),
+        found_rows = GraphRows(
+            arrays={name: rows(name, field, level_of(name)) for name, field in self._fields.items()},
             edge_index=edge_index,
-            edge_attr=None if schema.edge_attr is None else rows("edge_attr", schema.edge_attr, 1),
             node_counts=counted[:, 0],
             edge_counts=counted[:, 1],
             layer_index=layer_index,
@@ -112,6 +142,10 @@ class GraphSource(BatchSource):
             positions=self._selection.told(positions),
             **labels_and_ids(pairs),
         )
+        if self._min_weight is None:
+            return found_rows
+        weights = self._fields["edge_attr"].values(found_rows.arrays["edge_attr"]).reshape(-1)
+        return found_rows.without_light_edges(weights, self._min_weight)
 
     def sizes(self, positions: Ints, skips: tuple[type[PipelineError], ...] = ()) -> Ints:
         """(N, 2) int64, nodes and edges of each record's selected graphs, as stored; (0, 0) where reading them raises one of

@@ -153,6 +153,7 @@ def record_arrays(record: Record, schema: Schema, kind: Kind) -> tuple[dict[str,
     }
     if graphs.edge_attr is not None:
         arrays["edge_attr"] = graphs.edge_attr
+    arrays |= graphs.fields
     return arrays, {"graph": len(graphs.node_counts), "node": len(graphs.x), "edge": graphs.edge_index.shape[1]}
 
 

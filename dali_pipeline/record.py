@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from dataclasses import field as dataclass_field
 from typing import Any
 
 import numpy as np
 
 from dali_pipeline.encoding import BFLOAT16, encode
-from dali_pipeline.schema import Array, DataError, Field, Schema
+from dali_pipeline.schema import Array, DataError, Field, Schema, level_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -17,7 +18,8 @@ class Graphs:
     """The graphs of one record, flat: what PyG would call a batch, without its offsets.
 
     x: (N, F) nodes of all graphs, one graph after the other · edge_index: (2, E) integer, local to each graph ·
-    edge_attr: (E,) or (E, D), or None · node_counts, edge_counts: (G,) integers that sum to N and E.
+    edge_attr: (E,) or (E, D), or None · node_counts, edge_counts: (G,) integers that sum to N and E · fields: further arrays,
+    by the schema's names (`node.pos`), with N, E or G rows.
     """
 
     x: Array
@@ -25,10 +27,14 @@ class Graphs:
     edge_attr: Array | None
     node_counts: Array
     edge_counts: Array
+    fields: Mapping[str, Array] = dataclass_field(default_factory=dict)
 
     @classmethod
-    def stack(cls, graphs: Iterable[Any]) -> Graphs:
-        """From graphs one by one: anything with `x`, `edge_index` and perhaps `edge_attr` (PyG `Data`, for one)."""
+    def stack(cls, graphs: Iterable[Any], fields: Iterable[str] = ()) -> Graphs:
+        """From graphs one by one: anything with `x`, `edge_index` and perhaps `edge_attr` (PyG `Data`, for one).
+
+        fields: names such as `node.pos`, of which each graph has the attribute `pos`; one of `graph.` may lack its first axis.
+        """
         parts = list(graphs)
         if not parts:
             raise DataError("a record has no graphs; expected at least one")
@@ -52,6 +58,7 @@ class Graphs:
             edge_attr=np.concatenate(present) if present else None,
             node_counts=np.array([len(x) for x in xs], dtype=np.int64),
             edge_counts=np.array([edge.shape[1] for edge in edges], dtype=np.int64),
+            fields={name: _joined(name, parts) for name in fields},
         )
 
     def select(self, layers: Sequence[int]) -> Graphs:
@@ -59,13 +66,26 @@ class Graphs:
         nodes, edges = np.cumsum([0, *self.node_counts]), np.cumsum([0, *self.edge_counts])
         node_rows = np.concatenate([np.arange(nodes[at], nodes[at + 1]) for at in layers])
         edge_rows = np.concatenate([np.arange(edges[at], edges[at + 1]) for at in layers])
+        rows = {"node": node_rows, "edge": edge_rows, "graph": np.array(layers)}
         return Graphs(
             x=self.x[node_rows],
             edge_index=self.edge_index[:, edge_rows],
             edge_attr=None if self.edge_attr is None else self.edge_attr[edge_rows],
             node_counts=self.node_counts[list(layers)],
             edge_counts=self.edge_counts[list(layers)],
+            fields={name: array[rows[level_of(name)]] for name, array in self.fields.items()},
         )
+
+
+def _joined(name: str, graphs: list[Any]) -> Array:
+    """One attribute of all graphs."""
+    level, _, attribute = name.partition(".")
+    parts = [as_array(name, getattr(graph, attribute, None)) for graph in graphs]
+    if level == "graph":  # (1, *row), as PyG has it, or (*row,)
+        parts = [part if part.ndim and len(part) == 1 else part[None] for part in parts]
+    if len({part.shape[1:] for part in parts}) > 1 or not parts[0].ndim:
+        raise DataError(f"{name} has rows of different shapes in a record's graphs; expected rows of one shape")
+    return np.concatenate(parts)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -120,7 +140,7 @@ def graph_rows(record: Record, schema: Schema) -> Graphs:
     assert schema.x is not None
     where = f"record {record.id!r}"
     try:
-        graphs = record.graphs if isinstance(record.graphs, Graphs) else Graphs.stack(record.graphs)
+        graphs = record.graphs if isinstance(record.graphs, Graphs) else Graphs.stack(record.graphs, schema.named)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     x = _rows(record, "x", graphs.x, schema.x)
@@ -152,7 +172,21 @@ def graph_rows(record: Record, schema: Schema) -> Graphs:
         if len(given) != edge_index.shape[1]:
             raise DataError(f"{where}: {len(given)} rows of edge_attr for {edge_index.shape[1]} edges; expected one an edge")
         attr = _cast(where, "edge_attr", given, schema.edge_attr)
-    return Graphs(x=x, edge_index=edge_index, edge_attr=attr, node_counts=nodes, edge_counts=edges)
+    sizes = {"node": len(x), "edge": edge_index.shape[1], "graph": len(nodes)}
+    fields = {name: _further(where, name, graphs.fields.get(name), field, sizes) for name, field in schema.named.items()}
+    return Graphs(x=x, edge_index=edge_index, edge_attr=attr, node_counts=nodes, edge_counts=edges, fields=fields)
+
+
+def _further(where: str, name: str, value: Any, field: Field, sizes: Mapping[str, int]) -> Array:
+    """A named field's rows in the schema's type, as many as there are of its level."""
+    level = level_of(name)
+    try:
+        rows = as_array(name, value)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    if rows.ndim == 0 or len(rows) != sizes[level]:
+        raise DataError(f"{where}, {name} has shape {rows.shape}; expected {sizes[level]} rows, one a {level}")
+    return _cast(where, name, rows, field)
 
 
 def as_array(name: str, value: Any) -> Array:

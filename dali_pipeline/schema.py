@@ -18,7 +18,14 @@ Array = npt.NDArray[Any]
 Kind = Literal["sequences", "graphs"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SPLITS = ("train", "val", "test")
+LEVELS = ("node", "edge", "graph")
+PYG_NAMES = {"x", "edge_index", "edge_attr", "batch", "ptr"}  # have a meaning of their own in a PyG batch
 FIELD_DTYPES = ("float16", BFLOAT16, "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
+
+
+def level_of(name: str) -> str:
+    """What an array of graphs has a row for: `node`, `edge` or `graph`."""
+    return {"x": "node", "edge_attr": "edge", "edge_index": "edge"}.get(name) or name.partition(".")[0]
 
 
 class PipelineError(Exception):
@@ -104,20 +111,43 @@ class Schema:
     """The fields of every record of a data set; None where a field is absent.
 
     sequence: rows of a sequence (T, *shape). x: node features (N, *shape). edge_attr: edge features (E, *shape).
-    A schema with `x` has graphs, with `edge_index` (2, E) always beside it, in the narrowest unsigned type.
+    A schema with `x` has graphs, with `edge_index` (2, E) always beside it, in the narrowest unsigned type. fields: further
+    arrays of graphs, by names such as `node.pos`, `edge.kind` and `graph.energy`: a row for each node, edge or graph; a batch
+    has them as PyG attributes `pos`, `kind`, `energy`.
     """
 
     sequence: Field | None = None
     x: Field | None = None
     edge_attr: Field | None = None
+    fields: dict[str, Field] | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         if self.sequence is None and self.x is None:
             raise UsageError("a schema needs `sequence`, `x` (node features), or both")
         if self.edge_attr is not None and self.x is None:
             raise UsageError("a schema with `edge_attr` needs `x` (node features)")
-        if any(field is not None and (field.scales or field.layout) for field in (self.x, self.edge_attr)):
-            raise UsageError("a scale or by_layer stands at `x` or `edge_attr`; expected them for `sequence` alone")
+        if any(field.scales or field.layout for field in self.of_graphs.values()):
+            raise UsageError("a scale or by_layer stands at a field of graphs; expected them for `sequence` alone")
+        if self.named and self.x is None:
+            raise UsageError("a schema with `fields` needs `x` (node features)")
+        names = [name.partition(".")[2] for name in self.named]
+        for key, name in zip(self.named, names, strict=True):
+            if key.partition(".")[0] not in LEVELS or not name.isidentifier() or name in PYG_NAMES or names.count(name) > 1:
+                raise UsageError(
+                    f"fields has {key!r}; expected node., edge. or graph. and a name of its own that is none of "
+                    f"{', '.join(sorted(PYG_NAMES))}"
+                )
+
+    @property
+    def named(self) -> dict[str, Field]:
+        """The further fields of graphs."""
+        return self.fields or {}
+
+    @property
+    def of_graphs(self) -> dict[str, Field]:
+        """All fields of graphs: `x`, `edge_attr` where there is one, and the further ones."""
+        own = {"x": self.x, "edge_attr": self.edge_attr}
+        return {name: field for name, field in own.items() if field is not None} | self.named
 
     @property
     def kinds(self) -> tuple[Kind, ...]:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from dali_pipeline.dataset import Dataset
 from dali_pipeline.encoding import BFLOAT16, decode
 from dali_pipeline.files import Files
-from dali_pipeline.schema import Array, Field, FormatError, Kind
+from dali_pipeline.schema import Array, Field, FormatError, Kind, level_of
 from dali_pipeline.selection import Shards
 from dali_pipeline.shard import Hashes, Shard, hash_texts
 
@@ -28,6 +28,7 @@ RAGGED: dict[Kind, tuple[tuple[str, str, str], ...]] = {
     "sequences": (("sequence", "labels", "step"),),
     "graphs": (("graphs", "labels", "graph"), ("x", "graphs", "node"), ("edge_index", "graphs", "edge")),
 }
+COUNTED = {"node": "x", "edge": "edge_index", "graph": "graphs"}  # whose offsets end with their number
 
 
 @dataclass(eq=False)
@@ -67,7 +68,7 @@ class ShardCheck:
             self.damages.append(str(error))
             return
         schema = self.data.schema
-        fields = {"sequence": schema.sequence} if self.kind == "sequences" else {"x": schema.x, "edge_attr": schema.edge_attr}
+        fields = {"sequence": schema.sequence} if self.kind == "sequences" else {**schema.of_graphs}
         self._step(self._check_labels, shard)
         self._step(self._check_texts, shard, "ids")
         self._step(self._check_texts, shard, "groups")
@@ -75,11 +76,8 @@ class ShardCheck:
             self._step(self._check_offsets, shard, name, counted_in, axis)
         for name, one in fields.items():
             if one is not None:
-                self._step(self._check_type, shard, name, (one.storage.name,), one.shape)
-                if not quick:
-                    self._step(self._check_values, shard, name, advance, one)
+                self._check_field(shard, name, one, quick, advance)
         if self.kind == "graphs":
-            self._step(self._check_weights, shard)
             self._step(self._check_type, shard, "edge_index", ("uint8", "uint16", "uint32"), (2,))
             if not quick:
                 self._step(self._check_edges, shard)
@@ -88,6 +86,13 @@ class ShardCheck:
             if name.removesuffix(".offsets") not in known and not quick:
                 self._step(self._check_values, shard, name, advance)
         self._offsets.clear()
+
+    def _check_field(self, shard: Shard, name: str, field: Field, quick: bool, advance: Callable[[int], None]) -> None:
+        self._step(self._check_type, shard, name, (field.storage.name,), field.shape)
+        if self.kind == "graphs":
+            self._step(self._check_rows, shard, name)
+        if not quick:
+            self._step(self._check_values, shard, name, advance, field)
 
     def _step(self, check: Callable[..., None], *arguments: object) -> None:
         """Runs one check; damage becomes a line, and the others go on."""
@@ -182,7 +187,9 @@ class ShardCheck:
 
     def _tell_strange(self, name: str, rows: Array, nan: Array) -> None:
         """Counts values that are not finite, by layer: the step, or graph, of a record."""
-        outer, inner = self._offsets.get("graphs"), self._offsets.get("edge_index" if name == "edge_attr" else name)
+        level = level_of(name)
+        outer, inner = self._offsets.get("graphs"), self._offsets.get(COUNTED.get(level, name))
+        outer = None if level == "graph" else outer
         where = ""
         if inner is not None:
             each = np.searchsorted(inner, rows, side="right") - 1  # record, or graph
@@ -194,13 +201,12 @@ class ShardCheck:
             where = f"; by layer {', '.join(listed)}{' …' if len(layer) > 8 else ''}"
         raise self._fail(name, f"{int(nan.sum())} NaN and {int((1 - nan).sum())} infinite values{where}")
 
-    def _check_weights(self, shard: Shard) -> None:
-        """A row of edge_attr, where there is one, for every edge."""
-        if self.data.schema.edge_attr is None:
-            return
-        edges, rows = self._offsets.get("edge_index"), shard.array("edge_attr").shape[0]
-        if edges is not None and rows != edges[-1]:
-            raise self._fail("edge_attr", f"{rows} rows for {edges[-1]} edges; expected one an edge")
+    def _check_rows(self, shard: Shard, name: str) -> None:
+        """A row of a field for every node, edge or graph."""
+        level = level_of(name)
+        offsets, rows = self._offsets.get(COUNTED[level]), shard.array(name).shape[0]
+        if offsets is not None and rows != offsets[-1]:
+            raise self._fail(name, f"{rows} rows for {offsets[-1]} {level}s; expected one a {level}")
 
     def _check_edges(self, shard: Shard) -> None:
         """Every edge between nodes of its own graph."""

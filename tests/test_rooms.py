@@ -58,6 +58,7 @@ ROOMS = [
     "loader",
     "sequences",
     "collate",
+    "sidestream",
     "graphs",
     "ingest.attention",
     "ingest.prompts",

@@ -166,10 +166,10 @@ def _record(job: Job, name: str, group: str, label: int, values: Values) -> Reco
         raise DataError(f"record {name!r} has edge_attr, which the first graphs with edges had not; expected all or none")
     rows = {"sequence": sequence}
     if graphs is not None:
-        rows |= {"x": graphs.x, "edge_attr": graphs.edge_attr}
+        rows |= {"x": graphs.x, "edge_attr": graphs.edge_attr, **graphs.fields}
     for what, array in rows.items():
         if what not in job.config.dtypes:
-            _check_width(name, what, array, getattr(schema, what))
+            _check_width(name, what, array, schema.named.get(what) or getattr(schema, what))
     return Record(id=name, group=group, label=label, sequence=sequence, graphs=graphs)
 
 

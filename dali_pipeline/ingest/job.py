@@ -148,6 +148,7 @@ def infer_schema(source: Source, found: Sequence[FileNames], config: ConvertConf
     sequence: Field | None = None
     x: Field | None = None
     edge_attr: Field | None = None
+    fields: dict[str, Field] = {}
     edges = False
     for number, names in enumerate(found):
         missing = {"sequences": sequence is None, "graphs": not edges}
@@ -162,6 +163,7 @@ def infer_schema(source: Source, found: Sequence[FileNames], config: ConvertConf
                     x, edges = _field(source.files[number], "x", graphs.x, config), bool(graphs.edge_index.size)
                     attr = graphs.edge_attr
                     edge_attr = None if attr is None else _field(source.files[number], "edge_attr", attr, config)
+                    fields = {name: _field(source.files[number], name, one, config) for name, one in graphs.fields.items()}
                 if graphs is None or edges:
                     break
         except (FormatError, DataError):
@@ -169,7 +171,7 @@ def infer_schema(source: Source, found: Sequence[FileNames], config: ConvertConf
                 raise
     if sequence is None and x is None:
         raise DataError(f"{source.root} holds no records that can be taken in; expected at least one")
-    return Schema(sequence=sequence, x=x, edge_attr=edge_attr)
+    return Schema(sequence=sequence, x=x, edge_attr=edge_attr, fields=fields or msgspec.UNSET)
 
 
 def _scaled(source: Source, found: Sequence[FileNames], config: ConvertConfig) -> Field:

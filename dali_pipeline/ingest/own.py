@@ -13,7 +13,7 @@ from dali_pipeline.files import Files
 from dali_pipeline.ingest.foreign import Block, ForeignFile, Reader, Values, rows_at_a_time
 from dali_pipeline.manifest import MANIFEST_NAME
 from dali_pipeline.record import Graphs
-from dali_pipeline.schema import KINDS
+from dali_pipeline.schema import KINDS, level_of
 from dali_pipeline.selection import Shards
 from dali_pipeline.shard import Shard
 
@@ -72,7 +72,7 @@ def _graphs(data: Dataset, shard: Shard) -> Iterator[Values | Block]:
     for record in range(shard.records):
         begin, end = int(graphs[record]), int(graphs[record + 1])
         x_span, edge_span = (nodes[begin], nodes[end]), (edges[begin], edges[end])
-        attr = schema.edge_attr
+        attr, spans = schema.edge_attr, {"node": x_span, "edge": edge_span, "graph": (begin, end)}
         yield Values(
             None,
             Graphs(
@@ -81,6 +81,10 @@ def _graphs(data: Dataset, shard: Shard) -> Iterator[Values | Block]:
                 edge_attr=None if attr is None else attr.values(shard.read("edge_attr", *map(int, edge_span))),
                 node_counts=np.diff(nodes[begin : end + 1]),
                 edge_counts=np.diff(edges[begin : end + 1]),
+                fields={
+                    name: field.values(shard.read(name, *map(int, spans[level_of(name)])))
+                    for name, field in schema.named.items()
+                },
             ),
         )
 

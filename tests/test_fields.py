@@ -1,0 +1,286 @@
+"""Further fields of graphs, named: from PyG data to shards to PyG batches; and edges left out by their weight."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_records, write
+from torch_geometric.data import Batch, Data
+
+import dali_pipeline as dp
+
+FIELDS = {
+    "node.pos": dp.Field(dtype="float32", shape=(3,)),
+    "node.kind": dp.Field(dtype="uint8"),
+    "edge.bond": dp.Field(dtype="int16", shape=(2,)),
+    "graph.energy": dp.Field(dtype="float16"),
+    "graph.target": dp.Field(dtype="int64", shape=(2,)),
+}
+
+
+def molecules(count: int, layers: int = 2) -> list[list[Data]]:
+    rng = torch.Generator().manual_seed(0)
+    records = []
+    for _ in range(count):
+        graphs = []
+        for _ in range(layers):
+            nodes, edges = (int(torch.randint(low, high, (), generator=rng)) for low, high in ((1, 6), (0, 8)))
+            graphs.append(
+                Data(
+                    x=torch.randn(nodes, 4, generator=rng),
+                    edge_index=torch.randint(nodes, (2, edges), generator=rng),
+                    edge_attr=torch.rand(edges, generator=rng),
+                    pos=torch.randn(nodes, 3, generator=rng),
+                    kind=torch.randint(100, (nodes,), generator=rng),
+                    bond=torch.randint(-9, 9, (edges, 2), generator=rng),
+                    energy=torch.randn(1, generator=rng).half(),
+                    target=torch.randint(9, (1, 2), generator=rng),
+                )
+            )
+        records.append(graphs)
+    return records
+
+
+@pytest.fixture(scope="module")
+def graphs() -> list[list[Data]]:
+    return molecules(90)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, graphs: list[list[Data]]) -> dp.Dataset:
+    root = tmp_path_factory.mktemp("fields") / "set"
+    schema = dp.Schema(x=dp.Field(dtype="float32", shape=(4,)), edge_attr=dp.Field(dtype="float32"), fields=FIELDS)
+    with dp.ShardWriter(root, schema, shard_bytes=2048, split=dp.Split.parse("100/0/0")) as writer:
+        for number, record in enumerate(graphs):
+            writer.write({"id": str(number), "label": number % 2, "graphs": record})
+    return dp.open_dataset(root)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("layers", [None, [1], [1, 0]])
+def test_they_come_as_attributes_of_the_pyg_batch(
+    data: dp.Dataset, graphs: list[list[Data]], workers: int, layers: list[int] | None
+) -> None:
+    for batch in dp.GraphLoader(data, batch_size=7, layers=layers, workers=workers):
+        chosen = [graphs[int(one)][layer] for one in batch.ids for layer in layers or (0, 1)]
+        expected = Batch.from_data_list(chosen)
+        for name in ("x", "pos", "kind", "bond", "edge_attr", "edge_index", "batch", "ptr", "target"):
+            assert torch.equal(batch.graphs[name], expected[name]), name
+            assert batch.graphs[name].dtype == expected[name].dtype, name
+        assert torch.equal(batch.graphs.energy, expected.energy.float())  # real numbers are widened
+        for mine, theirs in zip(batch.graphs.to_data_list(), chosen, strict=True):
+            assert torch.equal(mine.pos, theirs.pos)
+            assert torch.equal(mine.bond, theirs.bond)
+            assert torch.equal(mine.target, theirs.target)
+            assert torch.equal(mine.energy, theirs.energy.float())
+
+
+def test_the_rest_of_the_tool_knows_them(data: dp.Dataset, tmp_path: Path) -> None:
+    for command in (["verify", data.root], ["inspect", data.root], ["convert", data.root, tmp_path / "again"]):
+        done = subprocess.run([sys.executable, "-m", "dali_pipeline", *map(str, command)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        if command[0] == "inspect":
+            assert "node.pos" in done.stdout
+    again = dp.open_dataset(tmp_path / "again")
+    assert again.schema.named == FIELDS
+    ours, theirs = (
+        {
+            one: graph
+            for batch in dp.GraphLoader(each, batch_size=1)
+            for one, graph in zip(batch.ids, [batch.graphs], strict=True)
+        }
+        for each in (data, again)
+    )
+    shared = ours.keys() & theirs.keys()
+    assert len(shared) > 10
+    assert all(
+        torch.equal(ours[one].target, theirs[one].target) and torch.equal(ours[one].pos, theirs[one].pos) for one in shared
+    )
+
+
+def test_a_field_of_another_length_is_found_by_verify(tmp_path: Path, graphs: list[list[Data]]) -> None:
+    from safetensors.numpy import load_file
+
+    schema = dp.Schema(x=dp.Field(dtype="float32", shape=(4,)), fields={"node.pos": FIELDS["node.pos"]})
+    with dp.ShardWriter(tmp_path / "set", schema, split=dp.Split.parse("100/0/0")) as writer:
+        for number, record in enumerate(graphs[:5]):
+            writer.write({"id": str(number), "label": 0, "graphs": record})
+    shard = next((tmp_path / "set" / "train").glob("graphs-*"))
+    assert load_file(shard)["node.pos"].shape[1] == 3  # any tool of the field opens it
+    content = bytearray(shard.read_bytes())
+    at = content.find(load_file(shard)["node.pos"].tobytes())
+    content[at] ^= 1
+    shard.write_bytes(content)
+    done = subprocess.run([sys.executable, "-m", "dali_pipeline", "verify", tmp_path / "set"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "node.pos" in done.stdout + done.stderr
+    with pytest.raises(dp.FormatError, match=r"node\.pos"):
+        list(dp.GraphLoader(dp.open_dataset(tmp_path / "set"), workers=0))
+
+
+def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    x = dp.Field(dtype="float32", shape=(4,))
+    for key in ("pos", "node.", "layer.pos", "node.x", "graph.batch", "node.a b"):
+        with pytest.raises(dp.UsageError, match=r"expected node\., edge\. or graph\."):
+            dp.Schema(x=x, fields={key: x})
+    with pytest.raises(dp.UsageError, match=r"expected node\., edge\. or graph\."):
+        dp.Schema(x=x, fields={"node.a": x, "graph.a": x})
+    with pytest.raises(dp.UsageError, match="needs `x`"):
+        dp.Schema(sequence=x, fields={"node.a": x})
+    schema = dp.Schema(x=x, fields={"node.pos": FIELDS["node.pos"]})
+    ((graph,),) = molecules(1, layers=1)
+    wrong: list[tuple[Any, str]] = [
+        (torch.zeros(len(graph.x) + 1, 3), r"record '1', node.pos has shape \(\d+, 3\); expected \d+ rows, one a node"),
+        (torch.zeros(len(graph.x), 2), r"record '1', node.pos has rows of shape \(2,\); expected \(3,\)"),
+        (None, "record '1': node.pos"),
+    ]
+    with dp.ShardWriter(tmp_path / "set", schema) as writer:
+        for pos, words in wrong:
+            graph.pos = pos
+            with pytest.raises(dp.DataError, match=words):
+                writer.write({"id": "1", "label": 0, "graphs": [graph]})
+        graph.pos = torch.zeros(len(graph.x), 3)
+        writer.write({"id": "2", "label": 0, "graphs": [graph]})
+    assert dp.open_dataset(tmp_path / "set").num_records("train", "graphs") <= 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_light_edges_are_left_out(data: dp.Dataset, graphs: list[list[Data]], workers: int) -> None:
+    dropped = 0
+    for batch in dp.GraphLoader(data, batch_size=7, min_weight=0.5, workers=workers):
+        chosen = []
+        for one in batch.ids:
+            for graph in graphs[int(one)]:
+                heavy = graph.edge_attr >= 0.5
+                dropped += int((~heavy).sum())
+                light = graph.clone()
+                light.edge_index, light.edge_attr, light.bond = (
+                    graph.edge_index[:, heavy],
+                    graph.edge_attr[heavy],
+                    graph.bond[heavy],
+                )
+                chosen.append(light)
+        expected = Batch.from_data_list(chosen)
+        for name in ("x", "edge_index", "edge_attr", "bond", "pos", "batch"):
+            assert torch.equal(batch.graphs[name], expected[name]), name
+        assert [graph.num_edges for graph in batch.graphs.to_data_list()] == [graph.num_edges for graph in chosen]
+    assert dropped > 100
+    everything = next(iter(dp.GraphLoader(data, min_weight=2)))
+    assert everything.graphs.num_edges == 0
+    assert everything.graphs.num_nodes > 0
+
+
+def test_weights_that_are_none_are_refused(data: dp.Dataset, tmp_path: Path) -> None:
+    for least in (float("nan"), "1", True):
+        with pytest.raises(dp.UsageError, match=r"min_weight is .*; expected a number"):
+            dp.GraphLoader(data, min_weight=least)  # type: ignore[arg-type]
+    with dp.ShardWriter(tmp_path / "set", dp.Schema(x=dp.Field(dtype="float32", shape=(4,)))) as writer:
+        writer.write({"id": "1", "label": 0, "graphs": molecules(1)[0]})
+    with pytest.raises(dp.UsageError, match="for data with no edge_attr; expected one weight an edge"):
+        dp.GraphLoader(dp.open_dataset(tmp_path / "set"), min_weight=0.5)
+
+
+def test_older_sets_keep_their_digest(tmp_path: Path) -> None:
+    """A schema without further fields is written as ever, so no state of an older data set is refused."""
+    write(tmp_path / "set", make_records(4))
+    assert '"fields"' not in (tmp_path / "set" / "manifest.json").read_text()
+
+
+def test_layers_read_their_own_bytes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of records with wide layers, of which a quarter is asked for, a quarter is read."""
+    from dali_pipeline.reads import read_many
+
+    rng = np.random.default_rng(0)
+    schema = dp.Schema(x=dp.Field(dtype="float32", shape=(512,)), edge_attr=dp.Field(dtype="float32"))
+    with dp.ShardWriter(tmp_path / "set", schema, split=dp.Split.parse("100/0/0")) as writer:
+        for number in range(32):
+            nodes, edges = np.full(8, 16), np.full(8, 20)
+            graphs = dp.Graphs(
+                x=rng.normal(size=(128, 512)).astype(np.float32),
+                edge_index=rng.integers(0, 16, (2, 160)),
+                edge_attr=rng.random(160).astype(np.float32),
+                node_counts=nodes,
+                edge_counts=edges,
+            )
+            writer.write({"id": str(number), "label": 0, "graphs": graphs})
+    data = dp.open_dataset(tmp_path / "set")
+    read: list[int] = []
+
+    def counted(fds: Any, offsets: Any, addresses: Any, sizes: Any) -> Any:
+        read.append(int(np.sum(sizes)))
+        return read_many(fds, offsets, addresses, sizes)
+
+    monkeypatch.setattr("dali_pipeline.gather.read_many", counted)
+    found = {}
+    for name, layers in (("all", None), ("some", slice(2, 4)), ("apart", [1, 6])):
+        loader = dp.GraphLoader(data, batch_size=4, layers=layers, workers=0)
+        list(loader)  # hashes every block, whole
+        read.clear()
+        list(loader)
+        found[name] = sum(read)
+    assert found["all"] == 32 * 8 * (16 * 512 * 4 + 20 * (2 + 4))
+    assert found["some"] == found["apart"] == found["all"] // 4
+
+
+class _Fake:
+    """Stands for a stream: notes what is said to it."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+
+    def record_event(self) -> str:
+        self.log.append("recorded")
+        return "event"
+
+    def wait_event(self, event: str) -> None:
+        assert event == "event"
+        self.log.append("waited")
+
+    def __enter__(self) -> None:
+        self.log.append("side")
+
+    def __exit__(self, *_: object) -> None:
+        self.log.append("own")
+
+
+def test_a_batch_is_on_its_way_before_the_one_before_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of calls, with streams that are none; on a GPU the test below runs it."""
+    from dali_pipeline.sidestream import a_batch_ahead
+
+    log: list[str] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: _Fake(log))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Fake(log))
+
+    def batches() -> Any:
+        for number in range(3):
+            log.append(f"made {number}")
+            yield number
+        raise KeyError
+
+    seen = []
+    ahead = a_batch_ahead(batches(), lambda batch: [torch.zeros(1)], torch.device("cuda"))
+    with pytest.raises(KeyError):
+        for batch in ahead:
+            log.append(f"used {batch}")
+            seen.append(batch)
+    assert seen == [0, 1, 2]  # the error comes behind them
+    made, used = ([log.index(f"{what} {number}") for number in range(3)] for what in ("made", "used"))
+    assert made[1] < used[0] < made[2] < used[1]
+    assert log.count("waited") == log.count("recorded") == 3
+    assert log[made[0] - 1] == "side"
+
+
+@pytest.mark.gpu
+def test_the_gpu_has_what_the_cpu_has(data: dp.Dataset) -> None:
+    ours, theirs = (dp.GraphLoader(data, batch_size=7, device=device) for device in ("cuda", "cpu"))
+    for batch, expected in zip(ours, theirs, strict=True):
+        assert batch.graphs.x.is_cuda
+        for name in ("x", "edge_index", "edge_attr", "pos", "bond", "target"):
+            assert torch.equal(batch.graphs[name].cpu(), expected.graphs[name])
