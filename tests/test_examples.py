@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -62,6 +63,20 @@ def test_example(name: str, tmp_path: Path) -> None:
         "the same weights to the bit: True",
         "before + after: 143 of 143 records, each once",
     ]
+
+
+def test_gin_learns_what_atoms_cannot_see_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "gin_on_molecules.py"))
+    main = example["main"]
+    monkeypatch.setitem(main.__globals__, "RECORDS", 1500)
+    monkeypatch.setitem(main.__globals__, "EPOCHS", 5)
+    main(tmp_path)
+    told = capsys.readouterr().out.splitlines()
+    assert all("each once" in line for line in told[:5])
+    assert float(told[-1].split()[-1]) > 0.85
+    assert int(told[-3].split()[-1]) <= 1500 < int(told[-2].split()[-1])
 
 
 @pytest.mark.parametrize("stop", [0, 1, 4, "last", "end"])
