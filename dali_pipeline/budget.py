@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice, pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,6 +31,15 @@ class Portion:
         for at, (begin, end) in enumerate(pairwise(ends)):
             shares = Shares(positions=self.shares.positions[begin:end], valid=self.shares.valid[begin:end])
             yield Portion(shares=shares, sizes=self.sizes[at : at + 1], places=self.places[at : at + 1])
+
+
+class _Batch(NamedTuple):
+    """Places `span` in the order of `lane`; where all lanes stand behind it."""
+
+    lane: int
+    span: Ints
+    valid: bool
+    places: Places
 
 
 class BudgetPlan:
@@ -64,17 +74,29 @@ class BudgetPlan:
         Sizes are looked at as the batches are asked for; with several lanes first those of the whole rest, for the ranks of one
         lane must know when the others end. Raises DataError for a record over the budget, where such are refused.
         """
-        length, held = 1, list[tuple[Shares, Places]]()
-        for shares, behind in self._batches(step, places, rank, world_size):
-            held.append((shares, behind))
-            if len(held) >= length or sum(len(each.positions) for each, _ in held) >= most_records:
-                yield _portion(held)
+        length, held = 1, list[_Batch]()
+        for batch in self._batches(step, places, rank, world_size):
+            held.append(batch)
+            if len(held) >= length or sum(len(each.span) for each in held) >= most_records:
+                yield self._portion(held)
                 length, held = min(2 * length, longest), []
         if held:
-            yield _portion(held)
+            yield self._portion(held)
 
-    def _batches(self, step: int, places: Places, rank: int, world_size: int) -> Iterator[tuple[Shares, Places]]:
-        """What the rank takes at each step, and where the lanes stand behind it."""
+    def _portion(self, batches: list[_Batch]) -> Portion:
+        sizes = np.array([len(each.span) for each in batches], np.int64)
+        lanes, spans = np.repeat([each.lane for each in batches], sizes), np.concatenate([each.span for each in batches])
+        positions = np.empty_like(spans)
+        for lane in np.unique(lanes).tolist():
+            positions[lanes == lane] = self._plan.at(lane, spans[lanes == lane])
+        return Portion(
+            shares=Shares(positions=positions, valid=np.repeat([each.valid for each in batches], sizes)),
+            sizes=sizes,
+            places=tuple(each.places for each in batches),
+        )
+
+    def _batches(self, step: int, places: Places, rank: int, world_size: int) -> Iterator[_Batch]:
+        """What the rank takes at each step."""
         lanes, drop = self._plan.order.lanes, self._plan.order.tail == "drop"
         at = list(places or (0,) * lanes)
         at_once, turns = _turns(lanes, world_size)
@@ -95,7 +117,7 @@ class BudgetPlan:
             for each, ends in taken.items():
                 at[each] = ends[-1] if ends else at[each]
             step += 1
-            yield Shares(positions=self._plan.at(lane, span), valid=np.full(len(span), valid)), tuple(at)
+            yield _Batch(lane, span, valid, tuple(at))
 
     def _last_step(self, step: int, counts: Iterable[int], world_size: int) -> int:
         """The step behind the last one, where lanes have so many batches left at `step`."""
@@ -163,12 +185,3 @@ class BudgetPlan:
 def _turns(lanes: int, world_size: int) -> tuple[int, int]:
     """Batches that a lane gives whenever it is its turn, and steps from one turn to the next."""
     return max(1, world_size // lanes), max(1, lanes // world_size)
-
-
-def _portion(batches: list[tuple[Shares, Places]]) -> Portion:
-    shares = Shares(
-        positions=np.concatenate([each.positions for each, _ in batches]),
-        valid=np.concatenate([each.valid for each, _ in batches]),
-    )
-    sizes = np.array([len(each.positions) for each, _ in batches], np.int64)
-    return Portion(shares=shares, sizes=sizes, places=tuple(places for _, places in batches))
