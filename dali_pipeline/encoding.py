@@ -21,12 +21,12 @@ def storage(dtype: str) -> np.dtype[Any]:
     return np.dtype("uint16" if dtype == BFLOAT16 else dtype)
 
 
-def encode(rows: Array, dtype: str, scale: Scale | None) -> tuple[Array, bool]:
+def encode(rows: Array, dtype: str, scale: Scale | Array | None) -> tuple[Array, bool]:
     """Rows (T, *row) as stored, and whether a value was lost: one that the type cannot hold, not one that it rounds.
 
-    bfloat16 and int8 round to the nearest, halves to even. scale: a row for every step, or one for all.
+    bfloat16 and int8 round to the nearest, halves to even. scale: a row, flat, for every step, or one for all.
     """
-    if scale:
+    if scale is not None:
         steps = np.asarray(scale, np.float32).reshape(len(scale), *rows.shape[1:])
         with np.errstate(all="ignore"):
             quotients = np.rint(rows.astype(np.float32) / steps)
@@ -46,10 +46,10 @@ def encode(rows: Array, dtype: str, scale: Scale | None) -> tuple[Array, bool]:
     return cast, not np.array_equal(cast, rows)
 
 
-def decode(rows: Array, dtype: str, scale: Scale | None, first: int = 0) -> Array:
+def decode(rows: Array, dtype: str, scale: Scale | Array | None, first: int = 0) -> Array:
     """Stored rows as numbers: themselves, or float32 where they are encoded. first: how many steps stand before them, counted
     from a record's begin."""
-    if scale:
+    if scale is not None:
         steps = (first + np.arange(len(rows))) % len(scale)
         return rows.astype(np.float32) * np.asarray(scale, np.float32).reshape(len(scale), *rows.shape[1:])[steps]
     if dtype == BFLOAT16:

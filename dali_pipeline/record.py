@@ -220,7 +220,7 @@ def _cast(where: str, name: str, rows: Array, field: Field) -> Array:
         return rows
     if field.scales and len(field.scales) not in (1, len(rows)):
         raise DataError(f"{where}, {name} has {len(rows)} steps; expected {len(field.scales)}, one for each row of the scale")
-    stored, lost = encode(rows, field.dtype, field.scales)
+    stored, lost = encode(rows, field.dtype, field.scale_rows)
     if lost:
         raise DataError(
             f"{where}, {name} holds {rows.dtype} values that {field.dtype}{' with its scale' if field.scales else ''} cannot; "

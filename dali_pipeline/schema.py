@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import msgspec
@@ -86,6 +87,11 @@ class Field:
         """The scale, where there is one."""
         return self.scale or None
 
+    @cached_property
+    def scale_rows(self) -> Array | None:
+        """`scales` as an array, float32: made once, for it may have as many numbers as a record."""
+        return np.array(self.scale, np.float32) if self.scale else None
+
     @property
     def layout(self) -> ByLayer | None:
         """How rows are stored, where that is layer by layer."""
@@ -103,7 +109,7 @@ class Field:
 
     def values(self, rows: Array, first: int = 0) -> Array:
         """Stored rows as numbers; float32 where they are encoded. first: steps of their record before them."""
-        return decode(rows, self.dtype, self.scales, first)
+        return decode(rows, self.dtype, self.scale_rows, first)
 
 
 @dataclass(frozen=True, kw_only=True)
