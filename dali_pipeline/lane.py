@@ -135,10 +135,11 @@ def _cut_into_runs(starts: Ints, records: Ints, nbytes: Ints, window_bytes: int,
 def _group_last(nbytes: Ints, limit: int) -> Ints:
     """Index of the last run of each group: as many runs as fit in `limit` bytes, at least one."""
     ends = np.cumsum(nbytes)
-    last, spent = [], 0
-    at = 0
-    while at < len(nbytes):
-        at = max(int(np.searchsorted(ends, spent + limit, side="right")), at + 1)
+    # behind the last run of the group that would begin at each run; then from group to group
+    behind = np.maximum(np.searchsorted(ends, ends - nbytes + limit, side="right"), np.arange(1, len(ends) + 1))
+    step, at = memoryview(behind), 0  # a look into it costs a third of one into an array
+    last: list[int] = []
+    while at < len(step):
+        at = step[at]
         last.append(at - 1)
-        spent = int(ends[at - 1])
     return np.array(last, np.int64)
