@@ -137,7 +137,7 @@ def _group_last(nbytes: Ints, limit: int) -> Ints:
     ends = np.cumsum(nbytes)
     # behind the last run of the group that would begin at each run; then from group to group
     behind = np.maximum(np.searchsorted(ends, ends - nbytes + limit, side="right"), np.arange(1, len(ends) + 1))
-    step, at = memoryview(behind), 0  # a look into it costs a third of one into an array
+    step, at = behind.data, 0  # a look into it costs a third of one into an array
     last: list[int] = []
     while at < len(step):
         at = step[at]
