@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from dali_pipeline.trace import span
+
 T = TypeVar("T")
 R = TypeVar("R")
 _LEFT_TO_THE_PARENT: list[Any] = []
@@ -22,19 +24,25 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int) -> G
     Closed early, it waits for what is running and leaves no thread behind.
     """
     if not threads:
-        yield from map(function, items)
+        for item in items:
+            yield _gathered(function, item)
         return
     pool = ThreadPoolExecutor(threads, thread_name_prefix="gather")
     pending: deque[Any] = deque()
     try:
         for item in items:
-            pending.append(pool.submit(function, item))
+            pending.append(pool.submit(_gathered, function, item))
             if len(pending) > 2 * threads:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _gathered(function: Callable[[T], R], item: T) -> R:
+    with span("gather"):
+        return function(item)
 
 
 def background_threads(device: torch.device) -> int:

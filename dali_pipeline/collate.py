@@ -13,6 +13,7 @@ from dali_pipeline.encoding import BFLOAT16
 from dali_pipeline.graphsource import GraphRows
 from dali_pipeline.memory import Buffers
 from dali_pipeline.schema import Array, Field, Schema
+from dali_pipeline.trace import span
 
 _EMPTY = Batch(_base_cls=Data)  # making one takes PyG a fifth of a millisecond, copying it none
 
@@ -102,7 +103,8 @@ class Collator:
         )
 
     def _move(self, array: Array) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        with span("copy", self._device.type != "cpu"):
+            return torch.from_numpy(array).to(self._device, non_blocking=True)
 
     def _values(self, array: Array, field: Field) -> torch.Tensor:
         """Stored rows of a field, on the device, as `dtype`."""
@@ -111,8 +113,9 @@ class Collator:
         unchanged = stored.dtype == self._dtype and not self._copies
         if self._device.type != "cpu" or unchanged or not stored.numel():
             return stored.to(self._dtype)
-        memory = self._buffers.take(stored.numel() * self._dtype.itemsize)
-        return torch.from_numpy(memory).view(self._dtype).view(stored.shape).copy_(stored)
+        with span("decode"):
+            memory = self._buffers.take(stored.numel() * self._dtype.itemsize)
+            return torch.from_numpy(memory).view(self._dtype).view(stored.shape).copy_(stored)
 
 
 def first_nodes(node_ptr: torch.Tensor, edge_counts: torch.Tensor, num_edges: int) -> torch.Tensor:

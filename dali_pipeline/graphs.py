@@ -21,6 +21,7 @@ from dali_pipeline.order import WINDOW_BYTES, Tail
 from dali_pipeline.plan import EpochPlan
 from dali_pipeline.processes import map_in_processes
 from dali_pipeline.stretch import stretches
+from dali_pipeline.trace import span
 
 STRETCH_BYTES = 16 << 20
 STRETCH_STEPS = 64
@@ -98,7 +99,8 @@ class GraphLoader(Loader[GraphBatch]):
             for loaded, error in gathered:
                 for stretch in loaded:
                     for rows, valid in stretch.batches():
-                        batch = self._collator.batch(rows, valid)
+                        with span("collate"):
+                            batch = self._collator.batch(rows, valid)
                         yield Made(batch, batch.ids, valid, stretch.left_out)
                 if error is not None:
                     raise error
