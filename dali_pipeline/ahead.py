@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from dali_pipeline.container import allowed_cores
 from dali_pipeline.trace import span
 
 T = TypeVar("T")
@@ -47,8 +48,7 @@ def _gathered(function: Callable[[T], R], item: T) -> R:
 
 def background_threads(device: torch.device) -> int:
     """One, which overlaps with a step; none where that computes on the same two cores, for then a thread only costs."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 1 if device.type == "cuda" or cores > 2 else 0
+    return 1 if device.type == "cuda" or allowed_cores() > 2 else 0
 
 
 @contextmanager

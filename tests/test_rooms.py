@@ -18,6 +18,7 @@ ROOMS = [
     "record",
     "digest",
     "world",
+    "container",
     "trace",
     "timing",
     "progress",
