@@ -13,8 +13,10 @@ from typing import Any
 
 from dali_pipeline.container import allowed_cores, allowed_memory
 
-NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "ceph", "glusterfs", "beegfs", "afs", "9p")
-NETWORK_FILE_SYSTEMS += tuple(f"fuse.{name}" for name in ("sshfs", "s3fs", "gcsfuse", "glusterfs", "juicefs", "rclone"))
+NETWORK_FILE_SYSTEMS = (
+    *("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "ceph", "glusterfs", "beegfs", "afs", "9p"),
+    *(f"fuse.{name}" for name in ("sshfs", "s3fs", "gcsfuse", "glusterfs", "juicefs", "rclone")),
+)
 LEAST_FILES, LEAST_SHARED, LEAST_FREE, LEAST_MEMORY = 1024, 1 << 30, 10 << 30, 1 << 30
 
 

@@ -89,6 +89,7 @@ ROOMS = [
     "arguments",
     "machine",
     "stages",
+    "knobs",
     "doctor",
     "checkup",
     "predict",
