@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -20,9 +21,10 @@ import psutil
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
-    "scenario", "measured", "unit", "median", "lowest", "highest", "repeats", "reference", "reference_median", "ratio",
-    "why", "machine", "versions", "commit", "command", "date",
+    "scenario", "measured", "cache", "unit", "median", "lower_quartile", "upper_quartile", "lowest", "highest", "repeats",
+    "reference", "reference_median", "ratio", "why", "machine", "versions", "commit", "command", "date",
 )  # fmt: skip
+Row = dict[str, str]
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -48,6 +50,14 @@ def alternately(ways: Mapping[str, Callable[[], float]], repeats: int) -> dict[s
             measured = way()
             found[name] += [measured] if turn else []
     return found
+
+
+def quartiles(values: list[float]) -> tuple[float, float]:
+    """Between which the middle half lies; of a single value, that value twice."""
+    if len(values) == 1:
+        return values[0], values[0]
+    lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return lower, upper
 
 
 def evict(paths: Iterable[Path]) -> None:
@@ -78,28 +88,64 @@ def peak_memory(command: list[str]) -> tuple[float, float]:
     return time.perf_counter() - started, peak
 
 
+def machine() -> tuple[str, str]:
+    """Its cores, memory and GPU in words, and what of them a file's name tells."""
+    from dali_pipeline.container import allowed_cores, allowed_memory  # here, as the peers' environment lacks what it needs
+
+    with Path("/proc/cpuinfo").open() as file:
+        model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
+    cores, memory = f"{allowed_cores():g} cores", allowed_memory()[0] / 2**30
+    gpu = ""
+    if Path("/proc/driver/nvidia/version").exists():
+        import torch  # some seconds, which a machine without one is spared
+
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    short = re.sub(r"[^a-z0-9]+", "-", f"{cores} {model} {gpu}".lower()).strip("-")
+    return f"{cores} of {model}, {memory:.0f} GiB, {gpu or 'no GPU'}", short
+
+
+def results_path(theme: str) -> Path | None:
+    """The newest file of a theme, `<theme>_<machine>_<date>.csv`; None where there is none."""
+    return max(RESULTS.glob(f"{theme}_*_*.csv"), key=lambda path: path.stem.rsplit("_", 1)[1], default=None)
+
+
+def rows_of(theme: str) -> list[Row]:
+    """Of its newest file; none where it was not measured."""
+    path = results_path(theme)
+    if path is None:
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def without_folders(text: str) -> str:
+    """Paths shortened to their last part: rows name no folder of a machine."""
+    return re.sub(r"(?<![\w.:/-])/(?:[^/\s'\",:;()]+/)+", "", text)
+
+
 def _told(arguments: list[str]) -> list[str]:
-    """Without the scratch folder: a path of one machine."""
-    if "--folder" not in arguments:
-        return arguments
-    at = arguments.index("--folder")
-    return arguments[:at] + arguments[at + 2 :]
+    """Without the scratch folder."""
+    kept, given = [], iter(arguments)
+    for one in given:
+        if one == "--folder":
+            next(given, None)
+        elif not one.startswith("--folder="):
+            kept.append(without_folders(one))
+    return kept
 
 
 class Results:
-    """Rows of one benchmark, printed as they come and written whole to `results/<name>.csv`."""
+    """Rows of one theme, printed as they come and written whole to `results/<theme>_<machine>_<date>.csv`."""
 
-    def __init__(self, name: str, packages: Iterable[str]) -> None:
-        self._path = RESULTS / f"{name}.csv"
+    def __init__(self, theme: str, packages: Iterable[str]) -> None:
+        words, short = machine()
+        self.path = RESULTS / f"{theme}_{short}_{date.today().isoformat()}.csv"
         self._rows: list[dict[str, object]] = []
-        with Path("/proc/cpuinfo").open() as file:
-            model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
-        memory = psutil.virtual_memory().total / 2**30
         self._common = {
-            "machine": f"{len(os.sched_getaffinity(0))} cores of {model}, {memory:.0f} GiB, no GPU",
+            "machine": words,
             "versions": ", ".join([f"Python {platform.python_version()}", *(f"{one} {version(one)}" for one in packages)]),
             "commit": _commit(),
-            "command": shlex.join(["python", "-m", f"benchmarks.{name}", *_told(sys.argv[1:])]),
+            "command": shlex.join(["python", "-m", f"benchmarks.{theme}", *_told(sys.argv[1:])]),
             "date": date.today().isoformat(),
         }
 
@@ -111,16 +157,24 @@ class Results:
         values: list[float],
         reference: str = "",
         against: list[float] | None = None,
+        cache: str = "",
     ) -> None:
-        """One row: median and spread of `values`, and their ratio to the median of `against`."""
+        """One row: median and spread of `values`, and their ratio to the median of `against`.
+
+        cache: `warm` where files lay in the page cache, `cold` where they did not, empty where none are read.
+        """
+        lower, upper = quartiles(values)
         median, other = statistics.median(values), statistics.median(against) if against else None
         ratio = "" if other is None else f"{median / other:.3f}"
         self._rows.append(
             {
                 "scenario": scenario,
                 "measured": measured,
+                "cache": cache,
                 "unit": unit,
                 "median": f"{median:.4g}",
+                "lower_quartile": f"{lower:.4g}",
+                "upper_quartile": f"{upper:.4g}",
                 "lowest": f"{min(values):.4g}",
                 "highest": f"{max(values):.4g}",
                 "repeats": len(values),
@@ -131,18 +185,19 @@ class Results:
             }
         )
         against_text = f", {ratio} of {reference} ({other:.4g})" if other is not None else ""
-        print(f"{scenario}: {measured} {median:.4g} {unit} ({min(values):.4g} to {max(values):.4g}){against_text}", flush=True)
+        told = f"{scenario}: {measured}{f', {cache}' if cache else ''}"
+        print(f"{told} {median:.4g} {unit} ({lower:.4g} to {upper:.4g}){against_text}", flush=True)
         self._write()
 
     def missing(self, scenario: str, measured: str, why: str) -> None:
         """A row for what could not be measured."""
-        self._rows.append({"scenario": scenario, "measured": measured, "why": why, **self._common})
+        self._rows.append({"scenario": scenario, "measured": measured, "why": without_folders(why), **self._common})
         print(f"{scenario}: {measured} cannot run: {why}", flush=True)
         self._write()
 
     def _write(self) -> None:
-        self._path.parent.mkdir(exist_ok=True)
-        with self._path.open("w", newline="") as file:
+        self.path.parent.mkdir(exist_ok=True)
+        with self.path.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(self._rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -14,23 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from benchmarks.harness import RESULTS
+from benchmarks.harness import Row, rows_of
 from dali_pipeline.cli import CONTEXT, run
 from dali_pipeline.picture import COLOURS, save
 
 OURS, PEER, LIMIT = COLOURS[2], COLOURS[3], COLOURS[1]
 LIMITS = ("gather", "limit")
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT)
-Rows = list[dict[str, str]]
-
-
-def rows_of(name: str) -> Rows:
-    """Of results/<name>.csv; none where it is not there."""
-    path = RESULTS / f"{name}.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+Rows = list[Row]
 
 
 def bars(axes: Axes, rows: Rows, title: str) -> None:

@@ -122,7 +122,7 @@ def main(
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     folder: Annotated[Path | None, typer.Option(help="Where the sets are made, and removed again.", show_default=False)] = None,
 ) -> None:
-    """Measure memory, cold epochs and first batches; write results/scale.csv."""
+    """Measure memory, cold epochs and first batches; write results/scale_<machine>_<date>.csv."""
     results = Results("scale", ["torch", "numpy", "nvidia-dali-cuda120"])
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         measure_first_batch(results, Path(scratch), repeats)

@@ -86,7 +86,7 @@ def main(
     peers: Annotated[bool, typer.Option(help="Measure them too; `make peers` installs them.")] = True,
     folder: Annotated[Path | None, typer.Option(help="Where the sets are made, and removed again.", show_default=False)] = None,
 ) -> None:
-    """Measure every way in turn; write results/sequences.csv."""
+    """Measure every way in turn; write results/sequences_<machine>_<date>.csv."""
     results = Results("sequences", ["torch", "numpy", "nvidia-dali-cuda120"])
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         where = Path(scratch)
