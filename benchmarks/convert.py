@@ -27,7 +27,7 @@ from torch_geometric.data import Data
 from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
 from torch_geometric.data.storage import GlobalStorage
 
-from benchmarks.harness import Results, evict, peak_memory, seconds
+from benchmarks.harness import Results, evict, peak_memory, read_in_order, seconds
 from dali_pipeline.ingest.traces import attention_graphs
 from dali_pipeline.verify import verify
 
@@ -114,18 +114,6 @@ def alternately(
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
-def direct_read(paths: list[Path]) -> None:
-    """Every file from its beginning to its end, 4 MiB at a time, past the page cache."""
-    import mmap
-
-    buffer = mmap.mmap(-1, 4 << 20)  # aligned, as O_DIRECT wants it
-    for path in paths:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-        while os.readv(fd, [buffer]) == len(buffer):
-            pass
-        os.close(fd)
-
-
 def loop_over_tokens(attentions: list[np.ndarray], threshold: float, *, mean_first: bool) -> int:
     """What users write first: two loops over tokens, the mean over heads of each pair within them, or of a layer before."""
     edges: list[tuple[int, int]] = []
@@ -178,7 +166,7 @@ def measure_verify(results: Results, root: Path, repeats: int) -> None:
         evict(paths)
         cold.append(nbytes / 1e6 / verify(root / "set").seconds)
         evict(paths)
-        disk.append(nbytes / 1e6 / seconds(lambda: direct_read(paths)))
+        disk.append(nbytes / 1e6 / seconds(lambda: read_in_order(paths)))
     for path in paths:
         path.read_bytes()
     warm = [nbytes / 1e6 / verify(root / "set").seconds for _ in range(repeats)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import mmap
 import os
 import platform
 import re
@@ -16,8 +17,12 @@ from contextlib import suppress
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
+
+if TYPE_CHECKING:
+    from dali_pipeline import Dataset
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
@@ -60,6 +65,35 @@ def quartiles(values: list[float]) -> tuple[float, float]:
     return lower, upper
 
 
+def read_in_order(paths: Iterable[Path], *, direct: bool = True) -> int:
+    """Whole files, 8 MiB at a time, past the page cache or through it; returns their bytes. The limit of any reading."""
+    buffer, total = mmap.mmap(-1, 8 << 20), 0  # aligned, as O_DIRECT wants it
+    for path in paths:
+        fd, at = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0)), 0
+        while (got := os.preadv(fd, [buffer], at)) > 0:
+            at += got
+            if got < len(buffer):
+                break
+        os.close(fd)
+        total += at
+    return total
+
+
+def shards(data: Dataset) -> list[Path]:
+    """The files of its training split."""
+    return [
+        data.shard_path("train", kind, number) for kind in data.schema.kinds for number in range(len(data.table("train", kind)))
+    ]
+
+
+def wait_for_gpu() -> None:
+    """Until what was asked of it is done, where there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def evict(paths: Iterable[Path]) -> None:
     """Takes files out of the page cache, so that the next read comes from the disk."""
     for path in paths:
@@ -71,21 +105,45 @@ def evict(paths: Iterable[Path]) -> None:
 
 def peak_memory(command: list[str]) -> tuple[float, float]:
     """Runs a command; its seconds, and the greatest memory of it and its children in bytes, shared pages counted once (PSS)."""
-    started, peak = time.perf_counter(), 0
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    root = psutil.Process(process.pid)
+    started = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        peak = _peak(process)
+    return time.perf_counter() - started, peak
+
+
+def growth(command: list[str]) -> float:
+    """The greatest memory of a command and its children, above what it has when it says it is ready, in bytes (PSS).
+
+    It says so by a line on its standard output, and then waits for one on its standard input.
+    """
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+        before = _memory(process)
+        process.stdin.write(b"go\n")
+        process.stdin.close()
+        return max(0.0, _peak(process) - before)
+
+
+def _peak(process: subprocess.Popen[bytes]) -> float:
+    """Until it ends. Raises RuntimeError where it fails."""
+    peak = 0.0
     while process.poll() is None:
-        total = 0
-        try:
-            for one in (root, *root.children(recursive=True)):
-                total += one.memory_full_info().pss
-        except psutil.Error:
-            pass
-        peak = max(peak, total)
+        peak = max(peak, _memory(process))
         time.sleep(0.05)
     if process.returncode:
-        raise RuntimeError(f"{shlex.join(command)} ended with {process.returncode}")
-    return time.perf_counter() - started, peak
+        raise RuntimeError(f"{process.args!r} ended with {process.returncode}")
+    return peak
+
+
+def _memory(process: subprocess.Popen[bytes]) -> float:
+    total = 0.0
+    with suppress(psutil.Error):  # of a process that ends meanwhile
+        root = psutil.Process(process.pid)
+        for one in (root, *root.children(recursive=True)):
+            total += one.memory_full_info().pss
+    return total
 
 
 def machine() -> tuple[str, str]:
