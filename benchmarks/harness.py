@@ -24,7 +24,7 @@ import psutil
 if TYPE_CHECKING:
     from dali_pipeline import Dataset
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BENCH_RESULTS", Path(__file__).parent / "results"))
 COLUMNS = (
     "scenario", "measured", "cache", "unit", "median", "lower_quartile", "upper_quartile", "lowest", "highest", "repeats",
     "reference", "reference_median", "ratio", "why", "machine", "versions", "commit", "command", "date",
@@ -243,7 +243,7 @@ class Results:
             }
         )
         against_text = f", {ratio} of {reference} ({other:.4g})" if other is not None else ""
-        told = f"{scenario}: {measured}{f', {cache}' if cache else ''}"
+        told = f"{scenario}: {measured}{f', {cache}' if cache and cache not in measured else ''}"
         print(f"{told} {median:.4g} {unit} ({lower:.4g} to {upper:.4g}){against_text}", flush=True)
         self._write()
 
@@ -254,7 +254,7 @@ class Results:
         self._write()
 
     def _write(self) -> None:
-        self.path.parent.mkdir(exist_ok=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
@@ -264,6 +264,6 @@ class Results:
 def _commit() -> str:
     """Of the checkout, and whether anything was changed since; nothing where this is no checkout."""
     with suppress(FileNotFoundError):
-        command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return ""

@@ -61,7 +61,7 @@ def main(
         ways["sequential read, warm"] = partial(read_in_order, [path], direct=False)
         found = alternately({name: partial(rate, way, seconds) for name, way in ways.items()}, repeats)
     for name, rates in found.items():
-        name, _, cache = name.partition(", ") if "read" in name else (name, "", "")
+        name, _, cache = name.partition(", ") if name.startswith("sequential") else (name, "", "")
         results.add("this machine", name, "GB/s", [each / 1e9 for each in rates], cache=cache)
     if not torch.cuda.is_available():
         results.missing("this machine", "host to device", "no GPU")

@@ -1,6 +1,6 @@
 """What grows with the data, and must not: `python -m benchmarks.scale`, two minutes on 2 cores, 2 GB of disk.
 
-    python -m benchmarks.scale --gigabytes 1,10            # what memory and cold epochs take is best seen on more: 11 GB of disk
+    python -m benchmarks.scale --gigabytes 1,10      # memory and cold epochs show best on more: 11 GB of disk
 
 Peak memory of an epoch in a process of its own, above what it has before: all its processes together, shared pages once.
 Seconds from opening a set to its first batch, imports apart, by number of shards; cold: with the files taken out of the page
