@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import graphs, harness, peers, peers_graphs, peers_torch
+import dali_pipeline as dp
+from benchmarks import graphs, harness, peers, peers_graphs, peers_torch, plot, tables
 from benchmarks.peer import Batch, Epochs, Way, opened
 
 COUNT, BATCH = 300, 32  # more than the deques hold
@@ -133,3 +134,47 @@ def test_rows_name_no_folder_of_a_machine(tmp_path: Path, monkeypatch: pytest.Mo
     assert harness.results_path("some") == results.path
     (tmp_path / "some_other-machine_2999-01-01.csv").write_text("scenario\nnew\n")
     assert harness.rows_of("some") == [{"scenario": "new"}]
+
+
+def test_tables_come_from_the_newest_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    results = harness.Results("sequences", ["torch"])
+    for name, values in (("gather", [100_000.0]), ("torch engine, float16, workers=0", [41_000.0, 43_000.0, 57_000.0])):
+        results.add(
+            "long", name, "records/s", values, "" if name == "gather" else "gather", [1e5] if name != "gather" else None
+        )
+    results.add("long", "torch engine, float16, workers=2", "records/s", [9_000.0], "gather", [1e5])
+    results.add("long", "Other 1.0, workers=2", "records/s", [77_000.0], "gather", [1e5])  # where we lose
+    results.add("long", "Other, trial, workers=4", "records/s", [5.0])
+    results.missing("long", "Third", "ModuleNotFoundError")
+    before = "# Title\n<!-- speed: sequences, long -->\nold\n<!-- end -->\nbetween\n"
+    before += "<!-- speed: graphs, other -->\nkept\n<!-- end -->\n"
+    readme = tmp_path / "README.md"
+    readme.write_text(before)
+    tables.update_tables(readme)
+    text = readme.read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[:2] for line in lines[1:]] == [
+        ["| numpy copies rows that lie in memory: the limit", "100,000 (100,000 to 100,000)"],
+        ["| Other 1.0, workers=2", "77,000 (77,000 to 77,000)"],
+        ["| **torch engine, float16, workers=0**", "43,000 (42,000 to 50,000)"],
+        ["| Third", "cannot run: ModuleNotFoundError"],
+    ]
+    assert results.path.name in lines[0]
+    assert "old" not in text
+    assert text.endswith("between\n<!-- speed: graphs, other -->\nkept\n<!-- end -->\n")
+    tables.update_tables(readme)
+    assert readme.read_text() == text
+    readme.write_text(before.replace("long", "none"))
+    with pytest.raises(dp.UsageError, match="no scenario 'none'"):
+        tables.update_tables(readme)
+
+
+def test_pictures_and_tables_come_from_the_files_that_are_there(tmp_path: Path) -> None:
+    plot.main(tmp_path)
+    for name in ("speed.png", "growth.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    readme = Path(plot.__file__).parent.parent / "README.md"
+    (tmp_path / "README.md").write_text(readme.read_text())
+    tables.update_tables(tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text() == readme.read_text(), "`make plots` was run since the results changed"
