@@ -74,7 +74,8 @@ def table(rows: list[Row], link: str) -> str:
         lines.append(f"| {name} | {_number(row['median'])} ({_number(low)} to {_number(high)}) | {limit} |")
     lines += [f"| {name} | cannot run: {row['why']} | |" for name, row in first.items() if row.get("why")]
     one, repeats = rows[0], max(int(row["repeats"]) for row in best.values())
-    head = f"| {one['scenario']}: median of {repeats} ([CSV]({link})) | {one['unit']} ({reach_of(rows)}) | of the limit |\n|---|---|---|\n"
+    head = f"| {one['scenario']}: median of {repeats} ([CSV]({link})) | {one['unit']} ({reach_of(rows)}) | of the limit |"
+    head += "\n|---|---|---|\n"
     return "\n" + head + "\n".join(lines) + f"\n\n`{one['command']}`, {one['machine']}, {one['date']}.\n\n"
 
 
