@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+comma := ,
 
 .PHONY: train test check results bench plots peers help
 
@@ -24,13 +25,22 @@ results: $(READY)    ## the README's table: three seeds of every detector, and t
 	$(BIN)/python train.py --seeds 3
 	$(BIN)/python benchmarks/probe.py data/sciq
 
-bench: $(READY) $(if $(QUICK),,.venv-peers/.ready)  ## speed and memory beside the limits and the peers, into benchmarks/results; QUICK=1 without peers
-	$(BIN)/python -m benchmarks.sequences $(if $(QUICK),--repeats 2 --records 4000 --seconds 0.5 --no-peers)
-	$(BIN)/python -m benchmarks.graphs $(if $(QUICK),--repeats 2 --records 300 --seconds 0.5 --no-peers)
-	$(if $(QUICK),,$(BIN)/python -m benchmarks.scale)
-	$(BIN)/python -m benchmarks.plot
+# benchmark, options of a whole run, options of QUICK=1: a look at everything, without peers, into a folder of its own
+MEASURE = $(if $(QUICK),BENCH_RESULTS=benchmarks/results/quick) $(BIN)/python -m benchmarks.$(1) $(if $(QUICK),$(3),$(2))
 
-plots: $(READY)      ## docs/speed.png from benchmarks/results
+bench: $(READY) $(if $(QUICK),,.venv-peers/.ready)  ## speed and memory beside the limits and the peers, into benchmarks/results; QUICK=1 without peers
+	$(call MEASURE,limits,,--repeats 2 --megabytes 64 --seconds 0.1)
+	$(call MEASURE,sequences,--records 4000,--repeats 2 --records 1000 --seconds 0.2 --no-peers)
+	$(call MEASURE,graphs,,--repeats 2 --records 100 --seconds 0.2 --no-peers)
+	$(call MEASURE,budgets,,--records 500)
+	$(call MEASURE,scaling,--repeats 5 --megabytes 64 --seconds 0.3,--repeats 1 --megabytes 8 --seconds 0.05)
+	$(call MEASURE,layers,--megabytes 64,--repeats 1 --megabytes 16)
+	$(call MEASURE,scale,--gigabytes 0.25$(comma)0.5$(comma)1,--repeats 1 --gigabytes 0.1 --most-shards 100)
+	$(call MEASURE,training,,--repeats 1 --megabytes 4 --seconds 0.1)
+	$(call MEASURE,convert,--gigabytes 0.2 --memory-gigabytes 0,--gigabytes 0.02 --memory-gigabytes 0 --repeats 1)
+	$(call MEASURE,plot,,benchmarks/results/quick)
+
+plots: $(READY)      ## the README's speed tables, docs/speed.png and docs/growth.png from benchmarks/results
 	$(BIN)/python -m benchmarks.plot
 
 peers: .venv-peers/.ready  ## set-up of what the benchmarks compare with, in .venv-peers

@@ -45,6 +45,11 @@ class Prepared:
 def main(options: Options, config: TrainConfig) -> None:
     """The whole run, step by step."""
     with Processes.join(options.conduct.device) as processes:
+        if options.replay:
+            from training.ceiling import tell_ceilings
+
+            tell_ceilings(options, config, processes)
+            return
         interrupts = Interrupts(processes)
         prepared = processes.first(lambda: prepare(options, config, processes.world_size))
         data = open_same(prepared)
@@ -82,23 +87,25 @@ def train_runs(
 ) -> None:
     """One run in the folder itself; or several, each in a folder of its own, and their mean and spread."""
     from training.run import Job, carry_out
+    from training.watch import traced
 
-    for number, (name, part, own) in enumerate(runs_of(options, config, data)):
-        job = Job(
-            data=part,
-            config=own,
-            folder=folder / name,
-            resume="auto" if name else options.resume,
-            conduct=options.conduct,
-            interrupts=interrupts,
-            processes=processes,
-            probes=number == 0,
-        )
-        if not processes.first((job.folder / METRICS_NAME).exists):
-            if name and processes.is_first:
-                print(name.replace("-", " "), flush=True)
-                claim_folder(job.folder, own.to_dict(part), replace=False)
-            carry_out(job)
+    with traced(options.trace, processes.rank):
+        for number, (name, part, own) in enumerate(runs_of(options, config, data)):
+            job = Job(
+                data=part,
+                config=own,
+                folder=folder / name,
+                resume="auto" if name else options.resume,
+                conduct=options.conduct,
+                interrupts=interrupts,
+                processes=processes,
+                probes=number == 0,
+            )
+            if not processes.first((job.folder / METRICS_NAME).exists):
+                if name and processes.is_first:
+                    print(name.replace("-", " "), flush=True)
+                    claim_folder(job.folder, own.to_dict(part), replace=False)
+                carry_out(job)
     if options.runs > 1 and processes.is_first:
         runs = [read_metrics(folder / name) for name, _, _ in runs_of(options, config, data)]
         write_metrics(folder / METRICS_NAME, summarise(runs, "folds" if options.folds else "seeds"))
@@ -178,6 +185,13 @@ def command_line(
     checkpoint_steps: Annotated[
         int, flag("Output", "A checkpoint every so many steps too; 0 for none.", "--checkpoint-steps 500")
     ] = 0,
+    replay: Annotated[
+        bool, flag("Speed", "Only measure how fast the model is on one batch again and again.", "--replay", "--replay")
+    ] = False,
+    trace: Annotated[
+        Path | None,
+        flag("Speed", "What the run does when, for ui.perfetto.dev.", "--trace trace.json", metavar="FILE"),
+    ] = None,
     config: Annotated[
         Path | None,
         flag("Output", "Flags from a file; others win.", "--config run.yaml", is_eager=True, callback=take_config),
@@ -219,6 +233,8 @@ def command_line(
         resume=resume,
         seeds=seeds,
         folds=folds,
+        replay=replay,
+        trace=trace,
         conduct=Conduct(
             device=device,
             workers=parse_workers(workers),

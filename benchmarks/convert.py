@@ -27,7 +27,7 @@ from torch_geometric.data import Data
 from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
 from torch_geometric.data.storage import GlobalStorage
 
-from benchmarks.harness import Results, evict, peak_memory, seconds
+from benchmarks.harness import Results, evict, peak_memory, read_in_order, seconds
 from dali_pipeline.ingest.traces import attention_graphs
 from dali_pipeline.verify import verify
 
@@ -114,18 +114,6 @@ def alternately(
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
-def direct_read(paths: list[Path]) -> None:
-    """Every file from its beginning to its end, 4 MiB at a time, past the page cache."""
-    import mmap
-
-    buffer = mmap.mmap(-1, 4 << 20)  # aligned, as O_DIRECT wants it
-    for path in paths:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-        while os.readv(fd, [buffer]) == len(buffer):
-            pass
-        os.close(fd)
-
-
 def loop_over_tokens(attentions: list[np.ndarray], threshold: float, *, mean_first: bool) -> int:
     """What users write first: two loops over tokens, the mean over heads of each pair within them, or of a layer before."""
     edges: list[tuple[int, int]] = []
@@ -145,19 +133,20 @@ def main(
     gigabytes: Annotated[float, typer.Option(help="Of each kind of input.")] = 2.0,
     memory_gigabytes: Annotated[float, typer.Option(help="Of the larger input whose peak memory is taken; 0 for none.")] = 8.0,
     repeats: Annotated[int, typer.Option(help="Of each measurement.")] = 3,
-    scratch: Annotated[Path | None, typer.Option(help="Where to write. [default: a temporary folder]")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where to write. [default: a temporary folder]")] = None,
 ) -> None:
-    """Measures everything and writes benchmarks/results/convert.csv."""
+    """Measures everything and writes results/convert_<machine>_<date>.csv."""
     results = Results("convert", ["numpy", "torch", "xxhash", "pyarrow"])
     workers = len(os.sched_getaffinity(0))
     rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        root = Path(folder)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        root = Path(scratch)
         for suffix, scenario in (("pt", "stacked .pt"), ("npz", ".npz")):
             src = root / suffix
             nbytes = write_sequences(src, gigabytes * 1e9, rng, suffix)
             ours, theirs = alternately(partial(convert, src, workers=workers), partial(copy, src), nbytes, root, repeats)
-            results.add(scenario, f"convert, {workers} workers", "MB/s", ours, "cp --reflink=never; sync", theirs)
+            reference = "cp --reflink=never; sync"
+            results.add(scenario, f"convert, {workers} workers", "MB/s", ours, reference, theirs, cache="warm")
             if suffix == "npz":
                 shutil.rmtree(src)
         measure_verify(results, root, repeats)
@@ -177,7 +166,7 @@ def measure_verify(results: Results, root: Path, repeats: int) -> None:
         evict(paths)
         cold.append(nbytes / 1e6 / verify(root / "set").seconds)
         evict(paths)
-        disk.append(nbytes / 1e6 / seconds(lambda: direct_read(paths)))
+        disk.append(nbytes / 1e6 / seconds(lambda: read_in_order(paths)))
     for path in paths:
         path.read_bytes()
     warm = [nbytes / 1e6 / verify(root / "set").seconds for _ in range(repeats)]
@@ -186,8 +175,8 @@ def measure_verify(results: Results, root: Path, repeats: int) -> None:
         1000 * len(block) / 1e6 / seconds(lambda: [xxhash.xxh3_64_intdigest(block) for _ in range(1000)])
         for _ in range(repeats)
     ]
-    results.add("verify", "cold", "MB/s", cold, "sequential direct read", disk)
-    results.add("verify", "warm", "MB/s", warm, "XXH3 in memory, one thread", hashed)
+    results.add("verify", "cold", "MB/s", cold, "sequential direct read", disk, cache="cold")
+    results.add("verify", "warm", "MB/s", warm, "XXH3 in memory, one thread", hashed, cache="warm")
     shutil.rmtree(root / "set")
 
 
@@ -206,7 +195,7 @@ def measure_graphs(
     loads = [workers * nbytes / 1e6 / seconds(load) for _ in range(repeats)]
     ours = rates(partial(convert, root / "graphs", workers=workers), nbytes, root, repeats)
     reference = f"torch.load(weights_only=True) x {workers}"
-    results.add("graphs .pt", f"convert, {workers} workers", "MB/s", ours, reference, loads)
+    results.add("graphs .pt", f"convert, {workers} workers", "MB/s", ours, reference, loads, cache="warm")
     shutil.rmtree(root / "graphs")
 
 

@@ -45,7 +45,7 @@ def main(
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     folder: Annotated[Path | None, typer.Option(help="Where the sets are made, and removed again.", show_default=False)] = None,
 ) -> None:
-    """Measure every encoding; write results/encodings.csv."""
+    """Measure every encoding; write results/encodings_<machine>_<date>.csv."""
     results, exact = Results("encodings", ["torch", "numpy"]), dp.open_dataset(data)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         sizes: dict[str, float] = {}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import mmap
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -15,14 +17,19 @@ from contextlib import suppress
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
-RESULTS = Path(__file__).parent / "results"
+if TYPE_CHECKING:
+    from dali_pipeline import Dataset
+
+RESULTS = Path(os.environ.get("BENCH_RESULTS", Path(__file__).parent / "results"))
 COLUMNS = (
-    "scenario", "measured", "unit", "median", "lowest", "highest", "repeats", "reference", "reference_median", "ratio",
-    "why", "machine", "versions", "commit", "command", "date",
+    "scenario", "measured", "cache", "unit", "median", "lower_quartile", "upper_quartile", "lowest", "highest", "repeats",
+    "reference", "reference_median", "ratio", "why", "machine", "versions", "commit", "command", "date",
 )  # fmt: skip
+Row = dict[str, str]
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -50,6 +57,43 @@ def alternately(ways: Mapping[str, Callable[[], float]], repeats: int) -> dict[s
     return found
 
 
+def quartiles(values: list[float]) -> tuple[float, float]:
+    """Between which the middle half lies; of a single value, that value twice."""
+    if len(values) == 1:
+        return values[0], values[0]
+    lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return lower, upper
+
+
+def read_in_order(paths: Iterable[Path], *, direct: bool = True) -> int:
+    """Whole files, 8 MiB at a time, past the page cache or through it; returns their bytes. The limit of any reading."""
+    buffer, total = mmap.mmap(-1, 8 << 20), 0  # aligned, as O_DIRECT wants it
+    for path in paths:
+        fd, at = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0)), 0
+        while (got := os.preadv(fd, [buffer], at)) > 0:
+            at += got
+            if got < len(buffer):
+                break
+        os.close(fd)
+        total += at
+    return total
+
+
+def shards(data: Dataset) -> list[Path]:
+    """The files of its training split."""
+    return [
+        data.shard_path("train", kind, number) for kind in data.schema.kinds for number in range(len(data.table("train", kind)))
+    ]
+
+
+def wait_for_gpu() -> None:
+    """Until what was asked of it is done, where there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def evict(paths: Iterable[Path]) -> None:
     """Takes files out of the page cache, so that the next read comes from the disk."""
     for path in paths:
@@ -61,45 +105,105 @@ def evict(paths: Iterable[Path]) -> None:
 
 def peak_memory(command: list[str]) -> tuple[float, float]:
     """Runs a command; its seconds, and the greatest memory of it and its children in bytes, shared pages counted once (PSS)."""
-    started, peak = time.perf_counter(), 0
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    root = psutil.Process(process.pid)
-    while process.poll() is None:
-        total = 0
-        try:
-            for one in (root, *root.children(recursive=True)):
-                total += one.memory_full_info().pss
-        except psutil.Error:
-            pass
-        peak = max(peak, total)
-        time.sleep(0.05)
-    if process.returncode:
-        raise RuntimeError(f"{shlex.join(command)} ended with {process.returncode}")
+    started = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        peak = _peak(process)
     return time.perf_counter() - started, peak
 
 
+def growth(command: list[str]) -> float:
+    """The greatest memory of a command and its children, above what it has when it says it is ready, in bytes (PSS).
+
+    It says so by a line on its standard output, and then waits for one on its standard input.
+    """
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+        before = _memory(process)
+        process.stdin.write(b"go\n")
+        process.stdin.close()
+        return max(0.0, _peak(process) - before)
+
+
+def _peak(process: subprocess.Popen[bytes]) -> float:
+    """Until it ends. Raises RuntimeError where it fails."""
+    peak = 0.0
+    while process.poll() is None:
+        peak = max(peak, _memory(process))
+        time.sleep(0.05)
+    if process.returncode:
+        raise RuntimeError(f"{process.args!r} ended with {process.returncode}")
+    return peak
+
+
+def _memory(process: subprocess.Popen[bytes]) -> float:
+    total = 0.0
+    with suppress(psutil.Error):  # of a process that ends meanwhile
+        root = psutil.Process(process.pid)
+        for one in (root, *root.children(recursive=True)):
+            total += one.memory_full_info().pss
+    return total
+
+
+def machine() -> tuple[str, str]:
+    """Its cores, memory and GPU in words, and what of them a file's name tells."""
+    from dali_pipeline.container import allowed_cores, allowed_memory  # here, as the peers' environment lacks what it needs
+
+    with Path("/proc/cpuinfo").open() as file:
+        model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
+    cores, memory = f"{allowed_cores():g} cores", allowed_memory()[0] / 2**30
+    gpu = ""
+    if Path("/proc/driver/nvidia/version").exists():
+        import torch  # some seconds, which a machine without one is spared
+
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    short = re.sub(r"[^a-z0-9]+", "-", f"{cores} {model} {gpu}".lower()).strip("-")
+    return f"{cores} of {model}, {memory:.0f} GiB, {gpu or 'no GPU'}", short
+
+
+def results_path(theme: str) -> Path | None:
+    """The newest file of a theme, `<theme>_<machine>_<date>.csv`; None where there is none."""
+    return max(RESULTS.glob(f"{theme}_*_*.csv"), key=lambda path: path.stem.rsplit("_", 1)[1], default=None)
+
+
+def rows_of(theme: str) -> list[Row]:
+    """Of its newest file; none where it was not measured."""
+    path = results_path(theme)
+    if path is None:
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def without_folders(text: str) -> str:
+    """Paths shortened to their last part: rows name no folder of a machine."""
+    return re.sub(r"(?<![\w.:/-])/(?:[^/\s'\",:;()]+/)+", "", text)
+
+
 def _told(arguments: list[str]) -> list[str]:
-    """Without the scratch folder: a path of one machine."""
-    if "--folder" not in arguments:
-        return arguments
-    at = arguments.index("--folder")
-    return arguments[:at] + arguments[at + 2 :]
+    """Without the scratch folder."""
+    kept, given = [], iter(arguments)
+    for one in given:
+        if one == "--folder":
+            next(given, None)
+        elif not one.startswith("--folder="):
+            kept.append(without_folders(one))
+    return kept
 
 
 class Results:
-    """Rows of one benchmark, printed as they come and written whole to `results/<name>.csv`."""
+    """Rows of one theme, printed as they come and written whole to `results/<theme>_<machine>_<date>.csv`."""
 
-    def __init__(self, name: str, packages: Iterable[str]) -> None:
-        self._path = RESULTS / f"{name}.csv"
+    def __init__(self, theme: str, packages: Iterable[str]) -> None:
+        words, short = machine()
+        self.path = RESULTS / f"{theme}_{short}_{date.today().isoformat()}.csv"
         self._rows: list[dict[str, object]] = []
-        with Path("/proc/cpuinfo").open() as file:
-            model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
-        memory = psutil.virtual_memory().total / 2**30
         self._common = {
-            "machine": f"{len(os.sched_getaffinity(0))} cores of {model}, {memory:.0f} GiB, no GPU",
+            "machine": words,
             "versions": ", ".join([f"Python {platform.python_version()}", *(f"{one} {version(one)}" for one in packages)]),
             "commit": _commit(),
-            "command": shlex.join(["python", "-m", f"benchmarks.{name}", *_told(sys.argv[1:])]),
+            "command": shlex.join(["python", "-m", f"benchmarks.{theme}", *_told(sys.argv[1:])]),
             "date": date.today().isoformat(),
         }
 
@@ -111,16 +215,24 @@ class Results:
         values: list[float],
         reference: str = "",
         against: list[float] | None = None,
+        cache: str = "",
     ) -> None:
-        """One row: median and spread of `values`, and their ratio to the median of `against`."""
+        """One row: median and spread of `values`, and their ratio to the median of `against`.
+
+        cache: `warm` where files lay in the page cache, `cold` where they did not, empty where none are read.
+        """
+        lower, upper = quartiles(values)
         median, other = statistics.median(values), statistics.median(against) if against else None
         ratio = "" if other is None else f"{median / other:.3f}"
         self._rows.append(
             {
                 "scenario": scenario,
                 "measured": measured,
+                "cache": cache,
                 "unit": unit,
                 "median": f"{median:.4g}",
+                "lower_quartile": f"{lower:.4g}",
+                "upper_quartile": f"{upper:.4g}",
                 "lowest": f"{min(values):.4g}",
                 "highest": f"{max(values):.4g}",
                 "repeats": len(values),
@@ -131,18 +243,19 @@ class Results:
             }
         )
         against_text = f", {ratio} of {reference} ({other:.4g})" if other is not None else ""
-        print(f"{scenario}: {measured} {median:.4g} {unit} ({min(values):.4g} to {max(values):.4g}){against_text}", flush=True)
+        told = f"{scenario}: {measured}{f', {cache}' if cache and cache not in measured else ''}"
+        print(f"{told} {median:.4g} {unit} ({lower:.4g} to {upper:.4g}){against_text}", flush=True)
         self._write()
 
     def missing(self, scenario: str, measured: str, why: str) -> None:
         """A row for what could not be measured."""
-        self._rows.append({"scenario": scenario, "measured": measured, "why": why, **self._common})
+        self._rows.append({"scenario": scenario, "measured": measured, "why": without_folders(why), **self._common})
         print(f"{scenario}: {measured} cannot run: {why}", flush=True)
         self._write()
 
     def _write(self) -> None:
-        self._path.parent.mkdir(exist_ok=True)
-        with self._path.open("w", newline="") as file:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(self._rows)
@@ -151,6 +264,6 @@ class Results:
 def _commit() -> str:
     """Of the checkout, and whether anything was changed since; nothing where this is no checkout."""
     with suppress(FileNotFoundError):
-        command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return ""

@@ -1,10 +1,12 @@
-"""Draws docs/speed.png from results/*.csv: `python -m benchmarks.plot`. What was not measured is left out."""
+"""Draws docs/speed.png and docs/growth.png from results/, and the README's tables: `python -m benchmarks.plot`.
+
+Of each theme its newest file, `<theme>_<machine>_<date>.csv`. What was not measured is left out.
+"""
 
 from __future__ import annotations
 
-import csv
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -14,92 +16,176 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from benchmarks.harness import RESULTS
+from benchmarks.harness import Row, rows_of
+from benchmarks.tables import LABELS, is_ours, reach_of, spread, update_tables
 from dali_pipeline.cli import CONTEXT, run
 from dali_pipeline.picture import COLOURS, save
 
 OURS, PEER, LIMIT = COLOURS[2], COLOURS[3], COLOURS[1]
-LIMITS = ("gather", "limit")
+STYLES = {"torch engine": (COLOURS[2], "o"), "dali engine": (COLOURS[0], "s"), "GraphLoader": (COLOURS[1], "^")}
+LIMITS = ("gather", "slice and concatenate")
+README = Path("README.md")
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT)
-Rows = list[dict[str, str]]
-
-
-def rows_of(name: str) -> Rows:
-    """Of results/<name>.csv; none where it is not there."""
-    path = RESULTS / f"{name}.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+Rows = list[Row]
+Panel = Callable[[Axes], None]
 
 
 def bars(axes: Axes, rows: Rows, title: str) -> None:
     """Records a second of every way, ours and others', fastest first; the limit as a line."""
-    rates: dict[str, tuple[float, float, float]] = {}
+    first: dict[str, Row] = {}
     for row in rows:
         if row["median"] and "trial" not in row["measured"]:
-            rates.setdefault(row["measured"], (float(row["median"]), float(row["lowest"]), float(row["highest"])))
-        if (
-            row["reference"] and row["reference"] not in rates and "workers=" in row["reference"]
-        ):  # a peer, as ours was held against it
-            rates[row["reference"]] = (float(row["reference_median"]),) * 3
-    limit = next((rates.pop(name) for name in LIMITS if name in rates), None)
-    names = sorted(rates, key=lambda name: rates[name][0])
-    medians = [rates[name][0] for name in names]
-    spread = [
-        [max(0.0, rates[name][0] - rates[name][1]) for name in names],
-        [max(0.0, rates[name][2] - rates[name][0]) for name in names],
+            first.setdefault(row["measured"], row)
+    limit = next((float(first.pop(name)["median"]) for name in LIMITS if name in first), None)
+    names = sorted(first, key=lambda name: float(first[name]["median"]))
+    medians = [float(first[name]["median"]) for name in names]
+    reach = [
+        [max(0.0, (float(first[name]["median"]) - spread(first[name])[0])) for name in names],
+        [max(0.0, (spread(first[name])[1] - float(first[name]["median"]))) for name in names],
     ]
-    ours = ["engine" in name or "GraphLoader" in name for name in names]
-    axes.barh(names, medians, xerr=spread, color=[OURS if one else PEER for one in ours], error_kw={"linewidth": 0.8})
+    colours = [OURS if is_ours(name) else LIMIT if name in LABELS else PEER for name in names]
+    axes.barh(names, medians, xerr=reach, color=colours, error_kw={"linewidth": 0.8})
     if limit is not None:
-        axes.axvline(limit[0], color=LIMIT, linestyle="--", label="arrays in memory: the limit")
+        axes.axvline(limit, color=LIMIT, linestyle="--", label="arrays in memory: the limit")
         axes.legend(fontsize=7, loc="lower right")
-    axes.set(title=title, xlabel="records a second (median, lowest to highest)")
+    axes.set(title=title, xlabel=f"records a second, warm (median, {reach_of(rows)})")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.tick_params(axis="y", labelsize=7)
 
 
-def first_batches(axes: Axes, rows: Rows) -> None:
-    """Seconds by number of shards."""
-    for engine in ("dali", "torch"):
-        for state, line in (("warm", "-"), ("cold", ":")):
-            mine = [row for row in rows if row["measured"] == f"{engine} engine, first batch, {state}"]
-            shards = [int(row["scenario"].split()[0].replace(",", "")) for row in mine]
-            axes.plot(shards, [float(row["median"]) for row in mine], line, marker="o", label=f"{engine} engine, {state}")
-    axes.set(title="first batch", xlabel="shards", ylabel="seconds from opening", xscale="log", ylim=(0, None))
+def sizes(axes: Axes, rows: Rows) -> None:
+    """GB/s by the size of a record."""
+    mine = [row for row in rows if row["scenario"].startswith("records of ")]
+    for name, colour, marker in (("gather", LIMIT, None), *((one, *STYLES[one]) for one in ("torch engine", "dali engine"))):
+        of_name = [row for row in mine if row["measured"] == name]
+        nbytes = [int(row["scenario"].split()[2]) for row in of_name]
+        rates = [float(row["median"]) / 1e3 for row in of_name]
+        label = "arrays in memory: the limit" if name == "gather" else name
+        axes.plot(nbytes, rates, "--" if name == "gather" else "-", color=colour, marker=marker, label=label)
+    axes.set(
+        title="throughput by size of a record, warm", xlabel="bytes of a record", ylabel="GB/s", xscale="log", yscale="log"
+    )
+    axes.xaxis.set_major_formatter(EngFormatter(unit="B", sep=""))
     axes.legend(fontsize=7)
+
+
+def workers(axes: Axes, rows: Rows) -> None:
+    """Records a second by number of workers, each loader's beside its own with none."""
+    for kind, (colour, marker) in STYLES.items():
+        for cache, line in (("warm", "-"), ("cold", ":")):
+            mine = [row for row in rows if row["scenario"] == f"{kind}, shuffled" and row.get("cache") == cache]
+            if not mine:
+                continue
+            alone = float(mine[0]["median"])
+            counts = [int(row["measured"].removeprefix("workers=")) for row in mine]
+            shares = [float(row["median"]) / alone for row in mine]
+            axes.plot(counts, shares, line, color=colour, marker=marker, label=f"{kind}, {cache} ({alone:,.0f} with 0)")
+            axes.set_xticks(counts)
+    axes.axhline(1, color=PEER, linewidth=0.8)
+    axes.set(title="scaling with workers", xlabel="workers", ylabel="records a second, of those with 0", ylim=(0, None))
+    _legend_above(axes)
 
 
 def memory(axes: Axes, rows: Rows) -> None:
     """Above the imports, by size of the data."""
     mine = [row for row in rows if row["measured"].endswith("memory above imports")]
-    names = [f"{row['scenario']}, {row['measured'].split()[0]}" for row in mine]
-    axes.bar(names, [float(row["median"]) for row in mine], color=OURS)
+    for kind in ("torch engine", "dali engine"):
+        of_kind = [row for row in mine if row["measured"].startswith(kind)]
+        gigabytes = [float(row["scenario"].split()[-2]) for row in of_kind]
+        colour, marker = STYLES[kind]
+        axes.plot(gigabytes, [float(row["median"]) for row in of_kind], color=colour, marker=marker, label=kind)
     if mine:
         axes.axhline(float(mine[0]["reference_median"]), color=LIMIT, linestyle="--", label="a window and 300 MB")
-        axes.legend(fontsize=7)
-    axes.set(title="peak memory of an epoch", ylabel="MB above imports")
-    axes.tick_params(axis="x", labelsize=7)
+    axes.set(title="peak memory of an epoch", xlabel="GB of data", ylabel="MB above imports, all processes", ylim=(0, None))
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.legend(fontsize=7)
 
 
-@app.command()
-def main(path: Annotated[Path, typer.Argument(help="The picture.")] = Path("docs/speed.png")) -> None:
-    """Draw what results/ holds."""
-    sequences, graphs, scale = (rows_of(name) for name in ("sequences", "graphs", "scale"))
-    panels: list[Callable[[Axes], None]] = []
-    for rows in (sequences, graphs):
-        names = dict.fromkeys(row["scenario"] for row in rows)
-        panels += [partial(bars, rows=[row for row in rows if row["scenario"] == name], title=name) for name in names]
-    panels += [partial(first_batches, rows=scale), partial(memory, rows=scale)] if scale else []
-    figure = Figure(figsize=(13, 4.2 * -(-len(panels) // 2)), layout="constrained")
-    every = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).flatten().tolist()
+def first_batches(axes: Axes, rows: Rows) -> None:
+    """Seconds by number of shards."""
+    for kind in ("torch engine", "dali engine"):
+        for state, line in (("warm", "-"), ("cold", ":")):
+            mine = [row for row in rows if row["measured"] == f"{kind}, first batch, {state}"]
+            shards = [int(row["scenario"].split()[0].replace(",", "")) for row in mine]
+            colour, marker = STYLES[kind]
+            seconds = [float(row["median"]) for row in mine]
+            axes.plot(shards, seconds, line, color=colour, marker=marker, label=f"{kind}, {state}")
+    axes.set(title="first batch", xlabel="shards", ylabel="seconds from opening", xscale="log", ylim=(0, None))
+    axes.legend(fontsize=7)
+
+
+def layers(axes: Axes, rows: Rows) -> None:
+    """Bytes of a later epoch from the disk, by how many layers it reads."""
+    scenarios = list(dict.fromkeys(row["scenario"] for row in rows))
+    names = ["all layers", *(f"{part} of the layers" for part in ("a quarter", "one"))]
+    for number, scenario in enumerate(scenarios):
+        mine = [row for row in rows if row["scenario"] == scenario and row["measured"].endswith("second epoch, read")]
+        at = [place + (number - (len(scenarios) - 1) / 2) * 0.27 for place in range(len(mine))]
+        axes.bar(at, [float(row["median"]) for row in mine], 0.25, color=COLOURS[number % len(COLOURS)], label=scenario)
+    axes.set_xticks(range(3), names)
+    axes.set(title="bytes read from the disk with `layers=`, later epochs", ylabel="MB")
+    _legend_above(axes)
+
+
+def ceilings(axes: Axes, rows: Rows) -> None:
+    """Training beside its ceiling."""
+    names = list(dict.fromkeys(row["scenario"] for row in rows))
+    for number, (measured, colour) in enumerate((("one batch again and again", LIMIT), ("with the loader", OURS))):
+        mine = {row["scenario"]: float(row["median"]) for row in rows if row["measured"] == measured}
+        axes.bar(
+            [place + 0.4 * number - 0.2 for place in range(len(mine))], list(mine.values()), 0.38, color=colour, label=measured
+        )
+    axes.set_xticks(range(len(names)), names)
+    axes.set(title="training, and its ceiling", ylabel="records a second")
+    axes.legend(fontsize=7)
+
+
+def _legend_above(axes: Axes) -> None:
+    """In a third of the height that is left free for it."""
+    axes.set_ylim(0, 1.4 * axes.get_ylim()[1])
+    axes.legend(fontsize=7, loc="upper left", ncols=2)
+
+
+def speed_panels() -> Iterator[Panel]:
+    """Each scenario of sequences and graphs."""
+    for theme in ("sequences", "graphs"):
+        rows = rows_of(theme)
+        for name in dict.fromkeys(row["scenario"] for row in rows):
+            yield partial(bars, rows=[row for row in rows if row["scenario"] == name], title=name)
+
+
+def growth_panels() -> Iterator[Panel]:
+    """What was measured of the rest."""
+    themes = (("scaling", [sizes, workers]), ("scale", [memory, first_batches]), ("layers", [layers]), ("training", [ceilings]))
+    for theme, panels in themes:
+        if rows := rows_of(theme):
+            yield from (partial(panel, rows=rows) for panel in panels)
+
+
+def draw(panels: list[Panel], path: Path, width: int, height: float) -> None:
+    """So many in a row; nothing where there is none."""
+    if not panels:
+        return
+    lines = -(-len(panels) // width)
+    figure = Figure(figsize=(6.5 * width, height * lines), layout="constrained")
+    every = figure.subplots(lines, width, squeeze=False).flatten().tolist()
     for axes, panel in zip(every, panels, strict=False):
         panel(axes)
     for axes in every[len(panels) :]:
         axes.axis("off")
     save(figure, path)
     print(path)
+
+
+@app.command()
+def main(folder: Annotated[Path, typer.Argument(help="Where the pictures go.")] = Path("docs")) -> None:
+    """Draw what results/ holds; with the pictures in docs, the README's tables too."""
+    draw(list(speed_panels()), folder / "speed.png", 2, 4.2)
+    draw(list(growth_panels()), folder / "growth.png", 2, 3.6)
+    if folder == Path("docs"):
+        update_tables(README)
+        print(README)
 
 
 if __name__ == "__main__":

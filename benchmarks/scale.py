@@ -1,14 +1,14 @@
-"""What grows with the data, and must not: `python -m benchmarks.scale`, some minutes on 2 cores, 11 GB of disk.
+"""What grows with the data, and must not: `python -m benchmarks.scale`, two minutes on 2 cores, 2 GB of disk.
 
-Peak memory of an epoch in a process of its own, over that of the same process without one, for sets of 1 and 10 GB: all its
-processes together, shared pages once. Seconds from opening a set to its first batch, imports apart, by number of shards; cold:
-with the files taken out of the page cache. Epochs from the disk, beside reading the same files in order past the page cache.
+    python -m benchmarks.scale --gigabytes 1,10      # memory and cold epochs show best on more: 11 GB of disk
+
+Peak memory of an epoch in a process of its own, above what it has before: all its processes together, shared pages once.
+Seconds from opening a set to its first batch, imports apart, by number of shards; cold: with the files taken out of the page
+cache. Epochs of the largest set from the disk, beside reading the same files in order past the page cache.
 """
 
 from __future__ import annotations
 
-import mmap
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,17 +20,19 @@ import torch
 import typer
 
 import dali_pipeline as dp
-from benchmarks.harness import Results, evict, peak_memory, seconds
+from benchmarks.harness import Results, evict, growth, read_in_order, seconds, shards
 from dali_pipeline.cli import CONTEXT, run
 from dali_pipeline.order import WINDOW_BYTES
 from dali_pipeline.sequences import Engine
 
 SHAPE, BATCH_SIZE = (33, 1024), 32
 IMPORTS = "import sys, time, torch, dali_pipeline as dp; from nvidia.dali.plugin import pytorch; dp.SequenceLoader; "
-EPOCH = "loader = dp.SequenceLoader(dp.open_dataset(sys.argv[1]), engine=sys.argv[2], dtype=torch.float16); "
+EPOCH = "print('ready', flush=True); sys.stdin.readline(); "
+EPOCH += "loader = dp.SequenceLoader(dp.open_dataset(sys.argv[1]), engine=sys.argv[2], dtype=torch.float16); "
 EPOCH += "print(sum(len(batch) for batch in loader))"
 FIRST = "begun = time.perf_counter(); loader = dp.SequenceLoader(dp.open_dataset(sys.argv[1]), engine=sys.argv[2]); "
 FIRST += "next(iter(loader)); print(time.perf_counter() - begun)"
+SHARDS = (100, 1000, 10_000)
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT)
 
 
@@ -44,41 +46,23 @@ def made(folder: Path, count: int, shape: tuple[int, int], shard_bytes: int) -> 
     return dp.open_dataset(folder)
 
 
-def shards(data: dp.Dataset) -> list[Path]:
-    """Their paths."""
-    return [data.shard_path("train", "sequences", number) for number in range(len(data.table("train", "sequences")))]
-
-
-def read_directly(paths: list[Path]) -> None:
-    """In order, 8 MiB at a time, past the page cache."""
-    buffer = mmap.mmap(-1, 8 << 20)
-    for path in paths:
-        fd, at = os.open(path, os.O_RDONLY | os.O_DIRECT), 0
-        while (got := os.preadv(fd, [buffer], at)) == len(buffer):
-            at += got
-        os.close(fd)
-
-
 def command(code: str, *arguments: object) -> list[str]:
     """A Python process of its own."""
     return [sys.executable, "-c", IMPORTS + code, *map(str, arguments)]
 
 
-def measure_memory(results: Results, folder: Path, repeats: int) -> None:
-    """Of epochs of 1 and 10 GB."""
-    for gigabytes in (1, 10):
-        count = gigabytes * 10**9 // (2 * SHAPE[0] * SHAPE[1])
+def measure_memory(results: Results, folder: Path, sizes: list[float], repeats: int) -> None:
+    """Of epochs of so many GB; of the largest set also what it takes cold."""
+    for gigabytes in sizes:
+        count = round(gigabytes * 1e9) // (2 * SHAPE[0] * SHAPE[1])
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             data = made(Path(scratch) / "set", count, SHAPE, 256 << 20)
             for engine in get_args(Engine):
-                idle = [peak_memory(command("time.sleep(1)"))[1] / 1e6 for _ in range(repeats)]
-                peaks = [peak_memory(command(EPOCH, data.root, engine))[1] / 1e6 for _ in range(repeats)]
-                above = [peak - sorted(idle)[len(idle) // 2] for peak in peaks]
+                above = [growth(command(EPOCH, data.root, engine)) / 1e6 for _ in range(repeats)]
                 limit = [(WINDOW_BYTES + 300e6) / 1e6]
-                results.add(
-                    f"an epoch of {gigabytes} GB", f"{engine} engine, memory above imports", "MB", above, "allowed", limit
-                )
-            if gigabytes == 10:
+                measured = f"{engine} engine, memory above imports"
+                results.add(f"an epoch of {gigabytes:g} GB", measured, "MB", above, "allowed", limit, cache="warm")
+            if gigabytes == max(sizes):
                 measure_cold(results, data, repeats)
 
 
@@ -87,7 +71,7 @@ def measure_cold(results: Results, data: dp.Dataset, repeats: int) -> None:
     rates: dict[str, list[float]] = {"sequential direct read": []}
     for _ in range(repeats):
         evict(shards(data))
-        rates["sequential direct read"].append(data.nbytes / 1e6 / seconds(lambda: read_directly(shards(data))))
+        rates["sequential direct read"].append(data.nbytes / 1e6 / seconds(lambda: read_in_order(shards(data))))
         for engine in get_args(Engine):
             loader = dp.SequenceLoader(data, batch_size=BATCH_SIZE, engine=engine, dtype=torch.float16)
             for epoch in ("first", "second"):
@@ -96,13 +80,14 @@ def measure_cold(results: Results, data: dp.Dataset, repeats: int) -> None:
                 rates.setdefault(f"{engine} engine, {epoch} epoch", []).append(rate)
     reference = "sequential direct read"
     for name, values in rates.items():
-        against = ("", None) if name == reference else (reference, rates[reference])
-        results.add("10 GB, cold", name, "MB/s", values, *against)
+        against = None if name == reference else rates[reference]
+        scenario = f"{data.nbytes / 1e9:.2g} GB, cold"
+        results.add(scenario, name, "MB/s", values, reference if against else "", against, cache="cold")
 
 
-def measure_first_batch(results: Results, folder: Path, repeats: int) -> None:
-    """By number of shards."""
-    for count in (100, 1000, 10_000):
+def measure_first_batch(results: Results, folder: Path, most: int, repeats: int) -> None:
+    """By number of shards, up to so many."""
+    for count in (one for one in SHARDS if one <= most):
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             data = made(Path(scratch) / "set", 4 * count, (4, 64), 4 * (4 * 64 * 2 + 8))
             assert len(shards(data)) == count
@@ -114,19 +99,22 @@ def measure_first_batch(results: Results, folder: Path, repeats: int) -> None:
                             evict([data.root / "manifest.json", *shards(data)])
                         done = subprocess.run(command(FIRST, data.root, engine), capture_output=True, text=True, check=True)
                         found.append(float(done.stdout))
-                    results.add(f"{count:,} shards", f"{engine} engine, first batch, {state}", "s", found)
+                    results.add(f"{count:,} shards", f"{engine} engine, first batch, {state}", "s", found, cache=state)
 
 
 @app.command()
 def main(
-    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    gigabytes: Annotated[str, typer.Option(help="Sizes of the sets, with commas between.")] = "0.25,0.5,1",
+    most_shards: Annotated[int, typer.Option(help="Of 100, 1,000 and 10,000, up to so many.")] = 10_000,
     folder: Annotated[Path | None, typer.Option(help="Where the sets are made, and removed again.", show_default=False)] = None,
 ) -> None:
-    """Measure memory, cold epochs and first batches; write results/scale.csv."""
+    """Measure memory, cold epochs and first batches; write results/scale_<machine>_<date>.csv."""
     results = Results("scale", ["torch", "numpy", "nvidia-dali-cuda120"])
+    sizes = [float(one) for one in gigabytes.split(",")]
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        measure_first_batch(results, Path(scratch), repeats)
-        measure_memory(results, Path(scratch), repeats)
+        measure_first_batch(results, Path(scratch), most_shards, repeats)
+        measure_memory(results, Path(scratch), sizes, repeats)
 
 
 if __name__ == "__main__":

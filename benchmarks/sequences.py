@@ -22,7 +22,7 @@ import torch
 import typer
 
 import dali_pipeline as dp
-from benchmarks.harness import Results, alternately, rate
+from benchmarks.harness import Results, alternately, rate, wait_for_gpu
 from benchmarks.peers import Peer, report, running
 from benchmarks.peers_sequences import PEERS
 from benchmarks.peers_torch import write_values
@@ -46,7 +46,9 @@ def made(folder: Path, count: int, shape: tuple[int, int]) -> tuple[dp.Dataset, 
 
 def epoch(loader: dp.SequenceLoader) -> int:
     """One epoch; returns its records."""
-    return sum(len(batch) for batch in loader)
+    records = sum(len(batch) for batch in loader)
+    wait_for_gpu()
+    return records
 
 
 def gather(values: np.ndarray[Any, Any], batch_size: int, *, cast: bool) -> int:
@@ -86,7 +88,7 @@ def main(
     peers: Annotated[bool, typer.Option(help="Measure them too; `make peers` installs them.")] = True,
     folder: Annotated[Path | None, typer.Option(help="Where the sets are made, and removed again.", show_default=False)] = None,
 ) -> None:
-    """Measure every way in turn; write results/sequences.csv."""
+    """Measure every way in turn; write results/sequences_<machine>_<date>.csv."""
     results = Results("sequences", ["torch", "numpy", "nvidia-dali-cuda120"])
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         where = Path(scratch)
@@ -117,7 +119,7 @@ def long_records(
     }
     for engine in get_args(Engine):
         for dtype in (torch.float16, torch.float32):
-            for workers in (0, 1, 2):
+            for workers in (0, 2, 4):
                 loader = dp.SequenceLoader(data, tail="drop", engine=engine, dtype=dtype, workers=workers)
                 ways[f"{engine} engine, {str(dtype)[6:]}, workers={workers}"] = partial(epoch, loader)
     timed: dict[str, Callable[[], float]] = {name: partial(rate, way, seconds) for name, way in ways.items()}

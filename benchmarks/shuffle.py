@@ -38,7 +38,7 @@ def main(
     epochs: Annotated[int, typer.Option()] = 20,
     plot: Annotated[Path | None, typer.Option(metavar="OUT.png", help="Draw the larger records.", show_default=False)] = None,
 ) -> None:
-    """Measure both figures of every method and window; write results/shuffle.csv and print the README's table."""
+    """Measure both figures of every method and window; write its rows to results/ and print the README's table."""
     results = Results("shuffle", ["numpy", "xxhash"])
     lines = []
     for record_bytes in (4 << 20, 33 * 1024 * 2):

@@ -10,7 +10,8 @@ from dali_pipeline.record import Graphs, Record
 from dali_pipeline.schema import DataError, Field, FormatError, PipelineError, Schema, UsageError
 from dali_pipeline.split import Split
 from dali_pipeline.state import StateError
-from dali_pipeline.timing import StepTimer
+from dali_pipeline.timing import StepTimer, replay
+from dali_pipeline.trace import Trace, span
 from dali_pipeline.world import World
 from dali_pipeline.writer import ShardWriter
 
@@ -38,10 +39,13 @@ __all__ = [
     "Split",
     "StateError",
     "StepTimer",
+    "Trace",
     "UsageError",
     "World",
     "mix",
     "open_dataset",
+    "replay",
+    "span",
 ]
 # torch takes 3 seconds to import and PyG 4 more: who converts, or loads sequences alone, does not pay for them
 _LAZY = {"GraphBatch": "collate", "GraphLoader": "graphs", "SequenceBatch": "sequences", "SequenceLoader": "sequences"}

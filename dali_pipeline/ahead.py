@@ -11,6 +11,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from dali_pipeline.container import allowed_cores
+from dali_pipeline.trace import span
+
 T = TypeVar("T")
 R = TypeVar("R")
 _LEFT_TO_THE_PARENT: list[Any] = []
@@ -22,13 +25,14 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int) -> G
     Closed early, it waits for what is running and leaves no thread behind.
     """
     if not threads:
-        yield from map(function, items)
+        for item in items:
+            yield _gathered(function, item)
         return
     pool = ThreadPoolExecutor(threads, thread_name_prefix="gather")
     pending: deque[Any] = deque()
     try:
         for item in items:
-            pending.append(pool.submit(function, item))
+            pending.append(pool.submit(_gathered, function, item))
             if len(pending) > 2 * threads:
                 yield pending.popleft().result()
         while pending:
@@ -37,10 +41,14 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int) -> G
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _gathered(function: Callable[[T], R], item: T) -> R:
+    with span("gather"):
+        return function(item)
+
+
 def background_threads(device: torch.device) -> int:
     """One, which overlaps with a step; none where that computes on the same two cores, for then a thread only costs."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 1 if device.type == "cuda" or cores > 2 else 0
+    return 1 if device.type == "cuda" or allowed_cores() > 2 else 0
 
 
 @contextmanager

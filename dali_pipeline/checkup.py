@@ -25,6 +25,7 @@ ADVICE = {
     "page cache": "faster memory, or smaller values (`convert --dtype int8`)",
     "gather": "more background threads (`workers=`), fewer layers, or smaller values",
     "decode": "`dtype=torch.float16`, or a GPU to decode on",
+    "collate": "smaller batches of graphs, fewer layers (`layers=`), or a GPU to collate on",
     "host to device": "float16 all the way (`dtype=torch.float16`), or smaller values",
     "model": "nothing: the data come faster than the model takes them",
 }
@@ -46,14 +47,16 @@ def doctor_command(
     """Tell whether training waits for data, why, and what to change. Exits 0 (fed), 1 (input-bound) or 2 (cannot run).
 
     \b
-    Measures every stage alone (disk, page cache, gather, decode, copy to the GPU, model step) and all of them together, then
-    tries the change that promises most. Takes under a minute.
+    Measures every stage alone (disk, page cache, gather, decode, collate, copy to the GPU, model step on one batch again and
+    again) and all of them together, predicts what changes would bring, and tries the best of those that need no conversion and
+    no other machine. Takes under a minute.
     Examples:
       python -m dali_pipeline doctor data/sciq
       python -m dali_pipeline doctor data/traces --model gnn_lstm --batch-size 64 --json
     """
     from dali_pipeline.dataset import open_dataset
-    from dali_pipeline.doctor import Setup, examine
+    from dali_pipeline.doctor import examine
+    from dali_pipeline.knobs import Setup
 
     kinds = open_dataset(data).schema.kinds
     kind: Kind = ("sequences" if model == "lstm" else "graphs") if model else kinds[0]
@@ -62,7 +65,7 @@ def doctor_command(
     name: ModelName = model or ("lstm" if kind == "sequences" else "gnn_lstm")
     setup = Setup(batch_size=batch_size, workers=parse_workers(workers), engine=engine, device=device)
     with progress_bar() as bar:
-        task = bar.add_task("examine", total=8)
+        task = bar.add_task("examine", total=8 + (kind == "graphs"))
 
         def tell(stage: str) -> None:
             bar.update(task, advance=1, description=stage)
@@ -126,27 +129,61 @@ def print_checkup(found: dict[str, Any]) -> None:
     share = f"{together['wait_share']:.0%} of the time waits for data"
     console.print(f"{found['verdict']}: all together {together['records_per_second']:,.0f} records/s, {share}")
     console.print(f"the narrowest stage is {found['narrowest']}; what helps: {found['advice']}")
-    if found["next"]:
-        one = found["next"]
-        console.print(f"tried {one['change']}: {one['predicted']:,.0f} records/s predicted, {one['measured']:,.0f} measured")
+    table = Table("change", "records/s predicted", "", "measured", box=box.SIMPLE_HEAD)
+    for name, one in sorted(found["knobs"].items(), key=lambda item: -item[1]["predicted"]):
+        gain = one["predicted"] / together["records_per_second"] - 1
+        measured = "" if one["measured"] is None else f"{one['measured']:,.0f}"
+        table.add_row(name, f"{one['predicted']:,.0f}", f"{gain:+.0%}", measured)
+    console.print(table)
+    if found["next"] is None:
+        console.print("no change of options promises a tenth more, so none was tried")
+    console.print(machine_line(machine))
     for warning in found["warnings"]:
         console.print(f"warning: {warning}")
 
 
+def machine_line(machine: dict[str, Any]) -> str:
+    """Its facts."""
+    shared = machine["shared_memory"]
+    facts = [
+        f"{machine['memory_available'] / 1e9:.1f} of {machine['memory'] / 1e9:.1f} GB of memory to be had",
+        f"{'no' if shared is None else f'{shared / 1e9:.1f} GB of'} /dev/shm",
+        f"{machine['open_files']:,} open files",
+        f"{machine['free_disk'] / 1e9:.1f} GB free on {machine['file_system'] or 'a file system of unknown kind'}",
+        f"torch {machine['torch']} with {machine['threads']} threads",
+        f"CUDA {machine['cuda'] or 'none'}",
+        f"driver {machine['driver'] or 'none'}",
+    ]
+    return f"machine: {', '.join(facts)}"
+
+
 def draw_stages(found: dict[str, Any], path: Path) -> None:
-    """Records a second of every stage, all together as a line."""
+    """Records a second of every stage, all together as a line; and what changes promise, the one tried as measured."""
     from matplotlib.figure import Figure
 
     from dali_pipeline.picture import COLOURS, save
 
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = figure.subplots()
-    names = list(found["stages"])[::-1]
-    rates = [found["stages"][name]["records_per_second"] for name in names]
-    colours = [COLOURS[1] if name == found["narrowest"] else COLOURS[2] for name in names]
-    axes.barh(names, rates, color=colours, alpha=0.9)
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    stages, knobs = figure.subplots(1, 2)
     together = found["together"]["records_per_second"]
-    axes.axvline(together, color="black", linestyle="--", label=f"all together: {together:,.0f}")
-    axes.set(xscale="log", xlabel="records a second", title=f"{Path(found['root']).name}: {found['verdict']}")
-    axes.legend(fontsize=8, loc="lower right")
+    names = list(found["stages"])[::-1]
+    for name in names:
+        one = found["stages"][name]
+        colour = COLOURS[1] if name == found["narrowest"] else COLOURS[2] if one["counted"] else COLOURS[3]
+        stages.barh(name if one["counted"] else f"{name}\n(not counted)", one["records_per_second"], color=colour)
+    lowest = min(one["records_per_second"] for one in found["stages"].values())
+    stages.set(xscale="log", xlabel="records a second, log scale", title="each stage alone", xlim=(lowest / 4, None))
+    told = sorted(found["knobs"].items(), key=lambda item: item[1]["predicted"])
+    for name, one in told:
+        knobs.barh(name, one["predicted"], color=COLOURS[2])
+        if one["measured"] is not None:
+            knobs.plot(one["measured"], name, "D", color=COLOURS[0], markeredgecolor="black", label="as measured")
+    knobs.set(xlabel="records a second", title="each change, as predicted")
+    knobs.tick_params(axis="y", labelsize=8)
+    for axes in (stages, knobs):
+        axes.axvline(together, color="black", linestyle="--", label=f"all together, now: {together:,.0f}")
+        axes.legend(fontsize=8, loc="lower right")
+    share = f"{found['together']['wait_share']:.0%} of the time waits for data"
+    narrowest = f"narrowest: {found['narrowest']}"
+    figure.suptitle(f"{Path(found['root']).name}, {found['model']}: {found['verdict']}, {share}; {narrowest}", fontsize=11)
     save(figure, path)

@@ -14,6 +14,7 @@ from dali_pipeline.encoding import BFLOAT16
 from dali_pipeline.graphsource import GraphRows
 from dali_pipeline.memory import Buffers
 from dali_pipeline.schema import Array, Field, Schema, level_of
+from dali_pipeline.trace import span
 
 _EMPTY = Batch(_base_cls=Data)  # making one takes PyG a fifth of a millisecond, copying it none
 
@@ -83,9 +84,9 @@ class Collator:
         graphs = copy(_EMPTY)
         numbers, zeros = torch.arange(num_graphs + 1, device=self._device), torch.zeros_like(node_counts)
         first_rows, slices, increments = {"node": node_ptr, "edge": edge_ptr, "graph": numbers}, {}, {}
-        for name, field in self._fields.items():
+        for name, values in self.values(rows).items():
             attribute = name.rpartition(".")[2]
-            graphs[attribute] = self._values(rows.arrays[name], field, real=name in ("x", "edge_attr"))
+            graphs[attribute] = values
             slices[attribute], increments[attribute] = first_rows[level_of(name)], zeros
         # (E, 2) local to the graph -> (2, E) numbered through the batch
         edge_index = torch.empty((2, len(rows.edge_index)), dtype=torch.int64, device=self._device)
@@ -107,10 +108,17 @@ class Collator:
             positions=torch.from_numpy(rows.positions),
         )
 
+    def values(self, rows: GraphRows) -> dict[str, torch.Tensor]:
+        """Each field as it is delivered, by its name as stored."""
+        real = ("x", "edge_attr")
+        return {name: self._values(rows.arrays[name], field, real=name in real) for name, field in self._fields.items()}
+
     def _move(self, array: Array) -> torch.Tensor:
         tensor = torch.from_numpy(array)
-        # from pinned memory, which torch keeps and uses again, a copy need not be waited for
-        return tensor if self._device.type == "cpu" else tensor.pin_memory().to(self._device, non_blocking=True)
+        if self._device.type == "cpu":
+            return tensor
+        with span("copy"):  # from pinned memory, which torch keeps and uses again, it need not be waited for
+            return tensor.pin_memory().to(self._device, non_blocking=True)
 
     def _values(self, array: Array, field: Field, *, real: bool) -> torch.Tensor:
         """Stored rows of a field, on the device; as `dtype`, but whole numbers that need not be `real` as int64."""
@@ -120,8 +128,9 @@ class Collator:
         unchanged = stored.dtype == dtype and not self._copies
         if self._device.type != "cpu" or unchanged or not stored.numel():
             return stored.to(dtype)
-        memory = self._buffers.take(stored.numel() * dtype.itemsize)
-        return torch.from_numpy(memory).view(dtype).view(stored.shape).copy_(stored)
+        with span("decode"):
+            memory = self._buffers.take(stored.numel() * dtype.itemsize)
+            return torch.from_numpy(memory).view(dtype).view(stored.shape).copy_(stored)
 
 
 def first_nodes(node_ptr: torch.Tensor, edge_counts: torch.Tensor, num_edges: int) -> torch.Tensor:

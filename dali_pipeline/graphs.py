@@ -27,6 +27,7 @@ from dali_pipeline.schema import PipelineError, Schema, UsageError
 from dali_pipeline.sidestream import a_batch_ahead
 from dali_pipeline.state import LoaderState, StateError
 from dali_pipeline.stretch import stretches
+from dali_pipeline.trace import span
 
 STRETCH_BYTES = 16 << 20
 STRETCH_STEPS = 64
@@ -144,7 +145,8 @@ class GraphLoader(Loader[GraphBatch]):
             for loaded, error in gathered:
                 for stretch in loaded:
                     for rows, valid, places in stretch.batches():
-                        batch = self._collator.batch(rows, valid)
+                        with span("collate"):
+                            batch = self._collator.batch(rows, valid)
                         yield Made(batch, batch.ids, valid, stretch.left_out, places)
                 if error is not None:
                     raise error

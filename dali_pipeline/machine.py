@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import resource
@@ -10,21 +11,25 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import psutil
+from dali_pipeline.container import allowed_cores, allowed_memory
 
-NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "lustre", "glusterfs", "ceph", "fuse.sshfs", "fuse.s3fs", "9p", "beegfs")
-LEAST_FILES, LEAST_SHARED, LEAST_FREE = 1024, 1 << 30, 10 << 30
+NETWORK_FILE_SYSTEMS = (
+    *("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "ceph", "glusterfs", "beegfs", "afs", "9p"),
+    *(f"fuse.{name}" for name in ("sshfs", "s3fs", "gcsfuse", "glusterfs", "juicefs", "rclone")),
+)
+LEAST_FILES, LEAST_SHARED, LEAST_FREE, LEAST_MEMORY = 1024, 1 << 30, 10 << 30, 1 << 30
 
 
 def describe_machine(root: Path) -> dict[str, Any]:
     """Facts, in JSON types; bytes where no other unit is named. Costs microseconds, but for torch's import."""
     import torch
 
-    memory = psutil.virtual_memory()
+    memory, memory_available = allowed_memory()
     return {
         "cores": allowed_cores(),
-        "memory": memory.total,
-        "memory_available": memory.available,
+        "threads": torch.get_num_threads(),
+        "memory": memory,
+        "memory_available": memory_available,
         "shared_memory": shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None,
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "free_disk": shutil.disk_usage(root).free,
@@ -33,6 +38,7 @@ def describe_machine(root: Path) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "driver": driver_version(),
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
+        "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "gpu_in_machine": Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidia0").exists(),
     }
 
@@ -42,8 +48,20 @@ def warnings_about(machine: dict[str, Any]) -> list[str]:
     found = []
     if machine["gpu_in_machine"] and not machine["gpus"]:
         build = f"a build for CUDA {machine['cuda']}" if machine["cuda"] else "a build without CUDA"
+        why = f"torch {machine['torch']} is {build}, the driver is {machine['driver']}; install a torch that fits"
+        if machine["cuda"] and machine["visible_gpus"] is not None:
+            why = f"CUDA_VISIBLE_DEVICES is {machine['visible_gpus']!r}; unset it, or name one that is there"
+        found.append(f"this machine has a GPU that torch does not see: {why}")
+    if machine["threads"] > math.ceil(machine["cores"]):
         found.append(
-            f"this machine has a GPU that torch does not see; torch {machine['torch']} is {build}, so install one that fits"
+            f"torch computes with {machine['threads']} threads on {machine['cores']:g} allowed cores, which take turns; "
+            f"set OMP_NUM_THREADS={math.ceil(machine['cores'])}"
+        )
+    if machine["memory_available"] < LEAST_MEMORY:
+        free, of = machine["memory_available"] / 1e6, machine["memory"] / 1e6
+        found.append(
+            f"{free:,.0f} MB of {of:,.0f} MB of memory are to be had, and a loader takes up to window_bytes and 300 MB; "
+            "give the container more, or the loader a smaller window_bytes"
         )
     if machine["shared_memory"] is not None and machine["shared_memory"] < LEAST_SHARED:
         size = machine["shared_memory"] / 1e6
@@ -59,15 +77,6 @@ def warnings_about(machine: dict[str, Any]) -> list[str]:
     if machine["free_disk"] < LEAST_FREE:
         found.append(f"{machine['free_disk'] / 1e9:.1f} GB of disk are free; checkpoints and a second encoding need some")
     return found
-
-
-def allowed_cores() -> float:
-    """Those that this process may run on, as its container limits them."""
-    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, int(quota) / int(period))
-    return cores
 
 
 def file_system(root: Path) -> str | None:

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from multiprocessing.connection import Connection
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from dali_pipeline import trace
 from dali_pipeline.memory import Buffers
 from dali_pipeline.schema import Array, PipelineError
 
@@ -91,7 +93,9 @@ class _Worker:
             message = self.pipe.recv_bytes()
         except (OSError, EOFError):
             raise self.died() from None
-        return self.arenas[arena].loads(message)
+        answer, begin, end = self.arenas[arena].loads(message)
+        trace.add("gather", begin, end, worker=self.process.pid)
+        return answer
 
     def died(self) -> PipelineError:
         self.process.join(1)
@@ -155,10 +159,11 @@ def _serve(work: Callable[[Any, Buffers], object], arenas: list[Arena], pipe: Co
         try:
             item, arena = pipe.recv()
             arenas[arena].clear()
+            begin = time.perf_counter()  # of all processes the same clock
             try:
-                answer = arenas[arena].dumps(work(item, arenas[arena]))
+                answer = arenas[arena].dumps((work(item, arenas[arena]), begin, time.perf_counter()))
             except Exception as error:
-                answer = arenas[arena].dumps(error)
+                answer = arenas[arena].dumps((error, begin, time.perf_counter()))
             pipe.send_bytes(answer)
         except (EOFError, OSError):
             return

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dali_pipeline.plan import EpochPlan
 from dali_pipeline.schema import PipelineError
 from dali_pipeline.source import BatchSource
+from dali_pipeline.trace import span
 from dali_pipeline.world import World
 
 READS_IN_FLIGHT = 4  # threads; each asks for a run of some MiB
@@ -48,7 +49,7 @@ class ReadAhead:
                 self._pool.submit(self._bring, start, count)
 
     def _bring(self, start: int, count: int) -> None:
-        with contextlib.suppress(PipelineError, OSError):
+        with contextlib.suppress(PipelineError, OSError), span("read ahead"):
             if self._source.bring(start, count):
                 self._cold = True
 

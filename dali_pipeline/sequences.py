@@ -22,6 +22,7 @@ from dali_pipeline.plan import EpochPlan
 from dali_pipeline.schema import Array, DataError, FormatError, UsageError
 from dali_pipeline.source import Padded, SequenceSource
 from dali_pipeline.stretch import Stretch, StretchGatherer, stretches
+from dali_pipeline.trace import span, spans
 
 Engine = Literal["dali", "torch"]
 PREFETCH_STRETCHES = 2  # that DALI runs ahead
@@ -188,8 +189,11 @@ class SequenceLoader(Loader[SequenceBatch]):
             for rows in stretch.batches():
                 begin, longest = int(stretch.rows.starts[rows.start]), stretch.longest(rows)
                 batch = values[begin : begin + self.batch_size * longest].view(self.batch_size, longest, *values.shape[1:])
-                batch = self._decoding.run(batch.to(self.device, non_blocking=True), stretch.rows.lengths[rows])
-                yield self._batch(batch, labels[rows].to(self.device), valid[rows].to(self.device), stretch, rows)
+                with span("copy", self.device.type != "cpu"):
+                    moved = [one.to(self.device, non_blocking=True) for one in (batch, labels[rows], valid[rows])]
+                with span("decode"):
+                    batch = self._decoding.run(moved[0], stretch.rows.lengths[rows])
+                yield self._batch(batch, moved[1], moved[2], stretch, rows)
 
     def _through_dali(self, loaded: Loaded) -> Iterator[Made[SequenceBatch]]:
         # A pipeline an epoch: building one takes about 10 ms, and nothing read ahead can outlive its epoch.
@@ -222,12 +226,13 @@ class SequenceLoader(Loader[SequenceBatch]):
         names = ["sequences", "labels", "valid"]
         iterator = DALIGenericIterator([pipeline], names, size=-1, auto_reset=False, prepare_first_batch=False)
         with belonging_to_this_process(iterator):
-            for (out,) in iterator:
+            for (out,) in spans("dali", iterator):
                 stretch = ahead.popleft()
                 for rows in stretch.batches():
                     batch = out["sequences"][rows, : stretch.longest(rows)]
                     if not self._decodes_in_dali:
-                        batch = self._decoding.run(batch, stretch.rows.lengths[rows])
+                        with span("decode"):
+                            batch = self._decoding.run(batch, stretch.rows.lengths[rows])
                     batch = batch.contiguous()
                     yield self._batch(batch, out["labels"][rows], out["valid"][rows], stretch, rows)
         if failures:

@@ -34,23 +34,32 @@ def measure_stages(
     plan = loader._plan(0)
     rates: dict[str, float] = {}
     tell("disk")
-    rates["disk"] = read_rate(files, direct=True) / record_bytes
+    rates["disk"] = read_rate(files, direct=True, seconds=seconds) / record_bytes
     tell("page cache")
-    read_rate(files, direct=False)  # so that it has them
-    rates["page cache"] = read_rate(files, direct=False) / record_bytes
+    read_rate(files, direct=False, seconds=seconds)  # so that it has them
+    rates["page cache"] = read_rate(files, direct=False, seconds=seconds) / record_bytes
     tell("gather")
     gathered = list(islice(gathers(loader, plan), 4))  # hashed, and in memory
     rates["gather"] = rate_of(gathers(loader, plan), loader.batch_size, seconds)
     tell("decode")
     rates["decode"] = rate_of((decode(loader, one) for one in _for_ever(gathered)), loader.batch_size, seconds)
+    if isinstance(loader, GraphLoader):
+        tell("collate")
+        whole = rate_of((collate(loader, one) for one in _for_ever(gathered)), loader.batch_size, seconds)
+        rates["collate"] = 1 / max(1 / whole - 1 / rates["decode"], 0.01 / whole)  # what it does beside decoding
     if loader.device.type == "cuda":
         tell("host to device")
         rates["host to device"] = copy_rate(loader.device) / record_bytes
     tell("model")
+    rates["model"] = model_rate(loader, step, seconds)
+    return rates
+
+
+def model_rate(loader: Loader[Any], step: Train, seconds: float) -> float:
+    """Records a second of steps on one batch again and again: the model's ceiling."""
     batch = next(iter(loader))
     step(batch)
-    rates["model"] = rate_of(_steps(step, batch, loader.device), loader.batch_size, seconds)
-    return rates
+    return rate_of(_steps(step, batch, loader.device), loader.batch_size, seconds)
 
 
 def gathers(loader: Loader[Any], plan: EpochPlan) -> Iterator[Any]:
@@ -72,12 +81,18 @@ def gathers(loader: Loader[Any], plan: EpochPlan) -> Iterator[Any]:
 
 
 def decode(loader: Loader[Any], gathered: Any) -> Any:
-    """A gathered batch in the type that is delivered, on the CPU."""
+    """A gathered batch's values in the type that is delivered, on the device."""
     if isinstance(loader, SequenceLoader):
         rows = gathered.rows
         values = torch.from_numpy(rows.values).view(loader.batch_size, -1, *rows.values.shape[1:])
         return loader._decoding.run(values.to(loader.device), rows.lengths)
     assert isinstance(loader, GraphLoader)
+    ((rows, _, _),) = gathered.batches()
+    return loader._collator.values(rows)
+
+
+def collate(loader: GraphLoader, gathered: Any) -> Any:
+    """A gathered batch as it is delivered: decoded, numbered through, a PyG batch."""
     ((rows, valid, _),) = gathered.batches()
     return loader._collator.batch(rows, valid)
 
@@ -92,8 +107,9 @@ def rate_of(work: Iterator[Any], records: int, seconds: float) -> float:
     return done * records / (time.perf_counter() - begun)
 
 
-def read_rate(files: list[Path], *, direct: bool) -> float:
-    """Bytes a second of reading up to READ_BYTES of the files in order: from the disk, past the page cache; or what it has."""
+def read_rate(files: list[Path], *, direct: bool, seconds: float) -> float:
+    """Bytes a second of reading the files in order, READ_BYTES of them, or so long: from the disk, past the page cache, or as
+    it has them."""
     buffer, read, spent = mmap.mmap(-1, 8 << 20), 0, 0.0
     for path in files:
         flags = getattr(os, "O_DIRECT", 0) if direct else 0
@@ -103,14 +119,16 @@ def read_rate(files: list[Path], *, direct: bool) -> float:
             fd = os.open(path, os.O_RDONLY)
         try:
             at, begun = 0, time.perf_counter()
-            while read < READ_BYTES and (got := os.preadv(fd, [buffer], at)) > 0:
+            while (
+                read < READ_BYTES and spent + time.perf_counter() - begun < seconds and (got := os.preadv(fd, [buffer], at)) > 0
+            ):
                 at, read = at + got, read + got
                 if got < len(buffer):
                     break
             spent += time.perf_counter() - begun
         finally:
             os.close(fd)
-        if read >= READ_BYTES:
+        if read >= READ_BYTES or spent >= seconds:
             break
     return read / max(spent, 1e-9)
 

@@ -1,4 +1,4 @@
-"""StepTimer: how long a training loop waited for data and how long it computed."""
+"""StepTimer: how long a training loop waited for data and how long it computed; replay: how fast it could be."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from itertools import repeat
 from typing import TypeVar
+
+from dali_pipeline import trace
 
 T = TypeVar("T")
 
@@ -20,7 +23,7 @@ class StepTimer:
         print(timer.wait_seconds, timer.compute_seconds)
 
     Costs two clock readings a step. On a GPU the two are the host's seconds: what runs asynchronously counts where
-    the host waits for it.
+    the host waits for it. A `Trace` shows both, as `load` and `step`.
     """
 
     def __init__(self) -> None:
@@ -34,8 +37,7 @@ class StepTimer:
         """Yields the batches; a batch's `len()` counts as records, its `nbytes` as bytes, where it has them."""
         mark = time.perf_counter()
         for batch in batches:
-            now = time.perf_counter()
-            self.wait_seconds += now - mark
+            now = self._waited(mark)
             self.steps += 1
             self.records += len(batch) if hasattr(batch, "__len__") else 0
             self.bytes += int(getattr(batch, "nbytes", 0))
@@ -45,8 +47,15 @@ class StepTimer:
             finally:  # also where the loop is left by a break
                 now = time.perf_counter()
                 self.compute_seconds += now - mark
+                trace.add("step", mark, now)
                 mark = now
-        self.wait_seconds += time.perf_counter() - mark
+        self._waited(mark)
+
+    def _waited(self, since: float) -> float:
+        now = time.perf_counter()
+        self.wait_seconds += now - since
+        trace.add("load", since, now)
+        return now
 
     @property
     def seconds(self) -> float:
@@ -67,6 +76,13 @@ class StepTimer:
     def bytes_per_second(self) -> float:
         """Bytes of batches through the loop a second."""
         return self.bytes / self.seconds if self.seconds else 0.0
+
+
+def replay(batches: Iterable[T], count: int) -> Iterator[T]:
+    """The first batch `count` times: a loop over it waits for no data, so its speed is the most that any loader can give it."""
+    for first in batches:
+        yield from repeat(first, count)
+        return
 
 
 def peak_rss_bytes() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import graphs, harness, peers, peers_graphs, peers_torch
+import dali_pipeline as dp
+from benchmarks import graphs, harness, peers, peers_graphs, peers_torch, plot, tables
 from benchmarks.peer import Batch, Epochs, Way, opened
 
 COUNT, BATCH = 300, 32  # more than the deques hold
@@ -87,13 +87,14 @@ def test_every_peer_has_its_rows(sequences: Any, tmp_path: Path, monkeypatch: py
     ) as found:
         ways = {limit: lambda: 2.0, ours: lambda: 1.0} | {peer.label: peer.sample for peer in found if not peer.why}
         rates = harness.alternately(ways, 2)
-        peers.report(harness.Results("peers", ["torch"]), "tiny", rates, found, lambda _: limit, [ours])
+        results = harness.Results("peers", ["torch"])
+        peers.report(results, "tiny", rates, found, lambda _: limit, [ours])
         found[0]._process.kill()
         assert math.isnan(found[0].sample())
         assert str(found[0].why).startswith("it ended with -9")
     assert not [peer for peer in found if peer._process.poll() is None]
-    with (tmp_path / "results" / "peers.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    assert results.path == harness.results_path("peers")
+    rows = harness.rows_of("peers")
     pt = found[0].label
     assert pt.startswith(".pt IterableDataset 2.")
     trials = [f".pt IterableDataset, trial, workers={workers}" for workers in (0, 2, 4)]
@@ -106,9 +107,74 @@ def test_every_peer_has_its_rows(sequences: Any, tmp_path: Path, monkeypatch: py
         ("LitData", ""),
     ]
     for row in rows[:-1]:
-        assert float(row["median"]) > 0
+        assert 0 < float(row["lowest"]) <= float(row["lower_quartile"]) <= float(row["median"])
+        assert float(row["median"]) <= float(row["upper_quartile"]) <= float(row["highest"])
+        assert row["cache"] == ("" if row["measured"] == limit else "warm")
         assert int(row["repeats"]) == 2
         assert not row["reference"] or float(row["ratio"]) >= 0
         assert all(row[name] for name in ("machine", "versions", "command", "date"))
     assert rows[-1]["why"] == "ModuleNotFoundError: No module named 'litdata'"
     assert not rows[-1]["median"]
+
+
+def test_rows_name_no_folder_of_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    given = ["--records", "3", "--folder", "/scratch/one", "--folder=/scratch/two", "/home/me/data/set", "data/set"]
+    monkeypatch.setattr("sys.argv", ["benchmarks/some.py", *given])
+    results = harness.Results("some", ["torch"])
+    results.add("one", "way", "records/s", [1.0, 2.0, 3.0, 4.0, 10.0], cache="cold")
+    results.missing("one", "other", "OSError: no '/home/me/lib/x.so', see https://some.where/a/b")
+    one, other = harness.rows_of("some")
+    assert one["command"] == "python -m benchmarks.some --records 3 set data/set"
+    assert (one["median"], one["lower_quartile"], one["upper_quartile"], one["cache"]) == ("3", "2", "4", "cold")
+    assert other["why"] == "OSError: no 'x.so', see https://some.where/a/b"
+    assert harness.rows_of("none") == []
+    # of several files the newest
+    (tmp_path / "some_other-machine_2020-01-01.csv").write_text("scenario\nold\n")
+    assert harness.results_path("some") == results.path
+    (tmp_path / "some_other-machine_2999-01-01.csv").write_text("scenario\nnew\n")
+    assert harness.rows_of("some") == [{"scenario": "new"}]
+
+
+def test_tables_come_from_the_newest_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    results = harness.Results("sequences", ["torch"])
+    for name, values in (("gather", [100_000.0]), ("torch engine, float16, workers=0", [41_000.0, 43_000.0, 57_000.0])):
+        results.add(
+            "long", name, "records/s", values, "" if name == "gather" else "gather", [1e5] if name != "gather" else None
+        )
+    results.add("long", "torch engine, float16, workers=2", "records/s", [9_000.0], "gather", [1e5])
+    results.add("long", "Other 1.0, workers=2", "records/s", [77_000.0], "gather", [1e5])  # where we lose
+    results.add("long", "Other, trial, workers=4", "records/s", [5.0])
+    results.missing("long", "Third", "ModuleNotFoundError")
+    before = "# Title\n<!-- speed: sequences, long -->\nold\n<!-- end -->\nbetween\n"
+    before += "<!-- speed: graphs, other -->\nkept\n<!-- end -->\n"
+    readme = tmp_path / "README.md"
+    readme.write_text(before)
+    tables.update_tables(readme)
+    text = readme.read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[:2] for line in lines[1:]] == [
+        ["| numpy copies rows that lie in memory: the limit", "100,000 (100,000 to 100,000)"],
+        ["| Other 1.0, workers=2", "77,000 (77,000 to 77,000)"],
+        ["| **torch engine, float16, workers=0**", "43,000 (42,000 to 50,000)"],
+        ["| Third", "cannot run: ModuleNotFoundError"],
+    ]
+    assert results.path.name in lines[0]
+    assert "old" not in text
+    assert text.endswith("between\n<!-- speed: graphs, other -->\nkept\n<!-- end -->\n")
+    tables.update_tables(readme)
+    assert readme.read_text() == text
+    readme.write_text(before.replace("long", "none"))
+    with pytest.raises(dp.UsageError, match="no scenario 'none'"):
+        tables.update_tables(readme)
+
+
+def test_pictures_and_tables_come_from_the_files_that_are_there(tmp_path: Path) -> None:
+    plot.main(tmp_path)
+    for name in ("speed.png", "growth.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    readme = Path(plot.__file__).parent.parent / "README.md"
+    (tmp_path / "README.md").write_text(readme.read_text())
+    tables.update_tables(tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text() == readme.read_text(), "`make plots` was run since the results changed"

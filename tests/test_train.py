@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,19 @@ import pytest
 import torch
 from conftest import make_records, write
 from test_convert import make_folder
+from test_trace import read as read_trace
+from test_trace import within
 
 import dali_pipeline as dp
 import train as train_module
 import training.prepare as prepare_module
 from dali_pipeline.cli import run
 from dali_pipeline.layers import parse_layers
+from training import ceiling
 from training.config import METRICS, MODELS, Conduct, TrainConfig
 from training.interrupt import Interrupted, Interrupts
 from training.processes import Processes
+from training.step import Stepper
 from training.trainer import Trainer
 
 ROOT = Path(train_module.__file__).parent
@@ -450,3 +455,52 @@ def test_the_whole_demonstration(tmp_path: Path) -> None:
     (metrics,) = (tmp_path / "runs").glob("*/metrics.json")
     found = json.loads(metrics.read_text())
     assert all(found[name]["test"]["auroc"] >= 0.76 for name in MODELS)
+
+
+def test_a_trace_shows_what_a_step_is_made_of(
+    make: Callable[..., dp.Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = make(120), tmp_path / "out"
+    arguments = ("--data", data.root, "--model", "lstm", "--epochs", 2, "--checkpoint-steps", 3, "--output-dir", out)
+    assert call(monkeypatch, *arguments, "--trace", tmp_path / "none" / "trace.json") == 2
+    assert "expected the name of a file in a folder that is there" in capsys.readouterr().err
+    assert not out.exists()
+    assert call(monkeypatch, *arguments, "--trace", tmp_path / "trace.json") == 0
+    spans, steps = read_trace(tmp_path / "trace.json"), 2 * len(dp.SequenceLoader(data))
+    counts = Counter(one["name"] for one in spans)
+    assert all(counts[name] == steps for name in ("step", "forward", "backward", "optimizer"))
+    assert {"load", "gather", "decode", "checkpoint"} <= counts.keys()
+    whole = [one for one in spans if one["name"] == "step"]
+    for one in spans:
+        if one["name"] in ("forward", "backward", "optimizer"):
+            assert any(within(one, step) for step in whole)
+    assert {one["tid"] for one in spans if one["name"] == "checkpoint"}.isdisjoint(one["tid"] for one in whole)
+    before = (tmp_path / "trace.json").read_bytes()
+    assert call(monkeypatch, *arguments, "--trace", tmp_path / "trace.json") == 0
+    assert (tmp_path / "trace.json").read_bytes() == before, "a finished run has nothing to tell"
+
+
+def test_replay_tells_the_ceiling_and_writes_nothing(
+    data: dp.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ceiling, "SECONDS", 0.0)
+    seen: list[list[str]] = []
+    step = Stepper.step
+
+    def noting(self: Stepper, batch: Any, *rest: Any) -> torch.Tensor:
+        seen.append(batch.ids)
+        return step(self, batch, *rest)
+
+    monkeypatch.setattr(Stepper, "step", noting)
+    assert call(monkeypatch, "--data", data.root, "--replay", "--batch-size", 16) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == list(MODELS)
+    for line in lines:
+        assert float(line.split()[1].replace(",", "")) > 0
+        assert line.endswith("no loader can make it train faster")
+    assert len(seen) == 9 * ceiling.LEAST_STEPS
+    for begin in range(0, len(seen), 3 * ceiling.LEAST_STEPS):
+        assert all(ids == seen[begin] for ids in seen[begin : begin + 3 * ceiling.LEAST_STEPS])
+    assert not (tmp_path / "runs").exists()
+    assert call(monkeypatch, "--data", data.root, "--replay", "--batch-size", 15, "--accumulate", 2) == 2
+    assert "does not divide" in capsys.readouterr().err

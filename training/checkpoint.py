@@ -13,6 +13,7 @@ import torch
 
 from dali_pipeline import UsageError
 from dali_pipeline.shard import write_whole
+from dali_pipeline.trace import span
 
 IDENTITY = {"name", "config", "schema", "classes"}
 # what `Trainer.state` holds beside
@@ -62,9 +63,10 @@ def snapshot(value: Any) -> Any:
 
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Anything that `torch.load(weights_only=True)` reads. Raises PipelineError where it cannot be written."""
-    content = io.BytesIO()
-    torch.save(dict(state), content)
-    write_whole(path, content.getvalue())
+    with span("checkpoint"):
+        content = io.BytesIO()
+        torch.save(dict(state), content)
+        write_whole(path, content.getvalue())
 
 
 def load_checkpoint(path: Path, advice: str) -> dict[str, Any]:

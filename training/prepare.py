@@ -29,6 +29,8 @@ class Options:
     seeds: int
     folds: int
     conduct: Conduct
+    replay: bool = False
+    trace: Path | None = None
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -114,6 +116,8 @@ def check_settings(data: Dataset, config: TrainConfig, folder: Path, options: Op
     conduct = options.conduct
     config.check_shares(world_size)
     check_resume(options.resume, config.models, options.runs)
+    if options.trace and not options.trace.absolute().parent.is_dir():
+        raise UsageError(f"{options.trace} cannot be written; expected the name of a file in a folder that is there")
     for name, one in ((name, one) for _, one, _ in runs_of(options, config, data) for name in config.models):
         check_labels(one)
         for split in data.splits:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dali_pipeline.trace import span
 from training.build import Batch, autocast, forward, record_losses
 from training.config import TrainConfig
 from training.pieces import cut
@@ -38,12 +39,13 @@ class Stepper:
         pieces = cut(batch, self.config.accumulate)
         for piece in pieces:
             with self.processes.unsynchronised(self._engine, apart=piece is not pieces[-1]):
-                with autocast(self.device, self.config.precision):
+                with span("forward"), autocast(self.device, self.config.precision):
                     output = forward(self._engine, piece, noise_key)
                 losses_B = record_losses(output, piece.labels)
                 own = (losses_B * piece.valid).sum() / max(count, 1)
                 # times the processes, as their gradients are averaged
-                torch.autograd.backward(self._scaler.scale(own * self.processes.world_size))
+                with span("backward"):
+                    torch.autograd.backward(self._scaler.scale(own * self.processes.world_size))
             share = share + own.detach()
         self._scaler.unscale_(self._optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm or torch.inf)
@@ -51,8 +53,9 @@ class Stepper:
         if not self._scaler.is_enabled():  # which leaves out such a step by itself
             bad |= ~torch.isfinite(norm)
         self._bad_step = torch.where((self._bad_step < 0) & bad, number, self._bad_step)
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
+        with span("optimizer"):
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
         self._schedule.step()
         return share
 

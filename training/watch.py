@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from rich.progress import TextColumn
 
-from dali_pipeline import StepTimer
+from dali_pipeline import StepTimer, Trace
 from dali_pipeline.progress import progress_bar
 
 DRAW_SECONDS = 0.5
@@ -66,6 +68,13 @@ def verdict(timer: StepTimer, world_size: int, device: torch.device) -> str:
         advice = "not input-bound: more cores or a GPU would help, a faster disk would not"
     records, gigabytes = speed(timer, world_size)
     return f"{records:,.0f} records/s, {gigabytes:.2f} GB/s, {timer.wait_share:.0%} of the time waiting for data: {advice}"
+
+
+def traced(path: Path | None, rank: int) -> AbstractContextManager[Any]:
+    """A trace of the block, where one is asked for; of processes after the first to files named behind theirs."""
+    if path is None:
+        return nullcontext()
+    return Trace(path.with_stem(f"{path.stem}-{rank}") if rank else path)
 
 
 def gpu_use(device: torch.device) -> int | None:

@@ -1,0 +1,50 @@
+"""The model's ceiling: steps on one batch again and again, which wait for no data. Nothing is written."""
+
+from __future__ import annotations
+
+import time
+
+from dali_pipeline import Dataset, replay
+from training.build import build_model, make_loader
+from training.config import ModelName, TrainConfig
+from training.prepare import Options, find_data, models_for
+from training.processes import Processes
+from training.step import Stepper
+from training.watch import traced
+
+SECONDS, LEAST_STEPS = 5.0, 5  # a model
+
+
+def tell_ceilings(options: Options, config: TrainConfig, processes: Processes) -> None:
+    """Prints a line a model: the records a second that it would train at, were every batch there at once."""
+    data = processes.first(lambda: find_data(options))
+    config.check_shares(processes.world_size)
+    with traced(options.trace, processes.rank):
+        for name in models_for(data, config.models):
+            rate, nbytes = ceiling(name, data, config, options, processes)
+            if processes.is_first:
+                print(
+                    f"{name}: {rate:,.0f} records/s ({rate * nbytes / 1e9:.2f} GB/s of batches) on one batch again and again: "
+                    "no loader can make it train faster",
+                    flush=True,
+                )
+
+
+def ceiling(name: ModelName, data: Dataset, config: TrainConfig, options: Options, processes: Processes) -> tuple[float, float]:
+    """Records a second of all processes together, and bytes of a record in a batch. Takes some SECONDS."""
+    conduct, shares = options.conduct, processes.world_size
+    loader = make_loader(name, data, config, "train", conduct.device, workers=conduct.workers, world_size=shares)
+    model = build_model(name, data.schema, data.num_classes, config).to(loader.device)
+    stepper = Stepper(model, config, 10**9, loader.device, processes)  # of a schedule that never ends
+    batch = next(iter(loader))
+
+    def seconds(steps: int) -> float:
+        begun = time.perf_counter()
+        for number, one in enumerate(replay([batch], steps)):
+            share = stepper.step(one, number, config.batch_size, 0 if name == "gvae_lstm" else None)
+        float(share)  # waits for a GPU
+        return time.perf_counter() - begun
+
+    seconds(LEAST_STEPS)  # the first ones compile, and choose kernels
+    steps = processes.first(lambda: max(LEAST_STEPS, round(SECONDS * LEAST_STEPS / seconds(LEAST_STEPS))))
+    return steps * config.batch_size / seconds(steps), batch.nbytes / len(batch)
