@@ -20,7 +20,8 @@ Kind = Literal["sequences", "graphs"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SPLITS = ("train", "val", "test")
 LEVELS = ("node", "edge", "graph")
-PYG_NAMES = {"x", "edge_index", "edge_attr", "batch", "ptr"}  # have a meaning of their own in a PyG batch
+# names that have a meaning of their own in a PyG batch
+PYG_NAMES = {"x", "edge_index", "edge_attr", "batch", "ptr", "num_nodes", "num_edges", "num_graphs"}
 FIELD_DTYPES = ("float16", BFLOAT16, "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
 
 
@@ -138,7 +139,8 @@ class Schema:
             raise UsageError("a schema with `fields` needs `x` (node features)")
         names = [name.partition(".")[2] for name in self.named]
         for key, name in zip(self.named, names, strict=True):
-            if key.partition(".")[0] not in LEVELS or not name.isidentifier() or name in PYG_NAMES or names.count(name) > 1:
+            sound = name.isidentifier() and not name.startswith("_") and name not in PYG_NAMES and names.count(name) == 1
+            if key.partition(".")[0] not in LEVELS or not sound:
                 raise UsageError(
                     f"fields has {key!r}; expected node., edge. or graph. and a name of its own that is none of "
                     f"{', '.join(sorted(PYG_NAMES))}"

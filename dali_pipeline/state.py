@@ -35,7 +35,7 @@ class LoaderState:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "places": list(self.places)}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> LoaderState:

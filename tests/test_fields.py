@@ -126,7 +126,7 @@ def test_a_field_of_another_length_is_found_by_verify(tmp_path: Path, graphs: li
 
 def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path: Path) -> None:
     x = dp.Field(dtype="float32", shape=(4,))
-    for key in ("pos", "node.", "layer.pos", "node.x", "graph.batch", "node.a b"):
+    for key in ("pos", "node.", "layer.pos", "node.x", "graph.batch", "graph.num_nodes", "node._store", "node.a b"):
         with pytest.raises(dp.UsageError, match=r"expected node\., edge\. or graph\."):
             dp.Schema(x=x, fields={key: x})
     with pytest.raises(dp.UsageError, match=r"expected node\., edge\. or graph\."):
