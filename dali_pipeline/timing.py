@@ -28,6 +28,7 @@ class StepTimer:
 
     def __init__(self) -> None:
         self.wait_seconds = 0.0
+        self.start_seconds = 0.0  # of them, waiting for the very first batch: libraries, files, the first hashes
         self.compute_seconds = 0.0
         self.records = 0
         self.bytes = 0
@@ -38,6 +39,8 @@ class StepTimer:
         mark = time.perf_counter()
         for batch in batches:
             now = self._waited(mark)
+            if not self.steps:
+                self.start_seconds = self.wait_seconds
             self.steps += 1
             self.records += len(batch) if hasattr(batch, "__len__") else 0
             self.bytes += int(getattr(batch, "nbytes", 0))
@@ -66,6 +69,12 @@ class StepTimer:
     def wait_share(self) -> float:
         """Share of the time spent waiting for data, 0 to 1."""
         return self.wait_seconds / self.seconds if self.seconds else 0.0
+
+    @property
+    def steady_wait_share(self) -> float:
+        """The same without the wait for the very first batch, which a long run does not notice."""
+        rest = self.seconds - self.start_seconds
+        return (self.wait_seconds - self.start_seconds) / rest if rest > 0 else 0.0
 
     @property
     def records_per_second(self) -> float:

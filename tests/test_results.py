@@ -406,9 +406,11 @@ def test_the_last_line_says_what_bounds_the_speed() -> None:
     timer = dp.StepTimer()
     timer.records, timer.bytes, timer.wait_seconds, timer.compute_seconds = 3000, 3 * 10**9, 1.0, 2.0
     said = verdict(timer, 2, torch.device("cpu"))
-    assert said.startswith("2,000 records/s, 2.00 GB/s, 33% of the time waiting for data: input-bound: try more --workers")
-    timer.wait_seconds, timer.compute_seconds = 0.1, 2.9
-    assert "3% of the time waiting for data: not input-bound" in verdict(timer, 1, torch.device("cpu"))
+    assert said.startswith("2,000 records/s, 2.00 GB/s, 33% of the time waiting for data (the first batch, 0.0 s, apart)")
+    assert ": input-bound: try more --workers" in said
+    timer.wait_seconds, timer.start_seconds, timer.compute_seconds = 0.7, 0.6, 2.9  # a start that a long run does not notice
+    said = verdict(timer, 1, torch.device("cpu"))
+    assert "3% of the time waiting for data (the first batch, 0.6 s, apart): not input-bound" in said
     assert "--precision bf16" in verdict(timer, 1, torch.device("cuda"))
 
 

@@ -60,14 +60,17 @@ def speed(timer: StepTimer, world_size: int) -> tuple[float, float]:
 
 def verdict(timer: StepTimer, world_size: int, device: torch.device) -> str:
     """Whether the input bounds the speed, and what to do."""
-    if timer.wait_share >= INPUT_BOUND:
+    if timer.steady_wait_share >= INPUT_BOUND:
         advice = "input-bound: try more --workers, a larger --batch-size, fewer --layers, or a faster disk"
     elif device.type == "cuda":
         advice = "not input-bound: --precision bf16, --compile or a faster GPU would help, a faster disk would not"
     else:
         advice = "not input-bound: more cores or a GPU would help, a faster disk would not"
     records, gigabytes = speed(timer, world_size)
-    return f"{records:,.0f} records/s, {gigabytes:.2f} GB/s, {timer.wait_share:.0%} of the time waiting for data: {advice}"
+    waiting = (
+        f"{timer.steady_wait_share:.0%} of the time waiting for data (the first batch, {timer.start_seconds:.1f} s, apart)"
+    )
+    return f"{records:,.0f} records/s, {gigabytes:.2f} GB/s, {waiting}: {advice}"
 
 
 def traced(path: Path | None, rank: int) -> AbstractContextManager[Any]:
