@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,7 +22,7 @@ from dali_pipeline import Dataset, UsageError, World, open_dataset
 from dali_pipeline.arguments import parse_workers
 from dali_pipeline.cli import CONTEXT
 from dali_pipeline.cli import run as run_command_line
-from training.commandline import GroupedCommand, print_config, take_config
+from training.commandline import GroupedCommand, flag, print_config, take_config
 from training.config import MODELS, Conduct, ModelName, TrainConfig
 from training.folder import METRICS_NAME, claim_folder
 from training.interrupt import Interrupted, Interrupts
@@ -121,11 +121,6 @@ def print_results(folder: Path, data: Dataset, options: Options) -> None:
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT)
 
 
-def flag(group: str, text: str, example: str, *names: str, **settings: Any) -> Any:
-    """An option of a group, its help with an example at the end."""
-    return typer.Option(*names, rich_help_panel=group, help=f"{text} E.g. {example}", **settings)
-
-
 @app.command(cls=GroupedCommand)
 def command_line(
     ctx: typer.Context,
@@ -143,6 +138,7 @@ def command_line(
         str | None,
         flag("Data", "Steps, or graphs, of each record to use. [default: all]", "--layers 12:20 or 8,16", metavar="LIST"),
     ] = None,
+    lanes: Annotated[int, flag("Data", "Disjoint sets of shards, as many as nodes, each read by one.", "--lanes 2")] = 1,
     workers: Annotated[
         str, flag("Data", "Threads (sequences) or processes (graphs) that read ahead.", "--workers 2", metavar="auto|N")
     ] = "auto",
@@ -220,6 +216,7 @@ def command_line(
         kl_weight=kl_weight,
         seed=seed,
         layers=layers,
+        lanes=lanes,
         precision=precision,
         accumulate=accumulate,
         clip_norm=clip_norm,

@@ -113,7 +113,8 @@ class Loader(IterableDataset[Batch]):
             bucket_by_length=bucket_by_length,
         )
         self._num_records = self.selection.num_draws or self.selection.num_records
-        self._num_steps = self._plan(epoch=0).num_steps  # the same in every epoch; with a budget there are fewer
+        self._first_plan = self._plan(epoch=0)
+        self._num_steps = self._first_plan.num_steps  # the same in every epoch; with a budget there are fewer
         if not self._num_steps and self.num_records:
             raise DataError(f"split {split!r} has {self.num_records} records, too few for one batch with tail='drop'")
         self._position = Position(0, 0)  # that state_dict tells
@@ -134,6 +135,10 @@ class Loader(IterableDataset[Batch]):
     def num_records(self) -> int:
         """Records of the split, over all ranks, padding not counted; as many draws, where an epoch is draws."""
         return self._num_records
+
+    def num_valid(self, step: int) -> int:
+        """Records of the global batch at a step, over all ranks, padding not counted; the same in every epoch."""
+        return self._first_plan.num_valid(step)
 
     def __iter__(self) -> Iterator[Batch]:
         if get_worker_info() is not None:

@@ -74,6 +74,11 @@ class EpochPlan:
             return self._num_draws * (lane + 1) // self.order.lanes - self._num_draws * lane // self.order.lanes
         return int(self._records[self._lane_of[0] == lane].sum())
 
+    def num_valid(self, step: int) -> int:
+        """Rows of the global batch at a step that are not padding."""
+        left = (self.length(lane) - step * self._share for lane in range(self.order.lanes))
+        return sum(min(self._share, max(0, each)) for each in left)
+
     def at(self, lane: int, places: Ints) -> Ints:
         """The records at these places of a lane's order."""
         return self._lane(lane).positions(places)

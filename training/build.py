@@ -45,6 +45,7 @@ def make_loader(
         "layers": parse_layers(config.layers),
         "device": device,
         "workers": workers,
+        "lanes": config.lanes if split == "train" else 1,
     }
     return SequenceLoader(data, **common) if name == "lstm" else GraphLoader(data, **common)
 

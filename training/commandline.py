@@ -30,6 +30,11 @@ class GroupedCommand(TyperCommand):
                 formatter.write_dl(records)
 
 
+def flag(group: str, text: str, example: str, *names: str, **settings: Any) -> Any:
+    """An option of a group, its help with an example at the end."""
+    return typer.Option(*names, rich_help_panel=group, help=f"{text} E.g. {example}", **settings)
+
+
 def take_config(ctx: typer.Context, path: Path | None) -> Path | None:
     """The file's values become the flags' defaults, so what stands on the command line wins. Raises UsageError."""
     if path is None:

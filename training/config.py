@@ -38,8 +38,8 @@ class TrainConfig:
     """Hyperparameters of a run.
 
     batch_size: records a step, over all processes and pieces · layers: steps or graphs of each record, as `parse_layers` reads
-    them · accumulate: pieces that each process's part of a batch goes through the model in · clip_norm: greatest norm of all
-    gradients together, 0 for any.
+    them · lanes: disjoint sets of the training split's shards, so that each node reads its own · accumulate: pieces that each
+    process's part of a batch goes through the model in · clip_norm: greatest norm of all gradients together, 0 for any.
     """
 
     models: tuple[ModelName, ...] = MODELS
@@ -51,13 +51,14 @@ class TrainConfig:
     kl_weight: float = 1e-3
     seed: int = 0
     layers: str | None = None
+    lanes: int = 1
     precision: Precision = "fp32"
     accumulate: int = 1
     clip_norm: float = 1.0
     compile: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0), ("accumulate", 1)):
+        for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0), ("accumulate", 1), ("lanes", 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name.replace('_', ' ')} is {getattr(self, name)}; expected at least {least}")
         if not 0 < self.lr < math.inf:
@@ -77,7 +78,10 @@ class TrainConfig:
 
     def to_dict(self, data: Dataset) -> dict[str, Any]:
         """Plain JSON types, the data set's digest among them."""
-        return {**asdict(self), "models": list(self.models), "data_digest": data.digest}
+        told = {**asdict(self), "models": list(self.models), "data_digest": data.digest}
+        if self.lanes == 1:  # as before there were any, so that older runs go on
+            del told["lanes"]
+        return told
 
     def folder_name(self, data: Dataset) -> str:
         """A name for the run's folder: the data, the models, and a hash of everything."""

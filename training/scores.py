@@ -44,7 +44,9 @@ def write_scores(checkpoint: Path, root: Path, output: Path, split: str | None, 
         raise UsageError(f"{checkpoint} holds a schema that this version does not know ({error}); name another") from None
     check_fits(checkpoint, name, schema, data)
     known = {one.name: state["config"][one.name] for one in fields(TrainConfig) if one.name in state["config"]}
-    config = TrainConfig(**{**known, "models": (name,), "batch_size": batch_size, "compile": False, "accumulate": 1})
+    config = TrainConfig(
+        **{**known, "models": (name,), "batch_size": batch_size, "lanes": 1, "compile": False, "accumulate": 1}
+    )
     splits = data.splits if split is None else (split,)
     loaders = {one: make_loader(name, data, config, one, device, shuffle=False) for one in splits}
     model = build_model(name, schema, state["classes"], config).to(loaders[splits[0]].device)

@@ -120,8 +120,7 @@ class Trainer:
         self.model.train()
         for batch in self.timer(loader):
             number = self.position["step"]
-            # of the global batch: all are full but the last, as there is one lane
-            count = min(self.config.batch_size, loader.num_records - number * self.config.batch_size)
+            count = loader.num_valid(number)
             share = self.stepper.step(batch, number, count, noise_key)
             self.loss_sum += share.double() * count
             self.loss_count += count
