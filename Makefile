@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 comma := ,
 
@@ -50,10 +51,16 @@ peers: .venv-peers/.ready  ## set-up of what the benchmarks compare with, in .ve
 	.venv-peers/bin/pip install --quiet --disable-pip-version-check -r benchmarks/requirements-peers.txt
 	@touch $@
 
-$(READY): requirements.txt requirements-dev.txt requirements-demo.txt pyproject.toml
+# FRAMEWORKS=image: torch, DALI and NumPy stay those that $(PYTHON) has, as in an NVIDIA image
+IMAGE := $(filter image,$(FRAMEWORKS))
+
+$(INSTALLED): $(wildcard requirements*.txt)
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; name another with make PYTHON=python3 (3.11 or newer)"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(PYTHON) -m venv $(if $(IMAGE),--system-site-packages) $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements$(if $(IMAGE),-base).txt -r requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-demo.txt
+	@touch $@
+
+$(READY): $(INSTALLED) pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@

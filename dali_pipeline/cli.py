@@ -1,4 +1,4 @@
-"""The command line: `python -m dali_pipeline convert|verify|inspect|extract|doctor|predict`. Heavy imports wait."""
+"""The command line: `python -m dali_pipeline convert|verify|inspect|extract|doctor|predict|versions`. Heavy imports wait."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from dali_pipeline.checkup import doctor_command
 from dali_pipeline.predict import predict_command
 from dali_pipeline.schema import PipelineError, UsageError
 from dali_pipeline.split import Split
+from dali_pipeline.versions import versions_command
 
 # piped help is not folded to a terminal's width
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"]} | ({} if sys.stdout.isatty() else {"terminal_width": 10_000})
 app = typer.Typer(
-    name="dali_pipeline",
     help="Streams sequences and graphs from data sets far larger than memory.",
     add_completion=False,
     no_args_is_help=True,
@@ -31,8 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings=CONTEXT,
 )
-
-app.command("predict")(predict_command)
 
 SplitOption = Annotated[str, typer.Option("--split", metavar="TRAIN/VAL/TEST", help="Shares in per cent, dealt by group.")]
 SplitSeed = Annotated[int, typer.Option("--split-seed", help="Another seed, another split.")]
@@ -109,9 +107,6 @@ def convert_command(
         print(f"{source['moved']:,} groups are in files of several splits, and went with their first file")
     for reason in source.get("left_out", {}).values():
         print(f"left out: {reason}")
-
-
-app.command("doctor")(doctor_command)
 
 
 @app.command("verify")
@@ -218,6 +213,11 @@ def extract_command(
     with _going_on():
         data = extract(model, prompts, out, config, device)
     print(f"{out}: {summary(data)}, {gigabytes(data.nbytes)}")
+
+
+app.command("doctor")(doctor_command)
+app.command("predict")(predict_command)
+app.command("versions")(versions_command)
 
 
 @contextmanager

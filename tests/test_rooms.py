@@ -95,6 +95,7 @@ ROOMS = [
     "doctor",
     "checkup",
     "predict",
+    "versions",
     "cli",
     "__main__",
 ]
