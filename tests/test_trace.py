@@ -117,6 +117,28 @@ def test_threads_have_their_names(tmp_path: Path) -> None:
     assert {thread.name for thread in threads} <= told
 
 
+def test_threads_of_a_name_share_a_line_unless_they_live_together(tmp_path: Path) -> None:
+    def work() -> None:
+        with span("work"):
+            barrier.wait()
+
+    with dp.Trace(tmp_path / "trace.json"):
+        for together in (1, 2, 2):
+            barrier = threading.Barrier(together)
+            threads = [threading.Thread(target=work, name="worker") for _ in range(together)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        with span("main"):
+            pass
+    lines = [one["tid"] for one in read(tmp_path / "trace.json")]
+    assert len(lines) == 6
+    assert len(set(lines[:5])) == 2
+    assert lines[5] == os.getpid()
+    assert lines[5] not in lines[:5]
+
+
 def test_memory_and_file_are_bounded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with dp.Trace(tmp_path / "trace.json", most=1500) as one:
         for _ in range(3000):
