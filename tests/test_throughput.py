@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.throughput, pytest.mark.timeout(600)]
 Rows = dict[tuple[str, str], list[Row]]
 PT = ".pt IterableDataset"
 LEAST = 3.0  # to 1: over `.pt` files in worker processes; for graphs over `.pt` files at their best
-# over stacked `.pt` files in the caller's own thread, where a file is one copy from the page cache, and we are two to three
+# over stacked `.pt` files at their best, in the caller's own thread: there a file is one copy from the page cache (docs/log.md)
 LEAST_ALONE = 1.1
 LONG, SHORT = "[33, 1024] float16, batch 32", "[30, 64] float16, batch 256"
 

@@ -73,9 +73,9 @@ def test_an_epoch_is_told_as_the_timer_has_it(data: dp.Dataset, tmp_path: Path, 
     found: dict[str, list[Event]] = defaultdict(list)
     for one in spans:
         found[one["name"]].append(one)
-    expected = {"load", "step", "forward", "gather", "read ahead"}
+    expected = {"load", "step", "forward", "gather"}
     expected |= {"collate", "decode"} if way == "graphs" else {"decode"}
-    assert found.keys() == expected | ({"dali"} if way == "dali" else set())  # no copy on a CPU
+    assert found.keys() - {"read ahead"} == expected | ({"dali"} if way == "dali" else set())  # no copy on a CPU
     assert len(found["step"]) == len(found["forward"]) == len(loader)
     assert len(found["load"]) == len(loader) + 1  # the last one finds the epoch at its end
     for name, seconds in (("load", timer.wait_seconds), ("step", timer.compute_seconds)):
