@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -23,6 +24,13 @@ _END = b"\n]\n"
 _NOTHING = nullcontext()
 _active: Trace | None = None  # one a process, as with logging: threads write to it without being handed it
 log = logging.getLogger("dali_pipeline")
+
+
+@dataclass
+class _Track:
+    thread: threading.Thread
+    number: int
+    end: float  # of its last event
 
 
 class Trace(AbstractContextManager["Trace"]):
@@ -53,7 +61,8 @@ class Trace(AbstractContextManager["Trace"]):
             ) from None
         self._lock, self._process, self._began = threading.Lock(), os.getpid(), time.perf_counter()
         self._held: list[dict[str, Any]] = []
-        self._told: set[tuple[str, int]] = set()  # names of processes and threads
+        self._tracks: dict[str, list[_Track]] = {}  # by the threads' name
+        self._workers: set[int] = set()
         self._events, self._at, self._wrote, self._open = 0, 0, self._began, True
         self._name("process_name", self._process, self._process, Path(sys.argv[0]).name or "python")
         self._write()
@@ -76,24 +85,37 @@ class Trace(AbstractContextManager["Trace"]):
         """What happened from `begin` to `end`, as time.perf_counter has them, in this thread, or in the process `worker`."""
         if os.getpid() != self._process:  # forked meanwhile; the file is the parent's
             return
-        thread = worker or threading.get_native_id()
         with self._lock:
             self._events += 1
             if not self._open or self._events > self._most:
                 return
-            if worker:
+            if worker and worker not in self._workers:
+                self._workers.add(worker)
                 self._name("process_name", worker, worker, "worker process")
-            self._name("thread_name", worker or self._process, thread, "gather" if worker else threading.current_thread().name)
+                self._name("thread_name", worker, worker, "gather")
+            thread = worker or self._line(threading.current_thread(), begin, end)
             event: dict[str, Any] = {"name": name, "ph": "X", "ts": round((begin - self._began) * 1e6, 3)}
             event |= {"dur": round((end - begin) * 1e6, 3), "pid": worker or self._process, "tid": thread}
             self._held.append(event)
             if len(self._held) >= HELD_EVENTS or end - self._wrote >= HELD_SECONDS:
                 self._write()
 
+    def _line(self, thread: threading.Thread, begin: float, end: float) -> int:
+        """The thread's line in the picture: that of an ended one of its name, or a new one, as every epoch has its own."""
+        tracks = self._tracks.setdefault(thread.name, [])
+        for track in tracks:
+            if track.thread is thread or (not track.thread.is_alive() and track.end <= begin):
+                track.thread, track.end = thread, end
+                return track.number
+        number = self._process  # as viewers know the main thread
+        if thread is not threading.main_thread():
+            number += 1 + sum(map(len, self._tracks.values()))
+        tracks.append(_Track(thread, number, end))
+        self._name("thread_name", self._process, number, thread.name)
+        return number
+
     def _name(self, what: str, process: int, thread: int, name: str) -> None:
-        if (what, thread) not in self._told:
-            self._told.add((what, thread))
-            self._held.append({"name": what, "ph": "M", "pid": process, "tid": thread, "args": {"name": name}})
+        self._held.append({"name": what, "ph": "M", "pid": process, "tid": thread, "args": {"name": name}})
 
     def _write(self) -> None:
         """What is held, over the end of the array, and a new end, in one call."""

@@ -504,3 +504,15 @@ def test_replay_tells_the_ceiling_and_writes_nothing(
     assert not (tmp_path / "runs").exists()
     assert call(monkeypatch, "--data", data.root, "--replay", "--batch-size", 15, "--accumulate", 2) == 2
     assert "does not divide" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_replay_on_two_processes_takes_its_steps_together(data: dp.Dataset, tmp_path: Path) -> None:
+    arguments = ["--data", str(data.root), "--model", "lstm", "--replay", "--trace", str(tmp_path / "trace.json")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / "train.py"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("no loader can make it train faster") == 1
+    first, second = (Counter(one["name"] for one in read_trace(tmp_path / name)) for name in ("trace.json", "trace-1.json"))
+    assert first["optimizer"] == second["optimizer"] >= 3 * ceiling.LEAST_STEPS

@@ -46,5 +46,6 @@ def ceiling(name: ModelName, data: Dataset, config: TrainConfig, options: Option
         return time.perf_counter() - begun
 
     seconds(LEAST_STEPS)  # the first ones compile, and choose kernels
-    steps = processes.first(lambda: max(LEAST_STEPS, round(SECONDS * LEAST_STEPS / seconds(LEAST_STEPS))))
+    a_step = seconds(LEAST_STEPS) / LEAST_STEPS  # in every process, as they take steps together
+    steps = processes.first(lambda: max(LEAST_STEPS, round(SECONDS / a_step)))
     return steps * config.batch_size / seconds(steps), batch.nbytes / len(batch)
