@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+import mmap
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -165,6 +166,20 @@ class GraphSource(BatchSource):
         sizes: Ints = spent[ends] - spent[ends - graphs_per_record]
         return sizes
 
+    def _wanted(self, start: int, count: int) -> Iterator[tuple[str, Iterable[tuple[int, int]]]]:
+        if self._layers is None:
+            yield from super()._wanted(start, count)
+            return
+        found = self._index.locate(np.arange(start, start + count))
+        pairs = found.pairs()
+        _, layer_index, record, spans = self._graphs(found, pairs)
+        graphs = np.array([part.rows[row] for part, row in pairs], np.int64)[record] + layer_index
+        rows = {"node": spans[:, :2], "edge": spans[:, 2:], "graph": np.stack([graphs, graphs + 1], axis=1)}
+        for name in self.streamed:
+            if name in (arrays := pairs[0][0].shard.arrays):
+                width = arrays[name].nbytes // max(1, arrays[name].shape[0])
+                yield name, _joined(rows[level_of(name)] * width)
+
     def name(self, position: int) -> str:
         """The record there in words, for an error."""
         ((part, row),) = self._index.locate(np.array([position])).pairs()
@@ -205,6 +220,14 @@ def _spans(found: Found, record: Ints, graph: Ints) -> Ints:
         mine = order[begin:end]
         spans[mine] = part.spans[graph[mine]]
     return spans
+
+
+def _joined(spans: Ints) -> list[tuple[int, int]]:
+    """Spans (n, 2) of bytes in order of their begins, those with less than a page between them as one."""
+    spans = spans[np.argsort(spans[:, 0], kind="stable")]
+    heads = np.flatnonzero(np.append(True, spans[1:, 0] - spans[:-1, 1] >= mmap.PAGESIZE))
+    ends = np.append(heads[1:], len(spans)) - 1
+    return list(zip(spans[heads, 0].tolist(), spans[ends, 1].tolist(), strict=True))
 
 
 def _ends(counts: Ints) -> Ints:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal, TypeAlias, TypedDict
 
 import numpy as np
@@ -69,8 +69,15 @@ class BatchSource:
         shard, begin, end = self._index.place(start, count)
         if end - begin > 2 * count:
             return False
-        names = [name for name in self.streamed if name in shard.arrays]
-        return sum(shard.bring(name, *span) for name in names for span in self._extents(shard, name, begin, end)) > 0
+        return sum(shard.bring(name, *span) for name, spans in self._wanted(start, count) for span in spans) > 0
+
+    def _wanted(self, start: int, count: int) -> Iterator[tuple[str, Iterable[tuple[int, int]]]]:
+        """By array, from which byte to which the values of so many records from position `start` on lie, as far as they are
+        read; of one shard."""
+        shard, begin, end = self._index.place(start, count)
+        for name in self.streamed:
+            if name in shard.arrays:
+                yield name, self._extents(shard, name, begin, end)
 
     def _extents(self, shard: Shard, name: str, begin: int, end: int) -> Iterator[tuple[int, int]]:
         """From which byte to which the values of records `begin` to `end` lie in an array, as far as they are read."""

@@ -226,6 +226,21 @@ def test_layers_read_their_own_bytes_alone(tmp_path: Path, monkeypatch: pytest.M
         found[name] = sum(read)
     assert found["all"] == 32 * 8 * (16 * 512 * 4 + 20 * (2 + 4))
     assert found["some"] == found["apart"] == found["all"] // 4
+    # what is read ahead: nodes of those layers, and of edges, of which a layer is less than a page, all between
+    asked: list[int] = []
+
+    def noted(fd: int, offset: int, nbytes: int) -> bool:
+        asked.append(nbytes)
+        return True
+
+    monkeypatch.setattr("dali_pipeline.shard.bring", noted)
+    for layers, expected in ((slice(2, 4), 2), ([1, 6], 2), (None, 8)):
+        loader = dp.GraphLoader(data, batch_size=4, layers=layers, workers=0)
+        list(loader)
+        asked.clear()
+        list(loader)
+        of_x = 32 * expected * 16 * 512 * 4
+        assert of_x <= sum(asked) <= of_x + 32 * 8 * 20 * (2 + 4)
 
 
 class _Fake:
