@@ -17,6 +17,17 @@ Places = tuple[int, ...]  # of each lane, how many of its records lie behind; ()
 LEAST_LOOK, MOST_LOOK = 256, 8192  # records whose sizes are asked for at a time
 
 
+class Packed(NamedTuple):
+    """A batch as it is packed: places `begin` to `end` in the order of `lane`, or one record of padding; where all lanes stand
+    behind it."""
+
+    lane: int
+    begin: int
+    end: int
+    valid: bool
+    places: Places
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Portion:
     """Several batches of one rank. sizes: records of each · places: behind each, where all ranks stand then; or none."""
@@ -31,15 +42,6 @@ class Portion:
         for at, (begin, end) in enumerate(pairwise(ends)):
             shares = Shares(positions=self.shares.positions[begin:end], valid=self.shares.valid[begin:end])
             yield Portion(shares=shares, sizes=self.sizes[at : at + 1], places=self.places[at : at + 1])
-
-
-class _Batch(NamedTuple):
-    """Places `span` in the order of `lane`; where all lanes stand behind it."""
-
-    lane: int
-    span: Ints
-    valid: bool
-    places: Places
 
 
 class BudgetPlan:
@@ -65,27 +67,35 @@ class BudgetPlan:
         counts = [sum(1 for _ in self._ends(lane, 0)) for lane in range(self._plan.order.lanes)]
         return self._last_step(0, counts, world_size)
 
-    def portions(
+    def stretches(
         self, step: int, places: Places, rank: int, world_size: int, longest: int, most_records: int
-    ) -> Iterator[Portion]:
+    ) -> Iterator[list[Packed]]:
         """The rest of the epoch from `step` on, where the lanes stand at `places`; 1, 2, 4 … up to `longest` batches at once,
         but no more where they have `most_records` records.
 
         Sizes are looked at as the batches are asked for; with several lanes first those of the whole rest, for the ranks of one
         lane must know when the others end. Raises DataError for a record over the budget, where such are refused.
         """
-        length, held = 1, list[_Batch]()
-        for batch in self._batches(step, places, rank, world_size):
-            held.append(batch)
-            if len(held) >= length or sum(len(each.span) for each in held) >= most_records:
-                yield self._portion(held)
-                length, held = min(2 * length, longest), []
+        length, held = 1, list[Packed]()
+        failure: PipelineError | None = None
+        try:
+            for batch in self._batches(step, places, rank, world_size):
+                held.append(batch)
+                if len(held) >= length or sum(each.end - each.begin for each in held) >= most_records:
+                    yield held
+                    length, held = min(2 * length, longest), []
+        except PipelineError as error:
+            failure = error
         if held:
-            yield self._portion(held)
+            yield held
+        if failure is not None:
+            raise failure
 
-    def _portion(self, batches: list[_Batch]) -> Portion:
-        sizes = np.array([len(each.span) for each in batches], np.int64)
-        lanes, spans = np.repeat([each.lane for each in batches], sizes), np.concatenate([each.span for each in batches])
+    def portion(self, batches: list[Packed]) -> Portion:
+        """Of these batches, the records that lie at their places."""
+        sizes = np.array([each.end - each.begin for each in batches], np.int64)
+        lanes = np.repeat([each.lane for each in batches], sizes)
+        spans = np.concatenate([np.arange(each.begin, each.end) for each in batches])
         positions = np.empty_like(spans)
         for lane in np.unique(lanes).tolist():
             positions[lanes == lane] = self._plan.at(lane, spans[lanes == lane])
@@ -95,7 +105,7 @@ class BudgetPlan:
             places=tuple(each.places for each in batches),
         )
 
-    def _batches(self, step: int, places: Places, rank: int, world_size: int) -> Iterator[_Batch]:
+    def _batches(self, step: int, places: Places, rank: int, world_size: int) -> Iterator[Packed]:
         """What the rank takes at each step."""
         lanes, drop = self._plan.order.lanes, self._plan.order.tail == "drop"
         at = list(places or (0,) * lanes)
@@ -105,19 +115,25 @@ class BudgetPlan:
         if lanes > 1:
             known = [list(ends) for ends in every]
             every, last = [iter(ends) for ends in known], self._last_step(step, [len(ends) for ends in known], world_size)
+        begun = step
         while last is None or step < last:
             taken = {lane: list(islice(every[lane], at_once)) for lane in range(step % turns, lanes, turns)}
             lane, which = rank * lanes // world_size + step % turns, rank % at_once
             if last is None and len(taken[lane]) < (at_once if drop else 1):
-                return
+                break
             borders = [at[lane], *taken[lane]]
             valid = which + 1 < len(borders)
             # padding is the lane's last record
-            span = np.arange(borders[which], borders[which + 1]) if valid else np.array([self._plan.length(lane) - 1])
+            begin, end = borders[which : which + 2] if valid else (self._plan.length(lane) - 1, self._plan.length(lane))
             for each, ends in taken.items():
                 at[each] = ends[-1] if ends else at[each]
             step += 1
-            yield _Batch(lane, span, valid, tuple(at))
+            yield Packed(lane, begin, end, valid, tuple(at))
+        if drop and begun == step == 0 and self._plan.num_records:
+            raise DataError(
+                f"split {self._plan.order.split!r} has too few records for a batch on each of {world_size} ranks; "
+                "expected more, or tail='pad'"
+            )
 
     def _last_step(self, step: int, counts: Iterable[int], world_size: int) -> int:
         """The step behind the last one, where lanes have so many batches left at `step`."""

@@ -24,8 +24,8 @@ class GraphBatch:
     """One batch of one rank, on the loader's device but for `positions`.
 
     graphs: a PyG `Batch` of all graphs of all records, record-major, then layer: x (N, F), edge_index (2, E) int64,
-    edge_attr, batch (N,), ptr (G + 1,), and the schema's further fields by the names behind their dots, whole numbers as int64;
-    `to_data_list()` gives them one by one · graphs_per_record: (B,) int64 ·
+    edge_attr, batch (N,), ptr (G + 1,), and the schema's further fields by the names behind their dots, real numbers
+    never narrower than stored, whole ones as int64; `to_data_list()` gives them one by one · graphs_per_record: (B,) int64 ·
     layer_index: (G,) int64, the graph's number in its stored record · last_node: (G,) int64, each graph's last node in x ·
     labels: (B,) int64 · valid: (B,) bool; a record that is not valid is padding and repeats a real one · ids: B texts ·
     positions: (B,) int64 on the CPU, the records' numbers in their split.
@@ -45,8 +45,8 @@ class GraphBatch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the node features, edges and edge features as delivered."""
-        return sum(self.graphs[name].nbytes for name in ("x", "edge_index", "edge_attr") if name in self.graphs)
+        """Bytes of the edges and of all fields as delivered."""
+        return sum(tensor.nbytes for name, tensor in self.graphs.to_dict().items() if name not in ("batch", "ptr"))
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """All of them, those that PyG cuts the batch by too."""
@@ -110,8 +110,10 @@ class Collator:
 
     def values(self, rows: GraphRows) -> dict[str, torch.Tensor]:
         """Each field as it is delivered, by its name as stored."""
-        real = ("x", "edge_attr")
-        return {name: self._values(rows.arrays[name], field, real=name in real) for name, field in self._fields.items()}
+        return {
+            name: self._values(rows.arrays[name], field, activations=name in ("x", "edge_attr"))
+            for name, field in self._fields.items()
+        }
 
     def _move(self, array: Array) -> torch.Tensor:
         tensor = torch.from_numpy(array)
@@ -120,11 +122,14 @@ class Collator:
         with span("copy"):  # from pinned memory, which torch keeps and uses again, it need not be waited for
             return tensor.pin_memory().to(self._device, non_blocking=True)
 
-    def _values(self, array: Array, field: Field, *, real: bool) -> torch.Tensor:
-        """Stored rows of a field, on the device; as `dtype`, but whole numbers that need not be `real` as int64."""
+    def _values(self, array: Array, field: Field, *, activations: bool) -> torch.Tensor:
+        """Stored rows of a field, on the device: activations as `dtype`; else real numbers as that or wider, whole ones as
+        int64."""
         bits = field.dtype == BFLOAT16
         stored = self._move(array.view("int16")).view(torch.bfloat16) if bits else self._move(array)
-        dtype = self._dtype if real or stored.is_floating_point() else torch.int64
+        dtype = self._dtype
+        if not activations:
+            dtype = torch.promote_types(stored.dtype, dtype) if stored.is_floating_point() else torch.int64
         unchanged = stored.dtype == dtype and not self._copies
         if self._device.type != "cpu" or unchanged or not stored.numel():
             return stored.to(dtype)

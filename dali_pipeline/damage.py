@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -11,6 +12,8 @@ from dali_pipeline.plan import Shares
 from dali_pipeline.schema import PipelineError
 
 TRIED = 64  # records of the split, where none of a batch can be read
+TOLD = 10  # records left out that are named in the log, an epoch
+log = logging.getLogger("dali_pipeline")
 
 
 def without_damaged(
@@ -36,6 +39,12 @@ def without_damaged(
     return Shares(positions=positions, valid=shares.valid & ~damaged), tuple(str(refused[position]) for position in told)
 
 
+def without_padding(shares: Shares) -> Shares:
+    """The valid rows alone; where there is none, one that is not."""
+    kept = shares.valid if shares.valid.any() else np.arange(len(shares.valid)) == 0
+    return Shares(positions=shares.positions[kept], valid=shares.valid[kept])
+
+
 def _first_sound(
     gather: Callable[[Ints], object], skips: tuple[type[PipelineError], ...], tried: Ints, refused: dict[int, PipelineError]
 ) -> Ints:
@@ -46,3 +55,11 @@ def _first_sound(
             continue
         return np.array([position])
     raise next(iter(refused.values()))
+
+
+def tell(epoch: int, faults: tuple[str, ...], left_out: list[str]) -> None:
+    """Into the log, the first ones by name."""
+    for fault in faults:
+        left_out.append(fault)
+        if len(left_out) <= TOLD:
+            log.warning("epoch %d: left out: %s", epoch, fault)

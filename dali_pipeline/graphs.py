@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from dali_pipeline.ahead import background_threads, map_ahead
-from dali_pipeline.budget import BudgetPlan, Portion
+from dali_pipeline.budget import BudgetPlan, Packed
 from dali_pipeline.collate import Collator, GraphBatch
 from dali_pipeline.dataset import Dataset
 from dali_pipeline.delivery import OnError, OnNan, Workers, check_delivery
@@ -23,7 +23,7 @@ from dali_pipeline.memory import Buffers
 from dali_pipeline.order import WINDOW_BYTES, Tail
 from dali_pipeline.plan import EpochPlan
 from dali_pipeline.processes import map_in_processes
-from dali_pipeline.schema import PipelineError, Schema, UsageError
+from dali_pipeline.schema import PipelineError, Schema, UsageError, level_of
 from dali_pipeline.sidestream import a_batch_ahead
 from dali_pipeline.state import LoaderState, StateError
 from dali_pipeline.stretch import stretches
@@ -45,7 +45,7 @@ class GraphLoader(Loader[GraphBatch]):
     out; a budget counts them all the same · the others as in `SequenceLoader`; on_nan looks at the values of all fields.
 
     Raises UsageError for an argument that makes no sense, DataError for data without graphs; while iterating, FormatError
-    for a damaged shard and PipelineError for a worker that died (torch's RuntimeError where that strikes the caller's code).
+    for a damaged shard and PipelineError for a worker that died.
     """
 
     kind = "graphs"
@@ -98,6 +98,8 @@ class GraphLoader(Loader[GraphBatch]):
             max_nodes=max_nodes,
             max_edges=max_edges,
         )
+        if self.budgeted and on_error == "skip":
+            raise UsageError("max_nodes and max_edges need the size of every record; expected on_error='raise'")
         if self.budgeted and self.world.world_size % lanes and lanes % self.world.world_size:
             raise UsageError(
                 f"lanes is {lanes} and world_size {self.world.world_size}; expected one to be a multiple of the other, "
@@ -120,15 +122,19 @@ class GraphLoader(Loader[GraphBatch]):
         self._longest_stretch = max(1, min(STRETCH_STEPS, self._stretch_records // batch_size))
         if self.budgeted:
             self._longest_stretch = STRETCH_STEPS
-        # what is touched of it is in memory
+        # twice what is expected in it, for only what is touched is in memory
         records = self._stretch_records if self.budgeted else self._longest_stretch * batch_size
-        self._arena_bytes = max(1 << 20, 2 * records * record_bytes)
+        fields = [
+            (field.row_bytes, max_edges if level_of(name) == "edge" else max_nodes) for name, field in source.fields.items()
+        ]
+        batch_bytes = sum(width * (most or 0) for width, most in fields) + 16 * (max_edges or 0)
+        self._arena_bytes = max(1 << 20, 2 * records * record_bytes, 2 * batch_bytes)
 
     def __len__(self) -> int:
         """Steps of an epoch, the same on every rank.
 
         With a budget it is about the same number in every epoch, not quite: of the epoch that `set_epoch` chose, that is under
-        way, or that ended last. It then costs a pass over the index of all shards.
+        way, or that ended last. It then costs a pass over the index of all shards, and raises what is wrong there.
         """
         if self.budgeted and self._steps_of[0] != self._len_of:
             self._steps_of = self._len_of, self._budget(self._plan(self._len_of)).num_steps(self.world.world_size)
@@ -155,21 +161,21 @@ class GraphLoader(Loader[GraphBatch]):
         work: Callable[[Any], Loaded] = partial(self._gatherer.gather, plan)
         items: Iterator[Any] = stretches(range(start.step, plan.num_steps), self._longest_stretch)
         if self.budgeted:
-            work, items = self._gatherer.gather_portion, self._portions(plan, start)
+            budget = self._budget(plan)
+            work, items = partial(self._gatherer.gather_packed, budget), self._packed(budget, start)
         if self.workers == "auto" or not self.workers:
             threads = background_threads(self.device) if self.workers == "auto" else 0
             return map_ahead(work, items, threads)
         return map_in_processes(partial(_gather_into, self._gatherer, work), items, self.workers, self._arena_bytes)
 
     def _budget(self, plan: EpochPlan) -> BudgetPlan:
-        sizes = partial(self._source.sizes, skips=self.skips)
-        return BudgetPlan(plan, sizes, self._source.name, alone=self._oversize == "alone")
+        return BudgetPlan(plan, self._source.sizes, self._source.name, alone=self._oversize == "alone")
 
-    def _portions(self, plan: EpochPlan, start: Position) -> Iterator[Portion | PipelineError]:
-        """What is planned ahead must not fail ahead: an error comes behind the batches before it."""
+    def _packed(self, budget: BudgetPlan, start: Position) -> Iterator[list[Packed] | PipelineError]:
+        """What is packed ahead must not fail ahead: an error comes behind the batches before it."""
         world, stretch = self.world, (self._longest_stretch, self._stretch_records)
         try:
-            yield from self._budget(plan).portions(start.step, start.places, world.rank, world.world_size, *stretch)
+            yield from budget.stretches(start.step, start.places, world.rank, world.world_size, *stretch)
         except PipelineError as error:
             yield error
 

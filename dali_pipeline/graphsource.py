@@ -13,7 +13,7 @@ from dali_pipeline.gather import gather
 from dali_pipeline.layers import Layers
 from dali_pipeline.order import WINDOW_BYTES, Ints
 from dali_pipeline.records import Found, IndexPart
-from dali_pipeline.schema import LEVELS, Array, Field, FormatError, PipelineError, Schema, level_of
+from dali_pipeline.schema import LEVELS, Array, Field, FormatError, Schema, level_of
 from dali_pipeline.selection import Selection
 from dali_pipeline.source import BatchSource, labels_and_ids
 
@@ -60,7 +60,7 @@ class GraphRows:
 
     def without_light_edges(self, weights: Array, least: float) -> GraphRows:
         """Those edges alone whose weight, (E,), is not below `least`."""
-        kept = ~(weights < least)
+        kept = ~(weights < np.float64(least))  # a float would be rounded to the weights' type
         ends = _ends(self.edge_counts)
         before = _ends(kept.astype(np.int64))[ends]  # edges kept before each graph
         return replace(
@@ -89,8 +89,8 @@ class GraphSource(BatchSource):
         min_weight: float | None = None,
     ) -> None:
         super().__init__(selection, schema, layers, window_bytes, finite=finite)
-        self._fields = schema.of_graphs
-        self.streamed = ("edge_index", *self._fields)
+        self.fields = schema.of_graphs
+        self.streamed = ("edge_index", *self.fields)
         self._min_weight = min_weight
 
     def gather(self, positions: Ints) -> GraphRows:
@@ -134,7 +134,7 @@ class GraphSource(BatchSource):
             words = f"has {limits[edge]} nodes and the edge {pair}; expected indices below {limits[edge]}"
             self._fail(pairs, record, graph, layer_index, words)
         found_rows = GraphRows(
-            arrays={name: rows(name, field, level_of(name)) for name, field in self._fields.items()},
+            arrays={name: rows(name, field, level_of(name)) for name, field in self.fields.items()},
             edge_index=edge_index,
             node_counts=counted[:, 0],
             edge_counts=counted[:, 1],
@@ -145,21 +145,15 @@ class GraphSource(BatchSource):
         )
         if self._min_weight is None:
             return found_rows
-        weights = self._fields["edge_attr"].values(found_rows.arrays["edge_attr"]).reshape(-1)
+        weights = self.fields["edge_attr"].values(found_rows.arrays["edge_attr"]).reshape(-1)
         return found_rows.without_light_edges(weights, self._min_weight)
 
-    def sizes(self, positions: Ints, skips: tuple[type[PipelineError], ...] = ()) -> Ints:
-        """(N, 2) int64, nodes and edges of each record's selected graphs, as stored; (0, 0) where reading them raises one of
-        `skips`.
+    def sizes(self, positions: Ints) -> Ints:
+        """(N, 2) int64, nodes and edges of each record's selected graphs, as stored.
 
         Reads what is to be read of them anyway before their values.
         """
-        try:
-            found = self._index.locate(positions)
-        except skips:
-            if len(positions) == 1:
-                return np.zeros((1, 2), np.int64)
-            return np.concatenate([self.sizes(positions[at : at + 1], skips) for at in range(len(positions))])
+        found = self._index.locate(positions)
         graphs_per_record, _, _, spans = self._graphs(found, found.pairs())
         spent = np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(spans[:, 1::2] - spans[:, ::2], axis=0)])
         ends = np.cumsum(graphs_per_record)

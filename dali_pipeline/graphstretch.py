@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dali_pipeline.budget import Places, Portion
-from dali_pipeline.damage import without_damaged
+from dali_pipeline.budget import BudgetPlan, Packed, Places, Portion
+from dali_pipeline.damage import without_damaged, without_padding
 from dali_pipeline.digest import Mask
 from dali_pipeline.graphsource import GraphRows, GraphSource
 from dali_pipeline.memory import Buffers
@@ -50,10 +50,12 @@ class GraphGatherer:
         shares = plan.batches(steps, self._world.rank, self._world.world_size)
         return self.gather_portion(Portion(shares=shares, sizes=np.full(len(steps), len(shares.positions) // len(steps))))
 
-    def gather_portion(self, portion: Portion | PipelineError) -> Loaded:
-        """`gather` of batches that are planned already; of an error, that."""
-        if isinstance(portion, PipelineError):
-            return [], portion
+    def gather_packed(self, budget: BudgetPlan, batches: list[Packed] | PipelineError) -> Loaded:
+        """`gather` of batches that are packed already; of an error, that."""
+        return ([], batches) if isinstance(batches, PipelineError) else self.gather_portion(budget.portion(batches))
+
+    def gather_portion(self, portion: Portion) -> Loaded:
+        """`gather` of batches whose records are known."""
         alone = len(portion.sizes) == 1
         try:
             try:
@@ -61,8 +63,13 @@ class GraphGatherer:
             except self._skips:
                 if alone:
                     sound, left_out = without_damaged(portion.shares, self.source.gather, self._skips, self.source.num_records)
+                    if portion.places:  # of a budget, which padding would go over
+                        sound = without_padding(sound)
+                    sizes = np.array([len(sound.positions)])
                     rows = self.source.gather(sound.positions)
-                    return [GraphStretch(rows=rows, portion=replace(portion, shares=sound), left_out=left_out)], None
+                    return [
+                        GraphStretch(rows=rows, portion=replace(portion, shares=sound, sizes=sizes), left_out=left_out)
+                    ], None
         except PipelineError as error:
             if alone:
                 return [], error

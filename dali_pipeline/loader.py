@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from abc import abstractmethod
 from collections.abc import Generator, Iterator, Mapping
@@ -12,6 +11,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from dali_pipeline.damage import TOLD, log, tell
 from dali_pipeline.dataset import Dataset
 from dali_pipeline.delivery import OnError, OnNan, Workers, check_options, resolve_device
 from dali_pipeline.digest import Delivered, EpochDigest, Mask
@@ -25,8 +25,6 @@ from dali_pipeline.state import LoaderState, StateError
 from dali_pipeline.world import FORKED, WorkersRefused, World
 
 Batch = TypeVar("Batch", covariant=True)
-TOLD = 10  # records left out that are named in the log, an epoch
-log = logging.getLogger("dali_pipeline")
 
 
 class Position(NamedTuple):
@@ -137,7 +135,12 @@ class Loader(IterableDataset[Batch]):
         return self._num_records
 
     def num_valid(self, step: int) -> int:
-        """Records of the global batch at a step, over all ranks, padding not counted; the same in every epoch."""
+        """Records of the global batch at a step, over all ranks, padding not counted; the same in every epoch.
+
+        Raises UsageError with a budget, whose batches have no number of records.
+        """
+        if self.budgeted:
+            raise UsageError("batches of max_nodes or max_edges have no number of records; count their `valid` rows")
         return self._first_plan.num_valid(step)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -166,7 +169,7 @@ class Loader(IterableDataset[Batch]):
             for batch, ids, valid, faults, places in batches:
                 step += 1
                 delivered.add(ids, valid, len(faults))
-                _tell(epoch, faults, left_out)
+                tell(epoch, faults, left_out)
                 if self._newest is token:
                     self._position = Position(epoch, step, places)
                 yield batch
@@ -249,11 +252,3 @@ class Loader(IterableDataset[Batch]):
     def _check_place(self, state: LoaderState) -> None:
         if state.step > self._num_steps:
             raise StateError(f"the state is at step {state.step}; an epoch has {self._num_steps}")
-
-
-def _tell(epoch: int, faults: tuple[str, ...], left_out: list[str]) -> None:
-    """Into the log, the first ones by name."""
-    for fault in faults:
-        left_out.append(fault)
-        if len(left_out) <= TOLD:
-            log.warning("epoch %d: left out: %s", epoch, fault)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dali_pipeline.encoding import BFLOAT16, encode
-from dali_pipeline.schema import Array, DataError, Field, Schema, level_of
+from dali_pipeline.schema import Array, DataError, Field, Schema, a_or_an, level_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,13 +52,14 @@ class Graphs:
             raise DataError(
                 f"{len(present)} of a record's {len(parts)} graphs have edge_attr; expected all or none, of one width"
             )
+        rows = {"node": [len(x) for x in xs], "edge": [edge.shape[1] for edge in edges], "graph": [1] * len(parts)}
         return cls(
             x=np.concatenate(xs),
             edge_index=np.concatenate(edges, axis=1),
-            edge_attr=np.concatenate(present) if present else None,
-            node_counts=np.array([len(x) for x in xs], dtype=np.int64),
-            edge_counts=np.array([edge.shape[1] for edge in edges], dtype=np.int64),
-            fields={name: _joined(name, parts) for name in fields},
+            edge_attr=_joined("edge_attr", parts, rows["edge"]) if present else None,
+            node_counts=np.array(rows["node"], dtype=np.int64),
+            edge_counts=np.array(rows["edge"], dtype=np.int64),
+            fields={name: _joined(name, parts, rows[level_of(name)]) for name in fields},
         )
 
     def select(self, layers: Sequence[int]) -> Graphs:
@@ -77,14 +78,17 @@ class Graphs:
         )
 
 
-def _joined(name: str, graphs: list[Any]) -> Array:
-    """One attribute of all graphs."""
-    level, _, attribute = name.partition(".")
+def _joined(name: str, graphs: list[Any], counts: Sequence[int]) -> Array:
+    """One attribute of all graphs, which has so many rows in each."""
+    level, attribute = level_of(name), name.rpartition(".")[2]
     parts = [as_array(name, getattr(graph, attribute, None)) for graph in graphs]
     if level == "graph":  # (1, *row), as PyG has it, or (*row,)
         parts = [part if part.ndim and len(part) == 1 else part[None] for part in parts]
-    if len({part.shape[1:] for part in parts}) > 1 or not parts[0].ndim:
+    if len({part.shape[1:] for part in parts}) > 1 or not all(part.ndim for part in parts):
         raise DataError(f"{name} has rows of different shapes in a record's graphs; expected rows of one shape")
+    for graph, (part, count) in enumerate(zip(parts, counts, strict=True)):
+        if len(part) != count:
+            raise DataError(f"graph {graph}, {name}: {len(part)} rows; expected {count}, one {a_or_an(level)}")
     return np.concatenate(parts)
 
 
@@ -185,7 +189,7 @@ def _further(where: str, name: str, value: Any, field: Field, sizes: Mapping[str
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     if rows.ndim == 0 or len(rows) != sizes[level]:
-        raise DataError(f"{where}, {name} has shape {rows.shape}; expected {sizes[level]} rows, one a {level}")
+        raise DataError(f"{where}, {name} has shape {rows.shape}; expected {sizes[level]} rows, one {a_or_an(level)}")
     return _cast(where, name, rows, field)
 
 

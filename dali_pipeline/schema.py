@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import keyword
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,14 +21,25 @@ Kind = Literal["sequences", "graphs"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SPLITS = ("train", "val", "test")
 LEVELS = ("node", "edge", "graph")
-# names that have a meaning of their own in a PyG batch
-PYG_NAMES = {"x", "edge_index", "edge_attr", "batch", "ptr", "num_nodes", "num_edges", "num_graphs"}
+# a PyG batch gives these a meaning of its own, and joins in another way what has such parts in its name; shards name arrays so
+TAKEN = {"x", "edge_attr", "ptr", "face", "num_nodes", "num_edges", "num_graphs", "counts", "offsets"}
+TAKEN_PARTS = ("index", "batch", "adj")
 FIELD_DTYPES = ("float16", BFLOAT16, "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
+
+
+def _is_free(name: str) -> bool:
+    plain = name.isidentifier() and not keyword.iskeyword(name) and not name.startswith("_")
+    return plain and name not in TAKEN and not any(part in name for part in TAKEN_PARTS)
 
 
 def level_of(name: str) -> str:
     """What an array of graphs has a row for: `node`, `edge` or `graph`."""
     return {"x": "node", "edge_attr": "edge", "edge_index": "edge"}.get(name) or name.partition(".")[0]
+
+
+def a_or_an(level: str) -> str:
+    """`a node`, `an edge`, `a graph`."""
+    return f"{'an' if level == 'edge' else 'a'} {level}"
 
 
 class PipelineError(Exception):
@@ -139,11 +151,10 @@ class Schema:
             raise UsageError("a schema with `fields` needs `x` (node features)")
         names = [name.partition(".")[2] for name in self.named]
         for key, name in zip(self.named, names, strict=True):
-            sound = name.isidentifier() and not name.startswith("_") and name not in PYG_NAMES and names.count(name) == 1
-            if key.partition(".")[0] not in LEVELS or not sound:
+            if key.partition(".")[0] not in LEVELS or not _is_free(name) or names.count(name) > 1:
                 raise UsageError(
-                    f"fields has {key!r}; expected node., edge. or graph. and a name of its own that is none of "
-                    f"{', '.join(sorted(PYG_NAMES))}"
+                    f"fields has {key!r}; expected node., edge. or graph. and a name of its own, nothing to Python "
+                    f"or PyG: none of {', '.join(sorted(TAKEN))}, and without {', '.join(TAKEN_PARTS)} in it"
                 )
 
     @property

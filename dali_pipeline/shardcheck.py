@@ -13,7 +13,7 @@ import numpy.typing as npt
 from dali_pipeline.dataset import Dataset
 from dali_pipeline.encoding import BFLOAT16, decode
 from dali_pipeline.files import Files
-from dali_pipeline.schema import Array, Field, FormatError, Kind, level_of
+from dali_pipeline.schema import Array, Field, FormatError, Kind, a_or_an, level_of
 from dali_pipeline.selection import Shards
 from dali_pipeline.shard import Hashes, Shard, hash_texts
 
@@ -206,7 +206,7 @@ class ShardCheck:
         level = level_of(name)
         offsets, rows = self._offsets.get(COUNTED[level]), shard.array(name).shape[0]
         if offsets is not None and rows != offsets[-1]:
-            raise self._fail(name, f"{rows} rows for {offsets[-1]} {level}s; expected one a {level}")
+            raise self._fail(name, f"{rows} rows for {offsets[-1]} {level}s; expected one {a_or_an(level)}")
 
     def _check_edges(self, shard: Shard) -> None:
         """Every edge between nodes of its own graph."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -19,7 +20,7 @@ def a_batch_ahead(
     What `batches` does on the GPU runs on a side stream. The caller's stream waits for it there, not the caller, and memory of
     `tensors` is not used again before the caller's stream has passed. An error comes behind the batches before it.
     """
-    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    side = _side_stream(device)
     held: tuple[T, torch.cuda.Event] | None = None
     failure: BaseException | None = None
     with closing(batches):
@@ -27,21 +28,29 @@ def a_batch_ahead(
             coming: tuple[T, torch.cuda.Event] | None = None
             try:
                 with torch.cuda.stream(side):
-                    for batch in batches:
-                        coming = batch, side.record_event()
-                        break
+                    coming = next(((batch, side.record_event()) for batch in batches), None)
             except Exception as error:
                 failure = error
             if held is not None:
-                batch, ready = held
-                current = torch.cuda.current_stream(device)
-                current.wait_event(ready)
-                for tensor in tensors(batch):
-                    if tensor.is_cuda:
-                        tensor.record_stream(current)
-                yield batch
+                out, held = [held], None  # no name here keeps a batch that the caller has let go
+                yield _handed_over(*out.pop(), tensors, device)
             if failure is not None:
                 raise failure
             if coming is None:
                 return
-            held = coming
+            held, coming = coming, None
+
+
+def _handed_over(batch: T, ready: torch.cuda.Event, tensors: Callable[[T], Iterable[torch.Tensor]], device: torch.device) -> T:
+    current = torch.cuda.current_stream(device)
+    current.wait_event(ready)
+    for tensor in tensors(batch):
+        if tensor.is_cuda:
+            tensor.record_stream(current)
+    return batch
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all epochs: torch keeps the memory of each stream apart."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

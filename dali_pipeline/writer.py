@@ -57,6 +57,7 @@ class ShardWriter:
             raise UsageError(f"source cannot be written as JSON ({error}); expected plain values") from None
         self.root = Path(root)
         self.schema = schema
+        _check_names(schema)
         self._folder = WorkFolder(self.root, fingerprint)
         self._journal = self._folder.journal
         self.filler = ShardFiller(self.root, schema, shard_bytes, split or Split(), self._journal.contents)
@@ -149,3 +150,15 @@ class ShardWriter:
     def _shard_ids(self, split: str, kind: Kind, shard: int) -> list[bytes]:
         path = shard_path(self.root, split, kind, shard)
         return self._journal.contents.splits[split][kind].open(path, shard, Files()).texts("ids")
+
+
+def _check_names(schema: Schema) -> None:
+    """Raises UsageError for a field that PyG could hold, but not give back."""
+    if not schema.named:
+        return
+    from torch_geometric.data import Batch, Data
+
+    for name in schema.named:
+        of_class = getattr(type(Batch(_base_cls=Data)), name.rpartition(".")[2], None)
+        if of_class is not None and getattr(of_class, "fset", None) is None:  # `pos` and `y` may be set, `to` and `size` not
+            raise UsageError(f"fields has {name!r}, which has a meaning of its own in a PyG batch; expected another name")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,86 @@ def test_a_field_of_another_length_is_found_by_verify(tmp_path: Path, graphs: li
         list(dp.GraphLoader(dp.open_dataset(tmp_path / "set"), workers=0))
 
 
+@pytest.mark.parametrize(
+    "name", ["edge.face", "node.index2", "node.subgraph_batch", "node.counts", "graph.offsets", "node.class"]
+)
+def test_names_that_would_be_lost_or_joined_otherwise_are_refused(name: str) -> None:
+    x = dp.Field(dtype="float32", shape=(3,))
+    with pytest.raises(dp.UsageError, match="expected node"):
+        dp.Schema(x=x, fields={name: x})
+
+
+def test_what_pyg_has_as_methods_is_refused_by_the_writer(tmp_path: Path) -> None:
+    x = dp.Field(dtype="float32", shape=(3,))
+    for name in ("node.to", "node.keys", "graph.is_cuda", "node.size"):
+        with pytest.raises(dp.UsageError, match="has a meaning of its own in a PyG batch"):
+            dp.ShardWriter(tmp_path / "set", dp.Schema(x=x, fields={name: x}))
+    assert not (tmp_path / "set").exists()
+
+
+def test_rows_belong_to_their_own_graph(tmp_path: Path) -> None:
+    """Not only must their sum be right."""
+    schema = dp.Schema(
+        x=dp.Field(dtype="float32", shape=(1,)),
+        edge_attr=dp.Field(dtype="float32"),
+        fields={"node.pos": dp.Field(dtype="float32")},
+    )
+
+    def graphs(pos: list[int], attr: list[int], scalar: bool = False) -> list[Data]:
+        found = []
+        for nodes, rows, weights in zip((2, 3), pos, attr, strict=True):
+            edges = torch.zeros(2, nodes, dtype=torch.int64)
+            found.append(Data(x=torch.ones(nodes, 1), edge_index=edges, edge_attr=torch.ones(weights), pos=torch.ones(rows)))
+        if scalar:
+            found[1].pos = torch.tensor(1.0)
+        return found
+
+    with dp.ShardWriter(tmp_path / "set", schema) as writer:
+        wrong = [
+            (graphs([3, 2], [2, 3]), "record '1': graph 0, node.pos: 3 rows; expected 2, one a node"),
+            (graphs([2, 3], [3, 2]), "record '1': graph 0, edge_attr: 3 rows; expected 2, one an edge"),
+            (graphs([2, 3], [2, 3], scalar=True), "record '1': node.pos has rows of different shapes"),
+        ]
+        for record, words in wrong:
+            with pytest.raises(dp.DataError, match=words):
+                writer.write({"id": "1", "label": 0, "graphs": record})
+        writer.write({"id": "2", "label": 0, "graphs": graphs([2, 3], [2, 3])})
+
+
+def test_targets_are_never_narrower_than_stored(tmp_path: Path) -> None:
+    exact = 1_000_000_000.25
+    schema = dp.Schema(
+        x=dp.Field(dtype="float16", shape=(1,)),
+        fields={
+            "graph.e": dp.Field(dtype="float64"),
+            "graph.f": dp.Field(dtype="float32"),
+            "node.h": dp.Field(dtype="bfloat16"),
+        },
+    )
+    graph = Data(
+        x=torch.ones(1, 1), edge_index=torch.zeros(2, 0, dtype=torch.int64),
+        e=torch.tensor([exact], dtype=torch.float64), f=torch.tensor([-1e5]), h=torch.tensor([3.0]),
+    )  # fmt: skip
+    with dp.ShardWriter(tmp_path / "set", schema, split=dp.Split.parse("100/0/0")) as writer:
+        writer.write({"id": "1", "label": 0, "graphs": [graph]})
+    (batch,) = dp.GraphLoader(dp.open_dataset(tmp_path / "set"), batch_size=1, dtype=torch.float16)
+    assert (batch.graphs.e.item(), batch.graphs.f.item(), batch.graphs.h.item()) == (exact, -1e5, 3.0)
+    assert batch.graphs.x.dtype == torch.float16
+    again = [
+        sys.executable,
+        "-m",
+        "dali_pipeline",
+        "convert",
+        tmp_path / "set",
+        tmp_path / "again",
+        "--dtype",
+        "node.h=bfloat16",
+    ]
+    done = subprocess.run([*map(str, again), "--split", "100/0/0"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert dp.open_dataset(tmp_path / "again").schema.named["node.h"].dtype == "bfloat16"
+
+
 def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path: Path) -> None:
     x = dp.Field(dtype="float32", shape=(4,))
     for key in ("pos", "node.", "layer.pos", "node.x", "graph.batch", "graph.num_nodes", "node._store", "node.a b"):
@@ -136,7 +217,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path: Path) -> None:
     schema = dp.Schema(x=x, fields={"node.pos": FIELDS["node.pos"]})
     ((graph,),) = molecules(1, layers=1)
     wrong: list[tuple[Any, str]] = [
-        (torch.zeros(len(graph.x) + 1, 3), r"record '1', node.pos has shape \(\d+, 3\); expected \d+ rows, one a node"),
+        (torch.zeros(len(graph.x) + 1, 3), r"record '1': graph 0, node.pos: \d+ rows; expected \d+, one a node"),
         (torch.zeros(len(graph.x), 2), r"record '1', node.pos has rows of shape \(2,\); expected \(3,\)"),
         (None, "record '1': node.pos"),
     ]
@@ -174,6 +255,18 @@ def test_light_edges_are_left_out(data: dp.Dataset, graphs: list[list[Data]], wo
     everything = next(iter(dp.GraphLoader(data, min_weight=2)))
     assert everything.graphs.num_edges == 0
     assert everything.graphs.num_nodes > 0
+
+
+def test_float16_weights_are_held_against_the_number_itself(tmp_path: Path) -> None:
+    """0.1 is 0.09998 in float16: smaller than 0.1, whatever the weights' type is."""
+    schema = dp.Schema(x=dp.Field(dtype="float32", shape=(1,)), edge_attr=dp.Field(dtype="float16"))
+    edges = torch.zeros(2, 2, dtype=torch.int64)
+    with dp.ShardWriter(tmp_path / "set", schema, split=dp.Split.parse("100/0/0")) as writer:
+        graph = Data(x=torch.ones(1, 1), edge_index=edges, edge_attr=torch.tensor([0.1, 0.11]))
+        writer.write({"id": "1", "label": 0, "graphs": [graph]})
+    for least, kept in ((0.1, 1), (1e9, 0)):
+        (batch,) = dp.GraphLoader(dp.open_dataset(tmp_path / "set"), batch_size=1, min_weight=least)
+        assert batch.graphs.num_edges == kept
 
 
 def test_weights_that_are_none_are_refused(data: dp.Dataset, tmp_path: Path) -> None:
@@ -269,7 +362,7 @@ def test_a_batch_is_on_its_way_before_the_one_before_is_used(monkeypatch: pytest
     from dali_pipeline.sidestream import a_batch_ahead
 
     log: list[str] = []
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: _Fake(log))
+    monkeypatch.setattr("dali_pipeline.sidestream._side_stream", lambda device: _Fake(log))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Fake(log))
 
@@ -290,6 +383,34 @@ def test_a_batch_is_on_its_way_before_the_one_before_is_used(monkeypatch: pytest
     assert made[1] < used[0] < made[2] < used[1]
     assert log.count("waited") == log.count("recorded") == 3
     assert log[made[0] - 1] == "side"
+
+
+def test_a_batch_that_was_let_go_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one is used, the next alone is held beside it."""
+    from dali_pipeline.sidestream import a_batch_ahead
+
+    monkeypatch.setattr("dali_pipeline.sidestream._side_stream", lambda device: _Fake([]))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Fake([]))
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def batches() -> Any:
+        for _ in range(4):
+            alive.append(sum(one() is not None for one in made))
+            batch = torch.zeros(1)
+            made.append(weakref.ref(batch))
+            yield batch
+            del batch
+
+    ahead = a_batch_ahead(batches(), lambda batch: [batch], torch.device("cuda"))
+    batch = next(ahead)
+    while True:
+        del batch
+        batch = next(ahead, None)
+        if batch is None:
+            break
+    assert alive == [0, 1, 1, 1]
 
 
 @pytest.mark.gpu

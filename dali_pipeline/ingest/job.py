@@ -23,7 +23,7 @@ from dali_pipeline.ingest.workers import Workers
 from dali_pipeline.layers import Layers, select
 from dali_pipeline.layout import ByLayer
 from dali_pipeline.progress import progress_bar
-from dali_pipeline.schema import Array, DataError, Field, FormatError, Schema, UsageError
+from dali_pipeline.schema import LEVELS, Array, DataError, Field, FormatError, Schema, UsageError, level_of
 from dali_pipeline.split import FileSplit, Split
 from dali_pipeline.writer import SHARD_BYTES
 
@@ -56,10 +56,10 @@ class ConvertConfig:
     def __post_init__(self) -> None:
         for name, dtype in self.dtypes.items():
             known = DTYPES if name == "sequence" else DTYPES[:-1]
-            if dtype not in known or name not in FIELDS:
+            if dtype not in known or not (name in FIELDS or level_of(name) in LEVELS):
                 raise UsageError(
                     f"dtype is {self.dtype!r}; expected {', '.join(DTYPES)}, or by field, of "
-                    f"{', '.join(FIELDS)}, such as sequence=int8,x=float16; int8 for sequences alone"
+                    f"{', '.join(FIELDS)} or a further field, such as sequence=int8,x=float16; int8 for sequences alone"
                 )
         if self.split_by not in ("group", "file"):
             raise UsageError(f"split by {self.split_by!r}; expected group or file")
