@@ -40,7 +40,7 @@ ShardSize = Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="By
 @app.command("convert")
 def convert_command(
     src: Annotated[Path, typer.Argument(help="Folder of .pt, .pkl, .npz, .parquet or .arrow files.", show_default=False)],
-    dst: Annotated[Path, typer.Argument(help="Folder of the data set, new or unfinished.", show_default=False)],
+    dst: Annotated[str, typer.Argument(help="Folder or URL of the data set, new or unfinished.", show_default=False)],
     split: SplitOption = "70/15/15",
     split_seed: SplitSeed = 0,
     split_by: Annotated[str, typer.Option(metavar="group|file", help="Deal each group, or whole files.")] = "group",
@@ -70,12 +70,12 @@ def convert_command(
     docs/migrate.md has the layouts.
     Examples:
       python -m dali_pipeline convert preprocessed_data data/traces
-      python -m dali_pipeline convert preprocessed_data data/traces --split 80/10/10 --split-by file --workers 8
       python -m dali_pipeline convert raw_traces data/traces --scores scores.csv --score-column bleurt
+      python -m dali_pipeline convert preprocessed_data s3://bucket/traces
       python -m dali_pipeline convert data/traces data/traces8 --dtype sequence=int8,x=bfloat16
     """
     from dali_pipeline.describe import summary
-    from dali_pipeline.ingest.convert import convert, gigabytes
+    from dali_pipeline.ingest.convert import convert_to, gigabytes
     from dali_pipeline.ingest.job import ConvertConfig
     from dali_pipeline.ingest.traces import TraceOptions, read_scores
     from dali_pipeline.layers import parse_layers
@@ -98,7 +98,7 @@ def convert_command(
         ),
     )
     with _going_on():
-        data = convert(src, dst, config)
+        data = convert_to(src, dst, config)
     print(f"{dst}: {summary(data)}, {gigabytes(data.nbytes)}")
     source = data.manifest.source
     if source.get("in_one_half"):
@@ -111,7 +111,7 @@ def convert_command(
 
 @app.command("verify")
 def verify_command(
-    dst: Annotated[Path, typer.Argument(help="Folder of the data set.", show_default=False)],
+    dst: Annotated[str, typer.Argument(help="Folder or URL of the data set.", show_default=False)],
     quick: Annotated[bool, typer.Option("--quick", help="Structure alone: headers, offsets, names, labels.")] = False,
 ) -> None:
     """Check every byte of a data set. Exits 0 where it is sound, 1 where it is not, 2 where there is none.
@@ -120,7 +120,7 @@ def verify_command(
     Each damage is one line: the file, the field, what is wrong.
     Examples:
       python -m dali_pipeline verify data/traces
-      python -m dali_pipeline verify data/traces --quick && python train.py --data data/traces
+      python -m dali_pipeline verify s3://bucket/traces --quick
     """
     from dali_pipeline.verify import verify
 

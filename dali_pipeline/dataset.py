@@ -7,21 +7,25 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from dali_pipeline.cache import CACHE_BYTES, Cache
+from dali_pipeline.cachedfile import RemotePath
 from dali_pipeline.manifest import Manifest, ShardTable, shard_path
 from dali_pipeline.order import Ints
 from dali_pipeline.schema import SPLITS, DataError, FormatError, Kind, Schema, UsageError
 from dali_pipeline.selection import Selection, Shards, derived_digest
 from dali_pipeline.shard import hash_texts
+from dali_pipeline.stores import Store, is_url
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """An opened data set; cheap, holds no file open. Made by `open_dataset`."""
 
-    root: Path
+    root: Any  # a Path, or the RemotePath of a URL
     manifest: Manifest
 
     @property
@@ -72,7 +76,7 @@ class Dataset:
         fullest = max(tables, key=lambda table: sum(table.records))
         return {int(label): count for label, count in sorted(fullest.labels.items(), key=lambda item: int(item[0]))}
 
-    def shard_path(self, split: str, kind: Kind, shard: int) -> Path:
+    def shard_path(self, split: str, kind: Kind, shard: int) -> Any:
         """The file of one shard."""
         return shard_path(self.root, split, kind, shard)
 
@@ -170,14 +174,27 @@ def _count(labels: Ints) -> dict[int, int]:
     return {int(label): count for label, count in sorted(Counter(labels.tolist()).items())}
 
 
-def open_dataset(root: str | os.PathLike[str]) -> Dataset:
-    """Opens the data set in folder `root`. Reads `manifest.json` and nothing else.
+def default_cache() -> Path:
+    """`dali_pipeline` in XDG_CACHE_HOME, or in .cache of the home folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dali_pipeline"
 
-    Raises FormatError, in one sentence, where the folder is missing, or its manifest is missing, unreadable or damaged.
+
+def open_dataset(
+    root: str | os.PathLike[str] | RemotePath, cache_dir: str | os.PathLike[str] | None = None, cache_bytes: int | None = None
+) -> Dataset:
+    """Opens the data set in a folder, or at a URL that fsspec knows (s3, gs, az, http, …). Reads `manifest.json` alone.
+
+    What is read of a URL's shards is kept in `cache_dir` (by default `dali_pipeline` in the user's cache folder), 1 MiB at a
+    time, up to `cache_bytes` (32 GiB); a folder has no need of either. All processes of a node share the cache; so may
+    other runs. Raises FormatError, in one sentence, where there is no data set, or its manifest is unreadable or damaged;
+    DataError for a store that cannot be reached; UsageError for a cache that cannot be.
     """
+    if not isinstance(root, RemotePath) and is_url(root):
+        folder = default_cache() if cache_dir is None else Path(cache_dir)
+        root = RemotePath(Store(os.fspath(root)), Cache(folder, CACHE_BYTES if cache_bytes is None else cache_bytes))
+    if isinstance(root, RemotePath):
+        return Dataset(root=root, manifest=Manifest.load(root))
     path = Path(root)
-    if "://" in os.fspath(root):
-        raise UsageError(f"{os.fspath(root)} is a URL; this version opens local folders only")
     if not path.is_dir():
         raise FormatError(f"{path} is not a folder; expected a data set, as `convert` or `extract` writes it")
     return Dataset(root=path, manifest=Manifest.load(path))

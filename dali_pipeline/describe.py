@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ AXES: dict[Kind, tuple[tuple[str, str], ...]] = {
 }
 
 
-def describe(root: Path) -> dict[str, Any]:
+def describe(root: str | os.PathLike[str]) -> dict[str, Any]:
     """What the data set at `root` holds, in JSON types.
 
     Keys: root, digest, bytes, kinds, schema, splits (kind -> records), labels (split -> label -> records), shards,

@@ -8,9 +8,10 @@ import resource
 import threading
 import weakref
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from dali_pipeline.cachedfile import CachedFile, Place, RemotePath
+from dali_pipeline.openfile import OpenFile
 from dali_pipeline.schema import FormatError
 
 _every: weakref.WeakSet[Recent[Any, Any]] = weakref.WeakSet()
@@ -66,21 +67,6 @@ def _unlock_all() -> None:
 os.register_at_fork(after_in_child=_unlock_all)
 
 
-class OpenFile:
-    """A file descriptor that is closed when the object is dropped. identity: what changes when the file is replaced."""
-
-    def __init__(self, path: Path) -> None:
-        self.fd = -1
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        stat = os.fstat(self.fd)
-        self.size = stat.st_size
-        self.identity = (stat.st_dev, stat.st_ino, stat.st_mtime_ns)
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-
-
 class Files:
     """Open files by path; a file stays open while a caller holds it, even if it is let go here.
 
@@ -89,21 +75,25 @@ class Files:
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit or max(8, min(96, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
-        self._open: Recent[Path, OpenFile] = Recent(self.limit)
+        self._open: Recent[Place, OpenFile] = Recent(self.limit)
 
-    def get(self, path: Path) -> OpenFile:
+    def get(self, path: Place) -> OpenFile:
         """The file, opened for reading. Raises FormatError where it cannot be."""
         return self._open.get(path) or self._open.put(path, self._opened(path))
 
-    def _opened(self, path: Path) -> OpenFile:
+    def _opened(self, path: Place) -> OpenFile:
         try:
             try:
-                return OpenFile(path)
+                return _open(path)
             except OSError as error:
                 if error.errno != errno.EMFILE:
                     raise
                 self._open.clear()
-                return OpenFile(path)
+                return _open(path)
         except OSError as error:
             advice = "raise `ulimit -n`" if error.errno == errno.EMFILE else "the manifest names it"
             raise FormatError(f"{path} cannot be opened ({error.strerror}); {advice}") from error
+
+
+def _open(path: Place) -> OpenFile:
+    return CachedFile(path) if isinstance(path, RemotePath) else OpenFile(path)

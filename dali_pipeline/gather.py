@@ -6,11 +6,15 @@ import math
 
 import numpy as np
 
+from dali_pipeline.cache import FIRST_STAMP
+from dali_pipeline.cachedfile import CachedFile
+from dali_pipeline.header import BLOCK_BYTES
+from dali_pipeline.openfile import OpenFile
 from dali_pipeline.order import Ints
 from dali_pipeline.reads import read_many
 from dali_pipeline.records import Found, IndexPart
 from dali_pipeline.schema import Array, FormatError
-from dali_pipeline.shard import BLOCK_BYTES, Shard
+from dali_pipeline.shard import Shard
 
 
 def gather(found: Found, name: str, records: Ints, begins: Ints, ends: Ints, out: Array, at: Ints) -> None:
@@ -31,7 +35,7 @@ def _gather(
     found: Found, parts: list[IndexPart], which: Ints, name: str, records: Ints, begins: Ints, ends: Ints, out: Array, at: Ints
 ) -> None:
     width = out.dtype.itemsize * math.prod(out.shape[1:])
-    files = []  # held until the reads are done
+    files: list[OpenFile] = []  # held until the reads are done
     # of each part: file descriptor, whether it stores out's type; its array's first byte, size and first block
     table = np.empty((len(parts), 5), np.int64)
     for number, part in enumerate(parts):
@@ -45,6 +49,10 @@ def _gather(
     first, last = block + starts // BLOCK_BYTES, block + (stops - 1) // BLOCK_BYTES
     direct &= last < first + 2
     direct[direct] = (sound[first[direct]] & sound[last[direct]]) > 0
+    own = block - np.array([part.first_block for part in parts])[which]  # the array's first block in its shard
+    inner = first - block + own, last - block + own
+    stamps = _stamps(files, which, *inner)  # of blocks in a store's cache, which may be let go at any time
+    direct &= (stamps >= FIRST_STAMP).all(axis=0)
     here = np.flatnonzero(direct)
     sizes, offsets, addresses = (stops - starts)[here], (begin + starts)[here], out.ctypes.data + at[here] * width
     fds = fds[here]
@@ -54,9 +62,20 @@ def _gather(
     wanted = np.add.reduceat(sizes, heads)
     whole = read_many(fds[heads], offsets[heads], addresses[heads], wanted) == wanted
     direct[here] = np.repeat(whole, np.diff(np.append(heads, len(here))))
+    direct &= (_stamps(files, which, *inner) == stamps).all(axis=0)
     # the others one by one: to hash a block, to widen, to end a read that was cut short, or to name what is wrong
     for each in np.flatnonzero(~direct & (starts != stops)).tolist():
         _gather_one(found, name, int(records[each]), int(begins[each]), int(ends[each]), out, int(at[each]))
+
+
+def _stamps(files: list[OpenFile], which: Ints, first: Ints, last: Ints) -> Array:
+    """(2, N) of the blocks where each read begins and ends; those of a local file never change."""
+    found = np.full((2, len(which)), FIRST_STAMP, np.uint32)
+    for number, file in enumerate(files):
+        if isinstance(file, CachedFile):
+            rows = which == number
+            found[:, rows] = file.stamps[np.stack([first[rows], last[rows]]).clip(0, len(file.stamps) - 1)]
+    return found
 
 
 def _gather_one(found: Found, name: str, record: int, begin: int, end: int, out: Array, at: int) -> None:

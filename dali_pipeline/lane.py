@@ -18,9 +18,10 @@ from __future__ import annotations
 import bisect
 
 import numpy as np
+import numpy.typing as npt
 
+from dali_pipeline.header import BLOCK_BYTES
 from dali_pipeline.order import ACROSS_GROUPS, RUNS, WITHIN_GROUPS, Ints, Order, hashed_keys, purpose_key
-from dali_pipeline.shard import BLOCK_BYTES
 
 RUNS_PER_WINDOW, RUNS_PER_SHARD = 64, 8
 MAX_RUN_BYTES = 4 << 20  # longer ones are read no faster, and mix less
@@ -58,6 +59,7 @@ class Lane:
         middles = (group_starts + self._group_ends) // 2
         between = middles // batch_size * batch_size
         self._block_ends = np.concatenate([np.where(between > group_starts, between, middles), self._group_ends[-1:]])
+        self._by_start: Ints | None = None  # the runs in the order of the split, once asked for
         self._recent: tuple[tuple[int, Ints], ...] = ()  # the last two blocks computed; replaced whole, so threads may share it
 
     def positions(self, places: Ints) -> Ints:
@@ -86,6 +88,14 @@ class Lane:
         chosen = slice(int(self._last_runs[group - 1]) + 1 if group else 0, int(self._last_runs[group]) + 1)
         records = np.diff(self._run_ends, prepend=0)[chosen]
         return list(zip(self._run_starts[chosen].tolist(), records.tolist(), strict=True))
+
+    def turns(self, starts: Ints) -> npt.NDArray[np.float64]:
+        """Of runs, by their first positions, the part of the lane that is over when they come; 0 to below 1."""
+        if self._by_start is None:
+            self._by_start = np.argsort(self._run_starts)
+        at = self._by_start[np.searchsorted(self._run_starts, starts, sorter=self._by_start)]
+        found: npt.NDArray[np.float64] = at / len(self._run_starts)
+        return found
 
     def _block_start(self, block: int) -> int:
         return int(self._block_ends[block - 1]) if block else 0
@@ -133,7 +143,10 @@ def _cut_into_runs(starts: Ints, records: Ints, nbytes: Ints, window_bytes: int,
 
 
 def _group_last(nbytes: Ints, limit: int) -> Ints:
-    """Index of the last run of each group: as many runs as fit in `limit` bytes, at least one."""
+    """Index of the last run of each group: as many runs as fit in `limit` bytes, at least one.
+
+    Where a group begun at any run would end is found for all runs at once; what is left is a step a group.
+    """
     ends = np.cumsum(nbytes)
     # behind the last run of the group that would begin at each run; then from group to group
     behind = np.maximum(np.searchsorted(ends, ends - nbytes + limit, side="right"), np.arange(1, len(ends) + 1))

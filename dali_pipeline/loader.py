@@ -166,6 +166,7 @@ class Loader(IterableDataset[Batch]):
         left_out = self.left_out = []
         plan = self._plan(epoch)
         with closing(ReadAhead(self._source, plan, self.world)) as ahead, closing(self._batches(plan, begin)) as batches:
+            ahead.begin(step, begin.places)
             for batch, ids, valid, faults, places in batches:
                 step += 1
                 delivered.add(ids, valid, len(faults))

@@ -6,15 +6,18 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import xxhash
 
+from dali_pipeline.cachedfile import Place, RemotePath
 from dali_pipeline.files import Files
 from dali_pipeline.schema import KINDS, SPLITS, FormatError, Kind, Schema, UsageError
 from dali_pipeline.shard import Shard, ShardInfo, SoundMap, write_whole
+from dali_pipeline.stores import GoneError, NoBucketError
 
+P = TypeVar("P", Path, RemotePath, Place)
 MANIFEST_NAME = "manifest.json"
 FORMAT_NAME = "dali_pipeline"
 FORMAT_VERSION = 1
@@ -74,9 +77,11 @@ class ShardTable:
         """The header digest of one shard."""
         return self.digests[32 * shard : 32 * shard + 32]
 
-    def open(self, path: Path, shard: int, files: Files, sound: SoundMap | None = None) -> Shard:
+    def open(self, path: Place, shard: int, files: Files, sound: SoundMap | None = None) -> Shard:
         """One shard, held against what the table says of it."""
         sound = bytearray(self.blocks[shard]) if sound is None else sound
+        if isinstance(path, RemotePath):
+            path = dataclasses.replace(path, digest=self.digest(shard), nbytes=self.bytes[shard], blocks=self.blocks[shard])
         return Shard(path, nbytes=self.bytes[shard], digest=self.digest(shard), sound=sound, files=files)
 
     def count(self, label: int, rows: dict[str, int], times: int = 1) -> None:
@@ -126,19 +131,23 @@ class Manifest:
         return msgspec.json.encode(self, order="sorted") + b"\n"
 
     @classmethod
-    def load(cls, root: Path) -> Manifest:
+    def load(cls, root: Place) -> Manifest:
         """Reads and checks `manifest.json`; raises FormatError with the reason where it is none."""
         path = root / MANIFEST_NAME
         try:
-            data = path.read_bytes()
+            data = path.store.read(path.key) if isinstance(path, RemotePath) else path.read_bytes()
         except FileNotFoundError:
             raise FormatError(f"{root} has no {MANIFEST_NAME}: not a data set, or one that was never finished") from None
+        except NoBucketError:
+            raise
+        except GoneError:
+            raise FormatError(f"{root} has no {MANIFEST_NAME}: not a data set, or one that was half uploaded") from None
         except OSError as error:
             raise FormatError(f"{path} cannot be read ({error.strerror})") from error
         return cls._parse(path, data)
 
     @classmethod
-    def _parse(cls, path: Path, data: bytes) -> Manifest:
+    def _parse(cls, path: Place, data: bytes) -> Manifest:
         try:
             manifest = msgspec.json.decode(data, type=cls)
         except (msgspec.DecodeError, UsageError, UnicodeDecodeError, RecursionError) as error:
@@ -163,7 +172,7 @@ class Manifest:
         return manifest
 
 
-def shard_path(root: Path, split: str, kind: Kind, shard: int) -> Path:
+def shard_path(root: P, split: str, kind: Kind, shard: int) -> P:
     """`train/sequences-00000.safetensors` and so on."""
     return root / split / f"{kind}-{shard:05d}.safetensors"
 

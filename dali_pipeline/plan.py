@@ -66,6 +66,7 @@ class EpochPlan:
         self.nbytes, self.num_records = int(self._nbytes.sum()), int(self._records.sum())
         batch_bytes = self._share * self.nbytes // max(1, self.num_records)
         self._pool_steps = max(1, min(POOL_STEPS, order.window_bytes // 2 // max(1, batch_bytes)))
+        self._later: EpochPlan | None = None
         self._pools: dict[tuple[int, int], Ints] = {}  # the last ones, by lane and number
 
     def length(self, lane: int) -> int:
@@ -144,6 +145,19 @@ class EpochPlan:
         """First position and number of records of each run of a lane's group: what is read together."""
         found = self._lane(lane)
         return found.runs(group) if isinstance(found, Lane) else []
+
+    def turns(self, lane: int, group: int, after: int = 0) -> npt.NDArray[np.float64]:
+        """When each run of a lane's group comes in the epoch so many later: the epoch, and which part of it is over then."""
+        found, later = self._lane(lane), self._following(after)._lane(lane)
+        assert isinstance(found, Lane)
+        assert isinstance(later, Lane)
+        starts = np.array([start for start, _ in found.runs(group)], np.int64)
+        return self.epoch + after + later.turns(starts)
+
+    def _following(self, after: int) -> EpochPlan:
+        if after and self._later is None:
+            self._later = EpochPlan(self.order, self.epoch + after, self._records, self._nbytes, lengths=self._lengths)
+        return self._later if after and self._later is not None else self
 
     def _places(self, lane: int, steps: range) -> Ints:
         """Places (steps, share) in a lane's order."""

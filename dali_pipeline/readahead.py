@@ -14,6 +14,7 @@ from dali_pipeline.trace import span
 from dali_pipeline.world import World
 
 READS_IN_FLIGHT = 4  # threads; each asks for a run of some MiB
+REQUESTS_IN_FLIGHT = 16  # to a store: 20 ms of waiting each are hidden up to some GB/s
 SAMPLED = 16  # of so many runs one is looked at, where all that were lately lay in the cache
 
 
@@ -22,6 +23,9 @@ class ReadAhead:
 
     Blocks that were never met are read and hashed, so that a first epoch goes as fast as the others. What is in the cache
     already costs a look at a run in sixteen, until one is not there. Damage is left for the gather to meet and name.
+
+    From a store a whole window is brought ahead, from before the first batch on, and its cache is told when the next epoch
+    wants what this one has done with.
     """
 
     def __init__(self, source: BatchSource, plan: EpochPlan, world: World) -> None:
@@ -30,6 +34,13 @@ class ReadAhead:
         self._pool: ThreadPoolExecutor | None = None
         self._cold = True  # whether something lately was not in the cache
         self._process = os.getpid()
+        self._remote = source.is_remote
+        self._groups = 2 if self._remote else 1  # ahead
+
+    def begin(self, step: int, places: Sequence[int] = ()) -> None:
+        """Told where the epoch begins, before its first batch."""
+        if self._remote:
+            self.reached(step, places)
 
     def reached(self, step: int, places: Sequence[int] = ()) -> None:
         """Told of every step delivered, and `places` in the lanes where it has them; costs microseconds, but once in half
@@ -37,19 +48,38 @@ class ReadAhead:
         due = []
         for lane, group in self._plan.groups(step, self._world.rank, self._world.world_size, places):
             begin = self._asked.get(lane, max(0, group - 1))
-            due += [(lane, number) for number in range(begin, group + 2)]
-            self._asked[lane] = max(begin, group + 2)
+            due += [(lane, number) for number in range(begin, group + 1 + self._groups)]
+            self._asked[lane] = max(begin, group + 1 + self._groups)
         if not due:
             return
         every, self._cold = 1 if self._cold else SAMPLED, False
+        if self._pool is None:
+            threads = REQUESTS_IN_FLIGHT if self._remote else READS_IN_FLIGHT
+            self._pool = ThreadPoolExecutor(threads, thread_name_prefix="readahead")
         for lane, group in due:
-            for start, count in self._plan.runs(lane, group)[::every]:
-                if self._pool is None:
-                    self._pool = ThreadPoolExecutor(READS_IN_FLIGHT, thread_name_prefix="readahead")
-                self._pool.submit(self._bring, start, count)
+            if self._remote:
+                self._from_store(self._pool, lane, group)
+            else:
+                for start, count in self._plan.runs(lane, group)[::every]:
+                    self._pool.submit(self._bring, start, count)
 
-    def _bring(self, start: int, count: int) -> None:
+    def _from_store(self, pool: ThreadPoolExecutor, lane: int, group: int) -> None:
+        """Asks for a group's runs, and tells of the group that no batch needs any more when its runs come again."""
+        runs = self._plan.runs(lane, group)
+        for (start, count), need in zip(runs, self._plan.turns(lane, group).tolist(), strict=True):
+            pool.submit(self._bring, start, count, need)
+        if (done := group - self._groups - 2) >= 0:
+            for (start, count), need in zip(self._plan.runs(lane, done), self._plan.turns(lane, done, 1).tolist(), strict=True):
+                pool.submit(self._tell, start, count, need)
+
+    def _tell(self, start: int, count: int, need: float) -> None:
+        with contextlib.suppress(PipelineError, OSError):
+            self._source.wanted(start, count, need)
+
+    def _bring(self, start: int, count: int, need: float | None = None) -> None:
         with contextlib.suppress(PipelineError, OSError), span("read ahead"):
+            if need is not None:
+                self._source.wanted(start, count, need)
             if self._source.bring(start, count):
                 self._cold = True
 

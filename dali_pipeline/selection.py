@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import xxhash
 
+from dali_pipeline.cachedfile import Place, RemotePath
 from dali_pipeline.digest import EpochDigest
 from dali_pipeline.draws import Draws
 from dali_pipeline.files import Files
@@ -17,12 +17,14 @@ from dali_pipeline.order import Ints
 from dali_pipeline.schema import Array, FormatError, Kind
 from dali_pipeline.shard import Shard, SoundMap
 
+SPARE_BYTES = 16 << 20  # of a cache, for headers, names, and blocks that runs share
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Shards:
     """The shards of one split and kind of a data set in folder `root`."""
 
-    root: Path
+    root: Place
     split: str
     kind: Kind
     table: ShardTable
@@ -98,6 +100,18 @@ class Selection:
     def told(self, positions: Ints) -> Ints:
         """What a batch tells as the positions of these records."""
         return positions if self.positions is None else self.positions[positions]
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether any shard lies in a store, and comes through a cache."""
+        return any(isinstance(shards.root, RemotePath) for shards in self.shards)
+
+    def check_room(self, window_bytes: int) -> None:
+        """Raises UsageError where the cache of a store cannot hold two windows, as reading ahead fills, or these shards."""
+        needed = 2 * min(window_bytes, int(self.nbytes.sum())) + SPARE_BYTES
+        for root in {shards.root for shards in self.shards}:
+            if isinstance(root, RemotePath):
+                root.cache.check_room(needed, f"a window of {window_bytes} bytes")
 
     def every_row(self) -> Ints:
         """`rows`, written out."""

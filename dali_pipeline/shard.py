@@ -6,34 +6,28 @@ Read by `pread`, each block checked against its hash the first time this process
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from dali_pipeline.encoding import BFLOAT16, storage
-from dali_pipeline.files import Files, OpenFile
+from dali_pipeline.cache import FIRST_STAMP
+from dali_pipeline.cachedfile import CachedFile, Piece, Place
+from dali_pipeline.files import Files
+from dali_pipeline.header import BLOCK_BYTES, Layout, parse_header, read_header
+from dali_pipeline.openfile import OpenFile
 from dali_pipeline.reads import bring
-from dali_pipeline.schema import Array, FormatError, PipelineError
+from dali_pipeline.schema import Array, DataError, FormatError, PipelineError
 
-VERSION = 1
-BLOCK_BYTES = 1 << 20
-METADATA_KEY = "dali_pipeline"
-DTYPES = {
-    "F16": "float16", "BF16": BFLOAT16, "F32": "float32", "F64": "float64",
-    "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
-    "U8": "uint8", "U16": "uint16", "U32": "uint32",
-}  # fmt: skip
-_MAX_HEADER_BYTES = 100 << 20  # as the safetensors library
 SoundMap: TypeAlias = "memoryview | bytearray"
 Hashes: TypeAlias = npt.NDArray[np.uint64]
+TRIES = 16  # of a read of blocks that others let go meanwhile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,18 +71,6 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Where an array lies: its first byte in the file, and its first block among the shard's blocks; dtype: NumPy's, so
-    uint16 for bfloat16."""
-
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    begin: int
-    nbytes: int
-    first_block: int
-
-
 class Shard:
     """One shard, checked as far as its header; several threads may read at once.
 
@@ -96,7 +78,7 @@ class Shard:
     share it where it is shared memory, so that no block is hashed twice.
     """
 
-    def __init__(self, path: Path, *, nbytes: int, digest: str, sound: SoundMap, files: Files) -> None:
+    def __init__(self, path: Place, *, nbytes: int, digest: str, sound: SoundMap, files: Files) -> None:
         self.path = path
         self._files = files
         self._sound = sound
@@ -104,12 +86,14 @@ class Shard:
         self._identity = file.identity
         if file.size != nbytes:
             raise FormatError(f"{path} has {file.size} bytes; expected {nbytes} as in the manifest: truncated or replaced")
-        header = _read_header(file.fd, path, file.size)
+        header = file.header() if isinstance(file, CachedFile) else read_header(file.fd, path, file.size)
         if xxhash.xxh3_128_hexdigest(header) != digest:
             raise FormatError(f"{path}: the header does not have the digest that the manifest names: damaged or replaced")
         self.kind, self.records, self.arrays, self._hashes = parse_header(path, header, file.size)
         if len(self._hashes) != len(sound):
             raise FormatError(f"{path} has {len(self._hashes)} block hashes; expected {len(sound)} as in the manifest")
+        if isinstance(file, CachedFile):  # names, labels and offsets lie together: one request
+            file.bring([piece for name, one in self.arrays.items() if one.nbytes <= BLOCK_BYTES for piece in self.pieces(name)])
 
     def array(self, name: str) -> Layout:
         """Where an array lies; raises FormatError where the shard has none of that name."""
@@ -126,14 +110,14 @@ class Shard:
             return
         first, last = layout.first_block + start // BLOCK_BYTES, layout.first_block + (stop - 1) // BLOCK_BYTES
         if sound[first] and sound[last] and (last < first + 2 or all(sound[first + 1 : last])):
-            self._pread(name, layout.begin + start, out)
+            self._pread(name, start, out)
             return
         blocks = range(first - layout.first_block, last - layout.first_block + 1)
         for block in blocks:  # the part of `out` that lies in each
             begin, end = max(start, block * BLOCK_BYTES), min(stop, (block + 1) * BLOCK_BYTES)
             part = out[begin - start : end - start]
             if self._sound[layout.first_block + block]:
-                self._pread(name, layout.begin + begin, part)
+                self._pread(name, begin, part)
             else:
                 data = self._checked_block(name, layout, block)
                 part[:] = data[begin - block * BLOCK_BYTES : end - block * BLOCK_BYTES]
@@ -141,16 +125,33 @@ class Shard:
     def bring(self, name: str, begin: int, end: int) -> bool:
         """Has the system read bytes `begin` to `end` of an array into its cache; whether they were not there.
 
-        Blocks not met before are read here, and hashed. Raises FormatError for damage.
+        Blocks not met before are read here, and hashed; those of a shard in a store come from there. Raises FormatError for
+        damage.
         """
-        layout = self.array(name)
+        layout, file = self.array(name), self.opened()
         if not 0 <= begin < end <= layout.nbytes:
             return False
         blocks = range(begin // BLOCK_BYTES, (end - 1) // BLOCK_BYTES + 1)
+        if isinstance(file, CachedFile):
+            return file.bring(self.pieces(name, blocks))
         new = [block for block in blocks if not self._sound[layout.first_block + block]]
         for block in new:
             self._checked_block(name, layout, block)
-        return bool(new) or bring(self.opened().fd, layout.begin + begin, end - begin)
+        return bool(new) or bring(file.fd, layout.begin + begin, end - begin)
+
+    def pieces(self, name: str, blocks: Iterable[int] | None = None) -> list[Piece]:
+        """Blocks of an array, all by default, as a cache takes them."""
+        layout, found = self.array(name), []
+        for block in range(-(-layout.nbytes // BLOCK_BYTES)) if blocks is None else blocks:
+            nbytes, number = min(BLOCK_BYTES, layout.nbytes - block * BLOCK_BYTES), layout.first_block + block
+            found.append(Piece(1 + number, layout.begin + block * BLOCK_BYTES, nbytes, int(self._hashes[number])))
+        return found
+
+    def wanted(self, name: str, begin: int, end: int, need: float) -> None:
+        """Tells a cache when bytes `begin` to `end` of an array are asked for next, an epoch and its part."""
+        file = self.opened()
+        if isinstance(file, CachedFile) and begin < end:
+            file.wanted(self.pieces(name, range(begin // BLOCK_BYTES, (end - 1) // BLOCK_BYTES + 1)), need)
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> Array:
         """Rows begin to end of an array, all by default, checked."""
@@ -168,8 +169,14 @@ class Shard:
         layout, buffer = self.array(name), np.empty(BLOCK_BYTES, np.uint8)
         for number, start in enumerate(range(0, layout.nbytes, BLOCK_BYTES)):
             data = buffer[: min(BLOCK_BYTES, layout.nbytes - start)]
-            self._pread(name, layout.begin + start, data.data)
-            yield start, data, xxhash.xxh3_64_intdigest(data.data) == self._hashes[layout.first_block + number]
+            try:
+                self._pread(name, start, data.data)
+                sound = xxhash.xxh3_64_intdigest(data.data) == self._hashes[layout.first_block + number]
+            except FormatError:
+                if not isinstance(self.opened(), CachedFile):
+                    raise
+                sound = False  # damaged in its store
+            yield start, data, sound
 
     def texts(self, name: str) -> list[bytes]:
         """The texts of `ids` or `groups`, in UTF-8."""
@@ -179,7 +186,11 @@ class Shard:
     def _checked_block(self, name: str, layout: Layout, block: int) -> memoryview:
         start = block * BLOCK_BYTES
         data = np.empty(min(BLOCK_BYTES, layout.nbytes - start), np.uint8).data
-        self._pread(name, layout.begin + start, data)
+        self._pread(name, start, data)
+        file = self.opened()
+        if isinstance(file, CachedFile) and xxhash.xxh3_64_intdigest(data) != self._hashes[layout.first_block + block]:
+            file.forget(self.pieces(name, [block])[0])  # the cache's disk spoilt it
+            self._pread(name, start, data)
         if xxhash.xxh3_64_intdigest(data) != self._hashes[layout.first_block + block]:
             raise FormatError(
                 f"{self.path}, {name}: bytes {start} to {start + len(data)} are damaged (wrong hash); "
@@ -195,8 +206,23 @@ class Shard:
             raise FormatError(f"{self.path} was replaced while in use; open the data set again")
         return file
 
-    def _pread(self, name: str, offset: int, out: memoryview) -> None:
-        file = self.opened()
+    def _pread(self, name: str, start: int, out: memoryview) -> None:
+        """Bytes of an array from `start` on, as they lie in the file; of a shard in a store, blocks that were there all the
+        while."""
+        file, layout = self.opened(), self.array(name)
+        if not isinstance(file, CachedFile):
+            return self._pread_file(file, name, layout.begin + start, out)
+        blocks = range(start // BLOCK_BYTES, (start + len(out) - 1) // BLOCK_BYTES + 1)
+        stamps = file.stamps[layout.first_block + blocks.start : layout.first_block + blocks.stop]
+        for _ in range(TRIES):
+            file.bring(self.pieces(name, blocks))
+            before = stamps.copy()
+            self._pread_file(file, name, layout.begin + start, out)
+            if (before >= FIRST_STAMP).all() and (before == stamps).all():
+                return None
+        raise DataError(f"{self.path}, {name}: the cache is too small for what is read at once; give more cache_bytes")
+
+    def _pread_file(self, file: OpenFile, name: str, offset: int, out: memoryview) -> None:
         done = 0
         while done < len(out):
             try:
@@ -206,51 +232,3 @@ class Shard:
             if got == 0:
                 raise FormatError(f"{self.path}, {name}: the file ends at byte {offset + done}; it was cut while in use")
             done += got
-
-
-def _read_header(fd: int, path: Path, size: int) -> bytes:
-    """The 8-byte length and the JSON behind it; raises FormatError where they cannot be."""
-    prefix = os.pread(fd, 8, 0)
-    length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-        raise FormatError(f"{path}: a header of {length} bytes does not fit a file of {size}; not a safetensors file")
-    return prefix + os.pread(fd, length, 8)
-
-
-def parse_header(path: Path, header: bytes, size: int) -> tuple[str, int, dict[str, Layout], Array]:
-    """Kind, number of records, layouts by name, block hashes (uint64). Raises FormatError unless the arrays tile the file."""
-    try:
-        table = json.loads(header[8:])
-        meta = json.loads(table.pop("__metadata__")[METADATA_KEY])
-        entries = sorted(
-            (*map(_size, entry["data_offsets"]), name, storage(DTYPES[entry["dtype"]]), tuple(map(_size, entry["shape"])))
-            for name, entry in table.items()
-        )
-        texts = [meta["hashes"][name] for _, _, name, _, _ in entries]
-        every_hash = np.frombuffer(bytes.fromhex("".join(texts)), ">u8").astype(np.uint64)
-        records, expected = _size(meta["records"]), {"version": VERSION, "block_bytes": BLOCK_BYTES}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FormatError(f"{path}: the header is not one of a dali_pipeline shard ({type(error).__name__}: {error})") from None
-    for name, value in expected.items():
-        if meta.get(name) != value:
-            raise FormatError(f"{path} has {name} {meta.get(name)!r}; expected {value}")
-    layouts: dict[str, Layout] = {}
-    at = block = 0
-    for (begin, end, name, dtype, shape), text in zip(entries, texts, strict=True):
-        if begin != at or end - begin != math.prod(shape) * dtype.itemsize:
-            raise FormatError(
-                f"{path}, {name}: bytes {begin} to {end} for {dtype} {shape}; arrays must fill the file without gaps"
-            )
-        if len(text) != 16 * math.ceil((end - begin) / BLOCK_BYTES):
-            raise FormatError(f"{path}, {name}: {len(text) // 16} block hashes for {end - begin} bytes")
-        layouts[name] = Layout(dtype, shape, len(header) + begin, end - begin, block)
-        at, block = end, block + len(text) // 16
-    if len(header) + at != size:
-        raise FormatError(f"{path}: arrays end at byte {len(header) + at} of {size}; arrays must fill the file without gaps")
-    return str(meta.get("kind")), records, layouts, every_hash
-
-
-def _size(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is not a size")
-    return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import field as made
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -51,7 +51,7 @@ class ShardCheck:
     _offsets: dict[str, npt.NDArray[np.int64]] = made(default_factory=dict)
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Any:
         """The shard's file."""
         return self.data.shard_path(self.split, self.kind, self.number)
 

@@ -49,6 +49,7 @@ class BatchSource:
         finite: bool = False,
     ) -> None:
         self._selection, self._schema, self._layers, self._finite = selection, schema, layers, finite
+        selection.check_room(window_bytes)
         self._index = RecordIndex(selection, self.ragged, window_bytes)
         self._runs: dict[int, list[tuple[int, int]]] = {}
         self._buffers = Buffers()
@@ -78,6 +79,18 @@ class BatchSource:
         for name in self.streamed:
             if name in shard.arrays:
                 yield name, self._extents(shard, name, begin, end)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it comes through the cache of a store."""
+        return self._selection.is_remote
+
+    def wanted(self, start: int, count: int, need: float) -> None:
+        """Tells the cache when so many records from position `start` on, of one shard, are asked for next."""
+        shard, begin, end = self._index.place(start, count)
+        for name in [name for name in self.streamed if name in shard.arrays]:
+            for span in self._extents(shard, name, begin, end):
+                shard.wanted(name, *span, need)
 
     def _extents(self, shard: Shard, name: str, begin: int, end: int) -> Iterator[tuple[int, int]]:
         """From which byte to which the values of records `begin` to `end` lie in an array, as far as they are read."""

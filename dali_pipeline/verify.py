@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 
+from dali_pipeline.cachedfile import RemotePath
 from dali_pipeline.dataset import Dataset, open_dataset
 from dali_pipeline.progress import progress_bar
 from dali_pipeline.schema import FormatError, Kind
 from dali_pipeline.shard import Hashes
 from dali_pipeline.shardcheck import ShardCheck
+from dali_pipeline.stores import is_url
+
+CACHE_BYTES = 4 << 30  # of a URL's shards, which are met once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +42,22 @@ class Report:
         return f"{found}: {self.records:,} records, {self.shards:,} shards, {rate}"
 
 
-def verify(root: Path, *, quick: bool = False) -> Report:
+def verify(root: str | os.PathLike[str], *, quick: bool = False) -> Report:
     """Checks the data set at `root`, a shard a core at a time; `quick` reads headers, names, labels and offsets, no values.
 
     Finds wrong sizes, headers, hashes, shapes, types and offsets, edges that leave their graph, values that are not finite
     (counted by layer), ids given twice, labels or rows that the manifest counts otherwise, halves that disagree, groups in
     several splits, shards that the manifest does not name. Raises FormatError where `root` is no data set. Memory: the offsets
-    and edges of a shard a core, and 24 bytes a record.
+    and edges of a shard a core, and 24 bytes a record. A URL's shards come through a cache of its own, gone at the end.
     """
     started = time.perf_counter()
-    data = open_dataset(root)
+    if is_url(root):
+        with tempfile.TemporaryDirectory(prefix="verify-") as cache:
+            return _verify(open_dataset(root, cache_dir=cache, cache_bytes=CACHE_BYTES), quick, started)
+    return _verify(open_dataset(root), quick, started)
+
+
+def _verify(data: Dataset, quick: bool, started: float) -> Report:
     checks = [
         ShardCheck(data, split, kind, number)
         for split in data.splits
@@ -139,7 +149,11 @@ def _leaks(checks: Sequence[ShardCheck]) -> Iterator[str]:
 def _strangers(data: Dataset, checks: Sequence[ShardCheck]) -> Iterator[str]:
     """Shards that lie in the folder, and that the manifest does not name."""
     named = {check.path for check in checks}
-    for path in sorted(data.root.rglob("*.safetensors*")):
+    if isinstance(data.root, RemotePath):
+        found = [data.root / name for name in data.root.store.names() if ".safetensors" in name]
+    else:
+        found = sorted(data.root.rglob("*.safetensors*"))
+    for path in found:
         if path not in named:
             yield f"{path}: the manifest does not name this file; remove it"
 

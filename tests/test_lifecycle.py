@@ -22,6 +22,7 @@ from conftest import HEARS_CTRL_C, make_records, write
 
 import dali_pipeline as dp
 from dali_pipeline import files as files_module
+from dali_pipeline.openfile import OpenFile
 
 KINDS: dict[str, dict[str, Any]] = {
     "dali": {"loader": dp.SequenceLoader},
@@ -57,7 +58,7 @@ def test_state_is_cheap(make: contracts.Make) -> None:
 def test_nodes_open_their_own_shards(make: contracts.Make, monkeypatch: pytest.MonkeyPatch) -> None:
     paths: set[str] = set()
 
-    class Noted(files_module.OpenFile):
+    class Noted(OpenFile):
         def __init__(self, path: Path) -> None:
             paths.add(str(path))
             super().__init__(path)

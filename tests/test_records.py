@@ -19,6 +19,7 @@ from torch_geometric.data import Batch
 
 import dali_pipeline as dp
 from dali_pipeline import files as files_module
+from dali_pipeline import header as header_module
 from dali_pipeline import lane as lane_module
 from dali_pipeline import records as records_module
 from dali_pipeline import shard as shard_module
@@ -28,7 +29,7 @@ from dali_pipeline.files import Recent
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dp.Dataset, dict[str, dp.Record]]:
-    for module in (shard_module, shardfile_module, lane_module):
+    for module in (header_module, shard_module, shardfile_module, lane_module):
         monkeypatch.setattr(module, "BLOCK_BYTES", 64)
     monkeypatch.setattr(records_module, "INDEX_ROWS", 3)
     monkeypatch.setattr(records_module, "MAX_SHARDS", 2)

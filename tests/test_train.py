@@ -331,15 +331,15 @@ def one_class(tmp_path: Path) -> Path:
         dp.Record(id=each.id, group=each.group, label=1, sequence=each.sequence, graphs=each.graphs)
         for each in make_records(60)
     ]
-    return write(tmp_path / "one-class", records).root
+    return Path(write(tmp_path / "one-class", records).root)
 
 
 def no_validation(tmp_path: Path) -> Path:
-    return write(tmp_path / "no-val", make_records(60), shares="100/0/0").root
+    return Path(write(tmp_path / "no-val", make_records(60), shares="100/0/0").root)
 
 
 def without_manifest(tmp_path: Path) -> Path:
-    root = write(tmp_path / "unfinished", make_records(60)).root
+    root = Path(write(tmp_path / "unfinished", make_records(60)).root)
     (root / "manifest.json").unlink()
     return root
 
@@ -348,7 +348,7 @@ def damaged(tmp_path: Path) -> Path:
     data = write(tmp_path / "damaged", make_records(60))
     path = data.shard_path("train", "sequences", 0)
     path.write_bytes(path.read_bytes()[:-1] + b"\x55")
-    return data.root
+    return Path(data.root)
 
 
 @pytest.mark.parametrize(

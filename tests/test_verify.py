@@ -54,7 +54,7 @@ def forge(data: dp.Dataset, kind: Kind, change: Change, split: str = "train", sh
         digests=table.digests[: 32 * shard] + info.digest + table.digests[32 * shard + 32 :],
     )
     replace_table(data, split, kind, forged)
-    return path
+    return Path(path)
 
 
 def replace_table(data: dp.Dataset, split: str, kind: Kind, table: ShardTable) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import xxhash
 from rich.progress import Progress, TaskID
 
-from dali_pipeline.dataset import Dataset, open_dataset
+from dali_pipeline.dataset import Dataset, default_cache, open_dataset
 from dali_pipeline.filler import Contents, ShardFiller
 from dali_pipeline.ingest.foreign import Block, Values
 from dali_pipeline.ingest.job import ConvertConfig, Job, prepare
@@ -29,6 +30,8 @@ from dali_pipeline.progress import progress_bar
 from dali_pipeline.record import Record
 from dali_pipeline.schema import Array, DataError, Field, FormatError, PipelineError, UsageError
 from dali_pipeline.split import FileSplit
+from dali_pipeline.stores import Store, is_url
+from dali_pipeline.upload import upload
 from dali_pipeline.writer import ShardWriter
 
 TELL_EVERY = 50  # records between two moves of the progress bar, and two looks at whether to stop
@@ -80,6 +83,21 @@ def convert(src: Path, dst: Path, config: ConvertConfig | None = None) -> Datase
                     writer.adopt(writer.parts / str(number), contents, number + 1, left_out)
         source.check_unchanged()
     return open_dataset(dst)
+
+
+def convert_to(src: Path, dst: str, config: ConvertConfig | None = None) -> Dataset:
+    """`convert` to a folder, or to a URL: into a folder beside the caches, then up, the manifest last.
+
+    Stopped, it goes on where it was, uploads too. Needs the data set's size on the local disk meanwhile.
+    """
+    if not is_url(dst):
+        return convert(src, Path(dst), config)
+    store = Store(dst)
+    staging = default_cache() / "uploads" / xxhash.xxh3_64_hexdigest(str(store).encode())
+    data = convert(src, staging, config)
+    upload(staging, dst)
+    shutil.rmtree(staging)
+    return replace(data, root=str(store))
 
 
 def _show(bar: Progress, task: TaskID, before: int, count: int) -> None:

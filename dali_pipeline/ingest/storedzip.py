@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 from typing import IO
 
-from dali_pipeline.files import OpenFile
+from dali_pipeline.openfile import OpenFile
 from dali_pipeline.schema import FormatError
 
 
