@@ -262,9 +262,7 @@ def test_a_full_disk_is_said(local: Dataset, url: str, tmp_path: Path, monkeypat
         epoch(dp.open_dataset(url, cache_dir=tmp_path))
 
 
-@pytest.mark.parametrize(
-    "options", [{"workers": 2}, {"workers": 0, "max_nodes": 60}]
-)
+@pytest.mark.parametrize("options", [{"workers": 2}, {"workers": 0, "max_nodes": 60}])
 def test_graphs_come_from_a_url_too(server: Proxy, data: Dataset, tmp_path: Path, options: dict[str, Any]) -> None:
     """Worker processes, which fork, connect anew."""
     upload(data.root, "s3://bucket/graphs")
