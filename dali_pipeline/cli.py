@@ -69,7 +69,7 @@ def convert_command(
     Taken in: lstm_solo/*.pt and gnn/*.pt; traces in *.pkl or *.pkl.gz; *.npz; *.parquet, *.arrow and Hugging Face folders.
     docs/migrate.md has the layouts.
     Examples:
-      python -m dali_pipeline convert preprocessed_data data/traces
+      python -m dali_pipeline convert preprocessed_data data/traces --split 80/10/10
       python -m dali_pipeline convert raw_traces data/traces --scores scores.csv --score-column bleurt
       python -m dali_pipeline convert preprocessed_data s3://bucket/traces
       python -m dali_pipeline convert data/traces data/traces8 --dtype sequence=int8,x=bfloat16

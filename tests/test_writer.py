@@ -324,8 +324,8 @@ def test_what_is_no_data_set_is_said(tmp_path: Path, data: dp.Dataset) -> None:
         dp.open_dataset(tmp_path / "missing")
     with pytest.raises(dp.FormatError, match="has no manifest"):
         dp.open_dataset(tmp_path)
-    with pytest.raises(dp.UsageError, match="is a URL"):
-        dp.open_dataset("s3://bucket/set")
+    with pytest.raises(dp.UsageError, match="is no kind of URL that fsspec knows"):
+        dp.open_dataset("nonsense://bucket/set", cache_dir=tmp_path / "cache")
     with pytest.raises(dp.UsageError, match=r"unknown split 'dev'; .* has train, val, test"):
         data.table("dev", "graphs")
 
