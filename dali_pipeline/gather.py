@@ -49,10 +49,12 @@ def _gather(
     first, last = block + starts // BLOCK_BYTES, block + (stops - 1) // BLOCK_BYTES
     direct &= last < first + 2
     direct[direct] = (sound[first[direct]] & sound[last[direct]]) > 0
-    own = block - np.array([part.first_block for part in parts])[which]  # the array's first block in its shard
-    inner = first - block + own, last - block + own
-    stamps = _stamps(files, which, *inner)  # of blocks in a store's cache, which may be let go at any time
-    direct &= (stamps >= FIRST_STAMP).all(axis=0)
+    cached = any(isinstance(file, CachedFile) for file in files)
+    if cached:  # blocks of a store's cache may be let go at any time: a stamp that stayed the same tells that they were not
+        own = np.array([part.first_block for part in parts])[which]  # of each shard's blocks, the first
+        inner = first - own, last - own
+        stamps = _stamps(files, which, *inner)
+        direct &= (stamps >= FIRST_STAMP).all(axis=0)
     here = np.flatnonzero(direct)
     sizes, offsets, addresses = (stops - starts)[here], (begin + starts)[here], out.ctypes.data + at[here] * width
     fds = fds[here]
@@ -62,7 +64,8 @@ def _gather(
     wanted = np.add.reduceat(sizes, heads)
     whole = read_many(fds[heads], offsets[heads], addresses[heads], wanted) == wanted
     direct[here] = np.repeat(whole, np.diff(np.append(heads, len(here))))
-    direct &= (_stamps(files, which, *inner) == stamps).all(axis=0)
+    if cached:
+        direct &= (_stamps(files, which, *inner) == stamps).all(axis=0)
     # the others one by one: to hash a block, to widen, to end a read that was cut short, or to name what is wrong
     for each in np.flatnonzero(~direct & (starts != stops)).tolist():
         _gather_one(found, name, int(records[each]), int(begins[each]), int(ends[each]), out, int(at[each]))

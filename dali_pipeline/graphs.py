@@ -180,8 +180,7 @@ class GraphLoader(Loader[GraphBatch]):
             yield error
 
     def _check_place(self, state: LoaderState) -> None:
-        plan = self._plan(state.epoch)
-        expected = [plan.length(lane) for lane in range(self.order.lanes)]
+        expected = [self._first_plan.length(lane) for lane in range(self.order.lanes)]
         if not self.budgeted:
             super()._check_place(state)
         elif len(state.places) != len(expected) * bool(state.step) or any(map(int.__gt__, state.places, expected)):

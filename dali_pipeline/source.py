@@ -87,9 +87,9 @@ class BatchSource:
 
     def wanted(self, start: int, count: int, need: float) -> None:
         """Tells the cache when so many records from position `start` on, of one shard, are asked for next."""
-        shard, begin, end = self._index.place(start, count)
-        for name in [name for name in self.streamed if name in shard.arrays]:
-            for span in self._extents(shard, name, begin, end):
+        shard, _, _ = self._index.place(start, count)
+        for name, spans in self._wanted(start, count):
+            for span in spans:
                 shard.wanted(name, *span, need)
 
     def _extents(self, shard: Shard, name: str, begin: int, end: int) -> Iterator[tuple[int, int]]:
