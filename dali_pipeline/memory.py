@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import weakref
+import sys
 from collections import deque
 
 import numpy as np
@@ -13,17 +13,20 @@ from dali_pipeline.schema import Array
 
 _UNIT = 2 << 20  # a huge page
 _PAGE = 4096
+_OURS = 2  # references to a piece that nothing else looks at: the name that asks, and the question
 
 
 class Buffers:
     """Page-aligned memory by the piece, for batches; thread-safe.
 
-    Fresh memory costs a page fault every 4 KiB, which took longer than reading into it. A piece comes back when the last array
-    or tensor that looks into it is gone, so a batch that is kept stays what it is. kept: pieces held ready for the next.
+    Fresh memory costs a page fault every 4 KiB, which took longer than reading into it. A piece is handed out again when the
+    last array or tensor that looks into it is gone, so a batch that is kept stays what it is. That is seen by its count of
+    references: a finaliser would run wherever a batch is let go, and swallow a Ctrl-C that strikes inside it. kept: pieces
+    remembered, those in use too.
     """
 
-    def __init__(self, kept: int = 6) -> None:
-        self._ready: deque[mmap.mmap] = deque(maxlen=kept)
+    def __init__(self, kept: int = 12) -> None:
+        self._pieces: deque[Array] = deque(maxlen=kept)
         self._kept = kept
 
     def __reduce__(self) -> tuple[type[Buffers], tuple[int]]:
@@ -34,25 +37,28 @@ class Buffers:
         if nbytes < _UNIT // 2:  # kept by the allocator anyway
             return np.empty(nbytes, np.uint8)
         wanted = -(-(nbytes + _PAGE) // _UNIT) * _UNIT
-        memory = self._find(wanted)
-        if memory is None:
+        whole = self._find(wanted)
+        if whole is None:
             memory = mmap.mmap(-1, wanted, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 with contextlib.suppress(OSError):  # a kernel without huge pages
                     memory.madvise(mmap.MADV_HUGEPAGE)
-        whole = np.frombuffer(memory, np.uint8)  # what every view has for its base
-        weakref.finalize(whole, self._ready.append, memory).atexit = False
-        return whole[phase : phase + nbytes]
+            whole = np.frombuffer(memory, np.uint8)  # what every view has for its base
+        part: Array = whole[phase : phase + nbytes]
+        self._pieces.append(whole)
+        return part
 
-    def _find(self, wanted: int) -> mmap.mmap | None:
-        """A piece that is large enough, and not more than twice as large; smaller ones are let go."""
-        for _ in range(len(self._ready)):
+    def _find(self, wanted: int) -> Array | None:
+        """A piece that nothing looks at, large enough and not more than twice as large; smaller ones are let go."""
+        for _ in range(len(self._pieces)):
             try:
-                memory = self._ready.popleft()
-            except IndexError:
+                piece = self._pieces.popleft()
+            except IndexError:  # another thread looks at it
                 return None
-            if wanted <= len(memory) <= 2 * wanted:
-                return memory
-            if len(memory) > wanted:
-                self._ready.append(memory)
+            if sys.getrefcount(piece) == _OURS:
+                if wanted <= len(piece) <= 2 * wanted:
+                    return piece
+                if len(piece) < wanted:
+                    continue
+            self._pieces.append(piece)
         return None
