@@ -79,6 +79,18 @@ def read_in_order(paths: Iterable[Path], *, direct: bool = True) -> int:
     return total
 
 
+def read_rows(path: Path, begins: Iterable[int], sizes: Iterable[int], out: memoryview) -> int:
+    """Spans of a file's bytes one behind the other into `out`, a `preadv` each; returns their bytes.
+
+    From the page cache, the limit of any reader that asks the system rather than mapping files.
+    """
+    fd, at = os.open(path, os.O_RDONLY), 0
+    for begin, size in zip(begins, sizes, strict=True):
+        at += os.preadv(fd, [out[at : at + size]], begin)
+    os.close(fd)
+    return at
+
+
 def shards(data: Dataset) -> list[Path]:
     """The files of its training split."""
     return [

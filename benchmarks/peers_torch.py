@@ -18,13 +18,14 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from benchmarks.peer import Batch, Epochs, Way
 
 FILE_RECORDS = DEQUE_RECORDS = 250
+VALUES = "values.npy"
 
 
 class Records:
     """What is written: record i is values[i], its label i % 2, its id i."""
 
     def __init__(self, folder: Path) -> None:
-        self.values = np.load(folder / "values.npy", mmap_mode="r")
+        self.values = np.load(folder / VALUES, mmap_mode="r")
 
     def __len__(self) -> int:
         return len(self.values)
@@ -47,7 +48,7 @@ class Records:
 
 def write_values(folder: Path, values: np.ndarray[Any, Any]) -> None:
     """Where `Records` finds them."""
-    np.save(folder / "values.npy", values)
+    np.save(folder / VALUES, values)
 
 
 class PtFiles(Way):
@@ -105,7 +106,7 @@ class MappedRecords(Dataset[Batch]):
     """Map-style."""
 
     def __init__(self, folder: Path) -> None:
-        self._values = np.load(folder / "values.npy", mmap_mode="c")  # as torch warns of what it may not write to
+        self._values = np.load(folder / VALUES, mmap_mode="c")  # as torch warns of what it may not write to
 
     def __len__(self) -> int:
         return len(self._values)

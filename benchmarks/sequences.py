@@ -2,9 +2,9 @@
 
 Warm page cache, shuffled, the loader alone; records `[33, 1024]` float16 by 32 and `[30, 64]` by 256. Every repeat runs all
 ways one after the other, each over the whole set for a second or more, after a turn that is not counted (it checks the hashes).
-The limits: numpy copying the same rows from memory into fresh batch arrays; the same and torch's cast to float32; DALI passing
-one constant array through. The peers (benchmarks/peers_sequences.py), each at the number of workers that was fastest in its
-trials, are held against each engine at its fastest float16.
+The limits: numpy copying the same rows from memory into fresh batch arrays; the same and torch's cast to float32; the system
+copying them from the page cache into one array that is used again; DALI passing one constant array through. The peers
+(benchmarks/peers_sequences.py), each at the number of workers that was fastest in its trials, are held against each engine at its fastest float16.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import torch
 import typer
 
 import dali_pipeline as dp
-from benchmarks.harness import Results, alternately, rate, wait_for_gpu
+from benchmarks.harness import Results, alternately, rate, read_rows, wait_for_gpu
 from benchmarks.peers import Peer, report, running
 from benchmarks.peers_sequences import PEERS
-from benchmarks.peers_torch import write_values
+from benchmarks.peers_torch import VALUES, write_values
 from dali_pipeline.cli import CONTEXT, run
 from dali_pipeline.decoding import sequence_graph
 from dali_pipeline.sequences import STRETCH_BYTES, Engine
 
-CAST, CONSTANT = "gather and cast", "DALI, a constant batch"
+CAST, CONSTANT, PAGE_CACHE = "gather and cast", "DALI, a constant batch", "preadv from the page cache"
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT)
 
 
@@ -58,6 +58,16 @@ def gather(values: np.ndarray[Any, Any], batch_size: int, *, cast: bool) -> int:
         batch = np.take(values, order[begin : begin + batch_size], axis=0)
         if cast:
             torch.from_numpy(batch).to(torch.float32)
+    return len(order) // batch_size * batch_size
+
+
+def read(path: Path, values: np.ndarray[Any, Any], batch_size: int) -> int:
+    """The limit: the same rows from a file in the page cache, which holds `values` at its end."""
+    order, row = np.random.default_rng(1).permutation(len(values)), values[0].nbytes
+    begins = (path.stat().st_size - values.nbytes + order * row).tolist()
+    batch = np.empty(batch_size * row, np.uint8)
+    for begin in range(0, len(order) - batch_size + 1, batch_size):
+        assert read_rows(path, begins[begin : begin + batch_size], [row] * batch_size, batch.data) == len(batch)
     return len(order) // batch_size * batch_size
 
 
@@ -96,7 +106,7 @@ def main(
         write_values(where, values)
         names = list(PEERS) if peers else []
         with running("sequences", names, where, where, batch_size=32, seconds=seconds) as found:
-            long_records(results, data, values, found, repeats, seconds)
+            long_records(results, where, data, values, found, repeats, seconds)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         data, values = made(Path(scratch) / "short", 8 * records, (30, 64))
         ways = {"gather": partial(gather, values, 256, cast=False)}
@@ -108,13 +118,20 @@ def main(
 
 
 def long_records(
-    results: Results, data: dp.Dataset, values: np.ndarray[Any, Any], peers: list[Peer], repeats: int, seconds: float
+    results: Results,
+    folder: Path,
+    data: dp.Dataset,
+    values: np.ndarray[Any, Any],
+    peers: list[Peer],
+    repeats: int,
+    seconds: float,
 ) -> None:
     """The limits, both engines and the peers in turn."""
     scenario = "[33, 1024] float16, batch 32"
     ways = {
         "gather": partial(gather, values, 32, cast=False),
         CAST: partial(gather, values, 32, cast=True),
+        PAGE_CACHE: partial(read, folder / VALUES, values, 32),
         CONSTANT: partial(through_dali, values[: STRETCH_BYTES // values[0].nbytes // 32 * 32], len(values)),
     }
     for engine in get_args(Engine):

@@ -15,6 +15,8 @@ from dali_pipeline.shard import write_whole
 LABELS = {
     "gather": "numpy copies rows that lie in memory: the limit",
     "gather and cast": "the same, and torch casts to float32",
+    "preadv from the page cache": "the system copies them from the page cache, into memory used again",
+    "preadv of x, and cast": "the system copies their features from the page cache, and torch casts",
     "DALI, a constant batch": "DALI passes a constant batch through",
     "slice and concatenate": "numpy slices and concatenates arrays in memory: the limit",
 }
