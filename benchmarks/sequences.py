@@ -4,7 +4,8 @@ Warm page cache, shuffled, the loader alone; records `[33, 1024]` float16 by 32 
 ways one after the other, each over the whole set for a second or more, after a turn that is not counted (it checks the hashes).
 The limits: numpy copying the same rows from memory into fresh batch arrays; the same and torch's cast to float32; the system
 copying them from the page cache into one array that is used again; DALI passing one constant array through. The peers
-(benchmarks/peers_sequences.py), each at the number of workers that was fastest in its trials, are held against each engine at its fastest float16.
+(benchmarks/peers_sequences.py), each at the number of workers that was fastest in its trials, are held against each engine at
+its fastest float16.
 """
 
 from __future__ import annotations

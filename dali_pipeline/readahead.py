@@ -22,7 +22,8 @@ class ReadAhead:
     """Half a window ahead of where an epoch stands, into the page cache: no memory of this process.
 
     Blocks that were never met are read and hashed, so that a first epoch goes as fast as the others. What is in the cache
-    already costs a look at a run in sixteen, until one is not there. Damage is left for the gather to meet and name.
+    already costs a look at a run in sixteen, in later epochs too; once one is not there, all are looked at. Damage is left for
+    the gather to meet and name.
 
     From a store a whole window is brought ahead, from before the first batch on, and its cache is told when the next epoch
     wants what this one has done with.
@@ -32,7 +33,7 @@ class ReadAhead:
         self._source, self._plan, self._world = source, plan, world
         self._asked: dict[int, int] = {}  # by lane, the group behind the last one asked for
         self._pool: ThreadPoolExecutor | None = None
-        self._cold = True  # whether something lately was not in the cache
+        self._unseen: list[tuple[int, int]] = []  # runs lately due that were not looked at
         self._process = os.getpid()
         self._remote = source.is_remote
         self._groups = 2 if self._remote else 1  # ahead
@@ -50,18 +51,23 @@ class ReadAhead:
             begin = self._asked.get(lane, max(0, group - 1))
             due += [(lane, number) for number in range(begin, group + 1 + self._groups)]
             self._asked[lane] = max(begin, group + 1 + self._groups)
-        if not due:
+        late, self._unseen = (self._unseen, []) if self._source.cold else ([], self._unseen)
+        if not (due or late):
             return
-        every, self._cold = 1 if self._cold else SAMPLED, False
         if self._pool is None:
             threads = REQUESTS_IN_FLIGHT if self._remote else READS_IN_FLIGHT
             self._pool = ThreadPoolExecutor(threads, thread_name_prefix="readahead")
-        for lane, group in due:
-            if self._remote:
+        if self._remote:
+            for lane, group in due:
                 self._from_store(self._pool, lane, group)
-            else:
-                for start, count in self._plan.runs(lane, group)[::every]:
-                    self._pool.submit(self._bring, start, count)
+            return
+        runs = [run for lane, group in due for run in self._plan.runs(lane, group)]
+        if due:
+            every, self._source.cold = 1 if self._source.cold else SAMPLED, False
+            self._unseen = [run for number, run in enumerate(runs) if number % every]
+            runs = runs[::every]
+        for start, count in late + runs:
+            self._pool.submit(self._bring, start, count)
 
     def _from_store(self, pool: ThreadPoolExecutor, lane: int, group: int) -> None:
         """Asks for a group's runs, and tells of the group that no batch needs any more when its runs come again."""
@@ -81,7 +87,7 @@ class ReadAhead:
             if need is not None:
                 self._source.wanted(start, count, need)
             if self._source.bring(start, count):
-                self._cold = True
+                self._source.cold = True
 
     def close(self) -> None:
         """Waits for the reads in flight; leaves no thread behind."""

@@ -53,6 +53,7 @@ class BatchSource:
         self._index = RecordIndex(selection, self.ragged, window_bytes)
         self._runs: dict[int, list[tuple[int, int]]] = {}
         self._buffers = Buffers()
+        self.cold = True  # whether something lately was not in the page cache, as far as reading ahead has looked
         if rows := selection.bounds(self.axis):
             self._selected(rows[0])  # what the shortest record has, all have
 

@@ -134,3 +134,28 @@ def test_a_lock_held_elsewhere_while_the_process_forks_is_free_in_the_child() ->
         os.kill(child, signal.SIGKILL)
     assert done[0]
     assert os.waitstatus_to_exitcode(done[1]) == 0
+
+
+def test_later_epochs_look_at_few_runs_until_one_is_not_there(wide: dp.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = dp.SequenceLoader(wide, batch_size=8, engine="torch")
+    list(loader)  # every block is known
+    asked: list[tuple[int, int]] = []
+    there = True
+
+    def brought(_: int, offset: int, nbytes: int) -> bool:
+        asked.append((offset, nbytes))
+        return not there
+
+    monkeypatch.setattr(shard, "bring", brought)
+    list(loader)
+    asked.clear()
+    list(loader)
+    assert 0 < sum(nbytes for _, nbytes in asked) <= 600 * 4 * WIDTH * 2 // 8
+    there = False
+    asked.clear()
+    batches = iter(loader)
+    next(batches)
+    next(batches)
+    assert until(lambda: loader._source.cold)
+    next(batches)
+    assert until(lambda: sum(nbytes for _, nbytes in asked) == 600 * 4 * WIDTH * 2)
