@@ -1,9 +1,9 @@
-"""A link of so many bytes a second behind S3's GetObject and HeadObject: `python -m benchmarks.link FOLDER MEGABYTES_PER_SECOND SECONDS`.
+"""A link of so many bytes a second behind S3's GetObject and HeadObject: `python -m benchmarks.link FOLDER MB/S SECONDS`.
 
 Serves the files of a folder as `/<bucket>/<key>`, whole or a range, as S3 answers (tests/test_benchmarks.py holds it against
 moto's server), until its standard input closes. Every request waits before its first byte, and all answers together go no
-faster than the link. Server and link are one process, and files go out by sendfile: on few cores what a second copy through a
-proxy costs would be taken from the loader. moto itself reads a whole object for every range of it, which is no 100 MB/s.
+faster than the link. Server and link are one process, and files go out by sendfile: what another copy through a proxy costs
+would be taken from the loader on few cores. moto itself reads an object whole for every range of it.
 """
 
 from __future__ import annotations

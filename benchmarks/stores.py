@@ -48,9 +48,7 @@ def made(folder: Path, megabytes: int, shard_bytes: int, *, by_layer: bool) -> d
     if by_layer:
         field = replace(field, by_layer=ByLayer.of(SHAPE[0], 2 * SHAPE[1]))
     values = np.random.default_rng(0).standard_normal((256, *SHAPE), np.float32).astype(np.float16)
-    with dp.ShardWriter(
-        folder, dp.Schema(sequence=field), split=dp.Split.parse("100/0/0"), shard_bytes=shard_bytes
-    ) as writer:
+    with dp.ShardWriter(folder, dp.Schema(sequence=field), split=dp.Split.parse("100/0/0"), shard_bytes=shard_bytes) as writer:
         for number in range(megabytes * 10**6 // values[0].nbytes):
             writer.write({"id": number, "label": number % 2, "sequence": values[number % len(values)]})
     return dp.open_dataset(folder)
@@ -105,7 +103,7 @@ class Ours:
     """Epochs of a set behind the link. cores: by whom, processor seconds a second of each first epoch."""
 
     def __init__(self, data: dp.Dataset, cache: Path, window: int, server: psutil.Process) -> None:
-        self._local, self._cache, self._window, self._server = data, cache, window, server
+        self.data, self._cache, self._window, self._server = data, cache, window, server
         self._loader: Any = None
         self.opened: list[float] = []
         self.cores: dict[str, list[float]] = {"loader": [], "server": []}
@@ -114,7 +112,7 @@ class Ours:
         """MB/s of the first epoch, whose cache is empty; of the chosen layers where there are some."""
         shutil.rmtree(self._cache, ignore_errors=True)
         begun = time.perf_counter()
-        data = dp.open_dataset(f"s3://bucket/{self._local.root.name}", cache_dir=self._cache, cache_bytes=CACHE_BYTES)
+        data = dp.open_dataset(f"s3://bucket/{self.data.root.name}", cache_dir=self._cache, cache_bytes=CACHE_BYTES)
         self._loader = self._make(data, layers)
         opening, before = time.perf_counter() - begun, self._spent()
         found = self._rate(layers)
@@ -130,13 +128,13 @@ class Ours:
 
     def folder(self) -> float:
         """MB/s of a second epoch of the set where it was made."""
-        self._loader = self._make(self._local, None)
+        self._loader = self._make(self.data, None)
         self._rate(None)
         return self._rate(None)
 
     def _make(self, data: dp.Dataset, layers: slice | None) -> dp.SequenceLoader:
-        options = {"window_bytes": self._window, "layers": layers, "engine": "torch", "device": "cpu"}
-        return dp.SequenceLoader(data, batch_size=32, dtype=torch.float16, **options)
+        make = partial(dp.SequenceLoader, engine="torch", device="cpu", dtype=torch.float16)
+        return make(data, batch_size=32, window_bytes=self._window, layers=layers)
 
     def _rate(self, layers: slice | None) -> float:
         spent = seconds(lambda: sum(len(batch) for batch in self._loader))
@@ -145,9 +143,9 @@ class Ours:
 
     def _megabytes(self, layers: slice | None) -> float:
         if layers is None:
-            return self._local.nbytes / 1e6
+            return self.data.nbytes / 1e6
         steps = len(range(SHAPE[0])[layers])
-        return self._local.num_records("train", "sequences") * steps * SHAPE[1] * 2 / 1e6
+        return self.data.num_records("train", "sequences") * steps * SHAPE[1] * 2 / 1e6
 
     def _spent(self) -> tuple[float, float]:
         times = psutil.Process().cpu_times(), self._server.cpu_times()
@@ -170,7 +168,7 @@ def main(
         whole = Ours(made(where / "set", megabytes, shard_bytes, by_layer=False), where / "cache", window << 20, server)
         layers = Ours(made(where / "layers", megabytes, shard_bytes, by_layer=True), where / "other", window << 20, server)
         ways: dict[str, Callable[[], float]] = {
-            LINK: partial(plain, whole._local), FIRST: whole.first, SECOND: whole.second, FOLDER: whole.folder,
+            LINK: partial(plain, whole.data), FIRST: whole.first, SECOND: whole.second, FOLDER: whole.folder,
         }  # fmt: skip
         some = f"first epoch of layers {CHOSEN.start} to {CHOSEN.stop - 1}, stored layer by layer"
         rates = alternately(ways | {some: partial(layers.first, CHOSEN)}, repeats)

@@ -133,7 +133,7 @@ class Shard:
             return False
         blocks = range(begin // BLOCK_BYTES, (end - 1) // BLOCK_BYTES + 1)
         if isinstance(file, CachedFile):
-            return file.bring(self.pieces(name, blocks))
+            return file.bring(self.pieces(name, blocks), wait=False)
         new = [block for block in blocks if not self._sound[layout.first_block + block]]
         for block in new:
             self._checked_block(name, layout, block)
