@@ -101,6 +101,7 @@ ROOMS = [
     "doctor",
     "checkup",
     "predict",
+    "inspection",
     "versions",
     "cli",
     "__main__",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,10 +93,10 @@ def convert_to(src: Path, dst: str, config: ConvertConfig | None = None) -> Data
         return convert(src, Path(dst), config)
     store = Store(dst)
     staging = default_cache() / "uploads" / xxhash.xxh3_64_hexdigest(str(store).encode())
-    data = convert(src, staging, config)
+    convert(src, staging, config)
     upload(staging, dst)
     shutil.rmtree(staging)
-    return replace(data, root=str(store))
+    return open_dataset(dst)
 
 
 def _show(bar: Progress, task: TaskID, before: int, count: int) -> None:
