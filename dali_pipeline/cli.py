@@ -38,7 +38,7 @@ ShardSize = Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="By
 
 @app.command("convert")
 def convert_command(
-    src: Annotated[Path, typer.Argument(help="Folder of .pt, .pkl, .npz, .parquet or .arrow files.", show_default=False)],
+    src: Annotated[str, typer.Argument(help="Folder or URL of .pt, .pkl, .npz, .parquet or .arrow files.", show_default=False)],
     dst: Annotated[str, typer.Argument(help="Folder or URL of the data set, new or unfinished.", show_default=False)],
     split: SplitOption = "70/15/15",
     split_seed: SplitSeed = 0,

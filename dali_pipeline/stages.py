@@ -39,7 +39,7 @@ def measure_stages(
     rates: dict[str, float] = {}
     if isinstance(data.root, RemotePath):
         tell("store")
-        rates["store"] = store_rate(files, seconds) / record_bytes
+        rates["store"] = store_rate(list(zip(files, data.table("train", kind).bytes, strict=True)), seconds) / record_bytes
         steps = len(list(islice(loader, LOOKED_AT)))  # whose blocks are in the cache now
     else:
         tell("disk")
@@ -143,18 +143,18 @@ def read_rate(files: list[Path], *, direct: bool, seconds: float) -> float:
     return read / max(spent, 1e-9)
 
 
-def store_rate(places: list[RemotePath], seconds: float) -> float:
+def store_rate(shards: list[tuple[RemotePath, int]], seconds: float) -> float:
     """Bytes a second of shards in a store, as many requests in flight as a loader has; READ_BYTES of them, or so long."""
-    begins = ((place, at) for place in places for at in range(0, place.nbytes, REQUEST_BYTES))
+    spans = ((place, at, min(at + REQUEST_BYTES, nbytes)) for place, nbytes in shards for at in range(0, nbytes, REQUEST_BYTES))
     begun = time.perf_counter()
 
-    def fetch(number: int, place: RemotePath, begin: int) -> int:
+    def fetch(number: int, place: RemotePath, begin: int, end: int) -> int:
         if number >= REQUESTS_IN_FLIGHT and time.perf_counter() - begun > seconds:
             return 0
-        return len(place.store.read(place.key, begin, min(begin + REQUEST_BYTES, place.nbytes)))
+        return len(place.store.read(place.key, begin, end))
 
     with ThreadPoolExecutor(REQUESTS_IN_FLIGHT) as pool:
-        asked = [pool.submit(fetch, number, *one) for number, one in enumerate(islice(begins, READ_BYTES // REQUEST_BYTES))]
+        asked = [pool.submit(fetch, number, *one) for number, one in enumerate(islice(spans, READ_BYTES // REQUEST_BYTES))]
         read = sum(one.result() for one in asked)
     return read / max(time.perf_counter() - begun, 1e-9)
 

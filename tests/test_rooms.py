@@ -79,6 +79,7 @@ ROOMS = [
     "ingest.npz",
     "ingest.columns",
     "ingest.own",
+    "ingest.remote",
     "ingest.sources",
     "ingest.names",
     "ingest.workers",
