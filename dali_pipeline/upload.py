@@ -24,14 +24,8 @@ def upload(root: Path, url: str) -> Store:
     says; DataError where the store refuses.
     """
     data, store = open_dataset(root), Store(url)
-    manifest = (root / MANIFEST_NAME).read_bytes()
-    try:
-        there = store.read(MANIFEST_NAME)
-    except NoBucketError:
-        raise
-    except GoneError:
-        pass
-    else:
+    manifest, there = (root / MANIFEST_NAME).read_bytes(), finished(store)
+    if there is not None:
         if there != manifest:
             raise UsageError(f"{store} is a finished data set already; expected a new place")
         return store
@@ -51,6 +45,16 @@ def upload(root: Path, url: str) -> Store:
             raise
     store.put(root / MANIFEST_NAME, MANIFEST_NAME)
     return store
+
+
+def finished(store: Store) -> bytes | None:
+    """The manifest of the data set that lies there, None where there is none yet. Raises DataError where the store refuses."""
+    try:
+        return store.read(MANIFEST_NAME)
+    except NoBucketError:
+        raise
+    except GoneError:
+        return None
 
 
 def _put(data: Dataset, store: Store, split: str, kind: Kind, number: int) -> None:

@@ -31,7 +31,7 @@ from dali_pipeline.record import Record
 from dali_pipeline.schema import Array, DataError, Field, FormatError, PipelineError, UsageError
 from dali_pipeline.split import FileSplit
 from dali_pipeline.stores import Store, is_url
-from dali_pipeline.upload import upload
+from dali_pipeline.upload import finished, upload
 from dali_pipeline.writer import ShardWriter
 
 TELL_EVERY = 50  # records between two moves of the progress bar, and two looks at whether to stop
@@ -102,6 +102,7 @@ def _convert_to(src: Path, dst: str, config: ConvertConfig | None, remote: Remot
     if not is_url(dst):
         return convert(src, Path(dst), config, remote)
     store = Store(dst)
+    finished(store)  # a store that refuses does so now, and not when all is converted
     staging = default_cache() / "uploads" / xxhash.xxh3_64_hexdigest(str(store).encode())
     convert(src, staging, config, remote)
     upload(staging, dst)
