@@ -6,28 +6,19 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import xxhash
 
 from dali_pipeline.cache import ABSENT, COMING, FIRST_STAMP, SLOT, Cache, locked_slots, map_slots, punch
-from dali_pipeline.openfile import OpenFile
+from dali_pipeline.openfile import OpenFile, Piece
 from dali_pipeline.schema import FormatError
 from dali_pipeline.stores import GoneError, Store
 
 REQUEST_BYTES = 4 << 20  # neighbouring blocks are asked for together: at 100 MB/s and 20 ms a request, half as long again
 ARRIVALS = 4  # of a block with a wrong hash, before it is called damaged where it lies
 WRONG = "restore the file in the store or convert again"
-
-
-class Piece(NamedTuple):
-    """A hash block: its number among the shard's slots, its first byte in the file, its bytes and their XXH3-64."""
-
-    slot: int
-    begin: int
-    nbytes: int
-    hash: int
 
 
 @dataclass(frozen=True)
@@ -66,8 +57,7 @@ class CachedFile(OpenFile):
 
     def __init__(self, place: RemotePath) -> None:
         self._place, self._cache = place, place.cache
-        self.path = self._cache.file(place.digest, place.nbytes, place.blocks)
-        super().__init__(self.path, os.O_RDWR)
+        super().__init__(self._cache.file(place.digest, place.nbytes, place.blocks), os.O_RDWR)
         self.size, self.identity = place.nbytes, self.identity[:2]
         self._slots = map_slots(self.path)
         self._stamps, self._needs = self._slots["stamp"], self._slots["need"]
@@ -142,12 +132,13 @@ class CachedFile(OpenFile):
         """Notes when the plan asks for these blocks next."""
         self._needs[[piece.slot for piece in pieces]] = need
 
-    def forget(self, piece: Piece) -> None:
+    def forget(self, piece: Piece) -> bool:
         """Of a block whose bytes are not what they were: it is brought again."""
         with locked_slots(self.path, piece.slot, 1):
             if self._stamps[piece.slot] >= FIRST_STAMP:
                 self._stamps[piece.slot] = ABSENT
                 self._cache.release(piece.nbytes)
+        return True
 
     def _missing(self, pieces: Sequence[Piece]) -> list[Piece]:
         return [piece for piece in pieces if self._stamps[piece.slot] < FIRST_STAMP]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from dali_pipeline.dataset import Dataset, open_dataset
 from dali_pipeline.files import Files
-from dali_pipeline.header import read_header
 from dali_pipeline.manifest import MANIFEST_NAME
 from dali_pipeline.progress import progress_bar
 from dali_pipeline.schema import Kind, UsageError
@@ -61,6 +60,6 @@ def _put(data: Dataset, store: Store, split: str, kind: Kind, number: int) -> No
     path: Path = data.shard_path(split, kind, number)
     shard = data.table(split, kind).open(path, number, Files(1))  # what is not whole here is not whole there
     key, nbytes = path.relative_to(data.root).as_posix(), path.stat().st_size
-    header = read_header(shard.opened().fd, path, nbytes)
+    header = shard.opened().header()
     if store.size(key) != nbytes or store.read(key, 0, len(header)) != header:
         store.put(path, key)
