@@ -36,6 +36,7 @@ from dali_pipeline.layout import ByLayer
 
 SHAPE, CHOSEN = (33, 1024), slice(12, 20)
 CONNECTIONS, RANGE_BYTES, CACHE_BYTES = 16, 4 << 20, 4 << 30
+ROOT = Path(__file__).parent.parent
 LINK = "the link, a plain client"
 FIRST, OPENED, SECOND = "first epoch", "opening the set and its first epoch", "second epoch, all of it in the cache"
 FOLDER = "second epoch, from a folder"
@@ -60,7 +61,7 @@ def serving(folder: Path, rate: float, delay: float) -> Iterator[psutil.Process]
     command = [sys.executable, "-m", "benchmarks.link", str(folder), str(rate), str(delay)]
     names = {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none", "AWS_DEFAULT_REGION": "us-east-1"}
     before = dict(os.environ)
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         os.environ |= names | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{int(process.stdout.readline())}"}

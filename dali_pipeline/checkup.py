@@ -125,7 +125,8 @@ def print_checkup(found: dict[str, Any]) -> None:
     table = Table("stage", "records/s", "GB/s", "", box=box.SIMPLE_HEAD)
     slowest = found["stages"][found["narrowest"]]["records_per_second"]
     for name, one in found["stages"].items():
-        told = "narrowest" if name == found["narrowest"] else "" if one["counted"] else "not counted: the data fit in memory"
+        fits = "the cache holds the data" if name == "store" else "the data fit in memory"
+        told = "narrowest" if name == found["narrowest"] else "" if one["counted"] else f"not counted: {fits}"
         bar = "█" * max(1, min(40, round(4 * one["records_per_second"] / slowest)))
         rate, speed = f"{one['records_per_second']:,.0f}", f"{one['bytes_per_second'] / 1e9:.2f}"
         table.add_row(name, rate, speed, f"{bar} {told}")

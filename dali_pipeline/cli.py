@@ -98,7 +98,7 @@ def convert_command(
     )
     with _going_on():
         data = convert_to(src, dst, config)
-    print(f"{dst}: {summary(data)}, {gigabytes(data.nbytes)}")
+    print(f"{data.root}: {summary(data)}, {gigabytes(data.nbytes)}")
     source = data.manifest.source
     if source.get("in_one_half"):
         print(f"{source['in_one_half']:,} records are in one half alone")

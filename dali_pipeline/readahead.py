@@ -16,6 +16,7 @@ from dali_pipeline.world import World
 READS_IN_FLIGHT = 4  # threads; each asks for a run of some MiB
 REQUESTS_IN_FLIGHT = 16  # to a store: 20 ms of waiting each are hidden up to some GB/s
 GATHERED_BYTES = 64 << 20  # that are gathered and not delivered yet, at most: four stretches
+MOST_GROUPS = 64  # ahead, where windows are tiny
 SAMPLED = 16  # of so many runs one is looked at, where all that were lately lay in the cache
 
 
@@ -39,7 +40,7 @@ class ReadAhead:
         self._groups = 1  # ahead
         if source.room is not None:  # of a small cache a quarter at most
             every = plan.order.lanes * max(1, plan.order.window_bytes // 2)
-            self._groups = max(2, min(2 + -(-GATHERED_BYTES // every), source.room // (4 * every)))
+            self._groups = max(2, min(2 + -(-GATHERED_BYTES // every), source.room // (4 * every), MOST_GROUPS))
 
     def begin(self, step: int, places: Sequence[int] = ()) -> None:
         """Told where the epoch begins, before its first batch."""

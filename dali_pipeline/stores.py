@@ -177,7 +177,9 @@ class Store:
 
 
 def _changed(info: dict[str, Any]) -> int:
-    """In ns, as the kinds of store have it; else what an ETag hashes to, below 0."""
+    """In ns, as the kinds of store have it, with the hash of an ETag below the second where none is told; that hash alone, below
+    0, where no time is."""
+    tag = xxhash.xxh3_64_intdigest(str(info.get("ETag") or info.get("etag") or "").encode())
     for name in ("LastModified", "last_modified", "updated", "mtime", "created"):
         value = info.get(name)
         if isinstance(value, str):
@@ -185,6 +187,5 @@ def _changed(info: dict[str, Any]) -> int:
         if isinstance(value, datetime):
             value = value.timestamp()
         if isinstance(value, int | float):
-            return round(value * 1e9)
-    etag = str(info.get("ETag") or info.get("etag") or "")
-    return -1 - (xxhash.xxh3_64_intdigest(etag.encode()) >> 1)
+            return round(value * 1e9) if value % 1 else (int(value) - 1) * 10**9 + tag % 10**9
+    return -1 - (tag >> 1)

@@ -105,6 +105,11 @@ def test_convert_from_and_to_a_store(
 
     assert call(monkeypatch, "convert", RAW, "s3://bucket/other", *OPTIONS) == 0
     assert dp.open_dataset("s3://bucket/other").digest == local.digest
+    before_change = stores.Store(RAW).listed()
+    nbytes, _ = before_change["gnn/batch_0.pt"]
+    client.put_object(Bucket="bucket", Key="raw/gnn/batch_0.pt", Body=bytes(nbytes))  # as large, and within the second
+    changed = {name for name, told in stores.Store(RAW).listed().items() if before_change[name] != told}
+    assert changed == {"gnn/batch_0.pt"}
     assert not list((tmp_path / "home" / "dali_pipeline" / "uploads").glob("*"))
 
 

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import xxhash
 
@@ -84,6 +84,12 @@ class Remote:
         self._newest = name
         return found
 
+    def close(self) -> None:
+        """Waits for what is on its way."""
+        if self._pool is not None and self._process == os.getpid():
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool, self._ahead, self._process = None, None, -1
+
     def _get(self, name: str) -> Fetched:
         nbytes, _ = self.listed[name]
         path = self.scratch / str(os.getpid()) / name
@@ -117,23 +123,25 @@ def raw_files(url: str, dst: str) -> Iterator[Remote]:
     if MANIFEST_NAME in listed:
         raise UsageError(f"{store} is a data set, not raw files; copy it to a folder to convert it anew")
     for name in listed:
-        if name.startswith("/") or {"..", ".", ""} & set(PurePosixPath(name).parts) or "\0" in name:
+        if {"..", ".", ""} & set(name.split("/")) or "\0" in name:
             raise UsageError(f"{store} holds an object named {name!r}, which no file can have; expected plain names")
     own = dst if is_url(dst) else str(Path(dst).absolute())
     folder = default_cache() / "downloads" / xxhash.xxh3_64_hexdigest(f"{store} {own}".encode())
     scratch = folder / (str(store).rpartition("/")[2] or "files")
-    with _alone(folder, dst):
+    with _alone(folder):
         shutil.rmtree(scratch, ignore_errors=True)
+        remote = Remote(store, scratch, listed)
         try:
-            yield Remote(store, scratch, listed)
+            yield remote
         except PipelineError as error:
             raise type(error)(str(error).replace(str(scratch), str(store))) from None
         finally:
+            remote.close()
             shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager
-def _alone(folder: Path, dst: str) -> Iterator[None]:
+def _alone(folder: Path) -> Iterator[None]:
     """Raises UsageError where another process has the folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +152,7 @@ def _alone(folder: Path, dst: str) -> Iterator[None]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(f"another run converts the same files into {dst}; wait for it, or stop it") from None
+            raise UsageError("another run converts the same files into the same place; wait for it, or stop it") from None
         yield
     finally:
         os.close(fd)

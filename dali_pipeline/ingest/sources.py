@@ -126,6 +126,8 @@ def _named(path: Path, at: Path) -> Iterator[None]:
         yield
     except PipelineError as error:
         told = str(error).replace(str(at), str(path))
+        if told == str(error) and str(path) in told:
+            raise
         raise type(error)(told if str(path) in told else f"{path}: {told}") from None
     except Exception as error:
         reason = str(error).replace(str(at), str(path)).strip().split("\n")[0][:120]
