@@ -177,7 +177,7 @@ class Store:
 
 
 def _changed(info: dict[str, Any]) -> int:
-    """In ns, as the kinds of store have it, with the hash of an ETag below the second where none is told; that hash alone, below
+    """In ns, as the kinds of store have it; an ETag's hash stands below the second where none is told, and alone, below
     0, where no time is."""
     tag = xxhash.xxh3_64_intdigest(str(info.get("ETag") or info.get("etag") or "").encode())
     for name in ("LastModified", "last_modified", "updated", "mtime", "created"):
