@@ -128,6 +128,19 @@ def test_a_file_that_is_gone_meanwhile_is_named(tmp_path: Path, memory: Any, mon
         convert_to(URL, str(tmp_path / "dst"), ConvertConfig(workers=1))
 
 
+def test_a_disk_that_fills_is_said(tmp_path: Path, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(memory, npz_folder(tmp_path / "src"))
+    real: Any = Path.open
+
+    def full(self: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        return real(Path("/dev/full") if mode == "wb" and "downloads" in self.parts else self, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(dp.DataError, match=r"downloads/\w+ cannot take part_0.npz \(No space left on device\); free"):
+        convert_to(URL, str(tmp_path / "dst"), ConvertConfig(workers=1))
+    assert downloads(tmp_path) == []
+
+
 def test_an_interrupted_run_goes_on(tmp_path: Path, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     src = npz_folder(tmp_path / "src")
     put(memory, src)

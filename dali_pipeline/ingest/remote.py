@@ -60,7 +60,7 @@ class Remote:
                 path.touch()
             yield
         except OSError as error:
-            raise DataError(f"{self.scratch} cannot be written to ({error.strerror}); expected free space") from None
+            raise DataError(f"{self.scratch.parent} cannot be written to ({error.strerror}); expected free space") from None
         finally:
             shutil.rmtree(self.scratch, ignore_errors=True)
 
@@ -104,7 +104,7 @@ class Remote:
         except GoneError:
             raise FormatError(f"{self.store}/{name} is gone since it was listed; convert again") from None
         except OSError as error:
-            raise DataError(f"{self.scratch} cannot take {name} ({error.strerror}); free some space") from None
+            raise DataError(f"{self.scratch.parent} cannot take {name} ({error.strerror}); free some space") from None
         return fetched
 
 
