@@ -110,4 +110,7 @@ def s3() -> Iterator[Proxy]:
     finally:
         proxy.shutdown()
         proxy.server_close()
+        reset = http.client.HTTPConnection("127.0.0.1", proxy.behind)
+        reset.request("POST", "/moto-api/reset")  # its buckets are the process's, and the next server would have them
+        assert reset.getresponse().status == 200
         server.stop()
