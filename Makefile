@@ -37,6 +37,7 @@ bench: $(READY) $(if $(QUICK),,.venv-peers/.ready)  ## speed and memory beside t
 	$(call MEASURE,scaling,--repeats 5 --megabytes 64 --seconds 0.3,--repeats 1 --megabytes 8 --seconds 0.05)
 	$(call MEASURE,layers,--megabytes 64,--repeats 1 --megabytes 16)
 	$(call MEASURE,scale,--gigabytes 0.25$(comma)0.5$(comma)1,--repeats 1 --gigabytes 0.1 --most-shards 100)
+	$(call MEASURE,stores,,--repeats 1 --megabytes 20 --window 4)
 	$(call MEASURE,training,,--repeats 1 --megabytes 4 --seconds 0.1)
 	$(call MEASURE,convert,--gigabytes 0.2 --memory-gigabytes 0 --repeats 5,--gigabytes 0.02 --memory-gigabytes 0 --repeats 1)
 	$(call MEASURE,plot,,benchmarks/results/quick)

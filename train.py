@@ -19,7 +19,8 @@ from typing import Annotated, Literal
 import typer
 
 from dali_pipeline import Dataset, UsageError, World, open_dataset
-from dali_pipeline.arguments import parse_workers
+from dali_pipeline.arguments import CACHE_BYTES, CACHE_DIR, parse_cache_bytes, parse_workers
+from dali_pipeline.cachedfile import Place
 from dali_pipeline.cli import CONTEXT
 from dali_pipeline.cli import run as run_command_line
 from training.commandline import GroupedCommand, flag, print_config, take_config
@@ -35,7 +36,7 @@ from training.results import print_table, read_metrics, summarise, write_metrics
 class Prepared:
     """What the first process found out, and the others are told."""
 
-    root: Path
+    root: Place
     digest: str
     models: tuple[ModelName, ...]
     folder: Path
@@ -124,9 +125,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 @app.command(cls=GroupedCommand)
 def command_line(
     ctx: typer.Context,
-    data: Annotated[
-        Path | None, flag("Data", "A data set, as convert or extract writes it.", "--data data/traces", metavar="SET")
-    ] = None,
+    data: Annotated[str | None, flag("Data", "A set's folder or URL.", "--data s3://bucket/traces", metavar="SET")] = None,
+    cache_dir: Annotated[Path | None, flag("Data", CACHE_DIR, "--cache-dir /local/cache", metavar="FOLDER")] = None,
+    cache_bytes: Annotated[str | None, flag("Data", CACHE_BYTES, "--cache-bytes 500GiB", metavar="SIZE")] = None,
     preprocessed_dir: Annotated[
         Path | None,
         flag("Data", "Folder with lstm_solo/*.pt and gnn/*.pt; converted once.", "--preprocessed-dir pre", metavar="FOLDER"),
@@ -224,6 +225,8 @@ def command_line(
     )
     options = Options(
         data=data,
+        cache_dir=cache_dir,
+        cache_bytes=parse_cache_bytes(cache_bytes),
         preprocessed_dir=preprocessed_dir,
         converted_dir=converted_dir,
         output_dir=output_dir,

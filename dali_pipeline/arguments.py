@@ -1,11 +1,20 @@
-"""What people write on a command line, as numbers."""
+"""What people write on a command line, as numbers; and the options that several commands have."""
 
 from __future__ import annotations
 
 import re
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
 
 from dali_pipeline.schema import UsageError
+
+CACHE_DIR = "Of what is read of a URL. [default: dali_pipeline in the user's cache folder]"
+CACHE_BYTES = "That it takes at most. [default: 32GiB]"
+SetArgument = Annotated[str, typer.Argument(help="Folder or URL of a data set.", show_default=False)]
+CacheDir = Annotated[Path | None, typer.Option("--cache-dir", metavar="FOLDER", help=CACHE_DIR, show_default=False)]
+CacheBytes = Annotated[str | None, typer.Option("--cache-bytes", metavar="SIZE", help=CACHE_BYTES, show_default=False)]
 
 
 def parse_size(text: str) -> int:
@@ -17,6 +26,11 @@ def parse_size(text: str) -> int:
     if found is None or found.group(2) not in units or not 1 <= float(found.group(1)) * units[found.group(2)] < 2**60:
         raise UsageError(f"size is {text!r}; expected a number of bytes such as 4KiB, 256MiB or 1GB")
     return int(float(found.group(1)) * units[found.group(2)])
+
+
+def parse_cache_bytes(text: str | None) -> int | None:
+    """As `parse_size`; None is what `open_dataset` takes by default."""
+    return None if text is None else parse_size(text)
 
 
 def parse_sizes(text: str | None) -> list[int]:

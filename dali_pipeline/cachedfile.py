@@ -6,28 +6,19 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import xxhash
 
 from dali_pipeline.cache import ABSENT, COMING, FIRST_STAMP, SLOT, Cache, locked_slots, map_slots, punch
-from dali_pipeline.openfile import OpenFile
+from dali_pipeline.openfile import OpenFile, Piece
 from dali_pipeline.schema import FormatError
 from dali_pipeline.stores import GoneError, Store
 
 REQUEST_BYTES = 4 << 20  # neighbouring blocks are asked for together: at 100 MB/s and 20 ms a request, half as long again
 ARRIVALS = 4  # of a block with a wrong hash, before it is called damaged where it lies
 WRONG = "restore the file in the store or convert again"
-
-
-class Piece(NamedTuple):
-    """A hash block: its number among the shard's slots, its first byte in the file, its bytes and their XXH3-64."""
-
-    slot: int
-    begin: int
-    nbytes: int
-    hash: int
 
 
 @dataclass(frozen=True)
@@ -66,11 +57,11 @@ class CachedFile(OpenFile):
 
     def __init__(self, place: RemotePath) -> None:
         self._place, self._cache = place, place.cache
-        self.path = self._cache.file(place.digest, place.nbytes, place.blocks)
-        super().__init__(self.path, os.O_RDWR)
+        super().__init__(self._cache.file(place.digest, place.nbytes, place.blocks), os.O_RDWR)
         self.size, self.identity = place.nbytes, self.identity[:2]
         self._slots = map_slots(self.path)
-        self.stamps = self._slots["stamp"][1:]
+        self._stamps, self._needs = self._slots["stamp"], self._slots["need"]
+        self.stamps = self._stamps[1:]
 
     def header(self) -> bytes:
         """The 8-byte length and the JSON behind it, with the digest that the manifest names. Raises FormatError for another."""
@@ -80,14 +71,14 @@ class CachedFile(OpenFile):
             if (data := self._header_here()) is not None:  # another had the lock
                 return data
             data = self._read_header()
-            kept = len(data) if self._slots["stamp"][0] == ABSENT else 0
+            kept = len(data) if self._stamps[0] == ABSENT else 0
             self._cache.reserve(kept)
             self._write(data, 0)
             self._slots[0] = np.array((FIRST_STAMP, len(data), 0, 0.0), SLOT)
         return data
 
     def _header_here(self) -> bytes | None:
-        if self._slots["stamp"][0] < FIRST_STAMP:
+        if self._stamps[0] < FIRST_STAMP:
             return None
         data = os.pread(self.fd, int(self._slots["nbytes"][0]), 0)
         return data if xxhash.xxh3_128_hexdigest(data) == self._place.digest else None
@@ -117,31 +108,40 @@ class CachedFile(OpenFile):
         except OSError as error:
             raise self._cache.failed(error) from None
 
-    def bring(self, pieces: Sequence[Piece]) -> bool:
-        """Has these blocks here, in the order of the file; whether one was not. Others who want them meanwhile wait.
+    def bring(self, pieces: Sequence[Piece], *, wait: bool = True) -> bool:
+        """Has these blocks here, in the order of the file; whether one was not. Those that another has in hand are waited for,
+        or, as reading ahead has better to do, left to that other.
 
         Raises FormatError for one that is damaged where it lies; DataError for a store, or a disk, that does not do.
         """
         missing = self._missing(pieces)
         for run in _runs(missing):
-            with locked_slots(self.path, run[0].slot, len(run)):
-                for rest in _runs(self._missing(run)):
-                    self._download(rest)
+            if not self._bring_run(run, wait) and len(run) > 1:
+                for piece in run:
+                    self._bring_run([piece], wait)
         return bool(missing)
+
+    def _bring_run(self, run: Sequence[Piece], wait: bool) -> bool:
+        """Whether the locks of these neighbours were had."""
+        with locked_slots(self.path, run[0].slot, len(run), wait=wait) as had:
+            for rest in _runs(self._missing(run)) if had else ():
+                self._download(rest)
+        return had
 
     def wanted(self, pieces: Sequence[Piece], need: float) -> None:
         """Notes when the plan asks for these blocks next."""
-        self._slots["need"][[piece.slot for piece in pieces]] = need
+        self._needs[[piece.slot for piece in pieces]] = need
 
-    def forget(self, piece: Piece) -> None:
+    def forget(self, piece: Piece) -> bool:
         """Of a block whose bytes are not what they were: it is brought again."""
         with locked_slots(self.path, piece.slot, 1):
-            if self._slots["stamp"][piece.slot] >= FIRST_STAMP:
-                self._slots["stamp"][piece.slot] = ABSENT
+            if self._stamps[piece.slot] >= FIRST_STAMP:
+                self._stamps[piece.slot] = ABSENT
                 self._cache.release(piece.nbytes)
+        return True
 
     def _missing(self, pieces: Sequence[Piece]) -> list[Piece]:
-        return [piece for piece in pieces if self._slots["stamp"][piece.slot] < FIRST_STAMP]
+        return [piece for piece in pieces if self._stamps[piece.slot] < FIRST_STAMP]
 
     def _download(self, run: Sequence[Piece]) -> None:
         """One request for blocks that are neighbours, whose slots this thread has locked."""
@@ -151,14 +151,14 @@ class CachedFile(OpenFile):
         try:
             self._slots["begin"][slots] = [piece.begin for piece in run]
             self._slots["nbytes"][slots] = [piece.nbytes for piece in run]
-            self._slots["stamp"][slots] = COMING
+            self._stamps[slots] = COMING
             data = memoryview(self._read(begin, end))
             for piece in run:
                 part = data[piece.begin - begin : piece.begin - begin + piece.nbytes]
                 self._write(self._checked(piece, part), piece.begin)
-            self._slots["stamp"][slots] = self._cache.stamps(len(slots))
+            self._stamps[slots] = self._cache.stamps(len(slots))
         except BaseException:
-            self._slots["stamp"][slots] = ABSENT
+            self._stamps[slots] = ABSENT
             punch(self.fd, begin, end - begin)
             self._cache.release(end - begin)
             raise

@@ -10,7 +10,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from dali_pipeline.arguments import parse_workers
+from dali_pipeline.arguments import CacheBytes, CacheDir, SetArgument, parse_cache_bytes, parse_workers
 from dali_pipeline.describe import plain_console
 from dali_pipeline.progress import progress_bar
 from dali_pipeline.schema import DataError, Kind, PipelineError
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 ModelName = Literal["lstm", "gnn_lstm", "gvae_lstm"]
 ADVICE = {
     "disk": "a faster or local disk, fewer layers (`layers=`), or smaller values (`convert --dtype int8`)",
+    "store": "a cache that holds the set (`--cache-bytes`), a faster link, fewer layers, or smaller values",
     "page cache": "faster memory, or smaller values (`convert --dtype int8`)",
     "gather": "more background threads (`workers=`), fewer layers, or smaller values",
     "decode": "`dtype=torch.float16`, or a GPU to decode on",
@@ -32,7 +33,7 @@ ADVICE = {
 
 
 def doctor_command(
-    data: Annotated[Path, typer.Argument(help="Folder of a data set.", show_default=False)],
+    data: SetArgument,
     model: Annotated[
         ModelName | None, typer.Option(help="Detector to feed. [default: lstm, or gnn_lstm without sequences]")
     ] = None,
@@ -43,13 +44,15 @@ def doctor_command(
     seconds: Annotated[float, typer.Option(min=0.01, help="For each stage.")] = 3.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the stages.", show_default=False)] = None,
+    cache_dir: CacheDir = None,
+    cache_bytes: CacheBytes = None,
 ) -> None:
     """Tell whether training waits for data, why, and what to change. Exits 0 (fed), 1 (input-bound) or 2 (cannot run).
 
     \b
-    Measures every stage alone (disk, page cache, gather, decode, collate, copy to the GPU, model step on one batch again and
-    again) and all of them together, predicts what changes would bring, and tries the best of those that need no conversion and
-    no other machine. Takes under a minute.
+    Measures every stage alone (disk or store, page cache, gather, decode, collate, copy to the GPU, model step on one batch
+    again and again) and all of them together, predicts what changes would bring, and tries the best of those that need no
+    conversion and no other machine. Takes under a minute.
     Examples:
       python -m dali_pipeline doctor data/sciq
       python -m dali_pipeline doctor data/traces --model gnn_lstm --batch-size 64 --json
@@ -58,10 +61,11 @@ def doctor_command(
     from dali_pipeline.doctor import examine
     from dali_pipeline.knobs import Setup
 
-    kinds = open_dataset(data).schema.kinds
+    opened = open_dataset(data, cache_dir, parse_cache_bytes(cache_bytes))
+    kinds = opened.schema.kinds
     kind: Kind = ("sequences" if model == "lstm" else "graphs") if model else kinds[0]
     if kind not in kinds:
-        raise DataError(f"{data} holds no {kind}, which {model} trains on; it has {' and '.join(kinds)}")
+        raise DataError(f"{opened.root} holds no {kind}, which {model} trains on; it has {' and '.join(kinds)}")
     name: ModelName = model or ("lstm" if kind == "sequences" else "gnn_lstm")
     setup = Setup(batch_size=batch_size, workers=parse_workers(workers), engine=engine, device=device)
     with progress_bar() as bar:
@@ -71,11 +75,11 @@ def doctor_command(
             bar.update(task, advance=1, description=stage)
 
         try:
-            found = examine(data, kind, setup, lambda loader: train_step(name, loader), tell, seconds)
+            found = examine(opened, kind, setup, lambda loader: train_step(name, loader), tell, seconds)
         except (ValueError, RuntimeError, TypeError, OSError) as error:  # exit 2, for 1 says input-bound
             if isinstance(error, PipelineError):
                 raise
-            raise PipelineError(f"{data}: {name} cannot be trained on it ({type(error).__name__}: {error})") from error
+            raise PipelineError(f"{opened.root}: {name} cannot be trained on it ({type(error).__name__}: {error})") from error
     advice = ADVICE[found["narrowest"]]
     if found["verdict"] == "input-bound" and found["narrowest"] == "model":
         advice = "reading while the model computes (`workers=1`), as one waits for the other"
@@ -121,7 +125,8 @@ def print_checkup(found: dict[str, Any]) -> None:
     table = Table("stage", "records/s", "GB/s", "", box=box.SIMPLE_HEAD)
     slowest = found["stages"][found["narrowest"]]["records_per_second"]
     for name, one in found["stages"].items():
-        told = "narrowest" if name == found["narrowest"] else "" if one["counted"] else "not counted: the data fit in memory"
+        fits = "the cache holds the data" if name == "store" else "the data fit in memory"
+        told = "narrowest" if name == found["narrowest"] else "" if one["counted"] else f"not counted: {fits}"
         bar = "█" * max(1, min(40, round(4 * one["records_per_second"] / slowest)))
         rate, speed = f"{one['records_per_second']:,.0f}", f"{one['bytes_per_second'] / 1e9:.2f}"
         table.add_row(name, rate, speed, f"{bar} {told}")

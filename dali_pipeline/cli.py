@@ -7,15 +7,14 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import msgspec
 import typer
 
-from dali_pipeline.arguments import parse_blocks, parse_size, parse_sizes, parse_workers
+from dali_pipeline.arguments import SetArgument, parse_blocks, parse_size, parse_workers
 from dali_pipeline.checkup import doctor_command
+from dali_pipeline.inspection import inspect_command
 from dali_pipeline.predict import predict_command
 from dali_pipeline.schema import PipelineError, UsageError
 from dali_pipeline.split import Split
@@ -39,7 +38,7 @@ ShardSize = Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="By
 
 @app.command("convert")
 def convert_command(
-    src: Annotated[Path, typer.Argument(help="Folder of .pt, .pkl, .npz, .parquet or .arrow files.", show_default=False)],
+    src: Annotated[str, typer.Argument(help="Folder or URL of .pt, .pkl, .npz, .parquet or .arrow files.", show_default=False)],
     dst: Annotated[str, typer.Argument(help="Folder or URL of the data set, new or unfinished.", show_default=False)],
     split: SplitOption = "70/15/15",
     split_seed: SplitSeed = 0,
@@ -99,7 +98,7 @@ def convert_command(
     )
     with _going_on():
         data = convert_to(src, dst, config)
-    print(f"{dst}: {summary(data)}, {gigabytes(data.nbytes)}")
+    print(f"{data.root}: {summary(data)}, {gigabytes(data.nbytes)}")
     source = data.manifest.source
     if source.get("in_one_half"):
         print(f"{source['in_one_half']:,} records are in one half alone")
@@ -111,7 +110,7 @@ def convert_command(
 
 @app.command("verify")
 def verify_command(
-    dst: Annotated[str, typer.Argument(help="Folder or URL of the data set.", show_default=False)],
+    dst: SetArgument,
     quick: Annotated[bool, typer.Option("--quick", help="Structure alone: headers, offsets, names, labels.")] = False,
 ) -> None:
     """Check every byte of a data set. Exits 0 where it is sound, 1 where it is not, 2 where there is none.
@@ -129,43 +128,6 @@ def verify_command(
         print(damage)
     print(report.summary)
     raise typer.Exit(1 if report.damages else 0)
-
-
-@app.command("inspect")
-def inspect_command(
-    dst: Annotated[Path, typer.Argument(help="Folder of the data set.", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, nothing else.")] = False,
-    plot: Annotated[Path | None, typer.Option(metavar="OUT.png", help="Draw what is printed.", show_default=False)] = None,
-    shuffle: Annotated[bool, typer.Option("--shuffle", help="How near an epoch's order comes to a full permutation.")] = False,
-    window: Annotated[str | None, typer.Option(metavar="SIZE,…", help="[default: 1, 5, 20 % of the split; 256MiB]")] = None,
-    batch_size: Annotated[int, typer.Option(help="With --shuffle.")] = 32,
-    split: Annotated[str, typer.Option(help="With --shuffle.")] = "train",
-) -> None:
-    """Print what a data set holds: records, labels, lengths, nodes and edges, bytes, types, a sample.
-
-    \b
-    Examples:
-      python -m dali_pipeline inspect data/traces
-      python -m dali_pipeline inspect data/traces --plot traces.png
-      python -m dali_pipeline inspect data/traces --json | jq .splits
-      python -m dali_pipeline inspect data/traces --shuffle --window 64MiB,1GiB --plot shuffle.png
-    """
-    from dali_pipeline.describe import describe, print_description
-    from dali_pipeline.picture import draw_description, draw_shuffle
-    from dali_pipeline.shufflereport import describe_shuffle, print_shuffle
-
-    if shuffle:
-        description, measured = describe_shuffle(dst, split, parse_sizes(window), batch_size)
-        show, draw = partial(print_shuffle, description, measured), partial(draw_shuffle, description, measured)
-    else:
-        description = describe(dst)
-        show, draw = partial(print_description, description), partial(draw_description, description)
-    if plot is not None:
-        draw(plot)
-    if as_json:
-        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(description)) + b"\n")
-    else:
-        show()
 
 
 @app.command("extract")
@@ -215,6 +177,7 @@ def extract_command(
     print(f"{out}: {summary(data)}, {gigabytes(data.nbytes)}")
 
 
+app.command("inspect")(inspect_command)
 app.command("doctor")(doctor_command)
 app.command("predict")(predict_command)
 app.command("versions")(versions_command)

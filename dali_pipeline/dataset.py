@@ -25,7 +25,7 @@ from dali_pipeline.stores import Store, is_url
 class Dataset:
     """An opened data set; cheap, holds no file open. Made by `open_dataset`."""
 
-    root: Any  # a Path, or the RemotePath of a URL
+    root: Any  # a Place: the Path of a folder, or the RemotePath of a URL, as who opened it knows
     manifest: Manifest
 
     @property

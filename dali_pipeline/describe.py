@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dali_pipeline.dataset import Dataset, open_dataset
+from dali_pipeline.dataset import Dataset
 from dali_pipeline.files import Files
 from dali_pipeline.graphsource import GraphRows, GraphSource
 from dali_pipeline.rows import SequenceRows
@@ -27,14 +26,13 @@ AXES: dict[Kind, tuple[tuple[str, str], ...]] = {
 }
 
 
-def describe(root: str | os.PathLike[str]) -> dict[str, Any]:
-    """What the data set at `root` holds, in JSON types.
+def describe(data: Dataset) -> dict[str, Any]:
+    """What a data set holds, in JSON types.
 
     Keys: root, digest, bytes, kinds, schema, splits (kind -> records), labels (split -> label -> records), shards,
     distributions (name -> least, median, greatest, mean, edges and counts of a histogram), statistics, source, sample. Reads
     the manifest, every shard's offsets (8 bytes a record, 16 a graph) and a few records.
     """
-    data = open_dataset(root)
     schema = data.schema
     types = {"sequence": schema.sequence, **schema.of_graphs}
     return {

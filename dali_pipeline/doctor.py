@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from dali_pipeline.dataset import Dataset, open_dataset
+from dali_pipeline.cachedfile import RemotePath
+from dali_pipeline.dataset import Dataset
 from dali_pipeline.knobs import Knob, Setup, knobs_of, predict
 from dali_pipeline.loader import Loader
 from dali_pipeline.machine import describe_machine, warnings_about
@@ -22,7 +22,9 @@ WORTH_TRYING = 1.1  # times as many records a second
 MakeStep = Callable[[Loader[Any]], Train]
 
 
-def examine(root: Path, kind: Kind, setup: Setup, make_step: MakeStep, tell: Tell, seconds: float = SECONDS) -> dict[str, Any]:
+def examine(
+    data: Dataset, kind: Kind, setup: Setup, make_step: MakeStep, tell: Tell, seconds: float = SECONDS
+) -> dict[str, Any]:
     """Keys: root, records, stages (name -> records and bytes a second), narrowest, together (records a second, share waiting),
     verdict, knobs (change -> predicted, and measured or None, records a second), next (the change tried, or None), machine,
     warnings; JSON types.
@@ -30,16 +32,19 @@ def examine(root: Path, kind: Kind, setup: Setup, make_step: MakeStep, tell: Tel
     make_step: gives what trains on a batch of the loader · tell: told what is measured · seconds: for each stage. Raises
     DataError for an empty training split.
     """
-    data = open_dataset(root)
     loader = setup.loader(data, kind)
     if not loader.num_records:
-        raise DataError(f"the training split of {root} has no {kind}; expected some to measure with")
-    machine = describe_machine(root)
+        raise DataError(f"the training split of {data.root} has no {kind}; expected some to measure with")
+    machine = describe_machine(data.root.cache.folder if isinstance(data.root, RemotePath) else data.root)
     record_bytes = int(loader.selection.nbytes.sum()) / loader.selection.num_records
     step = make_step(loader)
     rates = measure_stages(data, kind, loader, step, record_bytes, tell, seconds)
-    from_disk = loader.selection.nbytes.sum() > 0.8 * machine["memory_available"]  # else the page cache soon has all of it
-    counted = {name: rate for name, rate in rates.items() if name != "disk" or from_disk}
+    source, room = "store", loader.selection.room
+    if room is None:
+        source, room = "disk", int(0.8 * machine["memory_available"])
+    # else the cache soon has all of it
+    from_source = loader.selection.nbytes.sum() > room
+    counted = {name: rate for name, rate in rates.items() if name != source or from_source}
     narrowest = min(counted, key=lambda name: counted[name])
     tell("together")
     together, share = measure_together(loader, step, 2 * seconds)
@@ -56,12 +61,12 @@ def examine(root: Path, kind: Kind, setup: Setup, make_step: MakeStep, tell: Tel
         told[best]["measured"] = _try(data, kind, knobs[best], make_step, seconds)
         tried = {"change": best, **told[best]}
     # what cannot be seen in a short run, as the page cache serves it
-    starved = from_disk and rates["disk"] < rates["model"]
+    starved = from_source and rates[source] < rates["model"]
     return {
-        "root": str(root),
+        "root": str(data.root),
         "records": kind,
         "bytes_per_record": record_bytes,
-        "from_disk": bool(from_disk),
+        "from_disk": bool(from_source),
         "stages": {
             name: {"records_per_second": rate, "bytes_per_second": rate * record_bytes, "counted": name in counted}
             for name, rate in rates.items()

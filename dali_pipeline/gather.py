@@ -7,7 +7,6 @@ import math
 import numpy as np
 
 from dali_pipeline.cache import FIRST_STAMP
-from dali_pipeline.cachedfile import CachedFile
 from dali_pipeline.header import BLOCK_BYTES
 from dali_pipeline.openfile import OpenFile
 from dali_pipeline.order import Ints
@@ -49,7 +48,7 @@ def _gather(
     first, last = block + starts // BLOCK_BYTES, block + (stops - 1) // BLOCK_BYTES
     direct &= last < first + 2
     direct[direct] = (sound[first[direct]] & sound[last[direct]]) > 0
-    cached = any(isinstance(file, CachedFile) for file in files)
+    cached = any(file.stamps is not None for file in files)
     if cached:  # blocks of a store's cache may be let go at any time: a stamp that stayed the same tells that they were not
         own = np.array([part.first_block for part in parts])[which]  # of each shard's blocks, the first
         inner = first - own, last - own
@@ -75,7 +74,7 @@ def _stamps(files: list[OpenFile], which: Ints, first: Ints, last: Ints) -> Arra
     """(2, N) of the blocks where each read begins and ends; those of a local file never change."""
     found = np.full((2, len(which)), FIRST_STAMP, np.uint32)
     for number, file in enumerate(files):
-        if isinstance(file, CachedFile):
+        if file.stamps is not None:
             rows = which == number
             found[:, rows] = file.stamps[np.stack([first[rows], last[rows]]).clip(0, len(file.stamps) - 1)]
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,6 @@ DTYPES = {
     "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
     "U8": "uint8", "U16": "uint16", "U32": "uint32",
 }  # fmt: skip
-_MAX_HEADER_BYTES = 100 << 20  # as the safetensors library
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +33,6 @@ class Layout:
     begin: int
     nbytes: int
     first_block: int
-
-
-def read_header(fd: int, path: Place, size: int) -> bytes:
-    """The 8-byte length and the JSON behind it; raises FormatError where they cannot be."""
-    prefix = os.pread(fd, 8, 0)
-    length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-        raise FormatError(f"{path}: a header of {length} bytes does not fit a file of {size}; not a safetensors file")
-    return prefix + os.pread(fd, length, 8)
 
 
 def parse_header(path: Place, header: bytes, size: int) -> tuple[str, int, dict[str, Layout], Array]:

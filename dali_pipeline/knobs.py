@@ -105,4 +105,5 @@ def predict(rates: dict[str, float], kind: Kind, now: Setup, knob: Knob) -> floa
         whole = max(gather / threads, rest, (gather + rest) / max(1.0, allowed_cores()) if device.type == "cpu" else 0.0)
     else:
         whole = gather + rest
-    return 1 / max(whole, seconds.get("disk", 0) * knob.stored / knob.disk)
+    disk, store = seconds.get("disk", 0) / knob.disk, seconds.get("store", 0)
+    return 1 / max(whole, (disk + store) * knob.stored)

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+from dali_pipeline.schema import Array, FormatError
+
+_MAX_HEADER_BYTES = 100 << 20  # as the safetensors library
+
+
+class Piece(NamedTuple):
+    """A hash block: its number among the shard's slots, its first byte in the file, its bytes and their XXH3-64."""
+
+    slot: int
+    begin: int
+    nbytes: int
+    hash: int
 
 
 class OpenFile:
-    """A file descriptor that is closed when the object is dropped. identity: what changes when the file is replaced."""
+    """A shard's file descriptor, closed when the object is dropped. identity: what changes when the file is replaced · stamps:
+    None, as all of it is here; of a file that comes block by block see CachedFile."""
+
+    stamps: Array | None = None
 
     def __init__(self, path: Path, flags: int = os.O_RDONLY) -> None:
-        self.fd = -1
+        self.fd, self.path = -1, path
         self.fd = os.open(path, flags | os.O_CLOEXEC)
         stat = os.fstat(self.fd)
         self.size = stat.st_size
@@ -19,3 +37,24 @@ class OpenFile:
     def __del__(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
+
+    def header(self) -> bytes:
+        """The 8-byte length and the JSON behind it; raises FormatError where they cannot be."""
+        prefix = os.pread(self.fd, 8, 0)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(self.size - 8, _MAX_HEADER_BYTES):
+            raise FormatError(
+                f"{self.path}: a header of {length} bytes does not fit a file of {self.size}; not a safetensors file"
+            )
+        return prefix + os.pread(self.fd, length, 8)
+
+    def bring(self, pieces: Sequence[Piece], *, wait: bool = True) -> bool:
+        """Has these blocks here; whether one was not."""
+        return False
+
+    def wanted(self, pieces: Sequence[Piece], need: float) -> None:
+        """Told when the plan asks for these blocks next."""
+
+    def forget(self, piece: Piece) -> bool:
+        """Told of a block whose hash is wrong; whether it may come anew."""
+        return False

@@ -10,9 +10,11 @@ from typing import Annotated
 
 import typer
 
+from dali_pipeline.arguments import CacheBytes, CacheDir, SetArgument, parse_cache_bytes
+
 
 def predict_command(
-    data: Annotated[Path, typer.Argument(help="A data set, as convert or extract writes it.", show_default=False)],
+    data: SetArgument,
     checkpoint: Annotated[
         Path,
         typer.Option(metavar="FILE.pt", help="As train.py keeps them: <model>-best.pt, -last.pt.", show_default=False),
@@ -21,6 +23,8 @@ def predict_command(
     output: Annotated[Path, typer.Option(metavar="FILE", help="To be written: .parquet or .csv.")] = Path("scores.parquet"),
     batch_size: Annotated[int, typer.Option(help="Records at a time.")] = 256,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    cache_dir: CacheDir = None,
+    cache_bytes: CacheBytes = None,
 ) -> None:
     """Score every record of a data set with a trained detector, once each, however large it is.
 
@@ -30,7 +34,9 @@ def predict_command(
       python -m dali_pipeline predict --checkpoint runs/one/lstm-best.pt data/traces
       python -m dali_pipeline predict --checkpoint runs/one/lstm-best.pt data/traces --split test --output scores.csv
     """
+    from dali_pipeline.dataset import open_dataset
     from training.scores import write_scores
 
-    records = write_scores(checkpoint, data, output, split, batch_size, device)
+    opened = open_dataset(data, cache_dir, parse_cache_bytes(cache_bytes))
+    records = write_scores(checkpoint, opened, output, split, batch_size, device)
     typer.echo(f"{output}: {records:,} records")

@@ -15,6 +15,8 @@ from dali_pipeline.world import World
 
 READS_IN_FLIGHT = 4  # threads; each asks for a run of some MiB
 REQUESTS_IN_FLIGHT = 16  # to a store: 20 ms of waiting each are hidden up to some GB/s
+GATHERED_BYTES = 64 << 20  # that are gathered and not delivered yet, at most: four stretches
+MOST_GROUPS = 64  # ahead, where windows are tiny
 SAMPLED = 16  # of so many runs one is looked at, where all that were lately lay in the cache
 
 
@@ -25,8 +27,8 @@ class ReadAhead:
     already costs a look at a run in sixteen, in later epochs too; once one is not there, all are looked at. Damage is left for
     the gather to meet and name.
 
-    From a store a whole window is brought ahead, from before the first batch on, and its cache is told when the next epoch
-    wants what this one has done with.
+    From a store a whole window is brought ahead of what is gathered, from before the first batch on, so that its link is never
+    idle; and its cache is told when the next epoch wants what this one has done with.
     """
 
     def __init__(self, source: BatchSource, plan: EpochPlan, world: World) -> None:
@@ -35,8 +37,11 @@ class ReadAhead:
         self._pool: ThreadPoolExecutor | None = None
         self._unseen: list[tuple[int, int]] = []  # runs lately due that were not looked at
         self._process = os.getpid()
-        self._remote = source.is_remote
-        self._groups = 2 if self._remote else 1  # ahead
+        self._remote = source.room is not None
+        self._groups = 1  # ahead
+        if source.room is not None:  # of a small cache a quarter at most
+            every = plan.order.lanes * max(1, plan.order.window_bytes // 2)
+            self._groups = max(2, min(2 + -(-GATHERED_BYTES // every), source.room // (4 * every), MOST_GROUPS))
 
     def begin(self, step: int, places: Sequence[int] = ()) -> None:
         """Told where the epoch begins, before its first batch."""

@@ -102,9 +102,9 @@ class Selection:
         return positions if self.positions is None else self.positions[positions]
 
     @property
-    def is_remote(self) -> bool:
-        """Whether any shard lies in a store, and comes through a cache."""
-        return any(isinstance(shards.root, RemotePath) for shards in self.shards)
+    def room(self) -> int | None:
+        """Bytes of the smallest cache that its shards come through; None where all lie in folders."""
+        return min((shards.root.cache.nbytes for shards in self.shards if isinstance(shards.root, RemotePath)), default=None)
 
     def check_room(self, window_bytes: int) -> None:
         """Raises UsageError where the cache of a store cannot hold two windows, as reading ahead fills, or these shards."""

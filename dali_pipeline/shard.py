@@ -18,10 +18,10 @@ import numpy.typing as npt
 import xxhash
 
 from dali_pipeline.cache import FIRST_STAMP
-from dali_pipeline.cachedfile import CachedFile, Piece, Place
+from dali_pipeline.cachedfile import Place
 from dali_pipeline.files import Files
-from dali_pipeline.header import BLOCK_BYTES, Layout, parse_header, read_header
-from dali_pipeline.openfile import OpenFile
+from dali_pipeline.header import BLOCK_BYTES, Layout, parse_header
+from dali_pipeline.openfile import OpenFile, Piece
 from dali_pipeline.reads import bring
 from dali_pipeline.schema import Array, DataError, FormatError, PipelineError
 
@@ -86,13 +86,13 @@ class Shard:
         self._identity = file.identity
         if file.size != nbytes:
             raise FormatError(f"{path} has {file.size} bytes; expected {nbytes} as in the manifest: truncated or replaced")
-        header = file.header() if isinstance(file, CachedFile) else read_header(file.fd, path, file.size)
+        header = file.header()
         if xxhash.xxh3_128_hexdigest(header) != digest:
             raise FormatError(f"{path}: the header does not have the digest that the manifest names: damaged or replaced")
         self.kind, self.records, self.arrays, self._hashes = parse_header(path, header, file.size)
         if len(self._hashes) != len(sound):
             raise FormatError(f"{path} has {len(self._hashes)} block hashes; expected {len(sound)} as in the manifest")
-        if isinstance(file, CachedFile):  # names, labels and offsets lie together: one request
+        if file.stamps is not None:  # names, labels and offsets lie together: one request
             file.bring([piece for name, one in self.arrays.items() if one.nbytes <= BLOCK_BYTES for piece in self.pieces(name)])
 
     def array(self, name: str) -> Layout:
@@ -132,8 +132,8 @@ class Shard:
         if not 0 <= begin < end <= layout.nbytes:
             return False
         blocks = range(begin // BLOCK_BYTES, (end - 1) // BLOCK_BYTES + 1)
-        if isinstance(file, CachedFile):
-            return file.bring(self.pieces(name, blocks))
+        if file.stamps is not None:
+            return file.bring(self.pieces(name, blocks), wait=False)
         new = [block for block in blocks if not self._sound[layout.first_block + block]]
         for block in new:
             self._checked_block(name, layout, block)
@@ -149,9 +149,8 @@ class Shard:
 
     def wanted(self, name: str, begin: int, end: int, need: float) -> None:
         """Tells a cache when bytes `begin` to `end` of an array are asked for next, an epoch and its part."""
-        file = self.opened()
-        if isinstance(file, CachedFile) and begin < end:
-            file.wanted(self.pieces(name, range(begin // BLOCK_BYTES, (end - 1) // BLOCK_BYTES + 1)), need)
+        if begin < end:
+            self.opened().wanted(self.pieces(name, range(begin // BLOCK_BYTES, (end - 1) // BLOCK_BYTES + 1)), need)
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> Array:
         """Rows begin to end of an array, all by default, checked."""
@@ -173,7 +172,7 @@ class Shard:
                 self._pread(name, start, data.data)
                 sound = xxhash.xxh3_64_intdigest(data.data) == self._hashes[layout.first_block + number]
             except FormatError:
-                if not isinstance(self.opened(), CachedFile):
+                if self.opened().stamps is None:
                     raise
                 sound = False  # damaged in its store
             yield start, data, sound
@@ -187,11 +186,12 @@ class Shard:
         start = block * BLOCK_BYTES
         data = np.empty(min(BLOCK_BYTES, layout.nbytes - start), np.uint8).data
         self._pread(name, start, data)
-        file = self.opened()
-        if isinstance(file, CachedFile) and xxhash.xxh3_64_intdigest(data) != self._hashes[layout.first_block + block]:
-            file.forget(self.pieces(name, [block])[0])  # the cache's disk spoilt it
+        piece = self.pieces(name, [block])[0]
+        sound = xxhash.xxh3_64_intdigest(data) == piece.hash
+        if not sound and self.opened().forget(piece):  # the cache's disk spoilt it
             self._pread(name, start, data)
-        if xxhash.xxh3_64_intdigest(data) != self._hashes[layout.first_block + block]:
+            sound = xxhash.xxh3_64_intdigest(data) == piece.hash
+        if not sound:
             raise FormatError(
                 f"{self.path}, {name}: bytes {start} to {start + len(data)} are damaged (wrong hash); "
                 "restore the file or convert again"
@@ -210,7 +210,7 @@ class Shard:
         """Bytes of an array from `start` on, as they lie in the file; of a shard in a store, blocks that were there all the
         while."""
         file, layout = self.opened(), self.array(name)
-        if not isinstance(file, CachedFile):
+        if file.stamps is None:
             return self._pread_file(file, name, layout.begin + start, out)
         blocks = range(start // BLOCK_BYTES, (start + len(out) - 1) // BLOCK_BYTES + 1)
         stamps = file.stamps[layout.first_block + blocks.start : layout.first_block + blocks.stop]

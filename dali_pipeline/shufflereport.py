@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich import box
 from rich.table import Table
 
-from dali_pipeline.dataset import open_dataset
+from dali_pipeline.dataset import Dataset
 from dali_pipeline.describe import plain_console
 from dali_pipeline.manifest import ShardTable
 from dali_pipeline.order import WINDOW_BYTES
@@ -19,17 +18,16 @@ from dali_pipeline.shuffle import WINDOW_SHARES, Quality, measure
 
 
 def describe_shuffle(
-    root: Path, split: str, windows: Sequence[int], batch_size: int, epochs: int = 5
+    data: Dataset, split: str, windows: Sequence[int], batch_size: int, epochs: int = 5
 ) -> tuple[dict[str, Any], dict[Kind, list[Quality]]]:
     """How well epochs of a split are shuffled: in JSON types, and as measured, by kind and window.
 
     windows: bytes; none for 1 %, 5 % and 20 % of the split and the loaders' default. Reads the manifest and nothing else.
     Raises as `measure` does, and UsageError for a split that is not there.
     """
-    data = open_dataset(root)
     tables = {kind: data.table(split, kind) for kind in data.schema.kinds}
     if not any(sum(table.records) for table in tables.values()):
-        raise DataError(f"split {split!r} of {root} has no records, so no order to measure")
+        raise DataError(f"split {split!r} of {data.root} has no records, so no order to measure")
     measured = {
         kind: [
             measure(

@@ -82,9 +82,9 @@ class BatchSource:
                 yield name, self._extents(shard, name, begin, end)
 
     @property
-    def is_remote(self) -> bool:
-        """Whether it comes through the cache of a store."""
-        return self._selection.is_remote
+    def room(self) -> int | None:
+        """Bytes of the cache that what it reads comes through; None where that lies in folders."""
+        return self._selection.room
 
     def wanted(self, start: int, count: int, need: float) -> None:
         """Tells the cache when so many records from position `start` on, of one shard, are asked for next."""

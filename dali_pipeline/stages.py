@@ -6,22 +6,26 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dali_pipeline.cachedfile import REQUEST_BYTES, RemotePath
 from dali_pipeline.dataset import Dataset
 from dali_pipeline.graphs import GraphLoader
 from dali_pipeline.loader import Loader
 from dali_pipeline.plan import EpochPlan
+from dali_pipeline.readahead import REQUESTS_IN_FLIGHT
 from dali_pipeline.schema import Kind
 from dali_pipeline.sequences import SequenceLoader
 from dali_pipeline.stretch import StretchGatherer
 from dali_pipeline.timing import StepTimer
 
 READ_BYTES = 256 << 20
+LOOKED_AT = 4  # batches
 Train = Callable[[Any], None]  # one step on a batch
 Tell = Callable[[str], None]  # what is measured now
 
@@ -33,14 +37,20 @@ def measure_stages(
     files = [data.shard_path("train", kind, number) for number in range(len(data.table("train", kind)))]
     plan = loader._plan(0)
     rates: dict[str, float] = {}
-    tell("disk")
-    rates["disk"] = read_rate(files, direct=True, seconds=seconds) / record_bytes
-    tell("page cache")
-    read_rate(files, direct=False, seconds=seconds)  # so that it has them
-    rates["page cache"] = read_rate(files, direct=False, seconds=seconds) / record_bytes
+    if isinstance(data.root, RemotePath):
+        tell("store")
+        rates["store"] = store_rate(list(zip(files, data.table("train", kind).bytes, strict=True)), seconds) / record_bytes
+        steps = len(list(islice(loader, LOOKED_AT)))  # whose blocks are in the cache now
+    else:
+        tell("disk")
+        rates["disk"] = read_rate(files, direct=True, seconds=seconds) / record_bytes
+        tell("page cache")
+        read_rate(files, direct=False, seconds=seconds)  # so that it has them
+        rates["page cache"] = read_rate(files, direct=False, seconds=seconds) / record_bytes
+        steps = plan.num_steps
     tell("gather")
-    gathered = list(islice(gathers(loader, plan), 4))  # hashed, and in memory
-    rates["gather"] = rate_of(gathers(loader, plan), loader.batch_size, seconds)
+    gathered = list(islice(gathers(loader, plan, steps), LOOKED_AT))  # hashed, and in memory
+    rates["gather"] = rate_of(gathers(loader, plan, steps), loader.batch_size, seconds)
     tell("decode")
     rates["decode"] = rate_of((decode(loader, one) for one in _for_ever(gathered)), loader.batch_size, seconds)
     if isinstance(loader, GraphLoader):
@@ -62,14 +72,14 @@ def model_rate(loader: Loader[Any], step: Train, seconds: float) -> float:
     return rate_of(_steps(step, batch, loader.device), loader.batch_size, seconds)
 
 
-def gathers(loader: Loader[Any], plan: EpochPlan) -> Iterator[Any]:
-    """Batches as stored, gathered one by one in the caller's thread; the plan again and again."""
+def gathers(loader: Loader[Any], plan: EpochPlan, steps: int) -> Iterator[Any]:
+    """Batches as stored, gathered one by one in the caller's thread; the plan's first steps again and again."""
     if isinstance(loader, SequenceLoader):  # padded, for torch to decode, wherever the loader itself pads
         bits, source = loader._decoding.bfloat16, loader._source
         padded = StretchGatherer(source, loader.world, loader.batch_size, "batch", bits=bits, skips=loader.skips)
     found: Sequence[Any]
     while True:
-        for step in range(plan.num_steps):
+        for step in range(steps):
             if isinstance(loader, SequenceLoader):
                 found, error = padded.gather(plan, range(step, step + 1))
             else:
@@ -131,6 +141,22 @@ def read_rate(files: list[Path], *, direct: bool, seconds: float) -> float:
         if read >= READ_BYTES or spent >= seconds:
             break
     return read / max(spent, 1e-9)
+
+
+def store_rate(shards: list[tuple[RemotePath, int]], seconds: float) -> float:
+    """Bytes a second of shards in a store, as many requests in flight as a loader has; READ_BYTES of them, or so long."""
+    spans = ((place, at, min(at + REQUEST_BYTES, nbytes)) for place, nbytes in shards for at in range(0, nbytes, REQUEST_BYTES))
+    begun = time.perf_counter()
+
+    def fetch(number: int, place: RemotePath, begin: int, end: int) -> int:
+        if number >= REQUESTS_IN_FLIGHT and time.perf_counter() - begun > seconds:
+            return 0
+        return len(place.store.read(place.key, begin, end))
+
+    with ThreadPoolExecutor(REQUESTS_IN_FLIGHT) as pool:
+        asked = [pool.submit(fetch, number, *one) for number, one in enumerate(islice(spans, READ_BYTES // REQUEST_BYTES))]
+        read = sum(one.result() for one in asked)
+    return read / max(time.perf_counter() - begun, 1e-9)
 
 
 def copy_rate(device: torch.device) -> float:

@@ -6,9 +6,12 @@ import os
 import random
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
+
+import xxhash
 
 from dali_pipeline.schema import DataError, FormatError, PipelineError, UsageError
 
@@ -61,8 +64,9 @@ class Store:
         import fsspec
 
         scheme, options = self._parts.scheme, {}
-        if scheme == "s3":  # asked again here, and nowhere else
-            options = {"config_kwargs": {"retries": {"total_max_attempts": 1}, "max_pool_connections": 64}}
+        if scheme == "s3":  # asked again here, and nowhere else; an object's size not asked for before it is read whole
+            retries = {"total_max_attempts": 1}
+            options = {"config_kwargs": {"retries": retries, "max_pool_connections": 64}, "max_concurrency": 1}
         try:
             files = fsspec.filesystem(scheme, skip_instance_cache=scheme != "memory", **options)
         except ImportError:
@@ -99,6 +103,8 @@ class Store:
             data = files.cat_file(self._path(key), start=begin + len(kept), end=end)
             if len(data) > end - begin - len(kept):
                 raise UsageError(f"{self}/{key}: the server gave more than the range asked for; expected one that knows ranges")
+            if len(data) == end - begin:  # as nearly always: no copy
+                return bytes(data)
             kept.extend(data)
             if len(kept) < end - begin:
                 raise EOFError
@@ -115,9 +121,20 @@ class Store:
 
     def names(self) -> list[str]:
         """Of all objects, below the URL."""
-        base = self._path("").strip("/")
-        found = self._again("", lambda: self._connect().find(self._path("")))
-        return sorted(name.strip("/").removeprefix(base).strip("/") for name in found)
+        return sorted(self.listed())
+
+    def listed(self) -> dict[str, tuple[int, int]]:
+        """By the name of every object below the URL its bytes, and when it was changed last, in ns; a number below 0 where that
+        is not told."""
+
+        def ask() -> dict[str, dict[str, Any]]:
+            files = self._connect()
+            files.invalidate_cache()
+            return dict(files.find(self._path(""), detail=True))
+
+        base, found = self._path("").strip("/"), self._again("", ask)
+        told = {name.strip("/").removeprefix(base).strip("/"): one for name, one in found.items()}
+        return {name: (int(one.get("size") or 0), _changed(one)) for name, one in told.items()}
 
     def put(self, source: Path, key: str) -> None:
         """Uploads a file; its object is there whole or not at all, as the store has it."""
@@ -157,3 +174,18 @@ class Store:
             ) from None
         if isinstance(error, NotImplementedError):
             raise UsageError(f"{where}: this kind of store cannot be written to; expected s3, gs or az") from None
+
+
+def _changed(info: dict[str, Any]) -> int:
+    """In ns, as the kinds of store have it; an ETag's hash stands below the second where none is told, and alone, below
+    0, where no time is."""
+    tag = xxhash.xxh3_64_intdigest(str(info.get("ETag") or info.get("etag") or "").encode())
+    for name in ("LastModified", "last_modified", "updated", "mtime", "created"):
+        value = info.get(name)
+        if isinstance(value, str):
+            value = datetime.fromisoformat(value)
+        if isinstance(value, datetime):
+            value = value.timestamp()
+        if isinstance(value, int | float):
+            return round(value * 1e9) if value % 1 else (int(value) - 1) * 10**9 + tag % 10**9
+    return -1 - (tag >> 1)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from dali_pipeline.dataset import Dataset, open_dataset
 from dali_pipeline.files import Files
-from dali_pipeline.header import read_header
 from dali_pipeline.manifest import MANIFEST_NAME
 from dali_pipeline.progress import progress_bar
 from dali_pipeline.schema import Kind, UsageError
@@ -24,14 +23,8 @@ def upload(root: Path, url: str) -> Store:
     says; DataError where the store refuses.
     """
     data, store = open_dataset(root), Store(url)
-    manifest = (root / MANIFEST_NAME).read_bytes()
-    try:
-        there = store.read(MANIFEST_NAME)
-    except NoBucketError:
-        raise
-    except GoneError:
-        pass
-    else:
+    manifest, there = (root / MANIFEST_NAME).read_bytes(), finished(store)
+    if there is not None:
         if there != manifest:
             raise UsageError(f"{store} is a finished data set already; expected a new place")
         return store
@@ -53,10 +46,20 @@ def upload(root: Path, url: str) -> Store:
     return store
 
 
+def finished(store: Store) -> bytes | None:
+    """The manifest of the data set that lies there, None where there is none yet. Raises DataError where the store refuses."""
+    try:
+        return store.read(MANIFEST_NAME)
+    except NoBucketError:
+        raise
+    except GoneError:
+        return None
+
+
 def _put(data: Dataset, store: Store, split: str, kind: Kind, number: int) -> None:
     path: Path = data.shard_path(split, kind, number)
     shard = data.table(split, kind).open(path, number, Files(1))  # what is not whole here is not whole there
     key, nbytes = path.relative_to(data.root).as_posix(), path.stat().st_size
-    header = read_header(shard.opened().fd, path, nbytes)
+    header = shard.opened().header()
     if store.size(key) != nbytes or store.read(key, 0, len(header)) != header:
         store.put(path, key)

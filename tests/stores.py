@@ -32,6 +32,7 @@ class Proxy(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.behind, self.delay = port, 0.0
         self._lock = threading.Lock()
+        self.refuses = False  # all that is asked, as of a key that S3 does not know
         self.fault: Fault = lambda request: None
         self.seen: list[Request] = []
 
@@ -56,6 +57,15 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.server.judge(self)
         time.sleep(self.server.delay)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.server.refuses:
+            told = b"<Error><Code>InvalidAccessKeyId</Code><AWSAccessKeyId>AKIDSECRET</AWSAccessKeyId></Error>"
+            self.send_response(403)
+            self.send_header("Content-Type", "application/xml")
+            self.send_header("Content-Length", str(len(told)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(told)
+            return
         if fault == "500":
             self.send_response(500)
             self.send_header("Content-Length", "0")
@@ -100,4 +110,7 @@ def s3() -> Iterator[Proxy]:
     finally:
         proxy.shutdown()
         proxy.server_close()
+        reset = http.client.HTTPConnection("127.0.0.1", proxy.behind)
+        reset.request("POST", "/moto-api/reset")  # its buckets are the process's, and the next server would have them
+        assert reset.getresponse().status == 200
         server.stop()

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import boto3
 import numpy as np
 import pytest
+from stores import s3
 
 import dali_pipeline as dp
-from benchmarks import graphs, harness, peers, peers_graphs, peers_torch, plot, tables
+from benchmarks import graphs, harness, link, peers, peers_graphs, peers_torch, plot, tables
 from benchmarks.peer import Batch, Epochs, Way, opened
+from dali_pipeline.stores import GoneError, Store
 
 COUNT, BATCH = 300, 32  # more than the deques hold
 PLAIN = [peers_torch.PtFiles, peers_torch.MemoryMap, peers_torch.MemoryMapBatches]
@@ -178,3 +183,42 @@ def test_pictures_and_tables_come_from_the_files_that_are_there(tmp_path: Path) 
     (tmp_path / "README.md").write_text(readme.read_text())
     tables.update_tables(tmp_path / "README.md")
     assert (tmp_path / "README.md").read_text() == readme.read_text(), "`make plots` was run since the results changed"
+
+
+def test_the_link_answers_as_s3_does_and_no_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = np.random.default_rng(0).bytes(300_000)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "object").write_bytes(body)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "key")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+
+    def asked(url: str) -> list[object]:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        store = Store("s3://bucket/set")
+        with pytest.raises(GoneError) as caught:
+            store.read("none")
+        ranges = [(0, 1), (0, 300_000), (299_999, 300_000), (7, 200_000)]
+        return [
+            store.read("object"),
+            store.size("object"),
+            str(caught.value),
+            *(store.read("object", *span) for span in ranges),
+        ]
+
+    with s3() as moto:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", moto.url)
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="bucket")
+        client.put_object(Bucket="bucket", Key="set/object", Body=body)
+        theirs = asked(moto.url)
+    server = link.Server(tmp_path, bytes_per_second=20e6, delay=0.01)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    begun = time.monotonic()
+    ours = asked(f"http://127.0.0.1:{server.server_address[1]}")
+    passed = time.monotonic() - begun
+    server.shutdown()
+    server.server_close()
+    assert ours == theirs
+    assert ours[0] == ours[4] == body
+    assert passed > 800_000 / 20e6 + 7 * 0.01

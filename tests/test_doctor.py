@@ -36,7 +36,7 @@ def slowly(function: Any, pause: float = PAUSE) -> Any:
 def examined(data: dp.Dataset, kind: Any, step: Any = lambda batch: None) -> dict[str, Any]:
     told: list[str] = []
     setup = Setup(batch_size=8, workers=0, engine="torch")
-    found = doctor.examine(data.root, kind, setup, lambda loader: step, told.append, seconds=0.05)
+    found = doctor.examine(data, kind, setup, lambda loader: step, told.append, seconds=0.05)
     stages = ["disk", "page cache", "gather", "decode", *(["collate"] if kind == "graphs" else []), "model"]
     assert told == [*stages, "together", "twice the batch", "a change"]
     assert list(found["stages"]) == stages

@@ -19,8 +19,11 @@ from stores import Proxy, s3
 import dali_pipeline as dp
 from dali_pipeline import cache as cache_module
 from dali_pipeline import stores
-from dali_pipeline.cache import map_slots
+from dali_pipeline.cache import FIRST_STAMP, locked_slots, map_slots
+from dali_pipeline.cachedfile import CachedFile
 from dali_pipeline.dataset import Dataset
+from dali_pipeline.files import Files
+from dali_pipeline.readahead import ReadAhead
 from dali_pipeline.schema import PipelineError
 from dali_pipeline.upload import upload
 from dali_pipeline.verify import verify
@@ -123,6 +126,33 @@ def test_layers_fetch_their_blocks_alone(server: Proxy, local: Dataset, url: str
     data = dp.open_dataset(url, cache_dir=tmp_path, cache_bytes=10**9)
     assert epoch(data, layers=[8]) == epoch(local, layers=[8])
     assert asked_bytes(server) < local.nbytes / 3  # blocks hold four layers of so few records
+
+
+@pytest.mark.parametrize(
+    ("window", "nbytes", "groups"), [(32 << 20, 10**9, 6), (2 << 20, 10**9, 64), (2 << 20, ROOM, 6), (8 << 20, 32 << 20, 2)]
+)
+def test_reading_is_ahead_of_what_is_gathered(url: str, tmp_path: Path, window: int, nbytes: int, groups: int) -> None:
+    """A window and 64 MiB in groups of half a window, of a small cache a quarter; two groups at least."""
+    data = dp.open_dataset(url, cache_dir=tmp_path, cache_bytes=nbytes)
+    loader = dp.SequenceLoader(data, batch_size=16, window_bytes=window, engine="torch", workers=0)
+    assert ReadAhead(loader._source, loader._plan(0), dp.World())._groups == groups
+
+
+def test_reading_ahead_leaves_a_block_to_who_has_it_in_hand(server: Proxy, url: str, tmp_path: Path) -> None:
+    data = dp.open_dataset(url, cache_dir=tmp_path, cache_bytes=10**9)
+    shard = data.table("train", "sequences").open(data.shard_path("train", "sequences", 0), 0, Files(2))
+    file, pieces = shard.opened(), shard.pieces("sequence", range(3))
+    stamps = file.stamps
+    assert isinstance(file, CachedFile)
+    assert stamps is not None
+    server.seen.clear()
+    with locked_slots(file.path, pieces[1].slot, 1):
+        assert file.bring(pieces, wait=False)
+        assert [stamps[piece.slot - 1] >= FIRST_STAMP for piece in pieces] == [True, False, True]
+    assert len(server.seen) == 2
+    assert file.bring(pieces)
+    assert not file.bring(pieces)
+    assert len(server.seen) == 3
 
 
 @pytest.mark.parametrize("fault", ["500", "cut", "spoil"])

@@ -11,7 +11,7 @@ from typing import get_args
 
 import pytest
 
-from benchmarks import convert, graphs, harness, layers, limits, scale, scaling, sequences, training
+from benchmarks import convert, graphs, harness, layers, limits, scale, scaling, sequences, stores, training
 from benchmarks.harness import Row
 from dali_pipeline.checkup import ModelName
 from dali_pipeline.sequences import Engine
@@ -123,6 +123,11 @@ def test_the_others(tmp_path: Path) -> None:
         for size in ("0.05", "0.1"):
             assert float(rows[f"an epoch of {size} GB", f"{engine} engine, memory above imports"][0]["ratio"]) < 1
         assert ("0.1 GB, cold", f"{engine} engine, second epoch") in rows
+    stores.main(repeats=2, megabytes=20, window=4, rate=50.0, delay=0.01, folder=tmp_path)
+    rows = complete("stores", 2)
+    for measured in (stores.LINK, stores.FIRST, stores.OPENED, stores.SECOND):
+        assert median(rows, "50 MB/s, 10 ms a request", measured) > 0
+    assert median(rows, "50 MB/s, 10 ms a request", stores.LINK) < 50 < median(rows, "50 MB/s, 10 ms a request", stores.SECOND)
     training.main(repeats=2, megabytes=4, seconds=0.05, folder=tmp_path)
     rows = complete("training", 2)
     for name in get_args(ModelName):

@@ -21,7 +21,7 @@ RUNS_FOLDER = Path("runs")
 class Options:
     """Where input and output lie, how often and how training runs: what changes no number of a single run."""
 
-    data: Path | None
+    data: str | Path | None
     preprocessed_dir: Path | None
     converted_dir: Path | None
     output_dir: Path | None
@@ -31,6 +31,8 @@ class Options:
     conduct: Conduct
     replay: bool = False
     trace: Path | None = None
+    cache_dir: Path | None = None
+    cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -51,7 +53,7 @@ class Options:
 def find_data(options: Options) -> Dataset:
     """The data set that was named; the one converted from the folder that was named; or the demonstration's."""
     if options.data:
-        return open_dataset(options.data)
+        return open_dataset(options.data, options.cache_dir, options.cache_bytes)
     if options.preprocessed_dir:
         return _converted(options.preprocessed_dir, options.converted_dir)
     from dali_pipeline.ingest.demo import demo_dataset

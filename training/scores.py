@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from dali_pipeline import DataError, Dataset, PipelineError, Schema, UsageError, open_dataset
+from dali_pipeline import DataError, Dataset, PipelineError, Schema, UsageError
 from dali_pipeline.progress import progress_bar
 from dali_pipeline.shard import sync_folder
 from training.build import build_model, kind_of, make_loader
@@ -25,7 +25,7 @@ from training.scoring import score_batches
 WRITERS: dict[str, Any] = {".parquet": pq.ParquetWriter, ".csv": pa_csv.CSVWriter}
 
 
-def write_scores(checkpoint: Path, root: Path, output: Path, split: str | None, batch_size: int, device: str) -> int:
+def write_scores(checkpoint: Path, data: Dataset, output: Path, split: str | None, batch_size: int, device: str) -> int:
     """Writes `output` and returns its records. Memory holds a few batches, and the names of a split's groups.
 
     Raises UsageError for a file that is no checkpoint, a split or device that is not there, another ending; DataError for data
@@ -34,7 +34,6 @@ def write_scores(checkpoint: Path, root: Path, output: Path, split: str | None, 
     if output.suffix not in WRITERS:
         raise UsageError(f"{output} ends in {output.suffix!r}; expected {' or '.join(WRITERS)}")
     state = load_checkpoint(checkpoint, "name one that train.py kept, such as lstm-best.pt")
-    data = open_dataset(root)
     name = state["name"]
     if name not in MODELS:
         raise UsageError(f"{checkpoint} is of the model {name!r}; expected one of {', '.join(MODELS)}")
@@ -57,7 +56,7 @@ def write_scores(checkpoint: Path, root: Path, output: Path, split: str | None, 
         raise UsageError(f"{checkpoint} holds other weights than {name} has ({reason}); name another") from None
     total = sum(loader.num_records for loader in loaders.values())
     if not total:
-        raise DataError(f"{root} has no {kind_of(name)} in {', '.join(splits)}; expected at least one record")
+        raise DataError(f"{data.root} has no {kind_of(name)} in {', '.join(splits)}; expected at least one record")
     with progress_bar() as bar:
         task = bar.add_task("predict", total=total)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from dali_pipeline.dataset import Dataset, default_cache, open_dataset
 from dali_pipeline.filler import Contents, ShardFiller
 from dali_pipeline.ingest.foreign import Block, Values
 from dali_pipeline.ingest.job import ConvertConfig, Job, prepare
+from dali_pipeline.ingest.remote import Remote, raw_files
 from dali_pipeline.ingest.sources import Source
 from dali_pipeline.ingest.traces import TRACES
 from dali_pipeline.ingest.workers import Advance, in_order
@@ -31,23 +31,24 @@ from dali_pipeline.record import Record
 from dali_pipeline.schema import Array, DataError, Field, FormatError, PipelineError, UsageError
 from dali_pipeline.split import FileSplit
 from dali_pipeline.stores import Store, is_url
-from dali_pipeline.upload import upload
+from dali_pipeline.upload import finished, upload
 from dali_pipeline.writer import ShardWriter
 
 TELL_EVERY = 50  # records between two moves of the progress bar, and two looks at whether to stop
 
 
-def convert(src: Path, dst: Path, config: ConvertConfig | None = None) -> Dataset:
+def convert(src: Path, dst: Path, config: ConvertConfig | None = None, remote: Remote | None = None) -> Dataset:
     """Writes the data set `dst` from the files of `src`; goes on where an earlier run was stopped, and takes a finished one.
 
     The group of a record is its question id, or what the format has for it; its id is that too where the folder has it once,
     else `<question id>#<k>` in file order, alike in both halves. The same files and settings give the same bytes, with any
     number of workers, interrupted or not. Raises FormatError for a file that is not what it says, DataError for halves that
     disagree, UsageError for too little space; then there is no manifest. Memory a worker: a few MiB, and the edges, names and
-    labels of a shard a split; of a pickle, or a compressed file, all of it. Files are opened twice, first for their names.
+    labels of a shard a split; of a pickle, or a compressed file, all of it. Files are opened twice, first for their names. Of a
+    store's, `src` is their scratch folder.
     """
     config = config or ConvertConfig()
-    source = Source.find(src, config.traces)
+    source = Source.find(src, config.traces, remote)
     if config.traces.scores is not None and source.reader.what != TRACES:
         raise UsageError(f"{src} holds {source.reader.what}, whose labels are their own; scores are for raw traces")
     fingerprint = config.fingerprint(source)
@@ -85,19 +86,28 @@ def convert(src: Path, dst: Path, config: ConvertConfig | None = None) -> Datase
     return open_dataset(dst)
 
 
-def convert_to(src: Path, dst: str, config: ConvertConfig | None = None) -> Dataset:
-    """`convert` to a folder, or to a URL: into a folder beside the caches, then up, the manifest last.
+def convert_to(src: str | Path, dst: str, config: ConvertConfig | None = None) -> Dataset:
+    """`convert` from and to folders and URLs: to a URL into a folder beside the caches, then up, the manifest last.
 
-    Stopped, it goes on where it was, uploads too. Needs the data set's size on the local disk meanwhile.
+    Stopped, it goes on where it was, uploads too. Needs the data set's size on the local disk meanwhile; of a URL's raw files
+    two a worker, each fetched twice, first for its names.
     """
+    if is_url(src):
+        with raw_files(str(src), dst) as remote:
+            return _convert_to(remote.scratch, dst, config, remote)
+    return _convert_to(Path(src), dst, config, None)
+
+
+def _convert_to(src: Path, dst: str, config: ConvertConfig | None, remote: Remote | None) -> Dataset:
     if not is_url(dst):
-        return convert(src, Path(dst), config)
+        return convert(src, Path(dst), config, remote)
     store = Store(dst)
+    finished(store)  # a store that refuses does so now, and not when all is converted
     staging = default_cache() / "uploads" / xxhash.xxh3_64_hexdigest(str(store).encode())
-    data = convert(src, staging, config)
+    convert(src, staging, config, remote)
     upload(staging, dst)
     shutil.rmtree(staging)
-    return replace(data, root=str(store))
+    return open_dataset(dst)
 
 
 def _show(bar: Progress, task: TaskID, before: int, count: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from dali_pipeline.ingest.foreign import Block, ForeignFile, Reader, Values, fil
 from dali_pipeline.ingest.npz import NPZ
 from dali_pipeline.ingest.own import OWN
 from dali_pipeline.ingest.pt import PT
+from dali_pipeline.ingest.remote import Fetched, Remote
 from dali_pipeline.ingest.traces import TraceOptions, traces_reader
 from dali_pipeline.schema import FormatError, PipelineError, UsageError
 
@@ -21,21 +22,24 @@ STRETCH_BYTES = 512 << 20  # of source files that are final together, and that o
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """The files of a foreign folder, in order, and the reader that opens them. sizes, times: bytes of each, and when it
-    was last changed, in ns; -1 where that cannot be told."""
+    was last changed, in ns; -1 where that cannot be told. remote: where the files lie in a store; `files` is what they are
+    called then, and nothing is there."""
 
     root: Path
     reader: Reader
     files: list[Path]
     sizes: list[int]
     times: list[int]
+    remote: Remote | None = None
 
     @classmethod
-    def find(cls, root: Path, traces: TraceOptions | None = None) -> Source:
+    def find(cls, root: Path, traces: TraceOptions | None = None, remote: Remote | None = None) -> Source:
         """Recognises the format. Raises UsageError where the folder holds nothing that can be read, or two formats."""
-        if not root.exists():
-            raise UsageError(f"{root} is not a folder; expected one with files to convert, or such a file")
         readers = _readers(traces or TraceOptions())
-        found = {reader.what: (reader, files) for reader in readers if (files := reader.find(root))}
+        with nullcontext() if remote is None else remote.placed():
+            if not root.exists():
+                raise UsageError(f"{root} is not a folder; expected one with files to convert, or such a file")
+            found = {reader.what: (reader, files) for reader in readers if (files := reader.find(root))}
         if not found:
             raise UsageError(
                 f"{root} holds no {' nor '.join(reader.what for reader in readers)}; expected at least one such file"
@@ -43,10 +47,9 @@ class Source:
         if len(found) > 1:
             raise UsageError(f"{root} holds {' and '.join(found)}; expected one format, so convert each folder alone")
         ((reader, files),) = found.values()
-        found_stats = [_stat(path) for path in files]
-        return cls(
-            root=root, reader=reader, files=files, sizes=[one[0] for one in found_stats], times=[one[1] for one in found_stats]
-        )
+        stats = [_stat(path) if remote is None else remote.listed[path.relative_to(root).as_posix()] for path in files]
+        sizes, times = ([one[column] for one in stats] for column in (0, 1))
+        return cls(root=root, reader=reader, files=files, sizes=sizes, times=times, remote=remote)
 
     @property
     def nbytes(self) -> int:
@@ -72,10 +75,19 @@ class Source:
 
     def open(self, number: int) -> ForeignFile:
         """One file. Raises FormatError where it, or later one of its records, is not what it says, whatever went wrong."""
-        path, name = self.files[number], self.names[number]
-        with _named(path):
-            file = self.reader.open(path, name.removesuffix("".join(path.suffixes[-1:])))
-        return replace(file, values=partial(_named_values, path, file.values))
+        path, name, here = self.files[number], self.names[number], self._fetched(number)
+        at = path if here is None else here.path
+        with _named(path, at):
+            file = self.reader.open(at, name.removesuffix("".join(path.suffixes[-1:])))
+        return replace(file, path=path, values=partial(_named_values, path, at, file.values, here))
+
+    def _fetched(self, number: int) -> Fetched | None:
+        """A file of a store, here as long as this is held; the next one of its stretch is on its way."""
+        if self.remote is None:
+            return None
+        stretch = next(each for each in self.stretches if number in each)
+        known = {at: self.files[at].relative_to(self.root).as_posix() for at in range(number - 1, number + 2) if at in stretch}
+        return self.remote.fetch(known[number], known.get(number - 1), known.get(number + 1))
 
     def told(self, error: Exception) -> str:
         """An error's words without the folder's own path, which differs from machine to machine."""
@@ -92,8 +104,10 @@ class Source:
 
     def check_unchanged(self) -> None:
         """Raises FormatError for a file that changed since they were found."""
+        listed = None if self.remote is None else self.remote.store.listed()
         for path, size, time in zip(self.files, self.sizes, self.times, strict=True):
-            if _stat(path) != (size, time):
+            now = _stat(path) if listed is None else listed.get(path.relative_to(self.root).as_posix())
+            if now != (size, time):
                 raise FormatError(f"{path} changed while it was converted; convert again")
 
 
@@ -106,22 +120,26 @@ def _stat(path: Path) -> tuple[int, int]:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Whatever a foreign file makes a reader stumble over becomes a sentence with its name."""
+def _named(path: Path, at: Path) -> Iterator[None]:
+    """Whatever a foreign file makes a reader stumble over becomes a sentence with its name, wherever it lies just now."""
     try:
         yield
     except PipelineError as error:
-        if str(path) in str(error):
+        told = str(error).replace(str(at), str(path))
+        if told == str(error) and str(path) in told:
             raise
-        raise type(error)(f"{path}: {error}") from None
+        raise type(error)(told if str(path) in told else f"{path}: {told}") from None
     except Exception as error:
-        reason = str(error).strip().split("\n")[0][:120]
+        reason = str(error).replace(str(at), str(path)).strip().split("\n")[0][:120]
         raise FormatError(f"{path} is not what its format asks for ({type(error).__name__}: {reason})") from error
 
 
-def _named_values(path: Path, values: Callable[[], Iterator[Values | Block]]) -> Iterator[Values | Block]:
-    with _named(path):
+def _named_values(
+    path: Path, at: Path, values: Callable[[], Iterator[Values | Block]], here: Fetched | None
+) -> Iterator[Values | Block]:
+    with _named(path, at):
         yield from values()
+    del here  # held until now
 
 
 def _readers(traces: TraceOptions) -> tuple[Reader, ...]:
