@@ -45,7 +45,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         environment.setenv("RAY_ADDRESS", cluster.address)
         yield cluster.address
         ray.shutdown()
-        cluster.shutdown()  # type: ignore[no-untyped-call]
+        cluster.shutdown()
     _, alive = psutil.wait_procs([child for child in psutil.Process().children(recursive=True) if child.pid not in before], 10)
     for child in alive:
         child.kill()
