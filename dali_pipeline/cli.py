@@ -33,6 +33,9 @@ app = typer.Typer(
 
 SplitOption = Annotated[str, typer.Option("--split", metavar="TRAIN/VAL/TEST", help="Shares in per cent, dealt by group.")]
 SplitSeed = Annotated[int, typer.Option("--split-seed", help="Another seed, another split.")]
+EngineOption = Annotated[
+    str, typer.Option(metavar="local|ray", help="ray: on a cluster, RAY_ADDRESS or this machine's; all nodes see the folders.")
+]
 ShardSize = Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="Bytes a shard at most, such as 64MiB or 4KiB.")]
 
 
@@ -52,6 +55,7 @@ def convert_command(
         str | None, typer.Option(metavar="LIST", help="Steps, and graphs, to keep: 12:20 or 8,16. [default: all]")
     ] = None,
     workers: Annotated[str, typer.Option(metavar="auto|N", help="Processes; auto is one a core.")] = "auto",
+    engine: EngineOption = "local",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out a file that cannot be taken in, and say so.")] = False,
     scores: Annotated[
         Path | None, typer.Option(metavar="FILE.csv", help="For .pkl traces: scores by question_id, which become labels.")
@@ -71,6 +75,7 @@ def convert_command(
       python -m dali_pipeline convert preprocessed_data data/traces --split 80/10/10
       python -m dali_pipeline convert raw_traces data/traces --scores scores.csv --score-column bleurt
       python -m dali_pipeline convert preprocessed_data s3://bucket/traces
+      RAY_ADDRESS=head:6379 python -m dali_pipeline convert /shared/raw /shared/traces --engine ray
       python -m dali_pipeline convert data/traces data/traces8 --dtype sequence=int8,x=bfloat16
     """
     from dali_pipeline.describe import summary
@@ -90,6 +95,7 @@ def convert_command(
         layers=parse_layers(layers),
         workers=parse_workers(workers),
         skip_bad=skip_bad,
+        engine=engine,  # type: ignore[arg-type]
         traces=TraceOptions(
             scores=None if scores is None else read_scores(scores, score_column),
             score_threshold=score_threshold,
@@ -147,6 +153,7 @@ def extract_command(
     dtype: Annotated[str, typer.Option(metavar="TYPE", help="Stored type: float16 or float32.")] = "float16",
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a forward pass, padding counted.")] = 1024,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    engine: EngineOption = "local",
     split: SplitOption = "70/15/15",
     split_seed: SplitSeed = 0,
     shard_size: ShardSize = "256MiB",
@@ -161,7 +168,8 @@ def extract_command(
     """
     from dali_pipeline.describe import summary
     from dali_pipeline.ingest.convert import gigabytes
-    from dali_pipeline.ingest.extract import ExtractConfig, extract
+    from dali_pipeline.ingest.extract import extract
+    from dali_pipeline.ingest.tracer import ExtractConfig
 
     config = ExtractConfig(
         layers=parse_blocks(layers),
@@ -173,7 +181,7 @@ def extract_command(
         split=Split.parse(split, split_seed),
     )
     with _going_on():
-        data = extract(model, prompts, out, config, device)
+        data = extract(model, prompts, out, config, device, engine)  # type: ignore[arg-type]
     print(f"{out}: {summary(data)}, {gigabytes(data.nbytes)}")
 
 

@@ -8,22 +8,25 @@ import pytest
 import torch
 
 import dali_pipeline as dp
-from dali_pipeline.ingest import extract as extract_module
 from dali_pipeline.ingest.attention import attention_edges
-from dali_pipeline.ingest.extract import ExtractConfig, extract
+from dali_pipeline.ingest.extract import extract
 from dali_pipeline.ingest.prompts import read_prompts
+from dali_pipeline.ingest.tracer import ExtractConfig, Tracer
 
 WORDS = ["what", "is", "the", "right", "answer", "to", "this", "question", "a", "wrong", "one"]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+def make_model(folder: Path) -> str:
     """A Llama of 3 blocks with random weights and a tokenizer of whole words, saved as any model folder is."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
     config = LlamaConfig(
         vocab_size=len(WORDS) + 1,
         hidden_size=16,
@@ -98,7 +101,7 @@ def test_stopped_half_way_it_goes_on_where_it_was(
     path = write_prompts(tmp_path / "prompts.csv")
     extract(model, path, tmp_path / "whole", CONFIG, device="cpu")
     passes: list[int] = []
-    real = extract_module._Tracer.records
+    real = Tracer.records
 
     def counted(self: Any, batch: Any) -> Any:
         passes.append(len(batch))
@@ -106,7 +109,7 @@ def test_stopped_half_way_it_goes_on_where_it_was(
             raise KeyboardInterrupt
         return real(self, batch)
 
-    monkeypatch.setattr(extract_module._Tracer, "records", counted)
+    monkeypatch.setattr(Tracer, "records", counted)
     stop_at = stop
     with pytest.raises(KeyboardInterrupt):
         extract(model, path, tmp_path / "torn", CONFIG, device="cpu")

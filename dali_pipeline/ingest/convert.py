@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
@@ -18,10 +19,11 @@ from dali_pipeline.dataset import Dataset, default_cache, open_dataset
 from dali_pipeline.filler import Contents, ShardFiller
 from dali_pipeline.ingest.foreign import Block, Values
 from dali_pipeline.ingest.job import ConvertConfig, Job, prepare
+from dali_pipeline.ingest.onray import deal
 from dali_pipeline.ingest.remote import Remote, raw_files
 from dali_pipeline.ingest.sources import Source
 from dali_pipeline.ingest.traces import TRACES
-from dali_pipeline.ingest.workers import Advance, in_order
+from dali_pipeline.ingest.workers import Advance
 from dali_pipeline.journal import remove_leftovers
 from dali_pipeline.layers import select
 from dali_pipeline.manifest import MANIFEST_NAME
@@ -42,10 +44,10 @@ def convert(src: Path, dst: Path, config: ConvertConfig | None = None, remote: R
 
     The group of a record is its question id, or what the format has for it; its id is that too where the folder has it once,
     else `<question id>#<k>` in file order, alike in both halves. The same files and settings give the same bytes, with any
-    number of workers, interrupted or not. Raises FormatError for a file that is not what it says, DataError for halves that
-    disagree, UsageError for too little space; then there is no manifest. Memory a worker: a few MiB, and the edges, names and
-    labels of a shard a split; of a pickle, or a compressed file, all of it. Files are opened twice, first for their names. Of a
-    store's, `src` is their scratch folder.
+    number of workers, on one machine or many, interrupted or not. Raises FormatError for a file that is not what it says,
+    DataError for halves that disagree, UsageError for too little space; then there is no manifest. Memory a worker: a few MiB,
+    and the edges, names and labels of a shard a split; of a pickle, or a compressed file, all of it. Files are opened twice,
+    first for their names. Of a store's, `src` is their scratch folder.
     """
     config = config or ConvertConfig()
     source = Source.find(src, config.traces, remote)
@@ -71,17 +73,16 @@ def convert(src: Path, dst: Path, config: ConvertConfig | None = None, remote: R
     with ShardWriter(
         dst, job.schema, shard_bytes=config.shard_bytes, split=job.dealer, source=made_by, fingerprint=dated
     ) as writer:
-
-        def work(number: int, advance: Advance) -> tuple[Contents, dict[str, str]]:
-            return write_stretch(job, stretches[number], writer.parts / str(number), advance)
-
+        writer.parts.mkdir(exist_ok=True)
+        work = partial(_write, job, writer.parts)
         before = sum(job.counts[: stretches[writer.cursor - 1].stop]) if writer.cursor else 0
         with progress_bar() as bar:
             task = bar.add_task("convert", total=sum(job.counts), completed=before)
             show = partial(_show, bar, task, before)
-            with closing(in_order(work, range(writer.cursor, len(stretches)), config.workers, show)) as results:
-                for number, (contents, left_out) in results:
-                    writer.adopt(writer.parts / str(number), contents, number + 1, left_out)
+            numbers, shared = range(writer.cursor, len(stretches)), [writer.parts, *source.folders]
+            with closing(deal(config.engine, work, numbers, config.workers, show, shared)) as results:
+                for number, (part, contents, left_out) in results:
+                    writer.adopt(part, contents, number + 1, left_out)
         source.check_unchanged()
     return open_dataset(dst)
 
@@ -114,12 +115,17 @@ def _show(bar: Progress, task: TaskID, before: int, count: int) -> None:
     bar.update(task, completed=before + count)
 
 
+def _write(job: Job, parts: Path, number: int, advance: Advance) -> tuple[Path, Contents, dict[str, str]]:
+    """`write_stretch` under a name of its own, for a task may run twice at a time."""
+    part = Path(tempfile.mkdtemp(prefix=f"{number}-", dir=parts))
+    return part, *write_stretch(job, job.source.stretches[number], part, advance)
+
+
 def write_stretch(job: Job, stretch: range, root: Path, advance: Advance) -> tuple[Contents, dict[str, str]]:
     """Writes the records of some files under `root`; returns what it wrote, and why, by name, a file was left out.
 
     With `skip_bad` every file is read twice, first to see whether all of it can be taken in.
     """
-    shutil.rmtree(root, ignore_errors=True)
     filler = ShardFiller(root, job.schema, job.config.shard_bytes, job.dealer, Contents())
     left_out: dict[str, str] = {}
     for number in stretch:

@@ -28,7 +28,8 @@ def demo_dataset(folder: Path) -> Dataset:
     if (out / MANIFEST_NAME).exists():
         return open_dataset(out)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from dali_pipeline.ingest.extract import ExtractConfig, extract
+    from dali_pipeline.ingest.extract import extract
+    from dali_pipeline.ingest.tracer import ExtractConfig
 
     folder.mkdir(parents=True, exist_ok=True)
     prompts = write_prompts(folder / "sciq.csv")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 import xxhash
@@ -19,7 +19,7 @@ from dali_pipeline.ingest.pt import FOLDERS
 from dali_pipeline.ingest.scales import greatest_values
 from dali_pipeline.ingest.sources import Source
 from dali_pipeline.ingest.traces import TraceOptions
-from dali_pipeline.ingest.workers import Workers
+from dali_pipeline.ingest.workers import Engine, Workers
 from dali_pipeline.layers import Layers, select
 from dali_pipeline.layout import ByLayer
 from dali_pipeline.progress import progress_bar
@@ -33,14 +33,14 @@ DTYPES = ("float16", "bfloat16", "float32", "int8")
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """What a conversion does; `workers` does not change what is written, `skip_bad` only where a file is bad.
+    """What a conversion does; `workers` and `engine` do not change what is written, `skip_bad` only where a file is bad.
 
     split_by: `group`, each by its own hash, or `file`, whole files · dtype: of values as stored, one of DTYPES for all of them,
     or by field, such as `sequence=int8,x=float16`; as in the first record where it says nothing. int8 is for sequences alone: a
     pass over the data finds a scale for each step and feature · by_layer: sequences, all of one length, stored layer by layer ·
-    layers: the steps, and graphs, of each record to keep; None
-    for all · workers: processes; "auto" for one a core · skip_bad: leaves out a file that cannot be taken in, instead of
-    stopping.
+    layers: the steps, and graphs, of each record to keep; None for all · workers: processes; "auto" for one a core · skip_bad:
+    leaves out a file that cannot be taken in, instead of stopping · engine: `ray` for tasks of a Ray cluster, whose nodes see
+    both folders; `workers` then says nothing.
     """
 
     split: Split = field(default_factory=Split)
@@ -51,6 +51,7 @@ class ConvertConfig:
     layers: Layers = None
     workers: Workers = "auto"
     skip_bad: bool = False
+    engine: Engine = "local"
     traces: TraceOptions = field(default_factory=TraceOptions)
 
     def __post_init__(self) -> None:
@@ -63,6 +64,8 @@ class ConvertConfig:
                 )
         if self.split_by not in ("group", "file"):
             raise UsageError(f"split by {self.split_by!r}; expected group or file")
+        if self.engine not in get_args(Engine):
+            raise UsageError(f"engine is {self.engine!r}; expected {' or '.join(get_args(Engine))}")
         if self.workers != "auto" and self.workers < 1:
             raise UsageError(f"workers is {self.workers}; expected at least 1")
 
@@ -179,7 +182,8 @@ def _scaled(source: Source, found: Sequence[FileNames], config: ConvertConfig) -
     with progress_bar() as bar:
         task = bar.add_task("measure", total=len(numbers))
         show = partial(_show, bar, task)
-        return Field.scaled(greatest_values(source, numbers, config.layers, config.workers, config.skip_bad, show))
+        greatest = greatest_values(source, numbers, config.layers, config.workers, config.engine, config.skip_bad, show)
+        return Field.scaled(greatest)
 
 
 def _show(bar: Progress, task: TaskID, files: int) -> None:

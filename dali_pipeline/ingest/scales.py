@@ -4,42 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 
 import numpy as np
 
 from dali_pipeline.ingest.foreign import Block
+from dali_pipeline.ingest.onray import deal
 from dali_pipeline.ingest.sources import Source
-from dali_pipeline.ingest.workers import Advance, Workers, in_order
+from dali_pipeline.ingest.workers import Advance, Engine, Workers
 from dali_pipeline.layers import Layers, select
 from dali_pipeline.schema import Array, DataError, FormatError
 
 
 def greatest_values(
-    source: Source, numbers: list[int], layers: Layers, workers: Workers, skip_bad: bool, progress: Callable[[int], None]
+    source: Source,
+    numbers: list[int],
+    layers: Layers,
+    workers: Workers,
+    engine: Engine,
+    skip_bad: bool,
+    progress: Callable[[int], None],
 ) -> Array:
     """The greatest absolute values in the sequences of these files: (T, *row), or (1, *row) where lengths differ.
 
-    Reads all of them, on `workers`; progress: told how many files are done. Raises FormatError for NaN or infinite values,
-    unless such files are to be left out.
+    Reads all of them, on `workers` or Ray's nodes; progress: told how many files are done. Raises FormatError for NaN or
+    infinite values, unless such files are to be left out.
     """
 
-    def work(number: int, advance: Advance) -> Array | None:
-        try:
-            return _of_file(source, number, layers)
-        except (FormatError, DataError):
-            if not skip_bad:
-                raise
-            return None
-        finally:
-            advance(1)
-
     greatest: Array | None = None
-    with closing(in_order(work, numbers, workers, progress)) as results:
+    work = partial(_work, source, layers, skip_bad)
+    with closing(deal(engine, work, numbers, workers, progress, source.folders)) as results:
         for _, found in results:
             greatest = _joined(greatest, found)
     if greatest is None:
         raise DataError(f"{source.root} holds no sequences that can be taken in; expected at least one")
     return greatest
+
+
+def _work(source: Source, layers: Layers, skip_bad: bool, number: int, advance: Advance) -> Array | None:
+    try:
+        return _of_file(source, number, layers)
+    except (FormatError, DataError):
+        if not skip_bad:
+            raise
+        return None
+    finally:
+        advance(1)
 
 
 def _of_file(source: Source, number: int, layers: Layers) -> Array | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from dali_pipeline.ingest.foreign import Block, ForeignFile, Reader, Values, files_named
@@ -57,12 +57,17 @@ class Source:
         return sum(max(size, 0) for size in self.sizes)
 
     @property
+    def folders(self) -> list[Path]:
+        """What a machine must see to open them."""
+        return [] if self.remote is not None else [self.root]
+
+    @cached_property  # asked for with every file
     def names(self) -> list[str]:
         """Paths within the folder."""
         names = (path.relative_to(self.root).as_posix() if path != self.root else path.name for path in self.files)
         return [name.encode("utf-8", "backslashreplace").decode() for name in names]
 
-    @property
+    @cached_property
     def stretches(self) -> list[range]:
         """The numbers of consecutive files, cut where they come to STRETCH_BYTES."""
         cuts, nbytes = [0], 0

@@ -12,18 +12,20 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from dali_pipeline.schema import PipelineError
 
 Workers = int | Literal["auto"]
+Engine = Literal["local", "ray"]
 Advance = Callable[[int], None]
 T = TypeVar("T")
+Work: TypeAlias = Callable[[int, Advance], T]
 _PR_SET_PDEATHSIG = 1
 
 
 def in_order(
-    work: Callable[[int, Advance], T], numbers: Sequence[int], workers: Workers, progress: Advance
+    work: Work[T], numbers: Sequence[int], workers: Workers, progress: Advance
 ) -> Generator[tuple[int, T], None, None]:
     """Yields (number, work(number, advance)) in the order of `numbers`; what works ahead is a few numbers, never all.
 

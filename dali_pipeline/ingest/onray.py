@@ -1,0 +1,149 @@
+"""Work done by Ray, on this machine or many, its results in order: as `in_order` of workers.py, where one machine is too few.
+
+Ray deals, watches and repeats: a worker that is killed, or a node that is lost, costs the tasks that ran there: they run again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from dali_pipeline.ingest.workers import Advance, Engine, Work, Workers, in_order
+from dali_pipeline.schema import PipelineError, UsageError
+
+T = TypeVar("T")
+RETRIES = 3  # of a task whose worker or node was lost
+END_SECONDS = 10  # that a task which is stopped may take
+
+
+class Asks(NamedTuple):
+    """What a task has of its node for itself."""
+
+    cores: int = 1
+    gpus: int = 0
+
+
+def deal(
+    engine: Engine,
+    work: Work[T],
+    numbers: Sequence[int],
+    workers: Workers,
+    progress: Advance,
+    shared: Sequence[Path],
+    asks: Callable[[float], Asks] = lambda _: Asks(),
+) -> Generator[tuple[int, T], None, None]:
+    """`in_order` on processes of this machine, or `on_ray`."""
+    return on_ray(work, numbers, progress, shared, asks) if engine == "ray" else in_order(work, numbers, workers, progress)
+
+
+def on_ray(
+    work: Work[T], numbers: Sequence[int], progress: Advance, shared: Sequence[Path], asks: Callable[[float], Asks]
+) -> Generator[tuple[int, T], None, None]:
+    """Yields (number, work(number, advance)) in the order of `numbers`; as many tasks at a time as the cluster has cores for.
+
+    The cluster is the one that RAY_ADDRESS names, else the one of this machine, else this machine alone. work, its results:
+    pickled, `work` once for all tasks; a task may run twice at a time, where a node is lost from sight, so it must write to
+    places of its own · progress: told the sum of what ended tasks have advanced · shared: what all nodes must see · asks: what
+    a task asks for, of a cluster with so many GPUs.
+
+    Raises what `work` raised, UsageError for a node that does not see the folders and for tasks that fit on no node,
+    PipelineError where tasks are killed again and again.
+    """
+    with _cluster() as ray:
+        cores, gpus = asked = asks(ray.cluster_resources().get("GPU", 0))
+        _check_fits(ray, asked)
+        task = ray.remote(_do).options(num_cpus=cores, num_gpus=gpus, max_retries=RETRIES)
+        put = ray.put((work, shared))
+        waiting: deque[tuple[int, Any]] = deque()
+        remaining, total = iter(numbers), 0
+        try:
+            while True:
+                most = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)) // cores)  # nodes come and go
+                while len(waiting) < most and (number := next(remaining, None)) is not None:
+                    waiting.append((number, task.remote(put, number)))
+                if not waiting:
+                    break
+                number, promise = waiting[0]
+                while not ray.wait([promise], timeout=0.5)[0]:
+                    pass  # Ctrl-C comes through here
+                result, advanced = _get(ray, promise)
+                waiting.popleft()
+                total += advanced
+                progress(total)
+                yield number, result
+        finally:
+            promises = [promise for _, promise in waiting]
+            for promise in promises:
+                ray.cancel(promise, force=True)
+            if promises:
+                ray.wait(promises, num_returns=len(promises), timeout=END_SECONDS)
+
+
+def _do(put: tuple[Work[T], Sequence[Path]], number: int) -> tuple[T, int]:
+    """A task: the result, and the sum of what it advanced."""
+    work, shared = put
+    for path in shared:
+        if not path.exists():
+            raise UsageError(f"{path} is not there on node {socket.gethostname()}; expected folders that all nodes share")
+    told: list[int] = []
+    return work(number, told.append), sum(told)
+
+
+def _get(ray: Any, promise: Any) -> Any:
+    """A task's result. Raises what it raised, as it raised it."""
+    try:
+        return ray.get(promise)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        why = str(error).strip().split("\n")[0]
+        raise PipelineError(f"a task was lost {RETRIES + 1} times ({why}); perhaps its node has too little memory") from None
+
+
+@contextmanager
+def _cluster() -> Iterator[Any]:
+    """Ray, connected; as it was before at the end. Quiet, and telling nobody that it is used."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # it warns of a change to come
+    try:
+        import ray
+    except ImportError:
+        raise UsageError("the engine 'ray' needs Ray; pip install 'dali_pipeline[ray]' on all nodes") from None
+    ours = not ray.is_initialized()
+    if ours:
+        _check_reached(os.environ.get("RAY_ADDRESS", ""))
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:
+            where = os.environ.get("RAY_ADDRESS") or "this machine"
+            why = f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
+            raise UsageError(f"no Ray cluster was reached at {where} ({why}); check RAY_ADDRESS and `ray status`") from None
+    try:
+        yield ray
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _check_reached(address: str) -> None:
+    """Raises UsageError where nobody listens at HOST:PORT, which Ray would wait for for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            why = error.strerror or error
+            raise UsageError(f"no Ray cluster was reached at {address} ({why}); check RAY_ADDRESS") from None
+
+
+def _check_fits(ray: Any, asked: Asks) -> None:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(node.get("CPU", 0) >= asked.cores and node.get("GPU", 0) >= asked.gpus for node in nodes):
+        told = f"{asked.cores} cores" + (f" and {asked.gpus} GPU" if asked.gpus else "")
+        raise UsageError(f"no node of the Ray cluster has the {told} that a task asks for; OMP_NUM_THREADS sets its cores")

@@ -1,0 +1,145 @@
+"""Tracer: a causal Hugging Face model that gives records for batches of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dali_pipeline.ingest.attention import attention_edges
+from dali_pipeline.ingest.prompts import Prompt
+from dali_pipeline.record import Graphs, Record
+from dali_pipeline.schema import DataError, Schema, UsageError
+from dali_pipeline.split import Split
+from dali_pipeline.writer import SHARD_BYTES
+
+STRETCH_BYTES = 1 << 30  # of records in memory
+
+
+Tokens = tuple[Prompt, list[int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """What to take out of the model.
+
+    layers, graph_layers: numbers of hidden states, 0 for the embeddings, l for the output of block l; None for every
+    block; () for no graphs. A graph of layer l has the hidden states l as nodes and the attention of block l as edges,
+    where its mean over heads is above `attention_threshold`. batch_tokens: padded tokens a forward pass. commit_every:
+    prompts after which work is final and a restart goes on.
+    """
+
+    layers: tuple[int, ...] | None = None
+    graph_layers: tuple[int, ...] | None = None
+    attention_threshold: float = 0.01
+    dtype: str = "float16"
+    batch_tokens: int = 1024
+    commit_every: int = 512
+    shard_bytes: int = SHARD_BYTES
+    split: Split = field(default_factory=Split)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float16", "float32"):
+            raise UsageError(f"dtype is {self.dtype!r}; expected 'float16' or 'float32'")
+        if self.batch_tokens < 1 or self.commit_every < 1:
+            raise UsageError("batch tokens and prompts a commit must be at least 1")
+        if not 0 <= self.attention_threshold < 1:
+            raise UsageError(f"attention threshold is {self.attention_threshold}; expected 0 or more and less than 1")
+
+
+@lru_cache(maxsize=1)
+def load_model(model_name: str, device: str) -> tuple[Any, Any, torch.device]:
+    """Tokenizer, model without its language-model head, and where it is."""
+    try:
+        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        dtype = torch.float32 if found.type == "cpu" else "auto"
+        model = AutoModelForCausalLM.from_pretrained(model_name, attn_implementation="eager", dtype=dtype)
+        return AutoTokenizer.from_pretrained(model_name), model.base_model.to(found).eval(), found
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UsageError(f"{model_name} cannot be loaded on {device} as a causal model ({first_line(error)})") from error
+
+
+class Tracer:
+    """A model that gives records for batches of prompts."""
+
+    def __init__(self, model_name: str, schema: Schema, config: ExtractConfig, device: str) -> None:
+        self.config, self.schema = config, schema
+        self._tokenizer, self._model, self.device = load_model(model_name, device)
+
+    def stretches(self, prompts: Sequence[Prompt]) -> Iterator[list[Tokens]]:
+        """Prompts with their tokens, cut where their records come to STRETCH_BYTES."""
+        assert self.schema.sequence is not None
+        assert self.config.layers is not None
+        layers, graph_layers = len(self.config.layers), len(self.config.graph_layers or ())
+        tokens = self._tokenizer([prompt.text for prompt in prompts])["input_ids"]
+        nbytes = [self.schema.sequence.row_bytes * (layers + graph_layers * len(each)) for each in tokens]
+        begin = 0
+        while begin < len(prompts):
+            count = max(1, int(np.searchsorted(np.cumsum(nbytes[begin:]), STRETCH_BYTES, side="right")))
+            yield list(zip(prompts[begin : begin + count], tokens[begin : begin + count], strict=True))
+            begin += count
+
+    def batches(self, stretch: Sequence[Tokens]) -> Iterator[list[Tokens]]:
+        """The stretch sorted by length, as many prompts a batch as `batch_tokens` holds with padding."""
+        by_length = sorted(stretch, key=lambda pair: len(pair[1]))
+        batch: list[Tokens] = []
+        for pair in by_length:
+            if not pair[1]:
+                raise DataError(f"prompt {pair[0].id!r} has no tokens")
+            if batch and (len(batch) + 1) * len(pair[1]) > self.config.batch_tokens:
+                yield batch
+                batch = []
+            batch.append(pair)
+        if batch:
+            yield batch
+
+    @torch.inference_mode()
+    def records(self, batch: Sequence[Tokens]) -> Iterator[Record]:
+        """One forward pass. Padding stands on the right, where a causal model's real tokens never look."""
+        lengths = torch.tensor([len(tokens) for _, tokens in batch])
+        width = int(lengths.max())
+        mask = torch.arange(width) < lengths[:, None]
+        input_ids = torch.zeros(len(batch), width, dtype=torch.int64)
+        input_ids[mask] = torch.tensor([token for _, tokens in batch for token in tokens])
+        graph_layers = self.config.graph_layers or ()
+        out = self._model(
+            input_ids=input_ids.to(self.device),
+            attention_mask=mask.to(self.device, torch.int64),
+            output_hidden_states=True,
+            output_attentions=bool(graph_layers),
+            use_cache=False,
+        )
+        rows, last = torch.arange(len(batch)), lengths - 1
+        assert self.config.layers is not None
+        # sequences: (B, layers, hidden) · nodes: (B, graph layers, width, hidden) · attention: (B, graph layers, width, width)
+        sequences = torch.stack([out.hidden_states[layer][rows, last] for layer in self.config.layers], dim=1).float().cpu()
+        if graph_layers:
+            nodes = torch.stack([out.hidden_states[layer] for layer in graph_layers], dim=1).float().cpu()
+            attention = torch.stack([out.attentions[layer - 1].float().mean(1) for layer in graph_layers], dim=1).cpu()
+        for row, (prompt, tokens) in enumerate(batch):
+            record = Record(id=prompt.id, group=prompt.group, label=prompt.label, sequence=sequences[row].numpy())
+            graphs = _graphs(nodes[row], attention[row], len(tokens), self.config.attention_threshold) if graph_layers else None
+            yield replace(record, graphs=graphs).stored(self.schema)
+
+
+def _graphs(nodes: torch.Tensor, attention: torch.Tensor, count: int, threshold: float) -> Graphs:
+    """One record's graphs. nodes: (layers, width, hidden) · attention: (layers, width, width) · count: tokens, <= width."""
+    edge_index, weights, edge_counts = attention_edges(attention[:, :count, :count], threshold)
+    return Graphs(
+        x=nodes[:, :count].reshape(-1, nodes.shape[-1]).numpy(),
+        edge_index=edge_index.numpy(),
+        edge_attr=weights.numpy(),
+        node_counts=np.full(len(nodes), count),
+        edge_counts=edge_counts.numpy(),
+    )
+
+
+def first_line(error: Exception) -> str:
+    """Of what a library says."""
+    return str(error).strip().split("\n")[0].rstrip(".")
