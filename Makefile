@@ -39,7 +39,7 @@ bench: $(READY) $(if $(QUICK),,.venv-peers/.ready)  ## speed and memory beside t
 	$(call MEASURE,scale,--gigabytes 0.25$(comma)0.5$(comma)1,--repeats 1 --gigabytes 0.1 --most-shards 100)
 	$(call MEASURE,stores,,--repeats 1 --megabytes 20 --window 4)
 	$(call MEASURE,training,,--repeats 1 --megabytes 4 --seconds 0.1)
-	$(call MEASURE,convert,--gigabytes 0.2 --memory-gigabytes 0 --repeats 5,--gigabytes 0.02 --memory-gigabytes 0 --repeats 1)
+	$(call MEASURE,convert,--gigabytes 1 --memory-gigabytes 0 --repeats 5,--gigabytes 0.02 --memory-gigabytes 0 --repeats 1)
 	$(call MEASURE,plot,,benchmarks/results/quick)
 
 plots: $(READY)      ## the README's speed tables, docs/speed.png and docs/growth.png from benchmarks/results
