@@ -54,7 +54,7 @@ def convert_command(
     layers: Annotated[
         str | None, typer.Option(metavar="LIST", help="Steps, and graphs, to keep: 12:20 or 8,16. [default: all]")
     ] = None,
-    workers: Annotated[str, typer.Option(metavar="auto|N", help="Processes; auto is one a core.")] = "auto",
+    workers: Annotated[str, typer.Option(metavar="auto|N", help="Processes, without Ray; auto is one a core.")] = "auto",
     engine: EngineOption = "local",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out a file that cannot be taken in, and say so.")] = False,
     scores: Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from test_convert import assert_same_bytes, break_file, make_folder
 from test_extract import CONFIG, make_model, write_prompts
 
 import dali_pipeline as dp
+from dali_pipeline.cli import app, run
 from dali_pipeline.ingest import convert as convert_module
 from dali_pipeline.ingest import sources
 from dali_pipeline.ingest.convert import convert
@@ -110,6 +112,36 @@ def test_a_folder_that_a_node_does_not_see_is_said(cluster: str, tmp_path: Path)
         list(on_ray(lambda number, advance: number, range(3), lambda _: None, [tmp_path / "nowhere"], lambda _: Asks()))
     with pytest.raises(dp.UsageError, match="no node of the Ray cluster has the 9 cores that a task asks for"):
         list(on_ray(lambda number, advance: number, range(3), lambda _: None, [], lambda _: Asks(cores=9)))
+
+
+def test_at_the_command_line_from_a_folder_of_its_own(
+    cluster: str, src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for engine in ("local", "ray"):
+        monkeypatch.setattr(sys, "argv", ["dali_pipeline", "convert", "src", engine, "--engine", engine])
+        assert run(app, "dali_pipeline") == 0
+        assert capfd.readouterr().err == ""
+    assert_same_bytes(tmp_path / "local", tmp_path / "ray")
+
+
+def test_errors_of_other_libraries_are_a_sentence(cluster: str) -> None:
+    def fails(number: int, advance: Any) -> int:
+        if number:
+            raise ModuleNotFoundError("No module named 'nowhere'")
+        raise KeyError("torn")
+
+    for number, words in ((0, r"a task ended with KeyError \('torn'\)"), (1, "a node cannot import .*nowhere")):
+        with pytest.raises(dp.PipelineError, match=words):
+            list(on_ray(fails, [number], lambda _: None, [], lambda _: Asks()))
+
+
+def test_another_file_of_the_same_name_is_said(src: Path) -> None:
+    source = sources.Source.find(src)
+    source.check_file(0)
+    os.utime(source.files[0], ns=(0, source.times[0] + 1))
+    with pytest.raises(dp.FormatError, match="has another size or date on"):
+        source.check_file(0)
 
 
 def test_extraction_on_many_machines_writes_what_one_does(cluster: str, tmp_path: Path) -> None:

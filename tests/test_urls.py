@@ -5,16 +5,19 @@ from __future__ import annotations
 import csv
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import contracts
 import fsspec
 import pytest
 from conftest import make_records, write
 
 import dali_pipeline as dp
 import train as train_module
+from benchmarks import link
 from dali_pipeline.cli import app, run
 from dali_pipeline.upload import upload
 
@@ -108,3 +111,20 @@ def test_a_cache_that_cannot_be_is_one_sentence(
         out, err = capsys.readouterr()
         assert (out, err.count("\n")) == ("", 1)
         assert words in err
+
+
+def test_over_plain_http(local: dp.Dataset, tmp_path: Path) -> None:
+    server = link.Server(local.root.parent, bytes_per_second=1e9, delay=0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://user:secret@127.0.0.1:{server.server_address[1]}/any/{local.root.name}"
+        data = dp.open_dataset(url, cache_dir=tmp_path / "cache", cache_bytes=64 << 20)
+        assert contracts.fingerprint(dp.SequenceLoader(data)) == contracts.fingerprint(dp.SequenceLoader(local))
+        assert contracts.fingerprint(dp.GraphLoader(data)) == contracts.fingerprint(dp.GraphLoader(local))
+        assert "secret" not in str(data.root)
+        with pytest.raises(dp.FormatError, match=r"nowhere has no manifest\.json") as error:
+            dp.open_dataset(f"{url}/nowhere", cache_dir=tmp_path / "cache")
+        assert "secret" not in str(error.value)
+    finally:
+        server.shutdown()
+        server.server_close()

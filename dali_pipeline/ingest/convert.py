@@ -50,6 +50,8 @@ def convert(src: Path, dst: Path, config: ConvertConfig | None = None, remote: R
     first for their names. Of a store's, `src` is their scratch folder.
     """
     config = config or ConvertConfig()
+    if config.engine == "ray":  # whose workers stand in other folders
+        src, dst = src.absolute(), dst.absolute()
     source = Source.find(src, config.traces, remote)
     if config.traces.scores is not None and source.reader.what != TRACES:
         raise UsageError(f"{src} holds {source.reader.what}, whose labels are their own; scores are for raw traces")
@@ -117,8 +119,11 @@ def _show(bar: Progress, task: TaskID, before: int, count: int) -> None:
 
 def _write(job: Job, parts: Path, number: int, advance: Advance) -> tuple[Path, Contents, dict[str, str]]:
     """`write_stretch` under a name of its own, for a task may run twice at a time."""
-    part = Path(tempfile.mkdtemp(prefix=f"{number}-", dir=parts))
-    return part, *write_stretch(job, job.source.stretches[number], part, advance)
+    part, stretch = Path(tempfile.mkdtemp(prefix=f"{number}-", dir=parts)), job.source.stretches[number]
+    if job.config.engine == "ray":
+        for file in stretch:
+            job.source.check_file(file)
+    return part, *write_stretch(job, stretch, part, advance)
 
 
 def write_stretch(job: Job, stretch: range, root: Path, advance: Advance) -> tuple[Contents, dict[str, str]]:

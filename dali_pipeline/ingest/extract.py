@@ -44,7 +44,10 @@ def extract(
     """
     if engine not in get_args(Engine):
         raise UsageError(f"engine is {engine!r}; expected {' or '.join(get_args(Engine))}")
-    prompts = read_prompts(prompts_path)
+    prompts, folder = read_prompts(prompts_path), Path(model_name)
+    if engine == "ray":  # whose workers stand in other folders
+        out = out.absolute()
+        model_name = str(folder.absolute()) if folder.exists() else model_name
     transformers_logging.disable_progress_bar()
     try:
         model_config = AutoConfig.from_pretrained(model_name)
@@ -93,7 +96,7 @@ def extract(
         show = partial(_show, bar, task, begun)
         numbers, tracer = range(-(-(len(prompts) - begun) // every)), partial(Tracer, model_name, schema, config, device)
         work = partial(_write, tracer, threads, prompts[begun:], writer.parts)
-        folders = [writer.parts, *([Path(model_name)] if Path(model_name).exists() else [])]
+        folders = [writer.parts, *([Path(model_name)] if folder.exists() else [])]
         with closing(deal(engine, work, numbers, 1, show, folders, partial(_asks, device, threads))) as results:
             for number, (part, contents) in results:
                 writer.adopt(part, contents, min(begun + (number + 1) * every, len(prompts)), {})

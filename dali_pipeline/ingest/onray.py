@@ -78,11 +78,20 @@ def on_ray(
                 progress(total)
                 yield number, result
         finally:
-            promises = [promise for _, promise in waiting]
-            for promise in promises:
-                ray.cancel(promise, force=True)
-            if promises:
-                ray.wait(promises, num_returns=len(promises), timeout=END_SECONDS)
+            _end(ray, [promise for _, promise in waiting])
+
+
+def _end(ray: Any, promises: list[Any]) -> None:
+    """Interrupts the tasks that have not ended, and waits for them; what is left goes with the connection.
+
+    Not by force: Ray 2.60 aborts this process where a task fails while it is killed.
+    """
+    if promises:
+        running = ray.wait(promises, num_returns=len(promises), timeout=0)[1]
+        for promise in running:
+            ray.cancel(promise)
+        if running:
+            ray.wait(running, num_returns=len(running), timeout=END_SECONDS)
 
 
 def _do(put: tuple[Work[T], Sequence[Path]], number: int) -> tuple[T, int]:
@@ -100,10 +109,20 @@ def _get(ray: Any, promise: Any) -> Any:
     try:
         return ray.get(promise)
     except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    except ray.exceptions.RayError as error:
+        if isinstance(error.cause, PipelineError | OSError):
+            raise error.cause from None
+        lines = str(error.cause).strip().split("\n")
+        lacks = [line for line in lines if "ModuleNotFoundError" in line or "ImportError" in line]
+        if lacks or isinstance(error.cause, ImportError):
+            what = (lacks or lines)[-1].strip()
+            raise UsageError(f"a node cannot import what tasks need ({what}); install this version there") from None
+        raise PipelineError(f"a task ended with {type(error.cause).__name__} ({lines[0]}); its node's log has more") from None
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError) as error:
         why = str(error).strip().split("\n")[0]
         raise PipelineError(f"a task was lost {RETRIES + 1} times ({why}); perhaps its node has too little memory") from None
+    except ray.exceptions.RayError as error:
+        why = f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
+        raise PipelineError(f"the Ray cluster does not do ({why}); see `ray status`, then start again") from None
 
 
 @contextmanager
@@ -143,7 +162,8 @@ def _check_reached(address: str) -> None:
 
 
 def _check_fits(ray: Any, asked: Asks) -> None:
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(node.get("CPU", 0) >= asked.cores and node.get("GPU", 0) >= asked.gpus for node in nodes):
+    """Raises UsageError where there are nodes, and none with as much: one without any may grow when it is asked."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)]
+    if nodes and not any(node.get("CPU", 0) >= asked.cores and node.get("GPU", 0) >= asked.gpus for node in nodes):
         told = f"{asked.cores} cores" + (f" and {asked.gpus} GPU" if asked.gpus else "")
         raise UsageError(f"no node of the Ray cluster has the {told} that a task asks for; OMP_NUM_THREADS sets its cores")

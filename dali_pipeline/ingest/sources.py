@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -106,6 +107,11 @@ class Source:
                 f"{changed[0]} is newer than {made.parent}, which was made of it; remove {made.parent}, choose another folder, "
                 f"or, if only the date is new, `touch {made}`"
             )
+
+    def check_file(self, number: int) -> None:
+        """Raises FormatError where a file is not the one that was found: a machine may have a folder of its own there."""
+        if self.remote is None and _stat(self.files[number]) != (self.sizes[number], self.times[number]):
+            raise FormatError(f"{self.files[number]} has another size or date on {socket.gethostname()}; convert again")
 
     def check_unchanged(self) -> None:
         """Raises FormatError for a file that changed since they were found."""
