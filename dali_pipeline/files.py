@@ -11,8 +11,7 @@ from collections import OrderedDict
 from typing import Any, Generic, TypeVar
 
 from dali_pipeline.cachedfile import CachedFile, Place, RemotePath
-from dali_pipeline.openfile import OpenFile
-from dali_pipeline.schema import FormatError
+from dali_pipeline.openfile import OpenFile, kind_of
 
 _every: weakref.WeakSet[Recent[Any, Any]] = weakref.WeakSet()
 K = TypeVar("K")
@@ -78,7 +77,7 @@ class Files:
         self._open: Recent[Place, OpenFile] = Recent(self.limit)
 
     def get(self, path: Place) -> OpenFile:
-        """The file, opened for reading. Raises FormatError where it cannot be."""
+        """The file, opened for reading. Raises FormatError where it is gone, PipelineError where it cannot be opened now."""
         return self._open.get(path) or self._open.put(path, self._opened(path))
 
     def _opened(self, path: Place) -> OpenFile:
@@ -92,7 +91,7 @@ class Files:
                 return _open(path)
         except OSError as error:
             advice = "raise `ulimit -n`" if error.errno == errno.EMFILE else "the manifest names it"
-            raise FormatError(f"{path} cannot be opened ({error.strerror}); {advice}") from error
+            raise kind_of(error)(f"{path} cannot be opened ({error.strerror}); {advice}") from error
 
 
 def _open(path: Place) -> OpenFile:

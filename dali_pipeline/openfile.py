@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dali_pipeline.schema import Array, FormatError
+from dali_pipeline.schema import Array, FormatError, PipelineError
 
 _MAX_HEADER_BYTES = 100 << 20  # as the safetensors library
+
+
+def kind_of(error: OSError) -> type[PipelineError]:
+    """FormatError for what is gone, or damaged on its disk, and may be left out; PipelineError for what may be well a moment
+    later, as a file system behind a network, or a full table of open files."""
+    return FormatError if error.errno in (errno.ENOENT, errno.EIO) else PipelineError
 
 
 class Piece(NamedTuple):

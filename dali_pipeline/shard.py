@@ -21,7 +21,7 @@ from dali_pipeline.cache import FIRST_STAMP
 from dali_pipeline.cachedfile import Place
 from dali_pipeline.files import Files
 from dali_pipeline.header import BLOCK_BYTES, Layout, parse_header
-from dali_pipeline.openfile import OpenFile, Piece
+from dali_pipeline.openfile import OpenFile, Piece, kind_of
 from dali_pipeline.reads import bring
 from dali_pipeline.schema import Array, DataError, FormatError, PipelineError
 
@@ -228,7 +228,8 @@ class Shard:
             try:
                 got = os.preadv(file.fd, [out[done:] if done else out], offset + done)
             except OSError as error:
-                raise FormatError(f"{self.path}, {name}: byte {offset + done} cannot be read ({error.strerror})") from error
+                why = f"byte {offset + done} cannot be read ({error.strerror})"
+                raise kind_of(error)(f"{self.path}, {name}: {why}") from error
             if got == 0:
                 raise FormatError(f"{self.path}, {name}: the file ends at byte {offset + done}; it was cut while in use")
             done += got

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +86,31 @@ def test_the_others_are_delivered_as_ever(tmp_path: Path, loads: str) -> None:
     for batch, ids in zip(LOADERS[loads](data, batch_size=8, on_error="skip"), sound, strict=True):
         for one, valid, was in zip(batch.ids, batch.valid.tolist(), ids, strict=True):
             assert one == was if valid else one in ids
+
+
+@pytest.mark.parametrize(("number", "skips"), [(errno.EIO, True), (errno.ESTALE, False), (errno.EMFILE, False)])
+def test_only_what_the_disk_has_lost_is_left_out(
+    tmp_path: Path, loads: str, number: int, skips: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system that does not answer just now is no damage: records are not lost for it."""
+    data = write(tmp_path / "set", make_records(40), shares="100/0/0")
+    path = data.shard_path("train", "graphs" if loads == "graphs" else "sequences", 0)
+    whole = os.open
+
+    def refuses(name: Any, *arguments: Any, **named: Any) -> int:
+        if Path(name) == path:
+            raise OSError(number, os.strerror(number), str(name))
+        return whole(name, *arguments, **named)
+
+    loader = LOADERS[loads](data, batch_size=8, on_error="skip", workers=0)
+    monkeypatch.setattr(os, "open", refuses)
+    if skips:
+        assert delivered([loader])
+        assert len(loader.left_out) == data.table("train", "graphs" if loads == "graphs" else "sequences").records[0]
+    else:
+        with pytest.raises(dp.PipelineError, match="cannot be opened") as error:
+            list(loader)
+        assert not isinstance(error.value, dp.FormatError)
 
 
 @pytest.mark.parametrize("gone", ["truncated", "deleted", "header", "offsets"])
