@@ -26,7 +26,7 @@ results: $(READY)    ## the README's table: three seeds of every detector, and t
 	$(BIN)/python train.py --seeds 3
 	$(BIN)/python benchmarks/probe.py data/sciq
 
-# benchmark, options of a run of ten minutes, of FULL=1, which README's figures are of, of QUICK=1: a look without peers, in a folder of its own
+# benchmark, options of a run of 15 minutes, of FULL=1, which README's figures are of, of QUICK=1: a look without peers, in a folder of its own
 MEASURE = $(if $(QUICK),BENCH_RESULTS=benchmarks/results/quick) $(BIN)/python -m benchmarks.$(1) $(if $(QUICK),$(4),$(if $(FULL),$(3),$(2)))
 
 bench: $(READY) $(if $(QUICK),,.venv-peers/.ready)  ## speed and memory beside the limits and the peers, into benchmarks/results; FULL=1 longer, QUICK=1 without peers
