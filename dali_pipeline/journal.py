@@ -53,7 +53,7 @@ class WorkFolder:
         except OSError as error:
             raise UsageError(f"{root} cannot hold a data set ({error.strerror}); expected a writable folder") from error
         try:
-            _lock(self._lock)
+            lock(self._lock)
             self.journal = self._found(fingerprint) or Journal(fingerprint=fingerprint)
             self._tidy()
             self.save()
@@ -149,8 +149,8 @@ def remove_leftovers(root: Path) -> None:
             (root / JOURNAL_NAME).unlink(missing_ok=True)
 
 
-def _lock(folder: int) -> None:
-    """Locks an open folder; raises BlockingIOError where another has it. A file system without locks goes without."""
+def lock(folder: int) -> None:
+    """Locks an open folder, or file; raises BlockingIOError where another has it. A file system without locks goes without."""
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -5,7 +5,6 @@ A process holds two at most: the one in use, and the next one, which is fetched 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import weakref
@@ -17,6 +16,7 @@ from pathlib import Path
 import xxhash
 
 from dali_pipeline.dataset import default_cache
+from dali_pipeline.journal import lock
 from dali_pipeline.manifest import MANIFEST_NAME
 from dali_pipeline.schema import DataError, FormatError, PipelineError, UsageError
 from dali_pipeline.stores import GoneError, Store, is_url
@@ -150,7 +150,7 @@ def _alone(folder: Path) -> Iterator[None]:
         raise UsageError(f"{folder} cannot be written to ({error.strerror}); set XDG_CACHE_HOME to a folder that can") from None
     try:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(fd)
         except BlockingIOError:
             raise UsageError("another run converts the same files into the same place; wait for it, or stop it") from None
         yield
