@@ -32,11 +32,10 @@ class EpochDigest:
     drawn: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64), compare=False, repr=False)
 
     @classmethod
-    def of(cls, ids: Iterable[str] | Iterable[bytes], *, drawn: bool = False) -> EpochDigest:
-        """Of these ids. drawn: whether to keep each hash."""
+    def of(cls, ids: Iterable[str] | Iterable[bytes]) -> EpochDigest:
+        """Of these ids."""
         hashes = [xxhash.xxh3_64_intdigest(one.encode() if isinstance(one, str) else one) for one in ids]
-        kept = np.array(hashes if drawn else [], np.uint64)
-        return cls(records=len(hashes), total=sum(hashes) & _MASK, drawn=kept)
+        return cls(records=len(hashes), total=sum(hashes) & _MASK)
 
     def __add__(self, other: EpochDigest) -> EpochDigest:
         drawn = np.concatenate([self.drawn, other.drawn]) if len(other.drawn) else self.drawn

@@ -27,10 +27,9 @@ class Buffers:
 
     def __init__(self, kept: int = 12) -> None:
         self._pieces: deque[Array] = deque(maxlen=kept)
-        self._kept = kept
 
     def __reduce__(self) -> tuple[type[Buffers], tuple[int]]:
-        return Buffers, (self._kept,)
+        return Buffers, (self._pieces.maxlen or 0,)
 
     def take(self, nbytes: int, phase: int = 0) -> Array:
         """`nbytes` bytes, uint8, of any content; where they are many, `phase` bytes (below 4096) behind a page's begin."""
