@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import (
@@ -22,6 +23,12 @@ class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed or 0.0
         return Text(f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.2f}/s")
+
+
+def shown(bar: Progress, description: str, total: int, before: int = 0) -> Callable[[int], None]:
+    """A new task of the bar, of which `before` was done earlier; told how much more is done now, it shows that."""
+    task = bar.add_task(description, total=total, completed=before)
+    return lambda count: bar.update(task, completed=before + count)
 
 
 def progress_bar(*extra: ProgressColumn) -> Progress:

@@ -13,7 +13,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import xxhash
-from rich.progress import Progress, TaskID
 
 from dali_pipeline.dataset import Dataset, default_cache, open_dataset
 from dali_pipeline.filler import Contents, ShardFiller
@@ -28,7 +27,7 @@ from dali_pipeline.journal import remove_leftovers
 from dali_pipeline.layers import select
 from dali_pipeline.manifest import MANIFEST_NAME
 from dali_pipeline.pending import Stack
-from dali_pipeline.progress import progress_bar
+from dali_pipeline.progress import progress_bar, shown
 from dali_pipeline.record import Record
 from dali_pipeline.schema import Array, DataError, Field, FormatError, PipelineError, UsageError
 from dali_pipeline.split import FileSplit
@@ -79,8 +78,7 @@ def convert(src: Path, dst: Path, config: ConvertConfig | None = None, remote: R
         work = partial(_write, job, writer.parts)
         before = sum(job.counts[: stretches[writer.cursor - 1].stop]) if writer.cursor else 0
         with progress_bar() as bar:
-            task = bar.add_task("convert", total=sum(job.counts), completed=before)
-            show = partial(_show, bar, task, before)
+            show = shown(bar, "convert", sum(job.counts), before)
             numbers, shared = range(writer.cursor, len(stretches)), [writer.parts, *source.folders]
             with closing(deal(config.engine, work, numbers, config.workers, show, shared)) as results:
                 for number, (part, contents, left_out) in results:
@@ -111,10 +109,6 @@ def _convert_to(src: Path, dst: str, config: ConvertConfig | None, remote: Remot
     upload(staging, dst)
     shutil.rmtree(staging)
     return open_dataset(dst)
-
-
-def _show(bar: Progress, task: TaskID, before: int, count: int) -> None:
-    bar.update(task, completed=before + count)
 
 
 def _write(job: Job, parts: Path, number: int, advance: Advance) -> tuple[Path, Contents, dict[str, str]]:

@@ -13,19 +13,18 @@ from typing import Any, get_args
 import msgspec
 import torch
 import xxhash
-from rich.progress import Progress, TaskID
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from dali_pipeline.dataset import Dataset, open_dataset
 from dali_pipeline.filler import Contents, ShardFiller
 from dali_pipeline.ingest.onray import Asks, deal
 from dali_pipeline.ingest.prompts import Prompt, read_prompts
-from dali_pipeline.ingest.tracer import ExtractConfig, Tracer, first_line, load_model
+from dali_pipeline.ingest.tracer import ExtractConfig, Tracer, first_line, load_model, load_tokenizer
 from dali_pipeline.ingest.workers import Advance, Engine
 from dali_pipeline.journal import remove_leftovers
 from dali_pipeline.manifest import MANIFEST_NAME
-from dali_pipeline.progress import progress_bar
+from dali_pipeline.progress import progress_bar, shown
 from dali_pipeline.record import Record
 from dali_pipeline.schema import Field, Schema, UsageError
 from dali_pipeline.writer import ShardWriter
@@ -51,7 +50,7 @@ def extract(
     transformers_logging.disable_progress_bar()
     try:
         model_config = AutoConfig.from_pretrained(model_name)
-        AutoTokenizer.from_pretrained(model_name)
+        load_tokenizer(model_name)
     except (OSError, ValueError) as error:
         raise UsageError(f"{model_name} is not a model that transformers can load ({first_line(error)})") from error
     config = _with_all_layers(config, int(model_config.get_text_config().num_hidden_layers))
@@ -92,8 +91,7 @@ def extract(
     ):
         writer.parts.mkdir(exist_ok=True)
         begun, every = writer.cursor, config.commit_every
-        task = bar.add_task("extract", total=len(prompts), completed=begun)
-        show = partial(_show, bar, task, begun)
+        show = shown(bar, "extract", len(prompts), begun)
         numbers, tracer = range(-(-(len(prompts) - begun) // every)), partial(Tracer, model_name, schema, config, device)
         work = partial(_write, tracer, threads, prompts[begun:], writer.parts)
         folders = [writer.parts, *([Path(model_name)] if folder.exists() else [])]
@@ -101,10 +99,6 @@ def extract(
             for number, (part, contents) in results:
                 writer.adopt(part, contents, min(begun + (number + 1) * every, len(prompts)), {})
     return open_dataset(out)
-
-
-def _show(bar: Progress, task: TaskID, before: int, count: int) -> None:
-    bar.update(task, completed=before + count)
 
 
 def _asks(device: str, threads: int, gpus: float) -> Asks:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
 import msgspec
 import xxhash
-from rich.progress import Progress, TaskID
 
 from dali_pipeline.filler import Dealer
 from dali_pipeline.ingest.foreign import Block
@@ -22,7 +20,7 @@ from dali_pipeline.ingest.traces import TraceOptions
 from dali_pipeline.ingest.workers import Engine, Workers
 from dali_pipeline.layers import Layers, select
 from dali_pipeline.layout import ByLayer
-from dali_pipeline.progress import progress_bar
+from dali_pipeline.progress import progress_bar, shown
 from dali_pipeline.schema import LEVELS, Array, DataError, Field, FormatError, Schema, UsageError, level_of
 from dali_pipeline.split import FileSplit, Split
 from dali_pipeline.writer import SHARD_BYTES
@@ -180,14 +178,9 @@ def infer_schema(source: Source, found: Sequence[FileNames], config: ConvertConf
 def _scaled(source: Source, found: Sequence[FileNames], config: ConvertConfig) -> Field:
     numbers = [number for number, names in enumerate(found) if len(names.labels) and "sequences" in names.kinds]
     with progress_bar() as bar:
-        task = bar.add_task("measure", total=len(numbers))
-        show = partial(_show, bar, task)
+        show = shown(bar, "measure", len(numbers))
         greatest = greatest_values(source, numbers, config.layers, config.workers, config.engine, config.skip_bad, show)
         return Field.scaled(greatest)
-
-
-def _show(bar: Progress, task: TaskID, files: int) -> None:
-    bar.update(task, completed=files)
 
 
 def _field(path: Path, name: str, rows: Array, config: ConvertConfig) -> Field:

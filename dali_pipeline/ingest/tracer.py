@@ -54,13 +54,19 @@ class ExtractConfig:
 
 
 @lru_cache(maxsize=1)
+def load_tokenizer(model_name: str) -> Any:
+    """The model's; raises what transformers does."""
+    return AutoTokenizer.from_pretrained(model_name)
+
+
+@lru_cache(maxsize=1)
 def load_model(model_name: str, device: str) -> tuple[Any, Any, torch.device]:
     """Tokenizer, model without its language-model head, and where it is."""
     try:
         found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         dtype = torch.float32 if found.type == "cpu" else "auto"
         model = AutoModelForCausalLM.from_pretrained(model_name, attn_implementation="eager", dtype=dtype)
-        return AutoTokenizer.from_pretrained(model_name), model.base_model.to(found).eval(), found
+        return load_tokenizer(model_name), model.base_model.to(found).eval(), found
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"{model_name} cannot be loaded on {device} as a causal model ({first_line(error)})") from error
 
