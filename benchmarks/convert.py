@@ -28,12 +28,14 @@ from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
 from torch_geometric.data.storage import GlobalStorage
 
 from benchmarks.harness import Results, evict, peak_memory, read_in_order, seconds
+from dali_pipeline.cli import CONTEXT, run
 from dali_pipeline.ingest.traces import attention_graphs
 from dali_pipeline.verify import verify
 
 LAYERS, HIDDEN = 33, 1024  # of sequences: 67,584 bytes a record in float16
 GRAPH_LAYERS, GRAPH_HIDDEN = 30, 576
-RECORDS_A_FILE = 1500
+RECORDS_A_FILE, GRAPHS_A_FILE = 1500, 250
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT)
 
 
 def write_sequences(root: Path, nbytes: float, rng: np.random.Generator, suffix: str = "pt") -> int:
@@ -53,17 +55,18 @@ def write_sequences(root: Path, nbytes: float, rng: np.random.Generator, suffix:
 
 
 def write_graphs(root: Path, nbytes: float, rng: np.random.Generator) -> int:
-    """Records of 30 layers of about 25 tokens x 576, a `Data` each, in files of 250 records; returns their bytes."""
+    """Records of 30 layers of about 25 tokens x 576, a `Data` each, in files of up to 250 records; returns their bytes."""
     (root / "gnn").mkdir(parents=True)
+    count = min(GRAPHS_A_FILE, max(1, round(nbytes / (GRAPH_LAYERS * 25 * GRAPH_HIDDEN * 2))))
     number = 0
     while number == 0 or total_bytes(root) < nbytes:
         graphs = []
-        for _ in range(250):
+        for _ in range(count):
             nodes = int(rng.integers(12, 40))
             graphs.append([_layer(rng, nodes) for _ in range(GRAPH_LAYERS)])
-        names = [f"question-{number}-{row}" for row in range(250)]
+        names = [f"question-{number}-{row}" for row in range(count)]
         torch.save(
-            {"graphs": graphs, "labels": rng.integers(0, 2, 250).tolist(), "question_ids": names},
+            {"graphs": graphs, "labels": rng.integers(0, 2, count).tolist(), "question_ids": names},
             root / "gnn" / f"batch_{number}.pt",
         )
         number += 1
@@ -129,6 +132,7 @@ def loop_over_tokens(attentions: list[np.ndarray], threshold: float, *, mean_fir
     return len(edges)
 
 
+@app.command()
 def main(
     gigabytes: Annotated[float, typer.Option(help="Of each kind of input.")] = 2.0,
     memory_gigabytes: Annotated[float, typer.Option(help="Of the larger input whose peak memory is taken; 0 for none.")] = 8.0,
@@ -224,4 +228,4 @@ def measure_memory(results: Results, root: Path, gigabytes: float, rng: np.rando
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(run(app, "benchmarks.convert"))

@@ -55,7 +55,7 @@ def loader_of(kind: str, data: dp.Dataset, workers: int, *, shuffle: bool = True
 
 
 def measure_workers(results: Results, sets: dict[str, dp.Dataset], repeats: int, least: float) -> None:
-    """Time warm and cold, shuffled and not, and memory."""
+    """Time warm and cold, shuffled and not."""
     ways: dict[tuple[str, int, str], Callable[[], float]] = {}
     for kind in KINDS:
         data = sets[kind]
@@ -80,6 +80,10 @@ def measure_workers(results: Results, sets: dict[str, dp.Dataset], repeats: int,
         alone = found[f"{kind} 0 {how}, {cache}"]
         reference, against = ("workers=0", alone) if workers else ("", None)
         results.add(f"{kind}, {how}", f"workers={workers}", "records/s", found[name], reference, against, cache=cache)
+
+
+def measure_memory(results: Results, sets: dict[str, dp.Dataset]) -> None:
+    """Of an epoch, above that of the same process before it."""
     for kind in KINDS:
         for workers in WORKERS:
             command = [sys.executable, "-c", EPOCH, kind, str(sets[kind].root), str(workers)]
@@ -113,6 +117,7 @@ def main(
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     megabytes: Annotated[int, typer.Option(help="Of each set.")] = 128,
     seconds: Annotated[float, typer.Option(help="The least that a sample takes.")] = 0.5,
+    memory: Annotated[bool, typer.Option(help="Measure it too, a process each.")] = True,
     folder: Annotated[Path | None, typer.Option(help="Where the sets are made, and removed again.", show_default=False)] = None,
 ) -> None:
     """Measure every number of workers and every size; write results/scaling_<machine>_<date>.csv."""
@@ -122,7 +127,10 @@ def main(
         sequences, _ = made(where / "sequences", nbytes // (2 * 33 * 1024), (33, 1024))
         arrays = made_graphs(where / "arrays", nbytes // (2 * 8 * 32 * 576), 8, 32, 576, 100, weighted=True)
         graphs = written(where / "graphs", arrays)
-        measure_workers(results, dict(zip(KINDS, (sequences, sequences, graphs), strict=True)), repeats, seconds)
+        sets = dict(zip(KINDS, (sequences, sequences, graphs), strict=True))
+        measure_workers(results, sets, repeats, seconds)
+        if memory:
+            measure_memory(results, sets)
     measure_sizes(results, folder, megabytes, repeats, seconds)
 
 

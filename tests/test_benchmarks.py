@@ -16,7 +16,7 @@ from stores import s3
 
 import dali_pipeline as dp
 from benchmarks import graphs, harness, link, peers, peers_graphs, peers_torch, plot, tables
-from benchmarks.peer import Batch, Epochs, Way, opened
+from benchmarks.peer import Batch, Epochs, Way, checked
 from dali_pipeline.stores import GoneError, Store
 
 COUNT, BATCH = 300, 32  # more than the deques hold
@@ -48,7 +48,7 @@ def test_graphs_once_an_epoch_in_new_order(tmp_path: Path, way: type[Way], weigh
 def check_way(way: Way, records: Any, folder: Path) -> None:
     folder.mkdir()
     way.write(folder, records)
-    epochs = opened(way, records, folder, BATCH, 0)
+    epochs = checked(way, records, folder, BATCH, 0)
     one, other = ids(epochs), ids(epochs)
     assert sorted(one) == sorted(other) == list(range(COUNT))
     assert one != other != sorted(other)
@@ -68,7 +68,7 @@ class Altered(peers_torch.MemoryMap):
 @pytest.mark.parametrize(
     ("alter", "message"),
     [
-        (lambda batch: batch if 7 not in batch["id"] else None, "records 32 did not come, 0 came more than once"),
+        (lambda batch: batch if len(batch["id"]) == BATCH else None, "of 300 records 12 did not come, 0 came more than once"),
         (lambda batch: batch | {"id": batch["id"] * 0}, "came with other values"),
         (lambda batch: batch | {"sequence": batch["sequence"] * 0}, "came with other values"),
         (lambda batch: batch | {"sequence": batch["sequence"].float()}, "came as torch.float32"),
@@ -80,7 +80,7 @@ def test_what_a_peer_gets_wrong_is_found(sequences: Any, tmp_path: Path, alter: 
     (tmp_path / "peer").mkdir()
     way.write(tmp_path / "peer", sequences)
     with pytest.raises((ValueError, TypeError), match=message):
-        opened(way, sequences, tmp_path / "peer", BATCH, 0)
+        checked(way, sequences, tmp_path / "peer", BATCH, 0)
 
 
 def test_every_peer_has_its_rows(sequences: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
