@@ -88,13 +88,11 @@ class Decoding:
         return fn.cast(values, dtype=getattr(types, DALI_DTYPES[self.dtype]))
 
 
-def sequence_graph(
-    feed: Callable[[], tuple[Any, Array, Array]], *, decoding: Decoding | None, pads: bool, **pipeline: Any
-) -> Any:
+def sequence_graph(feed: Callable[[], Array | list[Array]], *, decoding: Decoding | None, pads: bool, **pipeline: Any) -> Any:
     """The DALI graph: external_source, decode, pad; on the GPU where `device_id` names one, else on the CPU.
 
-    feed: gives values (an (N, T, F) array, or a list of (T_i, F)), labels (N,) and valid (N,), N <= batch_size, which stay as
-    they are until the output that they became is handed out; or raises StopIteration.
+    feed: gives up to batch_size samples (an array (N, ..., T, F), or a list of (T_i, F)), which stay as they are until the
+    output that they became is handed out; or raises StopIteration.
     decoding: None where torch does it: on the CPU it casts three times faster.
     pads: whether to fill sequences up to the batch's longest; where False, they come in equal lengths.
     """
@@ -102,15 +100,15 @@ def sequence_graph(
     from nvidia.dali import fn, pipeline_def
 
     @pipeline_def(**pipeline)  # type: ignore[untyped-decorator]
-    def graph() -> tuple[Any, ...]:
+    def graph() -> Any:
         # no_copy: DALI's threads copy, rather than the caller while it holds the interpreter lock
-        values, labels, valid = fn.external_source(feed, num_outputs=3, batch=True, no_copy=True)
+        values = fn.external_source(feed, batch=True, no_copy=True)
         if pipeline["device_id"] is not None:
-            values, labels, valid = values.gpu(), labels.gpu(), valid.gpu()
+            values = values.gpu()
         if decoding is not None:
             values = decoding.graph(values)
         if pads:
             values = fn.pad(values, axes=(0,), fill_value=0)
-        return values, labels, valid
+        return values
 
     return graph()

@@ -95,7 +95,7 @@ class Delivered:
 
     def add(self, ids: Sequence[str], valid: Mask, left_out: int = 0) -> None:
         """One batch, and how many of its records were left out."""
-        hashes = [xxhash.xxh3_64_intdigest(one.encode()) for one in (ids if valid.all() else compress(ids, valid))]
+        hashes = list(map(xxhash.xxh3_64_intdigest, map(str.encode, ids if valid.all() else compress(ids, valid))))
         self._records, self._total = self._records + len(hashes), self._total + sum(hashes)
         self._left_out += left_out
         self._hashes += [np.array(hashes, np.uint64)] if self._drawn else []

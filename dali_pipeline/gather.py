@@ -81,15 +81,15 @@ def _stamps(files: list[OpenFile], which: Ints, first: Ints, last: Ints) -> Arra
 
 
 def _gather_one(found: Found, name: str, record: int, begin: int, end: int, out: Array, at: int) -> None:
-    part, rows = found.parts[found.which[record]], out[at : at + end - begin]
+    shard, rows = found.shard(record), out[at : at + end - begin]
     try:
-        if _agrees(part.shard, name, out):
+        if _agrees(shard, name, out):
             width = out.dtype.itemsize * math.prod(out.shape[1:])
-            part.shard.read_into(name, begin * width, rows.reshape(-1).view(np.uint8).data)
+            shard.read_into(name, begin * width, rows.reshape(-1).view(np.uint8).data)
         else:
-            rows[:] = part.shard.read(name, begin, end)
+            rows[:] = shard.read(name, begin, end)
     except FormatError as error:
-        raise FormatError(f"{error} (met in record {part.ids[found.rows[record]]!r})") from error
+        raise FormatError(f"{error} (met in record {found.ids[record]!r})") from error
 
 
 def _agrees(shard: Shard, name: str, out: Array) -> bool:

@@ -12,10 +12,10 @@ import numpy as np
 from dali_pipeline.gather import gather
 from dali_pipeline.layers import Layers
 from dali_pipeline.order import WINDOW_BYTES, Ints
-from dali_pipeline.records import Found, IndexPart
+from dali_pipeline.records import Found
 from dali_pipeline.schema import LEVELS, Array, Field, FormatError, Schema, level_of
 from dali_pipeline.selection import Selection
-from dali_pipeline.source import BatchSource, labels_and_ids
+from dali_pipeline.source import BatchSource
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,16 +100,15 @@ class GraphSource(BatchSource):
         graph without nodes and for an edge that leaves its graph.
         """
         found = self._index.locate(positions)
-        pairs = found.pairs()
-        graphs_per_record, layer_index, record, spans = self._graphs(found, pairs)
+        graphs_per_record, layer_index, record, spans = self._graphs(found)
         counted = spans[:, 1::2] - spans[:, ::2]  # (G, 2)
         if (counted[:, 0] < 1).any():
-            self._fail(pairs, record, int(np.argmin(counted[:, 0])), layer_index, "has no nodes; expected at least one")
+            self._fail(found, record, int(np.argmin(counted[:, 0])), layer_index, "has no nodes; expected at least one")
         # runs of graphs that lie together
         heads = np.flatnonzero(np.append(True, (record[1:] != record[:-1]) | (spans[1:, ::2] != spans[:-1, 1::2]).any(axis=1)))
         lasts = np.append(heads[1:], len(record)) - 1
         # of each run: where its nodes, edges and graphs begin, and end
-        first = np.array([part.rows[row] for part, row in pairs], np.int64)[record] + layer_index  # (G,) graph in its shard
+        first = found.begins[record] + layer_index  # (G,) graph in its shard
         begins = np.stack([*spans[heads].T[::2], first[heads]])
         ends = np.stack([*spans[lasts].T[1::2], first[lasts] + 1])
 
@@ -117,10 +116,10 @@ class GraphSource(BatchSource):
             axis = LEVELS.index(level)
             records, begin, end = record[heads], begins[axis], ends[axis]
             starts = np.cumsum(end - begin) - (end - begin)
-            out = self._room(name, int((end - begin).sum()), field, pairs[0], int(begin[0]))
+            out = self._room(name, int((end - begin).sum()), field, found, int(begin[0]))
             gather(found, name, records, begin, end, out, starts)
             if self._finite and name != "edge_index":
-                self._check_finite(name, field, out, starts, [pairs[each] for each in records.tolist()])
+                self._check_finite(name, field, out, starts, found, records)
             return out
 
         widest = np.result_type(*{part.shard.array("edge_index").dtype for part in found.parts})
@@ -132,7 +131,7 @@ class GraphSource(BatchSource):
             graph = int(np.searchsorted(np.cumsum(counted[:, 1]), edge, side="right"))
             pair = tuple(edge_index[edge].tolist())
             words = f"has {limits[edge]} nodes and the edge {pair}; expected indices below {limits[edge]}"
-            self._fail(pairs, record, graph, layer_index, words)
+            self._fail(found, record, graph, layer_index, words)
         found_rows = GraphRows(
             arrays={name: rows(name, field, level_of(name)) for name, field in self.fields.items()},
             edge_index=edge_index,
@@ -140,8 +139,9 @@ class GraphSource(BatchSource):
             edge_counts=counted[:, 1],
             layer_index=layer_index,
             graphs_per_record=graphs_per_record,
+            labels=found.labels,
+            ids=found.ids,
             positions=self._selection.told(positions),
-            **labels_and_ids(pairs),
         )
         if self._min_weight is None:
             return found_rows
@@ -153,8 +153,7 @@ class GraphSource(BatchSource):
 
         Reads what is to be read of them anyway before their values.
         """
-        found = self._index.locate(positions)
-        graphs_per_record, _, _, spans = self._graphs(found, found.pairs())
+        graphs_per_record, _, _, spans = self._graphs(self._index.locate(positions))
         spent = np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(spans[:, 1::2] - spans[:, ::2], axis=0)])
         ends = np.cumsum(graphs_per_record)
         sizes: Ints = spent[ends] - spent[ends - graphs_per_record]
@@ -165,28 +164,26 @@ class GraphSource(BatchSource):
             yield from super()._wanted(start, count)
             return
         found = self._index.locate(np.arange(start, start + count))
-        pairs = found.pairs()
-        _, layer_index, record, spans = self._graphs(found, pairs)
-        graphs = np.array([part.rows[row] for part, row in pairs], np.int64)[record] + layer_index
+        _, layer_index, record, spans = self._graphs(found)
+        graphs = found.begins[record] + layer_index
         rows = {"node": spans[:, :2], "edge": spans[:, 2:], "graph": np.stack([graphs, graphs + 1], axis=1)}
         for name in self.streamed:
-            if name in (arrays := pairs[0][0].shard.arrays):
+            if name in (arrays := found.shard(0).arrays):
                 width = arrays[name].nbytes // max(1, arrays[name].shape[0])
                 yield name, _joined(rows[level_of(name)] * width)
 
     def name(self, position: int) -> str:
         """The record there in words, for an error."""
-        ((part, row),) = self._index.locate(np.array([position])).pairs()
-        return f"{part.shard.path}: record {part.ids[row]!r}"
+        found = self._index.locate(np.array([position]))
+        return f"{found.shard(0).path}: record {found.ids[0]!r}"
 
-    def _graphs(self, found: Found, pairs: list[tuple[IndexPart, int]]) -> tuple[Ints, Ints, Ints, Ints]:
+    def _graphs(self, found: Found) -> tuple[Ints, Ints, Ints, Ints]:
         """(N,) selected graphs of each record; of each of them (G,) its layer and its record, and (G, 4) where its nodes,
         and its edges, begin and end."""
-        begins = np.array([part.rows[row] - part.rows[0] for part, row in pairs], np.int64)
-        counts = np.array([part.rows[row + 1] - part.rows[0] for part, row in pairs], np.int64) - begins
-        graphs_per_record, layer_index = self._layers_of(counts)
-        record = np.repeat(np.arange(len(pairs)), graphs_per_record)
-        return graphs_per_record, layer_index, record, _spans(found, record, begins[record] + layer_index)
+        graphs_per_record, layer_index = self._layers_of(found.ends - found.begins)
+        record = np.repeat(np.arange(len(found.ids)), graphs_per_record)
+        first = np.array([part.table[0, 1] for part in found.parts])[found.which]  # graph of the part of the index
+        return graphs_per_record, layer_index, record, _spans(found, record, (found.begins - first)[record] + layer_index)
 
     def _layers_of(self, counts: Ints) -> tuple[Ints, Ints]:
         """Of records with so many graphs (B,): how many are selected, and which, (G,) one record after the other."""
@@ -196,9 +193,9 @@ class GraphSource(BatchSource):
         each = [chosen[count] for count in counts.tolist()]
         return np.array([len(one) for one in each], np.int64), np.concatenate(each)
 
-    def _fail(self, pairs: list[tuple[IndexPart, int]], record: Ints, graph: int, layers: Ints, words: str) -> None:
-        part, row = pairs[record[graph]]
-        raise FormatError(f"{part.shard.path}: graph {layers[graph]} of record {part.ids[row]!r} {words}")
+    def _fail(self, found: Found, record: Ints, graph: int, layers: Ints, words: str) -> None:
+        where = int(record[graph])
+        raise FormatError(f"{found.shard(where).path}: graph {layers[graph]} of record {found.ids[where]!r} {words}")
 
 
 def _spans(found: Found, record: Ints, graph: Ints) -> Ints:

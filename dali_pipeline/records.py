@@ -25,40 +25,44 @@ MAX_SHARDS = 1024  # parsed headers kept
 class IndexPart:
     """Labels, ids and offsets of up to INDEX_ROWS consecutive records of a shard.
 
-    labels, ids and rows (of the first ragged array) are lists, as one is asked for at a time; spans: (rows of the first, 2
-    each) where they begin and end in every other ragged array · first_block: the shard's first among all blocks of the index.
+    table: (n, 3) int64 label, and where the rows of the first ragged array begin and end · ids: (n,) texts, as objects ·
+    spans: (rows of the first, 2 each) where they begin and end in every other ragged array · first_block: the shard's first
+    among all blocks of the index.
     """
 
     shard: Shard
     first_block: int
-    labels: list[int]
-    ids: list[str]
-    rows: list[int]
+    table: Ints
+    ids: Array
     spans: Ints
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory, about."""
         texts = sum(map(len, self.ids))
-        return 170 * len(self.labels) + texts + self.spans.nbytes
+        return 100 * len(self.ids) + texts + self.spans.nbytes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Found:
-    """N records. parts: the different ones they lie in · which: (N,) each record's among `parts` · rows: its row there.
+    """N records. parts: the different ones they lie in · which: (N,) each record's among `parts`.
 
-    sound: (blocks,) uint8 of the whole index, 1 once a block's hash was right · files_at_once: that may be held open.
+    labels, begins, ends: (N,) int64, as IndexPart's table has them · ids: N texts · sound: (blocks,) uint8 of the whole index,
+    1 once a block's hash was right · files_at_once: that may be held open.
     """
 
     parts: list[IndexPart]
     which: Ints
-    rows: list[int]
+    labels: Ints
+    begins: Ints
+    ends: Ints
+    ids: list[str]
     sound: Array
     files_at_once: int
 
-    def pairs(self) -> list[tuple[IndexPart, int]]:
-        """Of each record its part, and its row in it."""
-        return [(self.parts[which], row) for which, row in zip(self.which.tolist(), self.rows, strict=True)]
+    def shard(self, record: int) -> Shard:
+        """Where that record lies."""
+        return self.parts[int(self.which[record])].shard
 
 
 class RecordIndex:
@@ -95,12 +99,23 @@ class RecordIndex:
         entries = np.searchsorted(self._ends, positions, side="right")
         every = self._selection.rows
         rows = positions - self._starts[entries] if every is None else every[positions]
-        keys = list(zip(self._numbers[entries].tolist(), (rows // INDEX_ROWS).tolist(), strict=True))
-        numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        numbers, pieces = self._numbers[entries], rows // INDEX_ROWS
+        order = np.lexsort((pieces, numbers))  # records of a part one behind the other
+        numbers, pieces, rows = numbers[order], pieces[order], rows[order] % INDEX_ROWS
+        heads = np.flatnonzero(np.append(True, (numbers[1:] != numbers[:-1]) | (pieces[1:] != pieces[:-1])))
+        parts = [self._part(*key) for key in zip(numbers[heads].tolist(), pieces[heads].tolist(), strict=True)]
+        each = [rows[begin:end] for begin, end in itertools.pairwise([*heads.tolist(), len(rows)])]
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        table = np.concatenate([part.table[some] for part, some in zip(parts, each, strict=True)])[back]
+        labels, begins, ends = np.ascontiguousarray(table.T)
         return Found(
-            parts=[self._part(*key) for key in numbers],
-            which=np.array([numbers[key] for key in keys], np.int64),
-            rows=(rows % INDEX_ROWS).tolist(),
+            parts=parts,
+            which=np.repeat(np.arange(len(parts)), [len(some) for some in each])[back],
+            labels=labels,
+            begins=begins,
+            ends=ends,
+            ids=np.concatenate([part.ids[some] for part, some in zip(parts, each, strict=True)])[back].tolist(),
             sound=self._sound,
             files_at_once=self._files.limit,
         )
@@ -144,12 +159,12 @@ class RecordIndex:
                 )
         cuts = offsets.pop("ids")
         ids = shard.read("ids", int(cuts[0]), int(cuts[-1])).tobytes()
+        rows = offsets.pop(leading)
         return IndexPart(
             shard=shard,
             first_block=int(self._block_ends[number]),
-            labels=shard.read("labels", first, end).tolist(),
-            ids=_texts(shard, ids, (cuts - cuts[0]).tolist()),
-            rows=offsets.pop(leading).tolist(),
+            table=np.stack([shard.read("labels", first, end), rows[:-1], rows[1:]], axis=1, dtype=np.int64),
+            ids=np.array(_texts(shard, ids, (cuts - cuts[0]).tolist()), object),
             spans=np.stack([cut for each in offsets.values() for cut in (each[:-1], each[1:])] or [cuts[:0]], axis=1),
         )
 

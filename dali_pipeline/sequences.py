@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
@@ -184,23 +184,23 @@ class SequenceLoader(Loader[SequenceBatch]):
 
     def _through_torch(self, loaded: Loaded) -> Iterator[Made[SequenceBatch]]:
         for stretch in loaded:
-            values = torch.from_numpy(stretch.rows.values)
-            labels, valid = torch.from_numpy(stretch.rows.labels), torch.from_numpy(stretch.valid)
-            for rows in stretch.batches():
-                begin, longest = int(stretch.rows.starts[rows.start]), stretch.longest(rows)
-                batch = values[begin : begin + self.batch_size * longest].view(self.batch_size, longest, *values.shape[1:])
-                with span("copy", self.device.type != "cpu"):
-                    moved = [one.to(self.device, non_blocking=True) for one in (batch, labels[rows], valid[rows])]
-                with span("decode"):
-                    batch = self._decoding.run(moved[0], stretch.rows.lengths[rows])
-                yield self._batch(batch, moved[1], moved[2], stretch, rows)
+            yield from self._made(stretch, self._stored(stretch))
+
+    def _stored(self, stretch: Stretch) -> Iterator[torch.Tensor]:
+        """The values of each batch, on the device."""
+        values, longest = torch.from_numpy(stretch.rows.values), stretch.longest
+        cut = torch.split(values, [self.batch_size * steps for steps in longest])
+        for batch, steps in zip(cut, longest, strict=True):
+            with span("copy", self.device.type != "cpu"):
+                moved = batch.to(self.device, non_blocking=True)
+            yield moved.view(self.batch_size, steps, *values.shape[1:])
 
     def _through_dali(self, loaded: Loaded) -> Iterator[Made[SequenceBatch]]:
         # A pipeline an epoch: building one takes about 10 ms, and nothing read ahead can outlive its epoch.
         ahead: deque[Stretch] = deque()  # what DALI has in hand; it reads from these very arrays
         failures: list[BaseException] = []
 
-        def feed() -> tuple[Any, Array, Array]:
+        def feed() -> Array | list[Array]:
             """One stretch for external_source; an error ends DALI's epoch and is raised behind the batches before it."""
             try:
                 stretch = next(loaded)
@@ -210,44 +210,45 @@ class SequenceLoader(Loader[SequenceBatch]):
                 failures.append(error)
                 raise StopIteration from None
             ahead.append(stretch)
-            return stretch.samples(ragged=self._pads_in_dali), stretch.rows.labels, stretch.valid
+            return stretch.samples(ragged=self._pads_in_dali)
 
         pipeline = sequence_graph(
             feed,
             decoding=self._decoding if self._decodes_in_dali else None,
             pads=self._pads_in_dali,
-            batch_size=self.batch_size * self._longest_stretch,
+            batch_size=self._longest_stretch * (self.batch_size if self._pads_in_dali else 1),
             num_threads=2,
             device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
             prefetch_queue_depth=PREFETCH_STRETCHES,
         )
         from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-        names = ["sequences", "labels", "valid"]
-        iterator = DALIGenericIterator([pipeline], names, size=-1, auto_reset=False, prepare_first_batch=False)
+        iterator = DALIGenericIterator([pipeline], ["sequences"], size=-1, auto_reset=False, prepare_first_batch=False)
         with belonging_to_this_process(iterator):
             for (out,) in spans("dali", iterator):
                 stretch = ahead.popleft()
-                for rows in stretch.batches():
-                    batch = out["sequences"][rows, : stretch.longest(rows)]
-                    if not self._decodes_in_dali:
-                        with span("decode"):
-                            batch = self._decoding.run(batch, stretch.rows.lengths[rows])
-                    batch = batch.contiguous()
-                    yield self._batch(batch, out["labels"][rows], out["valid"][rows], stretch, rows)
+                values = out["sequences"]
+                if self._pads_in_dali:
+                    values = values.unflatten(0, (-1, self.batch_size))
+                cut = zip(values.unbind(), stretch.longest, strict=True)
+                yield from self._made(stretch, (batch[:, :steps] for batch, steps in cut))
         if failures:
             raise failures[0]
 
-    def _batch(
-        self, sequences: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor, stretch: Stretch, rows: slice
-    ) -> Made[SequenceBatch]:
-        ids = stretch.rows.ids[rows]
-        batch = SequenceBatch(
-            sequences=sequences,
-            lengths=torch.from_numpy(stretch.rows.lengths[rows]),
-            labels=labels,
-            valid=valid,
-            ids=ids,
-            positions=torch.from_numpy(stretch.rows.positions[rows]),
-        )
-        return Made(batch, ids, stretch.valid[rows], stretch.left_out)
+    def _made(self, stretch: Stretch, values: Iterable[torch.Tensor]) -> Iterator[Made[SequenceBatch]]:
+        """A stretch's batches, of the values of each."""
+        rows, size = stretch.rows, self.batch_size
+        on_cpu = [torch.from_numpy(each) for each in (rows.labels, stretch.valid, rows.lengths, rows.positions)]
+        with span("copy", self.device.type != "cpu"):
+            on_device = [each.to(self.device, non_blocking=True) for each in on_cpu[:2]]
+        alike = (torch.split(each, size) for each in on_device + on_cpu[2:])
+        for begin, batch, label, kept, length, position in zip(stretch.begins, values, *alike, strict=True):
+            end = begin + size
+            if not self._decodes_in_dali:
+                with span("decode"):
+                    batch = self._decoding.run(batch, rows.lengths[begin:end])
+            ids = rows.ids[begin:end]
+            delivered = SequenceBatch(
+                sequences=batch.contiguous(), lengths=length, labels=label, valid=kept, ids=ids, positions=position
+            )
+            yield Made(delivered, ids, stretch.valid[begin:end], stretch.left_out)

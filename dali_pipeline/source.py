@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Literal, TypeAlias, TypedDict
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from dali_pipeline.gather import gather
 from dali_pipeline.layers import Layers, select
 from dali_pipeline.memory import Buffers
 from dali_pipeline.order import WINDOW_BYTES, Ints
-from dali_pipeline.records import IndexPart, RecordIndex
+from dali_pipeline.records import Found, RecordIndex
 from dali_pipeline.rows import SequenceRows
 from dali_pipeline.schema import Array, DataError, Field, Kind, Schema
 from dali_pipeline.selection import Selection
@@ -112,25 +112,25 @@ class BatchSource:
         """Takes the rows' memory from there from now on."""
         self._buffers = memory
 
-    def _room(self, name: str, rows: int, field: Field, first: tuple[IndexPart, int], begin: int) -> Array:
-        """Memory for so many rows, of which the first is row `begin` of array `name` in its shard.
+    def _room(self, name: str, rows: int, field: Field, found: Found, begin: int) -> Array:
+        """Memory for so many rows, of which the first is row `begin` of array `name` in the shard of the first record.
 
         It lies in its cache line as the first row does in the file: where memory stands 1 to 31 bytes beyond the file's place
         in a page, processors that copy by `rep movsb` (AMD Zen 3 and later) take five times as long.
         """
-        phase = (first[0].shard.array(name).begin + begin * field.row_bytes) % 64
+        phase = (found.shard(0).array(name).begin + begin * field.row_bytes) % 64
         if phase % field.storage.itemsize:
             phase = 0
         return self._buffers.take(rows * field.row_bytes, phase).view(field.storage).reshape(rows, *field.shape)
 
-    def _check_finite(self, name: str, field: Field, values: Array, starts: Ints, pairs: list[tuple[IndexPart, int]]) -> None:
-        """starts: (N,) where each record's values begin."""
+    def _check_finite(self, name: str, field: Field, values: Array, starts: Ints, found: Found, records: Ints) -> None:
+        """starts: (n,) where the values of each of these `records` begin."""
         if all_finite(values, field.dtype):
             return
         strange = ~np.isfinite(field.values(values)).reshape(len(values), -1).all(axis=1)
-        part, row = pairs[int(np.searchsorted(starts, np.argmax(strange), side="right")) - 1]
+        record = int(records[np.searchsorted(starts, np.argmax(strange), side="right") - 1])
         raise NotFiniteError(
-            f"{part.shard.path}, {name}: record {part.ids[row]!r} holds NaN or infinite values; "
+            f"{found.shard(record).path}, {name}: record {found.ids[record]!r} holds NaN or infinite values; "
             "on_nan='skip' leaves such records out, 'keep' delivers them"
         )
 
@@ -164,7 +164,8 @@ class SequenceSource(BatchSource):
 
     def lengths(self, positions: Ints) -> Ints:
         """Steps of the records (N,), as stored; reads what is to be read of them anyway before their values."""
-        return np.array([part.rows[row + 1] - part.rows[row] for part, row in self._index.locate(positions).pairs()], np.int64)
+        found = self._index.locate(positions)
+        return found.ends - found.begins
 
     def gather(self, positions: Ints, batch_size: int, padded: Padded) -> SequenceRows:
         """The records at `positions` (N,), any order, repeats allowed; batches of `batch_size`.
@@ -175,16 +176,14 @@ class SequenceSource(BatchSource):
         field = self._schema.sequence
         assert field is not None
         found = self._index.locate(positions)
-        pairs = found.pairs()
-        begins = np.array([part.rows[row] for part, row in pairs], np.int64)
-        lengths = np.array([part.rows[row + 1] for part, row in pairs], np.int64) - begins
-        records, ends = np.arange(len(pairs)), begins + lengths
+        begins, ends = found.begins, found.ends
+        lengths, records = ends - begins, np.arange(len(positions))
         if self._layers is not None:  # every record several times, once for each run of its layers
             runs = [self._selected(length) for length in lengths.tolist()]
             records = np.repeat(records, [len(each) for each in runs])
             spans = np.array([span for each in runs for span in each], np.int64)  # (reads, 2)
             begins, ends = begins[records] + spans[:, 0], begins[records] + spans[:, 1]
-            lengths = np.bincount(records, ends - begins, len(pairs)).astype(np.int64)
+            lengths = np.bincount(records, ends - begins, len(positions)).astype(np.int64)
         sizes = lengths  # rows that each record takes in `values`
         if padded is not None:
             longest = np.maximum.reduceat(lengths, np.arange(0, len(lengths), batch_size))  # of each batch
@@ -192,7 +191,7 @@ class SequenceSource(BatchSource):
             sizes = np.repeat(every, batch_size)
         starts = np.cumsum(sizes) - sizes
         at = starts[records] + (np.cumsum(ends - begins) - (ends - begins)) - (np.cumsum(lengths) - lengths)[records]
-        values = self._room("sequence", int(sizes.sum()), field, pairs[0], int(begins[0]))
+        values = self._room("sequence", int(sizes.sum()), field, found, int(begins[0]))
         for short in np.flatnonzero(lengths < sizes).tolist():
             values[starts[short] + lengths[short] : starts[short] + sizes[short]] = 0
         if field.layout is not None:  # every row is a read of its own
@@ -204,26 +203,12 @@ class SequenceSource(BatchSource):
             ends = begins + 1
         gather(found, "sequence", records, begins, ends, values, at)
         if self._finite:
-            self._check_finite("sequence", field, values, starts, pairs)
+            self._check_finite("sequence", field, values, starts, found, np.arange(len(positions)))
         return SequenceRows(
             values=values,
             starts=starts,
             lengths=lengths,
             positions=self._selection.told(positions),
-            **labels_and_ids(pairs),
+            labels=found.labels,
+            ids=found.ids,
         )
-
-
-class LabelsAndIds(TypedDict):
-    """What the rows of either kind have."""
-
-    labels: Ints
-    ids: list[str]
-
-
-def labels_and_ids(pairs: list[tuple[IndexPart, int]]) -> LabelsAndIds:
-    """Of these records."""
-    return {
-        "labels": np.array([part.labels[row] for part, row in pairs], np.int64),
-        "ids": [part.ids[row] for part, row in pairs],
-    }
