@@ -115,7 +115,7 @@ def test_nothing_is_left_behind(make: contracts.Make, request: pytest.FixtureReq
     before = held()
     epochs_of_every_kind(loader, 12 if "processes" in request.node.name else 100)
     after = held()
-    assert after == before
+    assert all(after[what] <= before[what] for what in before), (before, after)
     del loader
     assert held()["files"] <= before["files"]
 
