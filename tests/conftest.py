@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from dali_pipeline.shard import ShardInfo
 from dali_pipeline.shardfile import ShardFile
 
 torch.set_num_threads(1)
+# all but AMX: virtual machines that tell of it and end a process with "illegal instruction" are about
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 
 # a shell's background jobs ignore Ctrl-C, and pass that on: a test's script begins with this
 HEARS_CTRL_C = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"

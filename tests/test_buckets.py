@@ -38,19 +38,20 @@ def test_the_laws_hold(make: contracts.Make, tmp_path: Any) -> None:
         make(bucket_by_length=False).load_state_dict(make().state_dict())
 
 
-@pytest.mark.parametrize("lanes", [1, 4])
+@pytest.mark.parametrize(("lanes", "most"), [(1, 0.25), (4, 0.95)])  # few records a lane, and last batches, allow no more
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_padding_is_less_and_batches_are_mixed(make: contracts.Make, world_size: int, lanes: int) -> None:
+def test_padding_is_less_and_batches_are_mixed(make: contracts.Make, world_size: int, lanes: int, most: float) -> None:
     def padding(bucket: bool) -> float:
         total = real = 0
         for rank in range(world_size):
             options = {"rank": rank, "world_size": world_size, "batch_size": 8, "lanes": lanes, "window_bytes": 10**6}
-            for batch in make(bucket_by_length=bucket, **options):
+            loader = make(bucket_by_length=bucket, **options)
+            for batch in (batch for _ in range(5) for batch in loader):  # epochs, whose order is another on every machine
                 total += batch.sequences.shape[0] * batch.sequences.shape[1]
                 real += int(batch.lengths.sum())
         return 1 - real / total
 
-    assert padding(True) < 0.8 * padding(False)  # the last batches, and few records a lane, allow no more here
+    assert padding(True) < most * padding(False)
     lengths = [int(batch.lengths.max()) for batch in make(window_bytes=10**6)]
     assert lengths != sorted(lengths)
 
