@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +78,25 @@ def test_moments_are_those_of_all_rows_however_they_are_cut(
     assert np.allclose(found.mean, finite.mean(axis=0), rtol=tolerance)
     assert np.allclose(found.std, finite.std(axis=0), rtol=tolerance, atol=1e-9)
     assert Moments().statistics() is None
+
+
+@pytest.mark.parametrize("features", [1, 9, 600])
+def test_moments_are_the_same_bits_on_every_processor(features: int) -> None:
+    script = f"""
+import numpy as np
+from dali_pipeline.moments import Moments
+moments = Moments()
+moments.update(np.random.default_rng(0).random((3001, {features}), np.float32))
+print(moments)
+"""
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", script], env={**os.environ, "OPENBLAS_CORETYPE": kind}, capture_output=True, check=True
+        ).stdout
+        for kind in ("Prescott", "Haswell")  # how BLAS takes this processor to be
+    }
+    assert len(found) == 1
+    assert b"mean=[0." in found.pop()
 
 
 def test_a_group_is_never_torn_apart_and_both_kinds_agree(data: dp.Dataset, records: dict[str, dp.Record]) -> None:
