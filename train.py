@@ -21,7 +21,7 @@ import typer
 from dali_pipeline import Dataset, UsageError, World, open_dataset
 from dali_pipeline.arguments import CACHE_BYTES, CACHE_DIR, parse_cache_bytes, parse_workers
 from dali_pipeline.cachedfile import Place
-from dali_pipeline.cli import CONTEXT
+from dali_pipeline.cli import new_app
 from dali_pipeline.cli import run as run_command_line
 from training.commandline import GroupedCommand, flag, print_config, take_config
 from training.config import MODELS, Conduct, ModelName, TrainConfig
@@ -119,7 +119,7 @@ def print_results(folder: Path, data: Dataset, options: Options) -> None:
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir() if path.suffix != '.pt'))}, checkpoints")
 
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT)
+app = new_app()
 
 
 @app.command(cls=GroupedCommand)

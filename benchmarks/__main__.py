@@ -17,7 +17,7 @@ from typing import Annotated, NamedTuple
 
 import typer
 
-from dali_pipeline.cli import CONTEXT, run
+from dali_pipeline.cli import new_app, run
 
 QUICK = Path(__file__).parent / "results" / "quick"
 
@@ -56,7 +56,7 @@ THEMES = {
         quick="--gigabytes 0.02 --memory-gigabytes 0 --repeats 1",
     ),
 }
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT)
+app = new_app()
 
 
 @app.command()

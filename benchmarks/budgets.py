@@ -21,10 +21,10 @@ from torch_geometric.nn.models import GIN
 
 import dali_pipeline as dp
 from benchmarks.harness import Results
-from dali_pipeline.cli import CONTEXT, run
+from dali_pipeline.cli import new_app, run
 
 FEATURES = 16
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT)
+app = new_app()
 
 
 def written(folder: Path, records: int) -> dp.Dataset:

@@ -28,14 +28,14 @@ from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
 from torch_geometric.data.storage import GlobalStorage
 
 from benchmarks.harness import Results, evict, peak_memory, read_in_order, seconds
-from dali_pipeline.cli import CONTEXT, run
+from dali_pipeline.cli import new_app, run
 from dali_pipeline.ingest.traces import attention_graphs
 from dali_pipeline.verify import verify
 
 LAYERS, HIDDEN = 33, 1024  # of sequences: 67,584 bytes a record in float16
 GRAPH_LAYERS, GRAPH_HIDDEN = 30, 576
 RECORDS_A_FILE, GRAPHS_A_FILE = 1500, 250
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT)
+app = new_app()
 
 
 def write_sequences(root: Path, nbytes: float, rng: np.random.Generator, suffix: str = "pt") -> int:

@@ -17,13 +17,13 @@ import typer
 
 import dali_pipeline as dp
 from benchmarks.harness import Results
-from dali_pipeline.cli import CONTEXT, run
+from dali_pipeline.cli import new_app, run
 from dali_pipeline.ingest.convert import convert
 from dali_pipeline.ingest.job import ConvertConfig
 from training.results import read_metrics
 
 ENCODINGS = ("float32", "float16", "bfloat16", "int8")
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT)
+app = new_app()
 
 
 def error(data: dp.Dataset, exact: dp.Dataset) -> float:

@@ -23,10 +23,10 @@ import dali_pipeline as dp
 from benchmarks.harness import Results, alternately, rate, read_rows
 from benchmarks.peers import report, running
 from benchmarks.peers_graphs import IN_MEMORY, PEERS, Records, write_graphs
-from dali_pipeline.cli import CONTEXT, run
+from dali_pipeline.cli import new_app, run
 
 LIMIT, PAGE_CACHE = "slice and concatenate", "preadv of x, and cast"
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT)
+app = new_app()
 
 
 def made(folder: Path, records: int, layers: int, nodes: int, features: int, edges: int, *, weighted: bool) -> Records:

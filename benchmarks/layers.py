@@ -23,13 +23,13 @@ import dali_pipeline as dp
 from benchmarks.graphs import made as made_graphs
 from benchmarks.graphs import written
 from benchmarks.harness import Results, evict, seconds, shards
-from dali_pipeline.cli import CONTEXT, run
+from dali_pipeline.cli import new_app, run
 from dali_pipeline.layout import ByLayer
 
 LAYERS, FEATURES, GRAPH_LAYERS = 32, 1024, 8
 Chosen = slice | None
 MakeLoader = Callable[[dp.Dataset, Chosen], Any]
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT)
+app = new_app()
 
 
 def made_sequences(folder: Path, count: int, *, by_layer: bool) -> dp.Dataset:

@@ -20,9 +20,9 @@ import torch
 import typer
 
 from benchmarks.harness import Results, alternately, rate, read_in_order, wait_for_gpu
-from dali_pipeline.cli import CONTEXT, run
+from dali_pipeline.cli import new_app, run
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT)
+app = new_app()
 
 
 def copy(source: torch.Tensor, target: torch.Tensor, threads: int) -> int:

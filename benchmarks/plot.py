@@ -18,14 +18,14 @@ from matplotlib.ticker import EngFormatter
 
 from benchmarks.harness import Row, rows_of
 from benchmarks.tables import LABELS, is_ours, reach_of, spread, update_tables
-from dali_pipeline.cli import CONTEXT, run
+from dali_pipeline.cli import new_app, run
 from dali_pipeline.picture import COLOURS, save
 
 OURS, PEER, LIMIT = COLOURS[2], COLOURS[3], COLOURS[1]
 STYLES = {"torch engine": (COLOURS[2], "o"), "dali engine": (COLOURS[0], "s"), "GraphLoader": (COLOURS[1], "^")}
 LIMITS = ("gather", "slice and concatenate")
 README = Path("README.md")
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT)
+app = new_app()
 Rows = list[Row]
 Panel = Callable[[Axes], None]
 

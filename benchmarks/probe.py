@@ -22,11 +22,11 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 
 import dali_pipeline as dp
-from dali_pipeline.cli import CONTEXT, run
+from dali_pipeline.cli import new_app, run
 from training.layers import probe_layers
 
 Floats = npt.NDArray[Any]
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT)
+app = new_app()
 
 
 def load(data: dp.Dataset, split: str) -> tuple[Floats, Floats, list[str]]:

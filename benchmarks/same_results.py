@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import dali_pipeline as dp
 from benchmarks.probe import load
-from dali_pipeline.cli import CONTEXT, run
+from dali_pipeline.cli import new_app, run
 from models import LSTMDetector
 from training.config import MODELS, Conduct, TrainConfig
 from training.interrupt import Interrupts
@@ -36,7 +36,7 @@ from training.trainer import Trainer
 
 FILE_RECORDS = DEQUE_RECORDS = 250
 Splits = dict[str, tuple[torch.Tensor, torch.Tensor]]
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT)
+app = new_app()
 
 
 class PtFiles(IterableDataset[Any]):

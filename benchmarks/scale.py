@@ -21,7 +21,7 @@ import typer
 
 import dali_pipeline as dp
 from benchmarks.harness import Results, evict, growth, read_in_order, seconds, shards
-from dali_pipeline.cli import CONTEXT, run
+from dali_pipeline.cli import new_app, run
 from dali_pipeline.order import WINDOW_BYTES
 from dali_pipeline.sequences import Engine
 
@@ -33,7 +33,7 @@ EPOCH += "print(sum(len(batch) for batch in loader))"
 FIRST = "begun = time.perf_counter(); loader = dp.SequenceLoader(dp.open_dataset(sys.argv[1]), engine=sys.argv[2]); "
 FIRST += "next(iter(loader)); print(time.perf_counter() - begun)"
 SHARDS = (100, 1000, 10_000)
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT)
+app = new_app()
 
 
 def made(folder: Path, count: int, shape: tuple[int, int], shard_bytes: int) -> dp.Dataset:

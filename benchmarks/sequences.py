@@ -27,12 +27,12 @@ from benchmarks.harness import Results, alternately, rate, read_rows, wait_for_g
 from benchmarks.peers import Peer, report, running
 from benchmarks.peers_sequences import PEERS
 from benchmarks.peers_torch import VALUES, write_values
-from dali_pipeline.cli import CONTEXT, run
+from dali_pipeline.cli import new_app, run
 from dali_pipeline.decoding import sequence_graph
 from dali_pipeline.sequences import STRETCH_BYTES, Engine
 
 CAST, CONSTANT, PAGE_CACHE = "gather and cast", "DALI, a constant batch", "preadv from the page cache"
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT)
+app = new_app()
 
 
 def made(folder: Path, count: int, shape: tuple[int, int]) -> tuple[dp.Dataset, np.ndarray[Any, Any]]:

@@ -17,7 +17,7 @@ import numpy as np
 import typer
 
 from benchmarks.harness import Results
-from dali_pipeline.cli import CONTEXT, run
+from dali_pipeline.cli import new_app, run
 from dali_pipeline.picture import draw_shuffle
 from dali_pipeline.shuffle import WINDOW_SHARES, Quality, measure
 
@@ -27,7 +27,7 @@ METHODS = {
     "dali_pipeline": "dali_pipeline",
     "full permutation": "full permutation",
 }
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT)
+app = new_app()
 
 
 @app.command()

@@ -31,7 +31,7 @@ import typer
 
 import dali_pipeline as dp
 from benchmarks.harness import Results, alternately, seconds, shards
-from dali_pipeline.cli import CONTEXT, run
+from dali_pipeline.cli import new_app, run
 from dali_pipeline.layout import ByLayer
 
 SHAPE, CHOSEN = (33, 1024), slice(12, 20)
@@ -40,7 +40,7 @@ ROOT = Path(__file__).parent.parent
 LINK = "the link, a plain client"
 FIRST, OPENED, SECOND = "first epoch", "opening the set and its first epoch", "second epoch, all of it in the cache"
 FOLDER = "second epoch, from a folder"
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT)
+app = new_app()
 
 
 def made(folder: Path, megabytes: int, shard_bytes: int, *, by_layer: bool) -> dp.Dataset:

@@ -23,12 +23,12 @@ from benchmarks.graphs import written
 from benchmarks.harness import Results, alternately
 from benchmarks.sequences import made
 from dali_pipeline.checkup import ModelName, train_step
-from dali_pipeline.cli import CONTEXT, run
+from dali_pipeline.cli import new_app, run
 from dali_pipeline.stages import measure_together, model_rate
 from training.watch import gpu_use
 
 BATCH_SIZE, SAMPLE_SECONDS = 32, 0.2
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=CONTEXT)
+app = new_app()
 
 
 @contextmanager

@@ -20,16 +20,16 @@ from dali_pipeline.schema import PipelineError, UsageError
 from dali_pipeline.split import Split
 from dali_pipeline.versions import versions_command
 
-# piped help is not folded to a terminal's width
-CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"]} | ({} if sys.stdout.isatty() else {"terminal_width": 10_000})
-app = typer.Typer(
-    help="Streams sequences and graphs from data sets far larger than memory.",
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings=CONTEXT,
-)
+
+def new_app(**options: Any) -> typer.Typer:
+    """A command line as all of ours are: -h as well as --help, in plain text, not folded to a terminal's width where piped."""
+    context = {"help_option_names": ["-h", "--help"]} | ({} if sys.stdout.isatty() else {"terminal_width": 10_000})
+    return typer.Typer(
+        add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=context, **options
+    )
+
+
+app = new_app(help="Streams sequences and graphs from data sets far larger than memory.", no_args_is_help=True)
 
 SplitOption = Annotated[str, typer.Option("--split", metavar="TRAIN/VAL/TEST", help="Shares in per cent, dealt by group.")]
 SplitSeed = Annotated[int, typer.Option("--split-seed", help="Another seed, another split.")]
