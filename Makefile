@@ -23,7 +23,7 @@ check: $(READY)      ## lint and types alone
 
 results: $(READY)    ## the README's table: three seeds of every detector, and the linear probe beside them
 	$(BIN)/python train.py --seeds 3
-	$(BIN)/python benchmarks/probe.py data/sciq
+	$(BIN)/python -m benchmarks.probe data/sciq
 
 # FULL=1: what the README's figures are of; QUICK=1: a look without peers, into a folder of its own
 bench: $(READY) $(if $(QUICK),,.venv-peers/.ready)  ## speed and memory beside the limits and the peers, into benchmarks/results; FULL=1 longer, QUICK=1 without peers

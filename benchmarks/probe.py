@@ -1,6 +1,6 @@
 """What a detector is held against: a linear probe on every layer, the length of a sequence, and nothing learned at all.
 
-    python benchmarks/probe.py data/sciq
+    python -m benchmarks.probe data/sciq
 
 The probe is the one that train.py draws (training/layers.py); the layer is chosen on validation. On a data
 set that `train.py` made, a bag of words over the prompts and their length stand beside it: they read no hidden state.
@@ -79,4 +79,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(run(app, "probe.py"))
+    sys.exit(run(app, "benchmarks.probe"))
