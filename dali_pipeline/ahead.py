@@ -1,4 +1,5 @@
-"""Work done ahead of its use, in threads of this process, its results in order; and what a forked child must not take down."""
+"""Work done ahead of its use, in threads of this process, its results in order, and torch's beside them; and what a forked
+child must not take down."""
 
 from __future__ import annotations
 
@@ -6,16 +7,19 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
+from threadpoolctl import ThreadpoolController
 
 from dali_pipeline.container import allowed_cores
 from dali_pipeline.trace import span
 
 T = TypeVar("T")
 R = TypeVar("R")
+LONG_RECORD_BYTES = 32 << 10  # from which on a record is copied for longer than Python works on it
 _LEFT_TO_THE_PARENT: list[Any] = []
 
 
@@ -46,9 +50,30 @@ def _gathered(function: Callable[[T], R], item: T) -> R:
         return function(item)
 
 
-def background_threads(device: torch.device) -> int:
-    """One, which overlaps with a step; none where that computes on the same two cores, for then a thread only costs."""
-    return 1 if device.type == "cuda" or allowed_cores() > 2 else 0
+def background_threads(device: torch.device, record_bytes: float) -> int:
+    """One, which overlaps with what the caller's thread does with records of such a size; none where that computes on the same
+    one core, or on the same two and Python holds it up, which one thread runs at a time, rather than copying."""
+    return 1 if device.type == "cuda" or allowed_cores() > (1 if record_bytes >= LONG_RECORD_BYTES else 2) else 0
+
+
+def cores_beside(busy: int) -> int:
+    """Threads that torch may work on in the caller's, while so many others are `busy`: all of them beside none."""
+    return max(1, int(allowed_cores()) - busy) if busy else torch.get_num_threads()
+
+
+def on_threads(count: int) -> AbstractContextManager[object]:
+    """Inside, torch works in this thread on so many threads at most; costs 11 us where that is fewer than elsewhere.
+
+    OpenMP cuts work into equal parts, so all wait for the one whose core is busy, and keep their own cores waiting: a cast
+    beside a gathering thread on two cores took two threads 1.6 times as long as one alone, and twice the cores' time.
+    """
+    return nullcontext() if count >= torch.get_num_threads() else _openmp().limit(limits=count)
+
+
+@cache
+def _openmp() -> ThreadpoolController:
+    """Torch's, whose limits hold for the calling thread alone."""
+    return ThreadpoolController().select(user_api="openmp")
 
 
 @contextmanager

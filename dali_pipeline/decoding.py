@@ -22,8 +22,8 @@ DALI_DTYPES = {torch.float16: "FLOAT16", torch.float32: "FLOAT"}
 class Decoding:
     """float32(stored) * scale, (that - mean) * inverse, then dtype: whichever of them there is, each rounded on its own.
 
-    bfloat16: whether stored values are its bits, as int16 · scale: (T or 1, *row), mean, inverse: (*row), float32.
-    Numbers stored as float64 stay so until the end.
+    bfloat16: whether stored values are its bits, as int16 · scale: (T or 1, *row), mean, inverse: (*row), float32 · idle:
+    whether there is nothing to do. Numbers stored as float64 stay so until the end.
     """
 
     bfloat16: bool
@@ -31,6 +31,7 @@ class Decoding:
     mean: torch.Tensor | None
     inverse: torch.Tensor | None
     dtype: torch.dtype
+    idle: bool = False
 
     @classmethod
     def of(
@@ -51,7 +52,9 @@ class Decoding:
             std = torch.tensor(statistics.std, dtype=torch.float32).reshape(field.shape)
             inverse = 1 / torch.where(std > 0, std, 1)
         scale, mean, inverse = (None if one is None else one.to(device) for one in (scale, mean, inverse))
-        return cls(bfloat16=field.dtype == BFLOAT16, scale=scale, mean=mean, inverse=inverse, dtype=dtype)
+        bfloat16 = field.dtype == BFLOAT16
+        idle = scale is None and mean is None and field.dtype == str(dtype).removeprefix("torch.")
+        return cls(bfloat16=bfloat16, scale=scale, mean=mean, inverse=inverse, dtype=dtype, idle=idle)
 
     @property
     def in_dali(self) -> bool:

@@ -37,6 +37,7 @@ def examine(
         raise DataError(f"the training split of {data.root} has no {kind}; expected some to measure with")
     machine = describe_machine(data.root.cache.folder if isinstance(data.root, RemotePath) else data.root)
     record_bytes = int(loader.selection.nbytes.sum()) / loader.selection.num_records
+    setup = replace(setup, record_bytes=record_bytes)
     step = make_step(loader)
     rates = measure_stages(data, kind, loader, step, record_bytes, tell, seconds)
     source, room = "store", loader.selection.room

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from dali_pipeline.ahead import background_threads, map_ahead
+from dali_pipeline.ahead import background_threads, cores_beside, map_ahead, on_threads
 from dali_pipeline.budget import BudgetPlan, Packed
 from dali_pipeline.collate import Collator, GraphBatch
 from dali_pipeline.dataset import Dataset
@@ -41,8 +41,9 @@ class GraphLoader(Loader[GraphBatch]):
     more nodes and edges together; a record beyond it by itself is a batch "alone", or raises DataError, as `oversize` says ·
     layers: graphs of each record to read, a slice or a list · dtype: of x and edge_attr as delivered · workers: processes that
     read and gather ahead, 0 for the caller's own thread; "auto" is one background thread, which measured four times faster
-    than a process, whose batches must cross to this one · min_weight: edges whose edge_attr, one number, is smaller are left
-    out; a budget counts them all the same · the others as in `SequenceLoader`; on_nan looks at the values of all fields.
+    than a process, whose batches must cross to this one, or without a GPU none on one core, and on two with records below 32
+    KiB · min_weight: edges whose edge_attr, one number, is smaller are left out; a budget counts them all the same · the
+    others as in `SequenceLoader`; on_nan looks at the values of all fields.
 
     Raises UsageError for an argument that makes no sense, DataError for data without graphs; while iterating, FormatError
     for a damaged shard and PipelineError for a worker that died.
@@ -118,6 +119,8 @@ class GraphLoader(Loader[GraphBatch]):
         self._oversize = oversize
         self._steps_of = (-1, 0)  # an epoch, and its steps by the budget
         record_bytes = max(1, int(self.selection.nbytes.sum()) // max(1, self.selection.num_records))
+        self._threads = background_threads(self.device, record_bytes) if workers == "auto" else workers
+        self.cores = cores_beside(self._threads if self.device.type == "cpu" else 0)  # for torch in the caller's thread
         self._stretch_records = STRETCH_BYTES // record_bytes
         self._longest_stretch = max(1, min(STRETCH_STEPS, self._stretch_records // batch_size))
         if self.budgeted:
@@ -151,7 +154,7 @@ class GraphLoader(Loader[GraphBatch]):
             for loaded, error in gathered:
                 for stretch in loaded:
                     for rows, valid, places in stretch.batches():
-                        with span("collate"):
+                        with span("collate"), on_threads(self.cores):
                             batch = self._collator.batch(rows, valid)
                         yield Made(batch, batch.ids, valid, stretch.left_out, places)
                 if error is not None:
@@ -164,8 +167,7 @@ class GraphLoader(Loader[GraphBatch]):
             budget = self._budget(plan)
             work, items = partial(self._gatherer.gather_packed, budget), self._packed(budget, start)
         if self.workers == "auto" or not self.workers:
-            threads = background_threads(self.device) if self.workers == "auto" else 0
-            return map_ahead(work, items, threads)
+            return map_ahead(work, items, self._threads)
         return map_in_processes(partial(_gather_into, self._gatherer, work), items, self.workers, self._arena_bytes)
 
     def _budget(self, plan: EpochPlan) -> BudgetPlan:

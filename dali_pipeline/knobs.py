@@ -24,7 +24,7 @@ FASTER_DISK = 2.0  # times as fast
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A loader's options, as far as doctor changes them."""
+    """A loader's options, as far as doctor changes them. record_bytes: of the data, which workers="auto" goes by."""
 
     batch_size: int
     workers: int | Literal["auto"] = "auto"
@@ -32,6 +32,7 @@ class Setup:
     dtype: torch.dtype = torch.float32
     device: str = "auto"
     window_bytes: int = WINDOW_BYTES
+    record_bytes: float = 0.0
 
     def loader(self, data: Dataset, kind: Kind) -> Loader[Any]:
         """Of the training split."""
@@ -77,7 +78,9 @@ def knobs_of(schema: Schema, kind: Kind, setup: Setup, larger_batch: float) -> d
 
 
 def _threads(setup: Setup) -> int:
-    return background_threads(resolve_device(setup.device, World())) if setup.workers == "auto" else setup.workers
+    if setup.workers != "auto":
+        return setup.workers
+    return background_threads(resolve_device(setup.device, World()), setup.record_bytes)
 
 
 def _width(field: Field) -> int:

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import torch
 
-from dali_pipeline.ahead import background_threads, belonging_to_this_process, map_ahead
+from dali_pipeline.ahead import background_threads, belonging_to_this_process, cores_beside, map_ahead, on_threads
 from dali_pipeline.dataset import Dataset
 from dali_pipeline.decoding import Decoding, sequence_graph
 from dali_pipeline.delivery import OnError, OnNan, Workers, check_delivery
@@ -28,6 +28,7 @@ Engine = Literal["dali", "torch"]
 PREFETCH_STRETCHES = 2  # that DALI runs ahead
 STRETCH_BYTES = 16 << 20
 STRETCH_STEPS = 64
+DALI_THREADS = 2
 NOT_FOR_DALI = ("float64",)  # neither fn.pad nor the arithmetic of decoding does it
 
 
@@ -73,10 +74,10 @@ class SequenceLoader(Loader[SequenceBatch]):
 
     batch_size: per rank · layers: steps of each sequence to read, a slice or a list · dtype: delivered · window_bytes: of
     shards that are shuffled together at a time · lanes: disjoint parts of the data with a window each, a node's share ·
-    workers: threads that gather ahead, 0 for the caller's own; "auto" is 1, or 0 on two cores without a GPU · tail: "pad" the
-    last batches or "drop" them · engine: "dali", or "torch", which delivers the same batches without DALI · rank, world_size:
-    detected where not given · balance="label": labels in equal numbers; weights: of groups, 1 where not named; either makes an
-    epoch as many draws as there are records.
+    workers: threads that gather ahead, 0 for the caller's own; "auto" is 1, or without a GPU 0 on one core, and on two where
+    records are below 32 KiB or come as they are stored · tail: "pad" the last batches or "drop" them · engine: "dali", or
+    "torch", which delivers the same batches without DALI · rank, world_size: detected where not given · balance="label":
+    labels in equal numbers; weights: of groups, 1 where not named; either makes an epoch as many draws as there are records.
 
     normalize: every feature to mean 0 and standard deviation 1 over the training split, as the manifest has them ·
     bucket_by_length: batches of like lengths, so less padding: up to 64 neighbouring batches, half a window at most, exchange
@@ -157,6 +158,11 @@ class SequenceLoader(Loader[SequenceBatch]):
         self._padded: Padded = None if self._pads_in_dali else "all" if engine == "dali" else "batch"
         batch_bytes = batch_size * int(self.selection.nbytes.sum()) // max(1, self.selection.num_records)
         self._longest_stretch = max(1, min(STRETCH_STEPS, STRETCH_BYTES // max(1, batch_bytes)))
+        handled = 0 if self._decoding.idle and engine == "torch" else batch_bytes / batch_size  # of a record, by the caller
+        self._threads = background_threads(self.device, handled) if workers == "auto" else workers
+        # that torch decodes on in the caller's thread
+        busy = 0 if self._decoding.idle or on_gpu else self._threads + (DALI_THREADS if engine == "dali" else 0)
+        self.cores = cores_beside(busy)
         self._source = source = SequenceSource(
             self.selection, data.schema, layers, window_bytes=window_bytes, finite=on_nan != "keep"
         )
@@ -169,9 +175,8 @@ class SequenceLoader(Loader[SequenceBatch]):
             yield from (self._through_dali if self.engine == "dali" else self._through_torch)(loaded)
 
     def _read_ahead(self, plan: EpochPlan, start: int) -> Loaded:
-        threads = background_threads(self.device) if self.workers == "auto" else self.workers
         results = map_ahead(
-            partial(self._stretches.gather, plan), stretches(range(start, plan.num_steps), self._longest_stretch), threads
+            partial(self._stretches.gather, plan), stretches(range(start, plan.num_steps), self._longest_stretch), self._threads
         )
         with closing(results):
             for loaded, error in results:
@@ -217,7 +222,7 @@ class SequenceLoader(Loader[SequenceBatch]):
             decoding=self._decoding if self._decodes_in_dali else None,
             pads=self._pads_in_dali,
             batch_size=self._longest_stretch * (self.batch_size if self._pads_in_dali else 1),
-            num_threads=2,
+            num_threads=DALI_THREADS,
             device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
             prefetch_queue_depth=PREFETCH_STRETCHES,
         )
@@ -245,7 +250,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         for begin, batch, label, kept, length, position in zip(stretch.begins, values, *alike, strict=True):
             end = begin + size
             if not self._decodes_in_dali:
-                with span("decode"):
+                with span("decode"), on_threads(self.cores):
                     batch = self._decoding.run(batch, rows.lengths[begin:end])
             ids = rows.ids[begin:end]
             delivered = SequenceBatch(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dali_pipeline.ahead import on_threads
 from dali_pipeline.cachedfile import REQUEST_BYTES, RemotePath
 from dali_pipeline.dataset import Dataset
 from dali_pipeline.graphs import GraphLoader
@@ -95,16 +96,19 @@ def decode(loader: Loader[Any], gathered: Any) -> Any:
     if isinstance(loader, SequenceLoader):
         rows = gathered.rows
         values = torch.from_numpy(rows.values).view(loader.batch_size, -1, *rows.values.shape[1:])
-        return loader._decoding.run(values.to(loader.device), rows.lengths)
+        with on_threads(loader.cores):
+            return loader._decoding.run(values.to(loader.device), rows.lengths)
     assert isinstance(loader, GraphLoader)
     ((rows, _, _),) = gathered.batches()
-    return loader._collator.values(rows)
+    with on_threads(loader.cores):
+        return loader._collator.values(rows)
 
 
 def collate(loader: GraphLoader, gathered: Any) -> Any:
     """A gathered batch as it is delivered: decoded, numbered through, a PyG batch."""
     ((rows, valid, _),) = gathered.batches()
-    return loader._collator.batch(rows, valid)
+    with on_threads(loader.cores):
+        return loader._collator.batch(rows, valid)
 
 
 def rate_of(work: Iterator[Any], records: int, seconds: float) -> float:

@@ -284,8 +284,52 @@ def test_gpu_delivers_what_the_cpu_does(data: dp.Dataset, engine: Any) -> None:
             assert torch.equal(ours.labels, theirs.labels.cpu())
 
 
-def test_auto_is_a_thread_unless_the_step_needs_both_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cores, on_cpu in ((1, 0), (2, 0), (3, 1), (16, 1)):
+def test_auto_is_a_thread_unless_it_would_only_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, short, long in ((1, 0, 0), (2, 0, 1), (3, 1, 1), (16, 1, 1)):
         monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)))
-        assert ahead.background_threads(torch.device("cpu")) == on_cpu
-        assert ahead.background_threads(torch.device("cuda", 0)) == 1
+        for record_bytes, threads in ((0, short), (2_000, short), (67_584, long)):
+            assert ahead.background_threads(torch.device("cpu"), record_bytes) == threads
+            assert ahead.background_threads(torch.device("cuda", 0), record_bytes) == 1
+
+
+def test_torch_leaves_the_cores_that_others_work_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr("dali_pipeline.ahead.allowed_cores", lambda: 8.0)
+    assert [ahead.cores_beside(busy) for busy in (0, 1, 3, 8, 20)] == [before, 7, 5, 1, 1]
+    seen: list[int] = []
+    try:
+        torch.set_num_threads(4)
+        with ahead.on_threads(1):
+            other = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+            other.start()
+            other.join()
+            seen.append(torch.get_num_threads())
+        with ahead.on_threads(8):  # no more than the user wants
+            seen.append(torch.get_num_threads())
+        assert (seen, torch.get_num_threads()) == ([4, 1, 4], 4)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_decodes_on_the_cores_that_are_left(data: dp.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dali_pipeline.ahead.allowed_cores", lambda: 8.0)
+    options: list[dict[str, Any]] = [{"workers": 0}, {"workers": 2}, {"workers": 2, "dtype": torch.float16}]
+    cores = [dp.SequenceLoader(data, engine=engine, **each).cores for engine in ("torch", "dali") for each in options]
+    every = torch.get_num_threads()
+    assert cores == [every, 6, every, 6, 4, every]
+    found: list[int] = []
+    run = Decoding.run
+
+    def seen(*arguments: Any) -> torch.Tensor:
+        found.append(torch.get_num_threads())
+        return run(*arguments)
+
+    monkeypatch.setattr(Decoding, "run", seen)
+    monkeypatch.setattr("dali_pipeline.ahead.allowed_cores", lambda: 2.0)
+    torch.set_num_threads(2)
+    try:
+        for workers in (0, 1):
+            next(iter(dp.SequenceLoader(data, engine="torch", workers=workers)))
+    finally:
+        torch.set_num_threads(every)
+    assert found == [2, 1]
