@@ -175,8 +175,9 @@ def machine() -> tuple[str, str]:
 
 
 def results_path(theme: str) -> Path | None:
-    """The newest file of a theme, `<theme>_<machine>_<date>.csv`; None where there is none."""
-    return max(RESULTS.glob(f"{theme}_*_*.csv"), key=lambda path: path.stem.rsplit("_", 1)[1], default=None)
+    """The newest file of a theme, `<theme>_<machine>_<date>.csv`, of one day the one written last; None where there is none."""
+    found = RESULTS.glob(f"{theme}_*_*.csv")
+    return max(found, key=lambda path: (path.stem.rsplit("_", 1)[1], path.stat().st_mtime), default=None)
 
 
 def rows_of(theme: str) -> list[Row]:

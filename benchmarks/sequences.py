@@ -135,7 +135,7 @@ def long_records(
     }
     for engine in get_args(Engine):
         for dtype in (torch.float16, torch.float32):
-            for workers in (0, 2, 4):
+            for workers in (0, 1, 2, 4):
                 loader = dp.SequenceLoader(data, tail="drop", engine=engine, dtype=dtype, workers=workers)
                 ways[f"{engine} engine, {str(dtype)[6:]}, workers={workers}"] = partial(epoch, loader)
     timed: dict[str, Callable[[], float]] = {name: partial(rate, way, seconds) for name, way in ways.items()}
