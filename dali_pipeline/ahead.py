@@ -57,8 +57,8 @@ def background_threads(device: torch.device, record_bytes: float) -> int:
 
 
 def cores_beside(busy: int) -> int:
-    """Threads that torch may work on in the caller's, while so many others are `busy`: all of them beside none."""
-    return max(1, int(allowed_cores()) - busy) if busy else torch.get_num_threads()
+    """Threads that torch may work on in the caller's, while so many others are `busy`."""
+    return max(1, int(allowed_cores()) - busy)
 
 
 def on_threads(count: int) -> AbstractContextManager[object]:

@@ -160,9 +160,9 @@ class SequenceLoader(Loader[SequenceBatch]):
         self._longest_stretch = max(1, min(STRETCH_STEPS, STRETCH_BYTES // max(1, batch_bytes)))
         handled = 0 if self._decoding.idle and engine == "torch" else batch_bytes / batch_size  # of a record, by the caller
         self._threads = background_threads(self.device, handled) if workers == "auto" else workers
-        # that torch decodes on in the caller's thread
-        busy = 0 if self._decoding.idle or on_gpu else self._threads + (DALI_THREADS if engine == "dali" else 0)
-        self.cores = cores_beside(busy)
+        busy = self._threads + (DALI_THREADS if engine == "dali" else 0)
+        decodes = self.device.type == "cpu" and not self._decoding.idle
+        self.cores = cores_beside(busy if decodes else 0)  # for torch in the caller's thread
         self._source = source = SequenceSource(
             self.selection, data.schema, layers, window_bytes=window_bytes, finite=on_nan != "keep"
         )
