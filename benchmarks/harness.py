@@ -175,9 +175,10 @@ def machine() -> tuple[str, str]:
 
 
 def results_path(theme: str) -> Path | None:
-    """The newest file of a theme, `<theme>_<machine>_<date>.csv`, of one day the one written last; None where there is none."""
+    """The newest file of a theme, `<theme>_<machine>_<date>.csv`, of one day the last by name, in every clone the same; None
+    where there is none."""
     found = RESULTS.glob(f"{theme}_*_*.csv")
-    return max(found, key=lambda path: (path.stem.rsplit("_", 1)[1], path.stat().st_mtime), default=None)
+    return max(found, key=lambda path: (path.stem.rsplit("_", 1)[1], path.name), default=None)
 
 
 def rows_of(theme: str) -> list[Row]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from threadpoolctl import ThreadpoolController
@@ -50,9 +50,12 @@ def _gathered(function: Callable[[T], R], item: T) -> R:
         return function(item)
 
 
-def background_threads(device: torch.device, record_bytes: float) -> int:
-    """One, which overlaps with what the caller's thread does with records of such a size; none where that computes on the same
-    one core, or on the same two and Python holds it up, which one thread runs at a time, rather than copying."""
+def background_threads(device: torch.device, record_bytes: float, workers: int | Literal["auto"] = "auto") -> int:
+    """As many as `workers` says. By itself one, which overlaps with what the caller's thread does with records of such a size;
+    none where that computes on the same one core, or on the same two and Python holds it up, which one thread runs at a time,
+    rather than copying."""
+    if workers != "auto":
+        return workers
     return 1 if device.type == "cuda" or allowed_cores() > (1 if record_bytes >= LONG_RECORD_BYTES else 2) else 0
 
 

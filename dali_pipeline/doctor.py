@@ -36,7 +36,7 @@ def examine(
     if not loader.num_records:
         raise DataError(f"the training split of {data.root} has no {kind}; expected some to measure with")
     machine = describe_machine(data.root.cache.folder if isinstance(data.root, RemotePath) else data.root)
-    record_bytes = int(loader.selection.nbytes.sum()) / loader.selection.num_records
+    record_bytes = loader.selection.record_bytes
     setup = replace(setup, record_bytes=record_bytes)
     step = make_step(loader)
     rates = measure_stages(data, kind, loader, step, record_bytes, tell, seconds)

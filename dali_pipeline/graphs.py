@@ -118,8 +118,8 @@ class GraphLoader(Loader[GraphBatch]):
         self._collator = Collator(data.schema, self.device, dtype, copies=shared)
         self._oversize = oversize
         self._steps_of = (-1, 0)  # an epoch, and its steps by the budget
-        record_bytes = max(1, int(self.selection.nbytes.sum()) // max(1, self.selection.num_records))
-        self._threads = background_threads(self.device, record_bytes) if workers == "auto" else workers
+        record_bytes = max(1, int(self.selection.record_bytes))
+        self._threads = background_threads(self.device, record_bytes, workers)
         self.cores = cores_beside(self._threads if self.device.type == "cpu" else 0)  # for torch in the caller's thread
         self._stretch_records = STRETCH_BYTES // record_bytes
         self._longest_stretch = max(1, min(STRETCH_STEPS, self._stretch_records // batch_size))

@@ -78,9 +78,7 @@ def knobs_of(schema: Schema, kind: Kind, setup: Setup, larger_batch: float) -> d
 
 
 def _threads(setup: Setup) -> int:
-    if setup.workers != "auto":
-        return setup.workers
-    return background_threads(resolve_device(setup.device, World()), setup.record_bytes)
+    return background_threads(resolve_device(setup.device, World()), setup.record_bytes, setup.workers)
 
 
 def _width(field: Field) -> int:

@@ -92,6 +92,11 @@ class Selection:
         """N."""
         return int(self.records.sum())
 
+    @property
+    def record_bytes(self) -> float:
+        """Bytes of a record as stored, on average; 0 where there is none."""
+        return int(self.nbytes.sum()) / max(1, self.num_records)
+
     def bounds(self, axis: str) -> tuple[int, int] | None:
         """Fewest and most rows of a record (`step`, `graph`, `node`, `edge`) in the splits that these are of; None for none."""
         found = [shards.table.rows[axis] for shards in self.shards if axis in shards.table.rows]

@@ -156,10 +156,11 @@ class SequenceLoader(Loader[SequenceBatch]):
         self._decodes_in_dali = on_gpu and self._decoding.in_dali and field.dtype not in NOT_FOR_DALI
         self._pads_in_dali = self._decodes_in_dali and not equal_lengths
         self._padded: Padded = None if self._pads_in_dali else "all" if engine == "dali" else "batch"
-        batch_bytes = batch_size * int(self.selection.nbytes.sum()) // max(1, self.selection.num_records)
+        record_bytes = self.selection.record_bytes
+        batch_bytes = int(batch_size * record_bytes)
         self._longest_stretch = max(1, min(STRETCH_STEPS, STRETCH_BYTES // max(1, batch_bytes)))
-        handled = 0 if self._decoding.idle and engine == "torch" else batch_bytes / batch_size  # of a record, by the caller
-        self._threads = background_threads(self.device, handled) if workers == "auto" else workers
+        handled = 0 if self._decoding.idle and engine == "torch" else record_bytes  # by the caller
+        self._threads = background_threads(self.device, handled, workers)
         busy = self._threads + (DALI_THREADS if engine == "dali" else 0)
         decodes = self.device.type == "cpu" and not self._decoding.idle
         self.cores = cores_beside(busy if decodes else 0)  # for torch in the caller's thread
