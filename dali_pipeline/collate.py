@@ -12,7 +12,7 @@ from torch_geometric.data import Batch, Data
 
 from dali_pipeline.digest import Mask
 from dali_pipeline.encoding import BFLOAT16
-from dali_pipeline.graphsource import GraphRows
+from dali_pipeline.graphrows import GraphRows
 from dali_pipeline.memory import Buffers
 from dali_pipeline.schema import Array, Field, Schema, level_of
 from dali_pipeline.trace import span

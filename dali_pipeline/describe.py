@@ -11,7 +11,8 @@ from rich.table import Table
 
 from dali_pipeline.dataset import Dataset
 from dali_pipeline.files import Files
-from dali_pipeline.graphsource import GraphRows, GraphSource
+from dali_pipeline.graphrows import GraphRows
+from dali_pipeline.graphsource import GraphSource
 from dali_pipeline.rows import SequenceRows
 from dali_pipeline.schema import Array, Kind
 from dali_pipeline.shard import Shard

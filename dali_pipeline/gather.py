@@ -81,15 +81,19 @@ def _stamps(files: list[OpenFile], which: Ints, first: Ints, last: Ints) -> Arra
 
 
 def _gather_one(found: Found, name: str, record: int, begin: int, end: int, out: Array, at: int) -> None:
-    shard, rows = found.shard(record), out[at : at + end - begin]
     try:
-        if _agrees(shard, name, out):
-            width = out.dtype.itemsize * math.prod(out.shape[1:])
-            shard.read_into(name, begin * width, rows.reshape(-1).view(np.uint8).data)
-        else:
-            rows[:] = shard.read(name, begin, end)
+        read_rows(found.shard(record), name, begin, end, out[at : at + end - begin])
     except FormatError as error:
         raise FormatError(f"{error} (met in record {found.ids[record]!r})") from error
+
+
+def read_rows(shard: Shard, name: str, begin: int, end: int, out: Array) -> None:
+    """Rows begin to end of an array into `out`, widened where the shard stores a narrower type; raises FormatError."""
+    if _agrees(shard, name, out):
+        width = out.dtype.itemsize * math.prod(out.shape[1:])
+        shard.read_into(name, begin * width, out.reshape(-1).view(np.uint8).data)
+    else:
+        out[:] = shard.read(name, begin, end)
 
 
 def _agrees(shard: Shard, name: str, out: Array) -> bool:

@@ -111,7 +111,13 @@ class GraphLoader(Loader[GraphBatch]):
             _check_weight(min_weight, data.schema)
         self.dtype = dtype
         self._source = source = GraphSource(
-            self.selection, data.schema, layers, window_bytes, finite=on_nan != "keep", min_weight=min_weight
+            self.selection,
+            data.schema,
+            layers,
+            window_bytes,
+            finite=on_nan != "keep",
+            min_weight=min_weight,
+            may_hold=shuffle and workers in ("auto", 0) and self.world.alone,  # in order, reads are long anyway
         )
         self._gatherer = GraphGatherer(source, self.world, self.skips)
         shared = workers not in ("auto", 0)  # a worker's arrays hold until the next stretch alone

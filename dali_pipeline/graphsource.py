@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import mmap
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
+from dali_pipeline.encoding import all_finite
 from dali_pipeline.gather import gather
+from dali_pipeline.graphrows import GraphRows, wrong_graphs
+from dali_pipeline.held import HeldGraphs
 from dali_pipeline.layers import Layers
 from dali_pipeline.order import WINDOW_BYTES, Ints
 from dali_pipeline.records import Found
@@ -18,61 +20,9 @@ from dali_pipeline.selection import Selection
 from dali_pipeline.source import BatchSource
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class GraphRows:
-    """Graphs of one or several batches as stored, record-major, then layer; every index local to its graph.
-
-    arrays: by name as stored, `x`, perhaps `edge_attr`, and the schema's further fields, with N, E or G rows · edge_index:
-    (E, 2) in the stored type · node_counts, edge_counts, layer_index: (G,) int64 · graphs_per_record, labels, positions: (B,)
-    int64 · ids: B texts.
-    """
-
-    arrays: Mapping[str, Array]
-    edge_index: Array
-    node_counts: Ints
-    edge_counts: Ints
-    layer_index: Ints
-    graphs_per_record: Ints
-    labels: Ints
-    ids: list[str]
-    positions: Ints
-
-    def cut(self, sizes: Ints) -> Iterator[GraphRows]:
-        """Parts of so many records each, one after the other, as views."""
-        records = np.concatenate([[0], np.cumsum(sizes)])
-        graphs = _ends(self.graphs_per_record)[records]
-        nodes, edges = _ends(self.node_counts)[graphs], _ends(self.edge_counts)[graphs]
-        cuts = np.stack([records, graphs, nodes, edges], axis=1).tolist()
-        for begin, end in itertools.pairwise(cuts):
-            record, graph, node, edge = (slice(*span) for span in zip(begin, end, strict=True))
-            rows = {"node": node, "edge": edge, "graph": graph}
-            yield GraphRows(
-                arrays={name: array[rows[level_of(name)]] for name, array in self.arrays.items()},
-                edge_index=self.edge_index[edge],
-                node_counts=self.node_counts[graph],
-                edge_counts=self.edge_counts[graph],
-                layer_index=self.layer_index[graph],
-                graphs_per_record=self.graphs_per_record[record],
-                labels=self.labels[record],
-                ids=self.ids[record],
-                positions=self.positions[record],
-            )
-
-    def without_light_edges(self, weights: Array, least: float) -> GraphRows:
-        """Those edges alone whose weight, (E,), is not below `least`."""
-        kept = ~(weights < np.float64(least))  # a float would be rounded to the weights' type
-        ends = _ends(self.edge_counts)
-        before = _ends(kept.astype(np.int64))[ends]  # edges kept before each graph
-        return replace(
-            self,
-            arrays={name: array[kept] if level_of(name) == "edge" else array for name, array in self.arrays.items()},
-            edge_index=self.edge_index[kept],
-            edge_counts=np.diff(before),
-        )
-
-
 class GraphSource(BatchSource):
-    """Gathers graphs. min_weight: edges of a smaller edge_attr are left out; other arguments as in `BatchSource`."""
+    """Gathers graphs. min_weight: edges of a smaller edge_attr are left out · may_hold: whether this process may have a window
+    of its own in memory, where that makes it faster; other arguments as in `BatchSource`."""
 
     kind = "graphs"
     ragged = ("graphs", "x", "edge_index")
@@ -87,18 +37,34 @@ class GraphSource(BatchSource):
         *,
         finite: bool = False,
         min_weight: float | None = None,
+        may_hold: bool = False,
     ) -> None:
         super().__init__(selection, schema, layers, window_bytes, finite=finite)
         self.fields = schema.of_graphs
         self.streamed = ("edge_index", *self.fields)
         self._min_weight = min_weight
+        self._held: HeldGraphs | None = None
+        nodes = selection.bounds("node")  # of a record
+        if may_hold and layers is None and nodes is not None and HeldGraphs.fits(selection, window_bytes):
+            indices = Field(dtype=np.min_scalar_type(max(0, nodes[1] - 1)).name, shape=(2,))
+            self._held = HeldGraphs({"edge_index": indices, **self.fields}, self._index, selection)
 
     def gather(self, positions: Ints) -> GraphRows:
         """The records at `positions` (B,), any order, repeats allowed.
 
-        Costs a read a record, array and run of layers that does not go on where the one before ends. Raises FormatError for a
-        graph without nodes and for an edge that leaves its graph.
+        Costs a read a record, array and run of layers that does not go on where the one before ends; none where records are
+        held. Raises FormatError for a graph without nodes and for an edge that leaves its graph.
         """
+        rows = None if self._held is None else self._held.take(positions, self._buffers)
+        if rows is None or (self._finite and not self._all_finite(rows)):
+            rows = self._read(positions, finite=self._finite)
+        rows = replace(rows, positions=self._selection.told(positions))
+        if self._min_weight is None:
+            return rows
+        weights = self.fields["edge_attr"].values(rows.arrays["edge_attr"]).reshape(-1)
+        return rows.without_light_edges(weights, self._min_weight)
+
+    def _read(self, positions: Ints, *, finite: bool) -> GraphRows:
         found = self._index.locate(positions)
         graphs_per_record, layer_index, record, spans = self._graphs(found)
         counted = spans[:, 1::2] - spans[:, ::2]  # (G, 2)
@@ -118,21 +84,14 @@ class GraphSource(BatchSource):
             starts = np.cumsum(end - begin) - (end - begin)
             out = self._room(name, int((end - begin).sum()), field, found, int(begin[0]))
             gather(found, name, records, begin, end, out, starts)
-            if self._finite and name != "edge_index":
+            if finite and name != "edge_index":
                 self._check_finite(name, field, out, starts, found, records)
             return out
 
         widest = np.result_type(*{part.shard.array("edge_index").dtype for part in found.parts})
         edge_index = rows("edge_index", Field(dtype=widest.name, shape=(2,)), "edge")
-        limits = np.repeat(counted[:, 0], counted[:, 1])  # (E,)
-        wrong = (edge_index[:, 0] >= limits) | (edge_index[:, 1] >= limits)
-        if wrong.any():
-            edge = int(np.argmax(wrong))
-            graph = int(np.searchsorted(np.cumsum(counted[:, 1]), edge, side="right"))
-            pair = tuple(edge_index[edge].tolist())
-            words = f"has {limits[edge]} nodes and the edge {pair}; expected indices below {limits[edge]}"
-            self._fail(found, record, graph, layer_index, words)
-        found_rows = GraphRows(
+        self._check_edges(edge_index, counted, found, record, layer_index)
+        return GraphRows(
             arrays={name: rows(name, field, level_of(name)) for name, field in self.fields.items()},
             edge_index=edge_index,
             node_counts=counted[:, 0],
@@ -141,12 +100,8 @@ class GraphSource(BatchSource):
             graphs_per_record=graphs_per_record,
             labels=found.labels,
             ids=found.ids,
-            positions=self._selection.told(positions),
+            positions=positions,
         )
-        if self._min_weight is None:
-            return found_rows
-        weights = self.fields["edge_attr"].values(found_rows.arrays["edge_attr"]).reshape(-1)
-        return found_rows.without_light_edges(weights, self._min_weight)
 
     def sizes(self, positions: Ints) -> Ints:
         """(N, 2) int64, nodes and edges of each record's selected graphs, as stored.
@@ -193,6 +148,18 @@ class GraphSource(BatchSource):
         each = [chosen[count] for count in counts.tolist()]
         return np.array([len(one) for one in each], np.int64), np.concatenate(each)
 
+    def _all_finite(self, rows: GraphRows) -> bool:
+        return all(all_finite(rows.arrays[name], field.dtype) for name, field in self.fields.items())
+
+    def _check_edges(self, edge_index: Array, counted: Ints, found: Found, record: Ints, layers: Ints) -> None:
+        """counted: (G, 2) nodes and edges of each graph."""
+        for graph in wrong_graphs(edge_index, counted)[:1].tolist():
+            nodes, begin = int(counted[graph, 0]), int(counted[:graph, 1].sum())
+            edges = edge_index[begin : begin + counted[graph, 1]]
+            pair = tuple(edges[np.argmax((edges >= nodes).any(axis=1))].tolist())
+            words = f"has {nodes} nodes and the edge {pair}; expected indices below {nodes}"
+            self._fail(found, record, graph, layers, words)
+
     def _fail(self, found: Found, record: Ints, graph: int, layers: Ints, words: str) -> None:
         where = int(record[graph])
         raise FormatError(f"{found.shard(where).path}: graph {layers[graph]} of record {found.ids[where]!r} {words}")
@@ -219,8 +186,3 @@ def _joined(spans: Ints) -> list[tuple[int, int]]:
     heads = np.flatnonzero(np.append(True, spans[1:, 0] - spans[:-1, 1] >= mmap.PAGESIZE))
     ends = np.append(heads[1:], len(spans)) - 1
     return list(zip(spans[heads, 0].tolist(), spans[ends, 1].tolist(), strict=True))
-
-
-def _ends(counts: Ints) -> Ints:
-    """(n + 1,) offsets, beginning with 0."""
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])

@@ -10,7 +10,8 @@ import numpy as np
 from dali_pipeline.budget import BudgetPlan, Packed, Places, Portion
 from dali_pipeline.damage import without_damaged, without_padding
 from dali_pipeline.digest import Mask
-from dali_pipeline.graphsource import GraphRows, GraphSource
+from dali_pipeline.graphrows import GraphRows
+from dali_pipeline.graphsource import GraphSource
 from dali_pipeline.memory import Buffers
 from dali_pipeline.plan import EpochPlan
 from dali_pipeline.schema import PipelineError

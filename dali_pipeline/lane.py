@@ -60,7 +60,9 @@ class Lane:
         between = middles // batch_size * batch_size
         self._block_ends = np.concatenate([np.where(between > group_starts, between, middles), self._group_ends[-1:]])
         self._by_start: Ints | None = None  # the runs in the order of the split, once asked for
-        self._recent: tuple[tuple[int, Ints], ...] = ()  # the last two blocks computed; replaced whole, so threads may share it
+        # the last two blocks computed, and the half group that begins the next; replaced whole, so threads may share them
+        self._recent: tuple[tuple[int, Ints], ...] = ()
+        self._half: tuple[int, Ints] | None = None
 
     def positions(self, places: Ints) -> Ints:
         """The records at these places of the lane's order."""
@@ -105,9 +107,12 @@ class Lane:
         for number, places in self._recent:
             if number == block:
                 return places
-        parts = [self._halves(block - 1)[1]] if block else []
+        half = self._half
+        parts = [half[1] if half is not None and half[0] == block - 1 else self._halves(block - 1)[1]] if block else []
         if block < len(self._group_ends):
-            parts.append(self._halves(block)[0])
+            before, behind = self._halves(block)
+            parts.append(before)
+            self._half = block, behind
         members = np.concatenate(parts)
         places = members[np.argsort(hashed_keys(members, self._key[ACROSS_GROUPS]), kind="stable")]
         self._recent = (*self._recent[-1:], (block, places))

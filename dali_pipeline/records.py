@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,6 +128,11 @@ class RecordIndex:
         if every is not None:
             first, last = int(every[position]), int(every[position + count - 1])
         return self._shard(int(self._numbers[entry])), first, last + 1
+
+    def parts(self) -> Iterator[IndexPart]:
+        """Those of a whole split, in order."""
+        for number, records in zip(self._numbers.tolist(), self._selection.records.tolist(), strict=True):
+            yield from (self._part(number, which) for which in range(-(-records // INDEX_ROWS)))
 
     def _part(self, number: int, which: int) -> IndexPart:
         part = self._parts.get((number, which))

@@ -28,12 +28,14 @@ class WorkersRefused(UsageError):
 class World:
     """This process among all that train together.
 
-    rank: 0 to world_size - 1 over all nodes. local_rank: the same within the node; picks the GPU of `device="auto"`.
+    rank: 0 to world_size - 1 over all nodes. local_rank: the same within the node; picks the GPU of `device="auto"`. alone:
+    whether no other process of these is on this node, as far as is known.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    alone: bool = True
 
     def __post_init__(self) -> None:
         for name in ("rank", "world_size"):
@@ -52,14 +54,15 @@ class World:
         """
         if (rank is None) != (world_size is None):
             raise UsageError("give both rank and world_size, or neither")
-        local_rank = _variable("LOCAL_RANK", 0)
-        if rank is not None and world_size is not None:
-            return cls(rank=rank, world_size=world_size, local_rank=local_rank)
-        import torch.distributed as dist
+        if rank is None or world_size is None:
+            import torch.distributed as dist
 
-        if dist.is_available() and dist.is_initialized():
-            return cls(rank=dist.get_rank(), world_size=dist.get_world_size(), local_rank=local_rank)
-        return cls(rank=_variable("RANK", 0), world_size=_variable("WORLD_SIZE", 1), local_rank=local_rank)
+            if dist.is_available() and dist.is_initialized():
+                rank, world_size = dist.get_rank(), dist.get_world_size()
+            else:
+                rank, world_size = _variable("RANK", 0), _variable("WORLD_SIZE", 1)
+        alone = _variable("LOCAL_WORLD_SIZE", world_size) == 1
+        return cls(rank=rank, world_size=world_size, local_rank=_variable("LOCAL_RANK", 0), alone=alone)
 
 
 def _variable(name: str, default: int) -> int:

@@ -54,6 +54,8 @@ ROOMS = [
     "layers",
     "rows",
     "source",
+    "graphrows",
+    "held",
     "graphsource",
     "damage",
     "readahead",
