@@ -2,9 +2,9 @@
 
 Warm page cache, shuffled, the loader alone, features delivered as float32. Traces: 8 graphs a record, of about 32 nodes x 576
 float16 and 100 weighted edges, 16 records a batch. Molecules: a graph a record, of about 26 nodes x 9 float32 and 56 edges, 256
-a batch, 20,000 of them, which fit in the loader's window. The limit: numpy concatenates slices of arrays in memory, one a record
+a batch, 20,000, which fit in the loader's window. The limit: numpy concatenates slices of arrays in memory, one a record
 and array, and torch casts. Beside it, the system copies the features alone from the page cache into one array that is used
-again, and torch casts. The peers (benchmarks/peers_graphs.py), each at the number of workers that was fastest in its trials, are
+again, and torch casts. The peers (benchmarks/peers_graphs.py), each at its fastest number of workers in trials, are
 held against our default.
 """
 

@@ -57,14 +57,14 @@ class GraphSource(BatchSource):
         """
         rows = None if self._held is None else self._held.take(positions, self._buffers)
         if rows is None or (self._finite and not self._all_finite(rows)):
-            rows = self._read(positions, finite=self._finite)
+            rows = self._read(positions)
         rows = replace(rows, positions=self._selection.told(positions))
         if self._min_weight is None:
             return rows
         weights = self.fields["edge_attr"].values(rows.arrays["edge_attr"]).reshape(-1)
         return rows.without_light_edges(weights, self._min_weight)
 
-    def _read(self, positions: Ints, *, finite: bool) -> GraphRows:
+    def _read(self, positions: Ints) -> GraphRows:
         found = self._index.locate(positions)
         graphs_per_record, layer_index, record, spans = self._graphs(found)
         counted = spans[:, 1::2] - spans[:, ::2]  # (G, 2)
@@ -84,7 +84,7 @@ class GraphSource(BatchSource):
             starts = np.cumsum(end - begin) - (end - begin)
             out = self._room(name, int((end - begin).sum()), field, found, int(begin[0]))
             gather(found, name, records, begin, end, out, starts)
-            if finite and name != "edge_index":
+            if self._finite and name != "edge_index":
                 self._check_finite(name, field, out, starts, found, records)
             return out
 
