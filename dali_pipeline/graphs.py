@@ -43,7 +43,7 @@ class GraphLoader(Loader[GraphBatch]):
     read and gather ahead, 0 for the caller's own thread; "auto" is one background thread, which measured four times faster
     than a process, whose batches must cross to this one, or without a GPU none on one core, and on two with records below 32
     KiB · min_weight: edges whose edge_attr, one number, is smaller are left out; a budget counts them all the same ·
-    window_bytes: records of 4 KiB and less are kept in memory where all of them fit in it, and this process is alone on its node ·
+    window_bytes: records of 4 KiB and less are kept in memory where all fit in it and this process is alone on its node ·
     the others as in `SequenceLoader`; on_nan looks at the values of all fields.
 
     Raises UsageError for an argument that makes no sense, DataError for data without graphs; while iterating, FormatError
