@@ -33,7 +33,7 @@ class GraphRows:
 
     def cut(self, sizes: Ints) -> Iterator[GraphRows]:
         """Parts of so many records each, one after the other, as views."""
-        records = np.concatenate([[0], np.cumsum(sizes)])
+        records = ends_of(sizes)
         graphs = ends_of(self.graphs_per_record)[records]
         nodes, edges = ends_of(self.node_counts)[graphs], ends_of(self.edge_counts)[graphs]
         cuts = np.stack([records, graphs, nodes, edges], axis=1).tolist()
@@ -78,3 +78,10 @@ def wrong_graphs(edge_index: Array, counts: Ints) -> Ints:
 def ends_of(counts: Ints) -> Ints:
     """(n + 1,) offsets, beginning with 0."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+
+
+def spread(begins: Ints, counts: Ints) -> Ints:
+    """Rows from each begin on, as many as its count, one after the other."""
+    ends = np.cumsum(counts)
+    rows: Ints = np.repeat(begins - (ends - counts), counts) + np.arange(counts.sum())
+    return rows

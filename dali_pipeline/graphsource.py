@@ -10,7 +10,7 @@ import numpy as np
 
 from dali_pipeline.encoding import all_finite
 from dali_pipeline.gather import gather
-from dali_pipeline.graphrows import GraphRows, wrong_graphs
+from dali_pipeline.graphrows import GraphRows, spread, wrong_graphs
 from dali_pipeline.held import HeldGraphs
 from dali_pipeline.layers import Layers
 from dali_pipeline.order import WINDOW_BYTES, Ints
@@ -114,6 +114,10 @@ class GraphSource(BatchSource):
         sizes: Ints = spent[ends] - spent[ends - graphs_per_record]
         return sizes
 
+    def bring(self, start: int, count: int) -> bool:
+        """As there; of what is held, nothing."""
+        return not (self._held is not None and self._held.complete) and super().bring(start, count)
+
     def _wanted(self, start: int, count: int) -> Iterator[tuple[str, Iterable[tuple[int, int]]]]:
         if self._layers is None:
             yield from super()._wanted(start, count)
@@ -143,7 +147,7 @@ class GraphSource(BatchSource):
     def _layers_of(self, counts: Ints) -> tuple[Ints, Ints]:
         """Of records with so many graphs (B,): how many are selected, and which, (G,) one record after the other."""
         if self._layers is None:
-            return counts, np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            return counts, spread(np.zeros_like(counts), counts)
         chosen = {count: np.array(self._chosen(count)) for count in np.unique(counts).tolist()}
         each = [chosen[count] for count in counts.tolist()]
         return np.array([len(one) for one in each], np.int64), np.concatenate(each)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dali_pipeline.gather import read_rows
-from dali_pipeline.graphrows import GraphRows, ends_of, wrong_graphs
+from dali_pipeline.graphrows import GraphRows, ends_of, spread, wrong_graphs
 from dali_pipeline.memory import Buffers
 from dali_pipeline.order import Ints
 from dali_pipeline.records import RecordIndex
@@ -64,6 +64,11 @@ class HeldGraphs:
             and selection.room is None
         )
 
+    @property
+    def complete(self) -> bool:
+        """Whether all are here."""
+        return self._table is not None
+
     def take(self, positions: Ints, buffers: Buffers) -> GraphRows | None:
         """The records at `positions` (B,), in that order; None until all are here."""
         if self._table is None:
@@ -72,9 +77,9 @@ class HeldGraphs:
         if (table := self._table) is None:
             return None
         labels, begins, graphs_per_record = np.ascontiguousarray(table.records[positions].T)
-        graph = begins if (graphs_per_record == 1).all() else _spread(begins, graphs_per_record)
+        graph = begins if (graphs_per_record == 1).all() else spread(begins, graphs_per_record)
         node_begins, node_counts, edge_begins, edge_counts, layer_index = np.ascontiguousarray(table.graphs[graph].T)
-        rows = {"node": _spread(node_begins, node_counts), "edge": _spread(edge_begins, edge_counts), "graph": graph}
+        rows = {"node": spread(node_begins, node_counts), "edge": spread(edge_begins, edge_counts), "graph": graph}
         arrays = {name: self._taken(name, rows[level_of(name)], buffers) for name in self._fields}
         return GraphRows(
             edge_index=arrays.pop("edge_index"),
@@ -129,16 +134,9 @@ class HeldGraphs:
             first = filled["graph"] + table[:, 1] - table[0, 1]
             records.append(np.column_stack([table[:, 0], first, graphs_per_record]))
             nodes, edges = (filled[level] + ends_of(each)[:-1] for level, each in zip(("node", "edge"), counts.T, strict=True))
-            layers = _spread(np.zeros_like(first), graphs_per_record)
+            layers = spread(np.zeros_like(first), graphs_per_record)
             graphs.append(np.column_stack([nodes, counts[:, 0], edges, counts[:, 1], layers]))
             ids.append(part.ids)
             filled = {level: at + rows[level][1] - rows[level][0] for level, at in filled.items()}
             yield len(table)
         self._table = _Table(records=np.concatenate(records), graphs=np.concatenate(graphs), ids=np.concatenate(ids))
-
-
-def _spread(begins: Ints, counts: Ints) -> Ints:
-    """Rows from each begin on, as many as its count, one after the other."""
-    ends = np.cumsum(counts)
-    rows: Ints = np.repeat(begins - (ends - counts), counts) + np.arange(counts.sum())
-    return rows

@@ -15,6 +15,7 @@ from test_fields import FIELDS, molecules
 import dali_pipeline as dp
 from dali_pipeline.graphrows import GraphRows
 from dali_pipeline.graphsource import GraphSource
+from dali_pipeline.source import BatchSource
 
 
 def sources(data: dp.Dataset, **options: Any) -> tuple[GraphSource, GraphSource]:
@@ -67,8 +68,11 @@ def test_a_loader_holds_after_its_first_epoch_and_reads_no_more(data: dp.Dataset
     assert [holds(each) for each in (loader, *ranks)] == [True, False, False]
     for _ in loader:
         pass
+    brought: list[bool] = []
     monkeypatch.setattr(GraphSource, "_read", None)
+    monkeypatch.setattr(BatchSource, "bring", lambda *_: brought.append(True))
     later = list(loader)
+    assert not brought
     monkeypatch.undo()
     for each in ranks:
         each.set_epoch(1)
