@@ -16,10 +16,9 @@ from dali_pipeline.collate import Collator, GraphBatch
 from dali_pipeline.dataset import Dataset
 from dali_pipeline.delivery import OnError, OnNan, Workers, check_delivery
 from dali_pipeline.graphsource import GraphSource
-from dali_pipeline.graphstretch import GraphGatherer, Loaded
+from dali_pipeline.graphstretch import GraphGatherer, Loaded, gather_into
 from dali_pipeline.layers import Layers
 from dali_pipeline.loader import Loader, Made, Position
-from dali_pipeline.memory import Buffers
 from dali_pipeline.order import WINDOW_BYTES, Tail
 from dali_pipeline.plan import EpochPlan
 from dali_pipeline.processes import map_in_processes
@@ -175,7 +174,7 @@ class GraphLoader(Loader[GraphBatch]):
             work, items = partial(self._gatherer.gather_packed, budget), self._packed(budget, start)
         if self.workers == "auto" or not self.workers:
             return map_ahead(work, items, self._threads)
-        return map_in_processes(partial(_gather_into, self._gatherer, work), items, self.workers, self._arena_bytes)
+        return map_in_processes(partial(gather_into, self._gatherer, work), items, self.workers, self._arena_bytes)
 
     def _budget(self, plan: EpochPlan) -> BudgetPlan:
         return BudgetPlan(plan, self._source.sizes, self._source.name, alone=self._oversize == "alone")
@@ -204,9 +203,3 @@ def _check_weight(least: float, schema: Schema) -> None:
     if schema.edge_attr is None or math.prod(schema.edge_attr.shape) != 1:
         has = "no edge_attr" if schema.edge_attr is None else f"edge_attr in rows of {schema.edge_attr.shape}"
         raise UsageError(f"min_weight is {least!r} for data with {has}; expected one weight an edge")
-
-
-def _gather_into(gatherer: GraphGatherer, work: Callable[[Any], Loaded], item: object, memory: Buffers) -> Loaded:
-    """`work` in a process of its own, whose parent reads the large arrays in `memory`."""
-    gatherer.use(memory)
-    return work(item)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -81,3 +82,9 @@ class GraphGatherer:
             if failure is not None:
                 return loaded, failure
         return loaded, None
+
+
+def gather_into(gatherer: GraphGatherer, work: Callable[[Any], Loaded], item: object, memory: Buffers) -> Loaded:
+    """`work` in a process of its own, whose parent reads the large arrays in `memory`."""
+    gatherer.use(memory)
+    return work(item)

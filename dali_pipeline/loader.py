@@ -187,8 +187,8 @@ class Loader(IterableDataset[Batch]):
         """The batches of this rank from `start` to the end of the epoch. Nothing is left behind when closed early."""
 
     def _plan(self, epoch: int) -> EpochPlan:
-        chosen = self.selection
-        return EpochPlan(self.order, epoch, chosen.records, chosen.nbytes, chosen.draws, chosen.num_draws, self._lengths)
+        chosen, lengths = self.selection, self._lengths if self.order.bucket_by_length else None
+        return EpochPlan(self.order, epoch, chosen.records, chosen.nbytes, chosen.draws, chosen.num_draws, lengths)
 
     def _lengths(self, positions: Ints) -> Ints:
         """Of records, where the order asks for them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,7 @@ class EpochPlan:
         num_draws: int = 0,
         lengths: Callable[[Ints], Ints] | None = None,
     ) -> None:
+        self._arguments = order, epoch, shard_records, shard_bytes, draws, num_draws, lengths
         self.order, self.epoch, self._num_draws, self._lengths = order, epoch, num_draws, lengths
         self._records, self._nbytes = np.asarray(shard_records, np.int64), np.asarray(shard_bytes, np.int64)
         self._starts = np.cumsum(self._records) - self._records
@@ -68,6 +70,9 @@ class EpochPlan:
         self._pool_steps = max(1, min(POOL_STEPS, order.window_bytes // 2 // max(1, batch_bytes)))
         self._later: EpochPlan | None = None
         self._pools: dict[tuple[int, int], Ints] = {}  # the last ones, by lane and number
+
+    def __reduce__(self) -> tuple[type[EpochPlan], tuple[Any, ...]]:
+        return EpochPlan, self._arguments  # what was computed so far is left: other threads add to it meanwhile
 
     def length(self, lane: int) -> int:
         """Records, or draws, of a lane."""

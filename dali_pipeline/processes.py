@@ -1,15 +1,12 @@
 """Processes that work ahead: results in order, their large arrays in memory that is shared and used again, the rest by pipe.
 
-The memory is anonymous, mapped before the fork: no file of /dev/shm, so a container's small one is no limit.
+The memory is not a file of /dev/shm, so a container's small one is no limit.
 """
 
 from __future__ import annotations
 
-import mmap
-import multiprocessing
 import os
 import pickle
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -21,6 +18,7 @@ import numpy as np
 from dali_pipeline import trace
 from dali_pipeline.memory import Buffers
 from dali_pipeline.schema import Array, PipelineError
+from dali_pipeline.workerprocess import SharedBytes, WorkerProcess, as_sent, end_workers, start_workers
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -31,11 +29,14 @@ _ALIGNED = 64
 class Arena(Buffers):
     """Shared memory of a size, handed out from its begin; what it has no room for is memory of the process's own."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, shared: SharedBytes) -> None:
         super().__init__()
-        self.memory = mmap.mmap(-1, nbytes)
-        self._bytes = np.frombuffer(self.memory, np.uint8)
+        self._shared = shared
+        self._bytes = np.frombuffer(shared.memory, np.uint8)
         self._used = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Arena, (self._shared,)
 
     def clear(self) -> None:
         """Everything may be handed out again."""
@@ -72,15 +73,10 @@ class Arena(Buffers):
 
 
 class _Worker:
-    """One process, its pipe, and its arenas that wait for work."""
+    """One process, and its arenas that wait for work."""
 
-    def __init__(self, work: Callable[[Any, Buffers], object], arena_bytes: int) -> None:
-        context = multiprocessing.get_context("fork")  # no main guard needed; workers touch neither CUDA nor DALI
-        self.arenas = [Arena(arena_bytes) for _ in range(ARENAS)]
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(work, self.arenas, theirs, self.pipe), daemon=True)
-        self.process.start()
-        theirs.close()
+    def __init__(self, process: WorkerProcess, arenas: list[Arena]) -> None:
+        self.process, self.pipe, self.arenas = process, process.pipe, arenas
 
     def ask(self, item: object, arena: int) -> None:
         try:
@@ -98,11 +94,9 @@ class _Worker:
         return answer
 
     def died(self) -> PipelineError:
-        self.process.join(1)
-        code = self.process.exitcode
-        how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
         return PipelineError(
-            f"a worker process of the graph loader died ({how}); expected enough memory for it: use fewer workers or workers=0"
+            f"a worker process of the graph loader died ({self.process.how_it_ended()}); expected enough memory for it: use fewer "
+            "workers or workers=0"
         )
 
 
@@ -114,16 +108,21 @@ def map_in_processes(
     work: may take what is large in its result from the memory that it is handed · arena_bytes: of it, for one result; a larger
     one goes through a pipe. Raises what `work` raises, PipelineError for a worker that died. Closed early, leaves no process.
     """
-    owner, crew = os.getpid(), list[_Worker]()
+    owner, processes, arenas = os.getpid(), list[WorkerProcess](), list[list[Arena]]()
+
+    def arguments() -> tuple[Any, ...]:
+        arenas.append([Arena(SharedBytes(arena_bytes)) for _ in range(ARENAS)])
+        return work, arenas[-1]
+
     try:
         try:
-            for _ in range(workers):
-                crew.append(_Worker(work, arena_bytes))
+            processes = start_workers(workers, _serve, arguments)
         except OSError as error:
             raise PipelineError(
                 f"{workers} worker processes with {ARENAS} x {arena_bytes >> 20} MiB of shared memory each cannot be had "
                 f"({error.strerror}); expected memory for them: use fewer workers or workers=0"
             ) from error
+        crew = [_Worker(process, own) for process, own in zip(processes, arenas, strict=True)]
         left = iter(items)
         asked: deque[tuple[_Worker, int]] = deque()
         free = deque((worker, arena) for arena in range(ARENAS) for worker in crew)
@@ -143,27 +142,17 @@ def map_in_processes(
             free.append((worker, arena))
     finally:
         if os.getpid() == owner:  # a process forked meanwhile has none of them
-            for worker in crew:
-                worker.process.kill()
-            for worker in crew:
-                worker.process.join()
-                worker.pipe.close()
+            end_workers(processes)
 
 
-def _serve(work: Callable[[Any, Buffers], object], arenas: list[Arena], pipe: Connection, theirs: Connection) -> None:
-    """What a worker does until the pipe is closed."""
-    theirs.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C, and ends the workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _serve(pipe: Connection, work: Callable[[Any, Buffers], object], arenas: list[Arena]) -> None:
+    """Answer each (item, arena) with the result, or the error, and when it was worked on, in a worker."""
     while True:
+        item, arena = pipe.recv()
+        arenas[arena].clear()
+        begin = time.perf_counter()  # of all processes the same clock
         try:
-            item, arena = pipe.recv()
-            arenas[arena].clear()
-            begin = time.perf_counter()  # of all processes the same clock
-            try:
-                answer = arenas[arena].dumps((work(item, arenas[arena]), begin, time.perf_counter()))
-            except Exception as error:
-                answer = arenas[arena].dumps((error, begin, time.perf_counter()))
-            pipe.send_bytes(answer)
-        except (EOFError, OSError):
-            return
+            answer = arenas[arena].dumps((work(item, arenas[arena]), begin, time.perf_counter()))
+        except Exception as error:
+            answer = arenas[arena].dumps((as_sent(error), begin, time.perf_counter()))
+        pipe.send_bytes(answer)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from dali_pipeline.order import Ints
 from dali_pipeline.schema import Array, FormatError
 from dali_pipeline.selection import Selection
 from dali_pipeline.shard import Shard
+from dali_pipeline.workerprocess import SharedBytes
 
 INDEX_ROWS = 1024  # records of an index part
 LEAST_INDEX_BYTES = 64 << 20
@@ -70,19 +70,22 @@ class RecordIndex:
 
     ragged: the arrays whose offsets are read, the first with an entry a record, the others with one a row of the first.
     window_bytes: the index kept is of about its size at most. Several threads may share it; a pickled one begins anew, with
-    nothing kept. Raises FormatError for damage.
+    nothing kept but, in a worker, what is known to be sound. Raises FormatError for damage.
     """
 
-    def __init__(self, selection: Selection, ragged: Sequence[str], window_bytes: int) -> None:
-        self._arguments = selection, ragged, window_bytes
+    def __init__(
+        self, selection: Selection, ragged: Sequence[str], window_bytes: int, sound: SharedBytes | None = None
+    ) -> None:
         self._selection, self._ragged = selection, ragged
         # shards are numbered through all tables, and so are blocks
         tables = [shards.table for shards in selection.shards]
         self._first_shards = np.cumsum([0, *map(len, tables)]).tolist()
         blocks = [np.asarray(each.blocks, np.int64) for each in tables]
         self._block_ends = np.cumsum(np.concatenate([np.zeros(1, np.int64), *blocks]))
-        # a byte a block, 1 once its hash was right; anonymous shared memory, so forked workers tell each other
-        self._memory = mmap.mmap(-1, max(1, int(self._block_ends[-1])))
+        # a byte a block, 1 once its hash was right; shared memory, so workers tell each other
+        shared = SharedBytes(max(1, int(self._block_ends[-1]))) if sound is None else sound
+        self._arguments = selection, ragged, window_bytes, shared
+        self._memory = shared.memory
         self._sound = np.frombuffer(self._memory, np.uint8)
         self._numbers = np.asarray(self._first_shards)[selection.table] + selection.number  # (entries,)
         self._ends = np.cumsum(selection.records)  # (entries,) position behind each entry's last record
@@ -91,7 +94,7 @@ class RecordIndex:
         self._shards: Recent[int, Shard] = Recent(MAX_SHARDS)
         self._parts: Recent[tuple[int, int], IndexPart] = Recent(max(window_bytes, LEAST_INDEX_BYTES))
 
-    def __reduce__(self) -> tuple[type[RecordIndex], tuple[Selection, Sequence[str], int]]:
+    def __reduce__(self) -> tuple[type[RecordIndex], tuple[Selection, Sequence[str], int, SharedBytes]]:
         return RecordIndex, self._arguments
 
     def locate(self, positions: Ints) -> Found:

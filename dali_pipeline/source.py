@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -56,6 +56,9 @@ class BatchSource:
         self.cold = True  # whether something lately was not in the page cache, as far as reading ahead has looked
         if rows := selection.bounds(self.axis):
             self._selected(rows[0])  # what the shortest record has, all have
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_runs": {}}  # other threads add to it while it is pickled
 
     @property
     def num_records(self) -> int:

@@ -21,6 +21,7 @@ import dali_pipeline as dp
 from dali_pipeline.filler import ShardFiller
 from dali_pipeline.ingest import convert as convert_module
 from dali_pipeline.ingest import sources
+from dali_pipeline.ingest import workers as workers_module
 from dali_pipeline.ingest.job import ConvertConfig
 from dali_pipeline.ingest.pt import PT
 from dali_pipeline.verify import verify
@@ -177,16 +178,15 @@ def test_killed_with_its_workers_and_gone_on_gives_the_same_bytes(tmp_path: Path
     src = make_folder(tmp_path / "src", per_file=400, files=6)
     code = (
         f"{HEARS_CTRL_C}import sys, time\nfrom pathlib import Path\n"
-        "from dali_pipeline.ingest import convert, sources\nfrom dali_pipeline.filler import ShardFiller\n"
-        "sources.STRETCH_BYTES = 1\nwrite = ShardFiller.write\n"
-        "def slow(self, record):\n    time.sleep(float(sys.argv[3]))\n    write(self, record)\n"
-        "ShardFiller.write = slow\n"
+        f"sys.path.append({str(Path(__file__).parent)!r})\nimport slowly\n"
+        "from dali_pipeline.ingest import convert, sources\nsources.STRETCH_BYTES = 1\nconvert._write = slowly.write\n"
         "config = convert.ConvertConfig(shard_bytes=20_000, workers=2)\n"
         "convert.convert(Path(sys.argv[1]), Path(sys.argv[2]), config)\n"
     )
 
     def start(dst: Path, pause: float) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-c", code, str(src), str(dst), str(pause)], stderr=subprocess.PIPE)
+        environment = os.environ | {"PAUSE": str(pause)}
+        return subprocess.Popen([sys.executable, "-c", code, str(src), str(dst)], stderr=subprocess.PIPE, env=environment)
 
     with start(tmp_path / "whole", 0) as process:
         process.wait()
@@ -223,7 +223,14 @@ def test_killed_with_its_workers_and_gone_on_gives_the_same_bytes(tmp_path: Path
 def test_a_worker_that_is_killed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     src = make_folder(tmp_path / "src", files=3)
     monkeypatch.setattr(sources, "STRETCH_BYTES", 1)
-    monkeypatch.setattr(ShardFiller, "flush", lambda self: os.kill(os.getpid(), signal.SIGKILL))
+    start = workers_module.start_workers
+
+    def start_and_kill(*arguments: Any) -> Any:
+        crew = start(*arguments)
+        crew[0].kill()
+        return crew
+
+    monkeypatch.setattr(workers_module, "start_workers", start_and_kill)
     with pytest.raises(dp.PipelineError, match="a worker process was killed, perhaps for memory"):
         convert(src, tmp_path / "dst", workers=2)
     assert not (tmp_path / "dst").exists()
@@ -347,12 +354,13 @@ def test_a_file_that_changes_while_it_is_converted_is_named(tmp_path: Path, monk
 def test_an_impatient_ctrl_c_still_ends_it(tmp_path: Path) -> None:
     src = make_folder(tmp_path / "src", per_file=40, files=4)
     code = (
-        f"{HEARS_CTRL_C}import sys, time\nfrom dali_pipeline import cli\nfrom dali_pipeline.ingest import sources\n"
-        "from dali_pipeline.filler import ShardFiller\nsources.STRETCH_BYTES = 1\n"
-        "ShardFiller.write = lambda self, record: time.sleep(0.5)\n"
+        f"{HEARS_CTRL_C}import sys\nsys.path.append({str(Path(__file__).parent)!r})\nimport slowly\n"
+        "from dali_pipeline import cli\nfrom dali_pipeline.ingest import convert, sources\n"
+        "sources.STRETCH_BYTES = 1\nconvert._write = slowly.write\n"
         "sys.argv = ['dali_pipeline', 'convert', *sys.argv[1:], '--workers', '2']\ncli.main()\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code, str(src), str(tmp_path / "dst")], stderr=subprocess.PIPE) as process:
+    command, environment = [sys.executable, "-c", code, str(src), str(tmp_path / "dst")], os.environ | {"PAUSE": "0.5"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) as process:
         deadline = time.monotonic() + 30
         while len(children := psutil.Process(process.pid).children()) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -88,7 +88,7 @@ def test_traces_are_those_of_the_model_prompt_by_prompt(model: str, tmp_path: Pa
 
 def test_edges_are_causal_above_the_threshold_and_in_order() -> None:
     attention = torch.tensor([[[1.0, 0.9], [0.3, 0.7]], [[1.0, 0.0], [0.005, 0.995]]])
-    edge_index, weights, counts = attention_edges(attention, 0.01)
+    edge_index, weights, counts = attention_edges(attention.numpy(), 0.01)
     assert edge_index.tolist() == [[0, 0, 1, 0, 1], [0, 1, 1, 0, 1]]
     assert weights.tolist() == pytest.approx([1.0, 0.3, 0.7, 1.0, 0.995])
     assert counts.tolist() == [3, 2]

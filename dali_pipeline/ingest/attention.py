@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import torch
+import numpy as np
+
+from dali_pipeline.schema import Array
 
 
-def attention_edges(attention: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def attention_edges(attention: Array, threshold: float) -> tuple[Array, Array, Array]:
     """Edges of B attention maps at once, no loop over tokens.
 
     attention: (B, n, n), mean over heads, row i holding what token i attends to. An edge runs from j to i where j <= i and
     the weight is above `threshold`. Returns edge_index (2, E) int64 local to each map, weights (E,) in the type given, and
     edge_counts (B,) int64; edges are ordered by map, then i, then j. Costs a few passes over the maps.
     """
-    chosen = (attention > threshold).tril()
-    batch, target, origin = chosen.nonzero(as_tuple=True)
-    counts = torch.bincount(batch, minlength=len(attention))
-    return torch.stack([origin, target]), attention[batch, target, origin], counts
+    batch, target, origin = np.nonzero(np.tril(attention > threshold))
+    counts = np.bincount(batch, minlength=len(attention))
+    return np.stack([origin, target]), attention[batch, target, origin], counts

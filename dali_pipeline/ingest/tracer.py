@@ -136,13 +136,13 @@ class Tracer:
 
 def _graphs(nodes: torch.Tensor, attention: torch.Tensor, count: int, threshold: float) -> Graphs:
     """One record's graphs. nodes: (layers, width, hidden) · attention: (layers, width, width) · count: tokens, <= width."""
-    edge_index, weights, edge_counts = attention_edges(attention[:, :count, :count], threshold)
+    edge_index, weights, edge_counts = attention_edges(attention[:, :count, :count].numpy(), threshold)
     return Graphs(
         x=nodes[:, :count].reshape(-1, nodes.shape[-1]).numpy(),
-        edge_index=edge_index.numpy(),
-        edge_attr=weights.numpy(),
+        edge_index=edge_index,
+        edge_attr=weights,
         node_counts=np.full(len(nodes), count),
-        edge_counts=edge_counts.numpy(),
+        edge_counts=edge_counts,
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from dali_pipeline.ingest.attention import attention_edges
 from dali_pipeline.ingest.foreign import ForeignFile, Reader, Values, as_text, files_named, whole_numbers
 from dali_pipeline.ingest.inert import Bag, InertUnpickler
 from dali_pipeline.record import Graphs
@@ -172,19 +173,15 @@ def attention_graphs(hidden: list[Array], attentions: list[Array], threshold: fl
 
     Edges as `attention_edges` gives them for the mean over heads; weights in the type of hidden.
     """
-    import torch  # seconds, and traces alone need it
-
-    from dali_pipeline.ingest.attention import attention_edges
-
     nodes, count = len(hidden[0]), len(attentions)
     means = [layer.mean(axis=0, dtype=np.float32) for layer in attentions]
-    edge_index, weights, edge_counts = attention_edges(torch.from_numpy(np.stack(means)), threshold)
+    edge_index, weights, edge_counts = attention_edges(np.stack(means), threshold)
     return Graphs(
         x=np.concatenate(hidden[len(hidden) - count :]),
-        edge_index=edge_index.numpy(),
-        edge_attr=weights.numpy().astype(hidden[0].dtype),
+        edge_index=edge_index,
+        edge_attr=weights.astype(hidden[0].dtype),
         node_counts=np.full(count, nodes),
-        edge_counts=edge_counts.numpy(),
+        edge_counts=edge_counts,
     )
 
 

@@ -2,73 +2,108 @@
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
-import os
+import pickle
 import signal
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
 from typing import Any, Literal, TypeAlias, TypeVar
 
+from dali_pipeline.container import allowed_cores
 from dali_pipeline.schema import PipelineError
+from dali_pipeline.workerprocess import WorkerProcess, as_sent, end_workers, start_workers
 
 Workers = int | Literal["auto"]
 Engine = Literal["local", "ray"]
 Advance = Callable[[int], None]
 T = TypeVar("T")
 Work: TypeAlias = Callable[[int, Advance], T]
-_PR_SET_PDEATHSIG = 1
+LOOK_SECONDS = 0.2  # between two moves of the progress bar
 
 
 def in_order(
     work: Work[T], numbers: Sequence[int], workers: Workers, progress: Advance
 ) -> Generator[tuple[int, T], None, None]:
-    """Yields (number, work(number, advance)) in the order of `numbers`; what works ahead is a few numbers, never all.
+    """Yield (number, work(number, advance)) in the order of `numbers`; what works ahead is a few numbers, never all.
 
-    work: calls `advance(n)` as it goes on; in forked processes, so it may be a closure, and its results must pickle.
-    progress: called here with the sum of all that was advanced. Closed early, it kills the processes: `work` must leave
-    nothing that matters half-done. Raises what `work` raised, PipelineError where a process was killed.
+    Args:
+        work: Calls `advance(n)` as it goes on. It and its results are pickled.
+        numbers: What to work on, each once.
+        workers: Number of processes; "auto" for one per allowed core. One, or one number, works in this process.
+        progress: Called here with the sum of all that was advanced.
+
+    Raises:
+        PipelineError: A process was killed. Whatever `work` raises is raised here, in its number's turn.
+
+    Closed early, it kills the processes: `work` must leave nothing that matters half-done.
     """
-    count = min(len(os.sched_getaffinity(0)) if workers == "auto" else workers, len(numbers))
+    count = min(max(1, int(allowed_cores())) if workers == "auto" else workers, len(numbers))
+    total = 0
+
+    def advance(n: int) -> None:
+        nonlocal total
+        total += n
+        progress(total)
+
     if count <= 1:
-        total = 0
-
-        def advance(n: int) -> None:
-            nonlocal total
-            total += n
-            progress(total)
-
         yield from ((number, work(number, advance)) for number in numbers)
         return
-    context = multiprocessing.get_context("fork")
-    done = context.RawArray("q", max(numbers) + 1)  # a place a number, which one process alone writes: no lock
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(count, context, initializer=_begin, initargs=(work, done, os.getpid()))
-    waiting: deque[tuple[int, Future[Any]]] = deque()
-    remaining = iter(numbers)
     try:
-        while True:
-            while len(waiting) < 2 * count and (number := next(remaining, None)) is not None:
-                waiting.append((number, pool.submit(_do, number)))
-            if not waiting:
-                break
-            number, future = waiting.popleft()
-            while not wait([future], timeout=0.2).done:
-                progress(sum(done))
-            progress(sum(done))
-            yield number, future.result()
-        pool.shutdown()
-    except BrokenProcessPool:
-        raise PipelineError("a worker process was killed, perhaps for memory; try again with fewer --workers") from None
+        crew = start_workers(count, _serve, lambda: (work,))
+    except OSError as error:
+        raise PipelineError(f"{count} worker processes cannot be started ({error.strerror}); use fewer --workers") from None
+    try:
+        yield from _results(crew, numbers, advance)
     finally:
         with _undisturbed():
-            for child in set(multiprocessing.active_children()) - others:
-                child.kill()
-            pool.shutdown(cancel_futures=True)  # they are dead, so this takes no time
+            end_workers(crew)
+
+
+def _results(crew: list[WorkerProcess], numbers: Sequence[int], advance: Advance) -> Generator[tuple[int, Any], None, None]:
+    """Deal the numbers to the workers, two per worker ahead of the one that is yielded next, and yield their results in order."""
+    idle, busy = list(crew), dict[Connection, WorkerProcess]()
+    answers: dict[int, tuple[Any, BaseException | None]] = {}
+    dealt = 0
+    for turn, number in enumerate(numbers):
+        while number not in answers:
+            while idle and dealt < min(len(numbers), turn + 2 * len(crew)):
+                worker = idle.pop()
+                _ask(worker, numbers[dealt])
+                busy[worker.pipe] = worker
+                dealt += 1
+            for pipe in wait(list(busy), LOOK_SECONDS):
+                assert isinstance(pipe, Connection)
+                message = _answer(busy[pipe])
+                if isinstance(message, int):
+                    advance(message)
+                else:
+                    answered, result, error = message
+                    answers[answered] = result, error
+                    idle.append(busy.pop(pipe))
+        result, error = answers.pop(number)
+        if error is not None:
+            raise error
+        yield number, result
+
+
+def _ask(worker: WorkerProcess, number: int) -> None:
+    try:
+        worker.pipe.send(number)
+    except OSError:
+        raise _died(worker) from None
+
+
+def _answer(worker: WorkerProcess) -> Any:
+    try:
+        return worker.pipe.recv()
+    except (OSError, EOFError):
+        raise _died(worker) from None
+
+
+def _died(worker: WorkerProcess) -> PipelineError:
+    how = worker.how_it_ended()
+    return PipelineError(f"a worker process was killed, perhaps for memory ({how}); try again with fewer --workers")
 
 
 @contextmanager
@@ -81,27 +116,16 @@ def _undisturbed() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        if handler is not None:  # one that Python did not set cannot be set again
+            signal.signal(signal.SIGINT, handler)
 
 
-_inherited: tuple[Callable[[int, Advance], Any], Any] | None = None  # in a worker, by fork
-
-
-def _begin(work: Callable[[int, Advance], Any], done: Any, parent: int) -> None:
-    global _inherited
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-    _inherited = work, done
-
-
-def _do(number: int) -> Any:
-    assert _inherited is not None
-    work, done = _inherited
-
-    def advance(n: int) -> None:
-        done[number] += n
-
-    return work(number, advance)
+def _serve(pipe: Connection, work: Work[Any]) -> None:
+    """Answer each number with what was advanced meanwhile, as ints, then (number, result, error), in a worker."""
+    while True:
+        number = pipe.recv()
+        try:
+            answer = pickle.dumps((number, work(number, pipe.send), None), protocol=5)
+        except Exception as error:
+            answer = pickle.dumps((number, None, as_sent(error)), protocol=5)
+        pipe.send_bytes(answer)
