@@ -18,8 +18,8 @@ import typer
 import dali_pipeline as dp
 from benchmarks.harness import Results
 from dali_pipeline.cli import new_app, run
+from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.convert import convert
-from dali_pipeline.ingest.job import ConvertConfig
 from training.results import read_metrics
 
 ENCODINGS = ("float32", "float16", "bfloat16", "int8")

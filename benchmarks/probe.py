@@ -67,7 +67,7 @@ def main(
         raise dp.DataError(
             f"{data} has sequences of {fewest} to {most} steps, {dataset.num_classes} classes; expected one length, 2 classes"
         )
-    found = probe_layers(dataset, list(range(most)), seed=0)
+    found = probe_layers(dataset, dataset.layer_numbers("sequences") or list(range(most)), seed=0)
     print(f"{'':24}  val AUROC  test AUROC")
     for layer, val, test in zip(found.layers, found.val, found.test, strict=True):
         print(f"{f'linear probe, layer {layer}':24}  {val:9.3f}  {test:10.3f}")

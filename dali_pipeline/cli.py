@@ -43,16 +43,31 @@ ShardSize = Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="By
 def convert_command(
     src: Annotated[str, typer.Argument(help="Folder or URL of .pt, .pkl, .npz, .parquet or .arrow files.", show_default=False)],
     dst: Annotated[str, typer.Argument(help="Folder or URL of the data set, new or unfinished.", show_default=False)],
-    split: SplitOption = "70/15/15",
-    split_seed: SplitSeed = 0,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TRAIN/VAL/TEST",
+            help="Shares in per cent, dealt by group. [default: SRC's own, by files' names or as a data set, else 70/15/15]",
+            show_default=False,
+        ),
+    ] = None,
+    split_seed: Annotated[
+        int | None, typer.Option(help="Another seed, another split. [default: 0]", show_default=False)
+    ] = None,
     split_by: Annotated[str, typer.Option(metavar="group|file", help="Deal each group, or whole files.")] = "group",
     shard_size: ShardSize = "256MiB",
     dtype: Annotated[
         str | None, typer.Option(metavar="TYPE", help="float16, bfloat16, float32, int8, or by field. [default: as they come]")
     ] = None,
-    by_layer: Annotated[bool, typer.Option("--by-layer", help="Store sequences layer by layer, for who reads few.")] = False,
+    by_layer: Annotated[
+        bool | None,
+        typer.Option("--by-layer/--by-record", help="Store sequences layer by layer, if few are read. [default: as SRC does]"),
+    ] = None,
     layers: Annotated[
-        str | None, typer.Option(metavar="LIST", help="Steps, and graphs, to keep: 12:20 or 8,16. [default: all]")
+        str | None,
+        typer.Option(
+            metavar="LIST", help="Layers (0: embeddings, l: block l), or steps, to keep: 12:20 or 8,16. [default: all]"
+        ),
     ] = None,
     workers: Annotated[str, typer.Option(metavar="auto|N", help="Processes, without Ray; auto is one a core.")] = "auto",
     engine: EngineOption = "local",
@@ -79,15 +94,15 @@ def convert_command(
       python -m dali_pipeline convert data/traces data/traces8 --dtype sequence=int8,x=bfloat16
     """
     from dali_pipeline.describe import summary
+    from dali_pipeline.ingest.config import ConvertConfig
     from dali_pipeline.ingest.convert import convert_to, gigabytes
-    from dali_pipeline.ingest.job import ConvertConfig
     from dali_pipeline.ingest.traces import TraceOptions, read_scores
     from dali_pipeline.layers import parse_layers
 
     if scores is None and score_column is not None:
         raise UsageError("--score-column names a column of --scores; give both")
     config = ConvertConfig(
-        split=Split.parse(split, split_seed),
+        split=None if split is None and split_seed is None else Split.parse(split or str(Split()), split_seed or 0),
         split_by=split_by,  # type: ignore[arg-type]
         shard_bytes=parse_size(shard_size),
         dtype=dtype,

@@ -76,6 +76,15 @@ class Dataset:
         fullest = max(tables, key=lambda table: sum(table.records))
         return {int(label): count for label, count in sorted(fullest.labels.items(), key=lambda item: int(item[0]))}
 
+    def layer_numbers(self, kind: Kind) -> list[int] | None:
+        """Number of each step, or graph, of a record, where these are layers whose numbers the set records; None otherwise.
+
+        0 is the embeddings, l the output of block l.
+        """
+        found = self.manifest.source.get("layers" if kind == "sequences" else "graph_layers")
+        known = isinstance(found, list) and bool(found) and all(type(number) is int and number >= 0 for number in found)
+        return list(found) if known and found is not None else None
+
     def shard_path(self, split: str, kind: Kind, shard: int) -> Any:
         """The file of one shard."""
         return shard_path(self.root, split, kind, shard)

@@ -107,6 +107,7 @@ class GraphLoader(Loader[GraphBatch]):
                 "for with max_nodes or max_edges every rank's batches come from whole lanes"
             )
         check_delivery(layers, dtype)
+        layers = self._positions(layers, "graph")
         if min_weight is not None:
             _check_weight(min_weight, data.schema)
         self.dtype = dtype

@@ -15,6 +15,7 @@ from dali_pipeline.damage import TOLD, log, tell
 from dali_pipeline.dataset import Dataset
 from dali_pipeline.delivery import OnError, OnNan, Workers, check_options, resolve_device
 from dali_pipeline.digest import Delivered, EpochDigest, Mask
+from dali_pipeline.layers import Layers, to_positions
 from dali_pipeline.mix import reweighed
 from dali_pipeline.order import Ints, Order, Tail
 from dali_pipeline.plan import EpochPlan
@@ -124,6 +125,17 @@ class Loader(IterableDataset[Batch]):
         self.left_out: list[str] = []  # by it: why, of every record
         self._begun_in: int | None = None  # the process that iterates
         self._expected: EpochDigest | None = None  # of a whole epoch, once asked for
+
+    def _positions(self, layers: Layers, axis: str) -> Layers:
+        """Where the layers asked for stand, if the set records the numbers of those that it has; else as they are."""
+        numbers = self.data.layer_numbers(self.kind)
+        numbered = numbers is not None and self.selection.bounds(axis) == (len(numbers), len(numbers))
+        if layers is None or numbers is None or not numbered:
+            return layers
+        try:
+            return to_positions(layers, numbers)
+        except DataError as error:
+            raise DataError(f"{error} in split {self.split!r} of {self.data.root}") from None
 
     def __len__(self) -> int:
         """Steps of an epoch, the same on every rank."""

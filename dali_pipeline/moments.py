@@ -13,6 +13,7 @@ from dali_pipeline.schema import Array
 CHUNK_BYTES = 1 << 18  # of rows in float32 at a time: within a core's cache
 SUMMED_TOGETHER = 512  # values: less is slow to add
 SURE_SQUARES = 2.0**30  # of deviations: less, and no float16 was infinite or NaN
+LARGEST = float(np.finfo(np.float32).max)
 MAX_SHIFT = 2.0**15  # for that to hold
 
 
@@ -20,7 +21,7 @@ MAX_SHIFT = 2.0**15  # for that to hold
 class Moments:
     """Running count, mean and sum of squared deviations of each feature (Chan, Golub and LeVeque 1979, pairwise update).
 
-    NaN and infinities are left out; a feature's count says how many values were taken.
+    NaN, infinities and whatever float32 cannot hold are left out; a feature's count says how many values were taken.
     """
 
     count: list[int] = field(default_factory=list)
@@ -73,7 +74,7 @@ class Moments:
     def _update_exactly(self, part: Array) -> None:
         """In float64, leaving out what is not finite."""
         wide = part.astype(np.float64)
-        finite = np.isfinite(wide)
+        finite = np.abs(wide) <= LARGEST  # False for NaN; squares of larger ones may be infinite
         taken = finite.sum(axis=0)
         mean = np.where(finite, wide, 0).sum(axis=0) / np.maximum(taken, 1)
         self._merge(taken, mean, (np.where(finite, wide - mean, 0) ** 2).sum(axis=0))

@@ -95,8 +95,8 @@ class _Worker:
 
     def died(self) -> PipelineError:
         return PipelineError(
-            f"a worker process of the graph loader died ({self.process.how_it_ended()}); expected enough memory for it: use fewer "
-            "workers or workers=0"
+            f"a worker process of the graph loader died ({self.process.how_it_ended()}); expected enough memory for it: "
+            "use fewer workers or workers=0"
         )
 
 

@@ -138,6 +138,7 @@ class SequenceLoader(Loader[SequenceBatch]):
             bucket_by_length=bucket_by_length,
         )
         check_delivery(layers, dtype)
+        layers = self._positions(layers, "step")
         self.dtype, self.engine = dtype, engine
         steps = self.selection.bounds("step")
         equal_lengths = steps is not None and steps[0] == steps[1]

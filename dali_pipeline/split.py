@@ -42,10 +42,12 @@ class Split:
 
     def of(self, group: str) -> str:
         """The split of a group: XXH3 of its name as a fraction of 2**64, held against the shares."""
-        place = (
-            (xxhash.xxh3_64_intdigest(group.encode(), seed=self.seed) >> 11) / 2**53 * 100
-        )  # 53 bits: never rounds up to 100
-        return self.at(place)
+        return self.at(self.place(group))
+
+    def place(self, group: str) -> float:
+        """Where a group stands between 0 and 100, by its hash."""
+        hashed = xxhash.xxh3_64_intdigest(group.encode(), seed=self.seed)
+        return (hashed >> 11) / 2**53 * 100  # 53 bits: never rounds up to 100
 
     def at(self, place: float) -> str:
         """The split that a place between 0 and 100 falls into."""

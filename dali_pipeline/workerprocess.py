@@ -2,7 +2,7 @@
 
 A worker is started as a fresh program, not forked. A forked child has none of its parent's threads, so a library that waits for
 one of its own hangs in it: OpenMP does, once torch has computed in the parent. And unlike the processes of `multiprocessing`, a
-worker never imports the caller's main module, so a script needs no main guard, and a notebook, `python -` and a daemonic process
+worker never imports the caller's main module: a script needs no main guard, and a notebook, `python -` and a daemonic process
 can start some.
 """
 
@@ -34,8 +34,8 @@ _passing = threading.local()  # `descriptors`: those that pickled objects ask to
 class SharedBytes:
     """Zeroed memory of `nbytes` bytes, at `memory`, that workers see as well.
 
-    It is a file without a name, known by its descriptor: a container's small /dev/shm is no limit, and nothing is left behind by a
-    process that is killed. Pickled for a worker it is the same memory; pickled for anything else it begins anew, zeroed.
+    It is a file without a name, known by its descriptor: a container's small /dev/shm is no limit, and a process that is killed
+    leaves nothing behind. Pickled for a worker it is the same memory; pickled for anything else it begins anew, zeroed.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -137,7 +137,7 @@ def start_workers(count: int, serve: Callable[..., None], arguments: Callable[[]
     crew: list[WorkerProcess] = []
     try:
         for _ in range(count):
-            crew.append(WorkerProcess(serve, arguments()))
+            crew.append(WorkerProcess(serve, arguments()))  # noqa: PERF401, as those before an error are to be ended
         for worker in crew:
             worker.begin()
     except BaseException:

@@ -1,4 +1,4 @@
-"""Conversion whose workers write slowly, PAUSE seconds per record; imported by workers too, which know nothing of a test's patches."""
+"""Conversion whose workers write slowly, PAUSE seconds per record; they import this, and know no test's patches."""
 
 from __future__ import annotations
 

@@ -18,13 +18,14 @@ from conftest import HEARS_CTRL_C
 from torch_geometric.data import Data
 
 import dali_pipeline as dp
-from dali_pipeline.filler import ShardFiller
 from dali_pipeline.ingest import convert as convert_module
 from dali_pipeline.ingest import sources
 from dali_pipeline.ingest import workers as workers_module
-from dali_pipeline.ingest.job import ConvertConfig
+from dali_pipeline.ingest.config import ConvertConfig
+from dali_pipeline.ingest.foreign import list_files
 from dali_pipeline.ingest.pt import PT
 from dali_pipeline.verify import verify
+from dali_pipeline.workerprocess import start_workers
 
 LAYERS, HIDDEN = 4, 6
 
@@ -135,7 +136,7 @@ def test_files_are_taken_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for number in (10, 9, 1):
         (tmp_path / "gnn").mkdir(exist_ok=True)
         (tmp_path / "gnn" / f"batch_{number}.pt").touch()
-    assert [path.name for path in PT.find(tmp_path)] == ["batch_1.pt", "batch_9.pt", "batch_10.pt"]
+    assert [path.name for path in PT.find(tmp_path, list_files(tmp_path)[0])] == ["batch_1.pt", "batch_9.pt", "batch_10.pt"]
 
 
 def test_killed_and_started_again_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +224,7 @@ def test_killed_with_its_workers_and_gone_on_gives_the_same_bytes(tmp_path: Path
 def test_a_worker_that_is_killed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     src = make_folder(tmp_path / "src", files=3)
     monkeypatch.setattr(sources, "STRETCH_BYTES", 1)
-    start = workers_module.start_workers
+    start = start_workers
 
     def start_and_kill(*arguments: Any) -> Any:
         crew = start(*arguments)

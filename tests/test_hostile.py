@@ -16,8 +16,8 @@ import pytest
 from hostile.foreign import CASES, FORMATS, build
 
 import dali_pipeline as dp
+from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.convert import convert
-from dali_pipeline.ingest.job import ConvertConfig
 
 
 def contents(root: Path) -> dict[Path, bytes]:

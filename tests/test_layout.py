@@ -15,8 +15,8 @@ import dali_pipeline as dp
 from dali_pipeline import gather as gather_module
 from dali_pipeline import reads
 from dali_pipeline import shard as shard_module
+from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.convert import convert
-from dali_pipeline.ingest.job import ConvertConfig
 from dali_pipeline.layout import ByLayer
 from dali_pipeline.verify import verify
 

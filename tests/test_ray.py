@@ -20,9 +20,9 @@ import dali_pipeline as dp
 from dali_pipeline.cli import app, run
 from dali_pipeline.ingest import convert as convert_module
 from dali_pipeline.ingest import sources
+from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.convert import convert
 from dali_pipeline.ingest.extract import extract
-from dali_pipeline.ingest.job import ConvertConfig
 from dali_pipeline.ingest.onray import Asks, on_ray
 
 pytestmark = [

@@ -16,8 +16,8 @@ from pyarrow import parquet
 from torch_geometric.data import Data
 
 import dali_pipeline as dp
+from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.convert import convert
-from dali_pipeline.ingest.job import ConvertConfig
 from dali_pipeline.ingest.traces import TraceOptions, read_scores
 from dali_pipeline.verify import verify
 

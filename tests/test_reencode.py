@@ -11,8 +11,8 @@ import pytest
 from conftest import SCHEMA, make_records, write
 
 import dali_pipeline as dp
+from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.convert import convert
-from dali_pipeline.ingest.job import ConvertConfig
 from dali_pipeline.verify import verify
 
 

@@ -16,8 +16,8 @@ import dali_pipeline as dp
 from dali_pipeline import stores
 from dali_pipeline.cli import app, run
 from dali_pipeline.ingest import remote, sources
+from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.convert import convert, convert_to
-from dali_pipeline.ingest.job import ConvertConfig
 
 URL = "memory://raw/src"
 

@@ -105,7 +105,7 @@ def test_results_come_in_order_and_errors_in_their_turn() -> None:
     assert list(in_order(square, range(20), 3, lambda _: None)) == [(number, number * number) for number in range(20)]
     assert not any(found for _, found in in_order(imports_torch, range(4), 2, lambda _: None))
     found = []
-    with pytest.raises(dp.DataError, match="^three is no number$"):
+    with pytest.raises(dp.DataError, match=r"^three is no number$"):
         for number, _ in in_order(fails_at_three, range(8), 2, lambda _: None):
             found.append(number)
     assert found == [0, 1, 2]

@@ -20,7 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from dali_pipeline import Dataset, SequenceLoader
-from dali_pipeline.layers import parse_layers
+from dali_pipeline.layers import parse_layers, select, to_positions
 from dali_pipeline.shard import write_whole
 from training.intervals import auroc_interval
 from training.metrics import Floats, Predictions, area_under_roc
@@ -46,20 +46,22 @@ class LayerScores:
 
 
 def layers_of(data: Dataset, asked: str | None) -> list[int]:
-    """The steps to probe, MOST_LAYERS evenly over all at most; none where sequences are of unequal length."""
+    """The layers to probe, by their numbers, MOST_LAYERS evenly over all at most; none where sequences differ in length."""
     if "sequences" not in data.schema.kinds:
         return []
     bounds = data.select("train", "sequences").bounds("step")
     if bounds is None or bounds[0] != bounds[1]:
         return []
-    chosen = parse_layers(asked)
-    steps = np.arange(bounds[0])[chosen if chosen is not None else slice(None)]
+    chosen, numbers = parse_layers(asked), data.layer_numbers("sequences")
+    if numbers is not None and len(numbers) == bounds[0]:
+        steps = [numbers[at] for at in to_positions(chosen, numbers)]
+    else:
+        steps = select(chosen, bounds[0])
     return [int(steps[at]) for at in np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MOST_LAYERS)).astype(int))]
 
 
 def probe_layers(data: Dataset, steps: list[int], seed: int) -> LayerScores:
     """A probe on each step: standardised, PCA to 100 components, logistic regression."""
-    names = data.manifest.source.get("layers")
     scores: dict[str, list[Any]] = {"val": [], "test": [], "intervals": []}
     groups = data.select("test", "sequences").texts("groups")
     for step in steps:
@@ -70,8 +72,7 @@ def probe_layers(data: Dataset, steps: list[int], seed: int) -> LayerScores:
             found = _predictions(model, *_layer(data, split, step, seed), data.num_classes)
             scores[split].append(area_under_roc(found))
         scores["intervals"].append(auroc_interval(found, [groups[at] for at in found.positions]))
-    numbers = [names[step] if isinstance(names, list) and len(names) > step else step for step in steps]
-    return LayerScores(layers=numbers, **scores)
+    return LayerScores(layers=steps, **scores)
 
 
 def write_layers(path: Path, found: LayerScores) -> None:

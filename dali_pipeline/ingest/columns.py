@@ -2,14 +2,15 @@
 
 Columns: `label` (or `labels`, `y`); `sequence` (or `sequences`, `values`, `hidden_states`), a list of rows;
 `x` (or `node_feat`), a list of rows, with `edge_index`, two lists, and perhaps `edge_attr`: one graph a record;
-perhaps `id`, and `group` (or `question_id`).
+perhaps `id`, and `group` (or `question_id`). Padded sequences are cut to their `lengths` or `attention_mask`; `adj`, lists of
+numbers, stands for edge_index, and `edge_weight` for edge_attr.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,17 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import compute, parquet
 
-from dali_pipeline.ingest.foreign import ForeignFile, Values, as_text, whole_numbers
+from dali_pipeline.ingest.foreign import (
+    LENGTHS,
+    MASKS,
+    ForeignFile,
+    Values,
+    as_text,
+    edges_of,
+    real_steps,
+    whole_numbers,
+    without_padding,
+)
 from dali_pipeline.record import Graphs
 from dali_pipeline.schema import Array, FormatError, Kind
 
@@ -26,10 +37,14 @@ NAMES = {
     "sequence": ("sequence", "sequences", "values", "hidden_states"),
     "x": ("x", "node_feat"),
     "edge_index": ("edge_index",),
-    "edge_attr": ("edge_attr",),
+    "edge_attr": ("edge_attr", "edge_weight"),
+    "adj": ("adj",),
+    "lengths": LENGTHS,
+    "mask": MASKS,
     "id": ("id",),
     "group": ("group", "question_id"),
 }
+INDEX_COLUMN = r"__index_level_\d+__$"  # that pandas writes
 BATCH_ROWS = 256  # of a Parquet file decoded at a time
 
 
@@ -37,11 +52,11 @@ def open_file(path: Path, name: str) -> ForeignFile:
     """Reads the columns of labels and names; the lists wait. Raises FormatError for a file without the columns."""
     columns = _columns(path)
     kinds: list[Kind] = [kind for kind, name in (("sequences", "sequence"), ("graphs", "x")) if name in columns]  # type: ignore[misc]
-    if "label" not in columns or not kinds or ("x" in columns and "edge_index" not in columns):
+    if "label" not in columns or not kinds or ("x" in columns and not {"edge_index", "adj"} & columns.keys()):
         raise FormatError(
             f"{path} has the columns {', '.join(_schema(path).names)}; expected label, and sequence, or x and edge_index"
         )
-    parts: dict[str, list[Any]] = {ours: [] for ours in ("label", "id", "group") if ours in columns}
+    parts: dict[str, list[Any]] = {ours: [] for ours in ("label", "id", "group", "lengths", "mask") if ours in columns}
     for batch in _batches(path, [columns[ours] for ours in parts]):
         for ours, part in parts.items():
             part += batch.column(columns[ours]).to_pylist()
@@ -50,13 +65,19 @@ def open_file(path: Path, name: str) -> ForeignFile:
     if ids is None and "group" not in parts:
         ids = [f"{name}-{row}" for row in range(len(labels))]
     groups = [as_text(path, columns["group"], one) for one in parts["group"]] if "group" in parts else ids or []
+    real = real_steps(path, len(labels), parts.get("lengths"), parts.get("mask")) if "sequence" in columns else None
+    unused = {"adj"} if "edge_index" in columns else set[str]()
+    unused |= set() if "x" in columns else {"edge_index", "edge_attr", "adj"}
+    unused |= set() if "sequence" in columns else {"lengths", "mask"}
+    taken = {theirs for ours, theirs in columns.items() if ours not in unused}
     return ForeignFile(
         path=path,
         kinds=tuple(kinds),
         ids=ids,
         groups=groups,
         labels=whole_numbers(path, columns["label"], labels),
-        values=partial(_values, path, columns),
+        values=lambda: without_padding(path, _values(path, columns), real),
+        not_taken=tuple(name for name in _schema(path).names if name not in taken and not re.match(INDEX_COLUMN, name)),
     )
 
 
@@ -111,7 +132,9 @@ def _unreadable(path: Path, error: Exception) -> FormatError:
 
 
 def _values(path: Path, columns: dict[str, str]) -> Iterator[Values]:
-    wanted: dict[str, str] = {ours: columns[ours] for ours in ("sequence", "x", "edge_index", "edge_attr") if ours in columns}
+    wanted: dict[str, str] = {
+        ours: columns[ours] for ours in ("sequence", "x", "edge_index", "edge_attr", "adj") if ours in columns
+    }
     first = 0
     for batch in _batches(path, list(wanted.values())):
         where = f"{path}, records {first} to {first + batch.num_rows - 1}"
@@ -123,17 +146,22 @@ def _values(path: Path, columns: dict[str, str]) -> Iterator[Values]:
 
 
 def _graph(lists: dict[str, _Lists], row: int) -> Graphs:
-    edges = lists["edge_index"].row(row)
-    if edges.ndim != 2 or len(edges) != 2:
-        raise FormatError(
-            f"{lists['edge_index'].what}: row {row} is {list(edges.shape)}; expected two lists, sources and targets"
-        )
-    edges = edges if edges.size else np.zeros((2, 0), np.int64)
     x = lists["x"].row(row)
+    attr = lists["edge_attr"].row(row) if "edge_attr" in lists else None
+    if "edge_index" in lists:
+        edges = lists["edge_index"].row(row)
+        if edges.ndim != 2 or len(edges) != 2:
+            raise FormatError(
+                f"{lists['edge_index'].what}: row {row} is {list(edges.shape)}; expected two lists, sources and targets"
+            )
+        edges = edges if edges.size else np.zeros((2, 0), np.int64)
+    else:
+        edges, values = edges_of(Path(f"{lists['adj'].what}: row {row}"), lists["adj"].row(row), len(x))
+        attr = values if attr is None else attr
     return Graphs(
         x=x,
         edge_index=edges,
-        edge_attr=lists["edge_attr"].row(row) if "edge_attr" in lists else None,
+        edge_attr=attr,
         node_counts=np.array([len(x)]),
         edge_counts=np.array([edges.shape[1]]),
     )

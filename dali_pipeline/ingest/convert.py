@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -14,17 +14,20 @@ import msgspec
 import numpy as np
 import xxhash
 
+from dali_pipeline.damage import log
 from dali_pipeline.dataset import Dataset, default_cache, open_dataset
+from dali_pipeline.encoding import BFLOAT16
 from dali_pipeline.filler import Contents, ShardFiller
+from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.foreign import Block, Values
-from dali_pipeline.ingest.job import ConvertConfig, Job, prepare
+from dali_pipeline.ingest.job import Job, prepare
 from dali_pipeline.ingest.onray import deal
+from dali_pipeline.ingest.own import OWN, opened
 from dali_pipeline.ingest.remote import Remote, raw_files
 from dali_pipeline.ingest.sources import Source
 from dali_pipeline.ingest.traces import TRACES
 from dali_pipeline.ingest.workers import Advance
 from dali_pipeline.journal import remove_leftovers
-from dali_pipeline.layers import select
 from dali_pipeline.manifest import MANIFEST_NAME
 from dali_pipeline.pending import Stack
 from dali_pipeline.progress import progress_bar, shown
@@ -62,18 +65,16 @@ def convert(src: Path, dst: Path, config: ConvertConfig | None = None, remote: R
             raise UsageError(f"{dst} is a data set of other files or settings than {src}; expected a new folder")
         remove_leftovers(dst)
         return data
-    written = sum(path.stat().st_size for path in dst.glob("*/*.safetensors"))
-    check_space(source.nbytes - written, dst)
     with progress_bar() as bar:
         job = prepare(source, config, bar.track(range(len(source.files)), description="read names"))
-    made_by: dict[str, Any] = {"made_by": "convert", "files": len(source.files), "fingerprint": fingerprint}
-    if isinstance(job.dealer, FileSplit):
-        made_by["moved"] = job.dealer.moved
+    for sentence in job.told:
+        log.warning(sentence.replace("%", "%%"))
+    written = sum(path.stat().st_size for path in dst.glob("*/*.safetensors"))
+    check_space(job.written_bytes - written, dst)
+    made_by = _made_by(job) | {"made_by": "convert", "files": len(source.files), "fingerprint": fingerprint}
     stretches = source.stretches
     dated = xxhash.xxh3_128_hexdigest(msgspec.json.encode((fingerprint, source.times)))  # a restart sees changed files
-    with ShardWriter(
-        dst, job.schema, shard_bytes=config.shard_bytes, split=job.dealer, source=made_by, fingerprint=dated
-    ) as writer:
+    with ShardWriter(dst, job.schema, shard_bytes=config.shard_bytes, source=made_by, fingerprint=dated) as writer:
         writer.parts.mkdir(exist_ok=True)
         work = partial(_write, job, writer.parts)
         before = sum(job.counts[: stretches[writer.cursor - 1].stop]) if writer.cursor else 0
@@ -85,6 +86,19 @@ def convert(src: Path, dst: Path, config: ConvertConfig | None = None, remote: R
                     writer.adopt(part, contents, number + 1, left_out)
         source.check_unchanged()
     return open_dataset(dst)
+
+
+def _made_by(job: Job) -> dict[str, Any]:
+    """What the manifest says of where the data come from; of a data set of ours what that says, as far as it is still so."""
+    found: dict[str, Any] = {}
+    if job.source.reader is OWN:
+        before = opened(job.source.root).manifest.source
+        found = {name: value for name, value in before.items() if name not in ("left_out", "in_one_half", "moved", "torn")}
+    if isinstance(job.dealer, FileSplit):
+        found["moved"] = job.dealer.moved
+    if job.torn:
+        found["torn"] = job.torn
+    return found | job.choice.kept_numbers
 
 
 def convert_to(src: str | Path, dst: str, config: ConvertConfig | None = None) -> Dataset:
@@ -125,10 +139,10 @@ def write_stretch(job: Job, stretch: range, root: Path, advance: Advance) -> tup
 
     With `skip_bad` every file is read twice, first to see whether all of it can be taken in.
     """
-    filler = ShardFiller(root, job.schema, job.config.shard_bytes, job.dealer, Contents())
+    filler = ShardFiller(root, job.schema, job.config.shard_bytes, job.dealer_of(stretch.start), Contents())
     left_out: dict[str, str] = {}
     for number in stretch:
-        name = job.source.names[number]
+        name, filler.dealer = job.source.names[number], job.dealer_of(number)
         if name in job.unreadable:
             left_out[name] = job.unreadable[name]
             continue
@@ -172,29 +186,29 @@ def _records(job: Job, number: int) -> Iterator[Record | Stack]:
             break
         names = slice(begin, end)
         if isinstance(values, Block):
-            yield _stack(job, Stack(ids[names], file.groups[names], file.labels[names], values.sequences))
+            yield _stack(job, Stack(ids[names], file.groups[names], file.labels[names], values.sequences), values.bfloat16)
         else:
             yield _record(job, ids[begin], file.groups[begin], file.labels[begin], values)
     if end != len(file):
         raise FormatError(f"{file.path} has {len(file)} labels and not as many records; it changed while it was read")
 
 
-def _stack(job: Job, stack: Stack) -> Stack:
+def _stack(job: Job, stack: Stack, bfloat16: Sequence[str]) -> Stack:
     """With the layers that are kept."""
     if job.config.layers is not None:
-        chosen = select(job.config.layers, stack.sequences.shape[1])
+        chosen = job.choice.of("sequences", stack.sequences.shape[1])
         stack = stack._replace(sequences=stack.sequences[:, chosen])
     if "sequence" not in job.config.dtypes:
-        _check_width(stack.ids[0], "sequence", stack.sequences, job.schema.sequence)
+        _check_width(stack.ids[0], "sequence", stack.sequences, job.schema.sequence, bfloat16)
     return stack
 
 
 def _record(job: Job, name: str, group: str, label: int, values: Values) -> Record:
     """With the layers that are kept."""
-    (sequence, graphs), layers, schema = values, job.config.layers, job.schema
-    if layers is not None:
-        sequence = None if sequence is None else sequence[select(layers, len(sequence))]
-        graphs = None if graphs is None else graphs.select(select(layers, len(graphs.node_counts)))
+    (sequence, graphs, bfloat16), schema = values, job.schema
+    if job.config.layers is not None:
+        sequence = None if sequence is None else sequence[job.choice.of("sequences", len(sequence))]
+        graphs = None if graphs is None else graphs.select(job.choice.of("graphs", len(graphs.node_counts)))
     if graphs is not None and graphs.edge_attr is not None and schema.edge_attr is None:
         raise DataError(f"record {name!r} has edge_attr, which the first graphs with edges had not; expected all or none")
     rows = {"sequence": sequence}
@@ -202,18 +216,26 @@ def _record(job: Job, name: str, group: str, label: int, values: Values) -> Reco
         rows |= {"x": graphs.x, "edge_attr": graphs.edge_attr, **graphs.fields}
     for what, array in rows.items():
         if what not in job.config.dtypes:
-            _check_width(name, what, array, schema.named.get(what) or getattr(schema, what))
+            _check_width(name, what, array, schema.named.get(what) or getattr(schema, what), bfloat16)
     return Record(id=name, group=group, label=label, sequence=sequence, graphs=graphs)
 
 
-def _check_width(name: str, what: str, rows: Array | None, field: Field | None) -> None:
-    """Raises DataError for values that would lose digits unasked."""
-    if rows is None or field is None or rows.dtype == field.dtype or not rows.size or rows.dtype.kind not in "fiub":
+def _check_width(name: str, what: str, rows: Array | None, field: Field | None, bfloat16: Sequence[str]) -> None:
+    """Raises DataError for values that would lose digits unasked. bfloat16: as in `Values`."""
+    if rows is None or field is None or not rows.size or rows.dtype.kind not in "fiub" or field.scales:
         return
-    if not np.can_cast(rows.dtype, field.dtype):
+    dtype = BFLOAT16 if what in bfloat16 else rows.dtype.name
+    if not _holds(field.dtype, dtype):
         raise DataError(
-            f"record {name!r}: {what} is {rows.dtype}, and {field.dtype} in the first file; give --dtype float32 or float16"
+            f"record {name!r}: {what} is {dtype}, and {field.dtype} in the first file; give --dtype float32 or float16"
         )
+
+
+def _holds(wide: str, narrow: str) -> bool:
+    """Whether every value of one stored type is one of another."""
+    if BFLOAT16 in (wide, narrow):  # eight bits of digits, and the exponents of float32
+        return wide == narrow or (wide in ("float32", "float64") if narrow == BFLOAT16 else narrow in ("bool", "int8", "uint8"))
+    return np.can_cast(narrow, wide)
 
 
 def check_space(needed: int, dst: Path) -> None:

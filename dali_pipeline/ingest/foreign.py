@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,16 +17,21 @@ from dali_pipeline.schema import Array, FormatError, Kind
 
 
 class Values(NamedTuple):
-    """One record's values; None for a kind that the file does not have."""
+    """One record's values; None for a kind that the file does not have.
+
+    bfloat16: Names of the arrays that hold bfloat16 in the file, and float32 here, as NumPy has no such type.
+    """
 
     sequence: Array | None
     graphs: Graphs | None
+    bfloat16: tuple[str, ...] = ()
 
 
 class Block(NamedTuple):
-    """The values of several records at once: sequences (N, T, *row), all of one length."""
+    """The values of several records at once: sequences (N, T, *row), all of one length. bfloat16: As in `Values`."""
 
     sequences: Array
+    bfloat16: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +39,8 @@ class ForeignFile:
     """One file, opened as far as its names and labels.
 
     ids: of the records, None where `groups` (question ids) are to be numbered. values: reads the records in order, one or a
-    block of them when it is asked for; raises FormatError or DataError for one that is not what the format says.
+    block of them when it is asked for; raises FormatError or DataError for one that is not what the format says. not_taken:
+    names of what else is in the file, and is left there.
     """
 
     path: Path
@@ -42,6 +49,7 @@ class ForeignFile:
     groups: list[str]
     labels: list[int]
     values: Callable[[], Iterator[Values | Block]]
+    not_taken: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -51,26 +59,57 @@ class ForeignFile:
 class Reader:
     """One format.
 
-    find: the files of a folder, or the file itself, in order, none where they are of another format · open: a file, with a
-    name for records that have none.
+    find: those of a folder's files, all of which it is given, that are of this format, or the file itself; in order · open: a
+    file, with a name for records that have none.
     """
 
     what: str
-    find: Callable[[Path], list[Path]]
+    find: Callable[[Path, list[Path]], list[Path]]
     open: Callable[[Path, str], ForeignFile]
 
 
-def files_named(root: Path, patterns: Sequence[str], skip: str = "(?!)") -> list[Path]:
-    """The files under `root` that match, batch_2 before batch_10; `root` itself where it is one that does."""
-    if root.is_file():
-        return [root] if any(root.match(pattern) for pattern in patterns) else []
-    found = {path for pattern in patterns for path in root.rglob(pattern) if not re.match(skip, path.name)}
-    return in_natural_order(root, found)
+def list_files(root: Path) -> tuple[list[Path], list[Path]]:
+    """List the files under `root`, links followed, batch_2 before batch_10; and the links to files that are listed already.
+
+    A folder or file that links reach on several ways is listed once. A link that leads nowhere is listed: whoever opens it says
+    so. `root` itself is listed where it is a file.
+    """
+    if not root.is_dir():
+        return ([root] if root.exists() else []), []
+    files, again, linked_files, linked_folders = list[Path](), list[Path](), list[Path](), [root]
+    seen: set[tuple[int, int]] = set()  # device and number of every folder and file
+    while linked_folders:
+        folders = [linked_folders.pop(0)]
+        while folders:
+            folder = folders.pop(0)
+            about = folder.stat()
+            if (about.st_dev, about.st_ino) in seen:
+                continue
+            seen.add((about.st_dev, about.st_ino))
+            for entry in sorted(os.scandir(folder), key=lambda entry: natural(entry.name)):
+                path = folder / entry.name
+                if entry.is_symlink():
+                    (linked_folders if path.is_dir() else linked_files if path.exists() else files).append(path)
+                elif entry.is_dir():
+                    folders.append(path)
+                else:
+                    files.append(path)
+                    seen.add((about.st_dev, entry.inode()))
+    for path in linked_files:
+        about = path.stat()
+        (again if (about.st_dev, about.st_ino) in seen else files).append(path)
+        seen.add((about.st_dev, about.st_ino))
+    return in_natural_order(root, files), again
+
+
+def files_named(root: Path, files: Iterable[Path], patterns: Sequence[str], skip: str = "(?!)") -> list[Path]:
+    """Return those files whose names match one of the patterns, and not `skip`."""
+    return [path for path in files if any(path.match(each) for each in patterns) and not re.match(skip, path.name)]
 
 
 def in_natural_order(root: Path, paths: Iterable[Path]) -> list[Path]:
-    """batch_2 before batch_10; folders left out."""
-    names = {path.relative_to(root).as_posix(): path for path in paths if not path.is_dir()}
+    """Sort files under `root`: batch_2 before batch_10."""
+    names = {path.relative_to(root).as_posix(): path for path in paths}
     return [names[name] for name in sorted(names, key=lambda name: (natural(name), name))]
 
 
@@ -106,6 +145,20 @@ def whole_numbers(path: Path, name: str, values: Iterable[Any]) -> list[int]:
     return found
 
 
+def edges_of(path: Path, adjacency: Array, nodes: int) -> tuple[Array, Array | None]:
+    """Return edge_index (2, E) of a dense adjacency matrix (nodes, nodes), row to column; and (E,) its values, if it holds real
+    numbers.
+
+    As PyG's `dense_to_sparse` has it: an entry that is not 0 is an edge. Raises FormatError for another shape.
+    """
+    square = adjacency[0] if adjacency.ndim == 3 and len(adjacency) == 1 else adjacency
+    if square.shape != (nodes, nodes):
+        raise FormatError(f"{path}: adj is {list(adjacency.shape)} for {nodes} nodes; expected [{nodes}, {nodes}]")
+    source, target = np.nonzero(square)
+    values = square[source, target] if square.dtype.kind == "f" else None
+    return np.stack([source, target]).astype(np.int64), values
+
+
 def check_counts(path: Path, **counts: int) -> None:
     """Raises FormatError unless all counts are equal."""
     if len(set(counts.values())) > 1:
@@ -116,3 +169,71 @@ def check_counts(path: Path, **counts: int) -> None:
 def rows_at_a_time(row_bytes: int) -> int:
     """Stacked records that are read together: about 1 MiB of them."""
     return max(1, (1 << 20) // max(1, row_bytes))
+
+
+LENGTHS = ("lengths", "length", "seq_lengths", "seq_lens", "sequence_lengths")
+MASKS = ("attention_mask", "mask")
+
+
+def real_steps(path: Path, records: int, lengths: Any, mask: Any) -> list[Array] | None:
+    """Return which steps of each padded sequence are real, as (T,) bool or a number of steps from the first on; None for all.
+
+    Args:
+        path: File, for messages.
+        records: Number of records, N.
+        lengths: (N,) whole numbers, or None.
+        mask: (N, T), or N rows of any length, nonzero for real steps; or None.
+
+    Raises:
+        FormatError: Either is something else, or they disagree.
+    """
+    counts = None if lengths is None else np.asarray(lengths).reshape(-1)
+    rows = None if mask is None else [np.asarray(row).reshape(-1) for row in mask]
+    for name, found in (("lengths", counts), ("the mask", rows)):
+        if found is not None and len(found) != records:
+            raise FormatError(f"{path}: {name} has {len(found)} entries for {records} records; expected one per record")
+    if counts is not None and (
+        counts.dtype.kind not in "iuf" or (counts != counts.astype(np.int64)).any() or (counts < 0).any()
+    ):
+        raise FormatError(
+            f"{path}: lengths are {counts.dtype} {reprlib.repr(counts.tolist())}; expected whole numbers of 0 or more"
+        )
+    if rows is not None and not all(row.dtype.kind in "iufb" for row in rows):
+        raise FormatError(f"{path}: the mask holds {rows[0].dtype}; expected 0 or 1 per step")
+    if counts is None:
+        return None if rows is None else [row != 0 for row in rows]
+    if rows is not None:
+        for record, (row, count) in enumerate(zip(rows, counts.tolist(), strict=True)):
+            if np.count_nonzero(row) != count:
+                raise FormatError(
+                    f"{path}: record {record} has a length of {count} and a mask of {np.count_nonzero(row)} steps; expected one"
+                )
+        return [row != 0 for row in rows]
+    return [np.int64(count) for count in counts.tolist()]  # type: ignore[misc]
+
+
+def cut_padding(path: Path, record: int, sequence: Array, real: Array) -> Array:
+    """Return the real steps of one sequence. real: as `real_steps` gives it. Raises FormatError where that does not fit."""
+    steps = sequence.shape[0] if sequence.ndim else 0
+    if real.ndim == 0:
+        if real > steps:
+            raise FormatError(f"{path}: record {record} has a length of {real} and {steps} steps; expected {steps} at most")
+        return sequence[: int(real)]
+    if len(real) != steps:
+        raise FormatError(f"{path}: record {record} has a mask of {len(real)} and {steps} steps; expected one entry per step")
+    return sequence[real]
+
+
+def without_padding(path: Path, values: Iterable[Values | Block], real: list[Array] | None) -> Iterator[Values | Block]:
+    """Yield the records' real steps alone. real: as `real_steps` gives it; None leaves the values as they are."""
+    if real is None:
+        yield from values
+        return
+    record = 0
+    for each in values:
+        stacked = each.sequences if isinstance(each, Block) else [each.sequence]
+        for sequence in stacked:
+            assert sequence is not None
+            graphs = None if isinstance(each, Block) else each.graphs
+            yield Values(cut_padding(path, record, sequence, real[record]), graphs, each.bfloat16)
+            record += 1

@@ -1,4 +1,7 @@
-"""Reader of `.npz` files: `sequences` (N, T, F), or `values` with `offsets`; `labels`; perhaps `ids` and `groups`."""
+"""Reader of `.npz` files: `sequences` (N, T, F), or `values` with `offsets`; `labels`; perhaps `ids` and `groups`.
+
+Padded sequences are cut to their `lengths` (N,) or `attention_mask` (N, T), where there is one.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,8 @@ import numpy as np
 from numpy.lib import format as npy
 
 from dali_pipeline.ingest.foreign import (
+    LENGTHS,
+    MASKS,
     Block,
     ForeignFile,
     Reader,
@@ -23,8 +28,10 @@ from dali_pipeline.ingest.foreign import (
     as_text,
     check_counts,
     files_named,
+    real_steps,
     rows_at_a_time,
     whole_numbers,
+    without_padding,
 )
 from dali_pipeline.ingest.storedzip import Bytes, StoredZip
 from dali_pipeline.schema import Array, FormatError
@@ -117,13 +124,20 @@ def open_file(path: Path, name: str) -> ForeignFile:
     if ids is None and "groups" not in texts:
         ids = [f"{name}-{row}" for row in range(len(labels))]
     check_counts(path, labels=len(labels), **{name: len(each) for name, each in texts.items()})
+    padding = {name: file.read(name) for name in (*LENGTHS, *MASKS) if name in file.names}
+    length, mask = (next((name for name in names if name in padding), None) for names in (LENGTHS, MASKS))
+    real = real_steps(path, len(labels), padding.get(length or ""), padding.get(mask or ""))
+    taken = {"values", "offsets"} if ragged else {"sequences"}
+    taken |= {"labels", *texts, *(name for name in (length, mask) if name)}
+    values = partial(_ragged if ragged else _stacked, file, len(labels))
     return ForeignFile(
         path=path,
         kinds=("sequences",),
         ids=ids,
         groups=texts.get("groups", ids or []),
         labels=whole_numbers(path, "labels", labels.tolist()),
-        values=partial(_ragged if ragged else _stacked, file, len(labels)),
+        values=lambda: without_padding(path, values(), real),
+        not_taken=tuple(sorted(file.names - taken)),
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dali_pipeline.dataset import Dataset, open_dataset
+from dali_pipeline.encoding import BFLOAT16
 from dali_pipeline.files import Files
 from dali_pipeline.ingest.foreign import Block, ForeignFile, Reader, Values, rows_at_a_time
 from dali_pipeline.manifest import MANIFEST_NAME
@@ -20,7 +21,7 @@ from dali_pipeline.shard import Shard
 _open_once = lru_cache(maxsize=1)(open_dataset)
 
 
-def _find(root: Path) -> list[Path]:
+def _find(root: Path, _: list[Path]) -> list[Path]:
     """The shards, split by split, sequences first."""
     if not (root / MANIFEST_NAME).is_file():
         return []
@@ -49,11 +50,12 @@ def _sequences(data: Dataset, shard: Shard) -> Iterator[Values | Block]:
     field, offsets = data.schema.sequence, shard.read("sequence.offsets")
     assert field is not None
     lengths, begin = np.diff(offsets), 0
+    narrow = ("sequence",) if field.dtype == BFLOAT16 else ()
     while field.layout is not None and begin < shard.records:
         end, steps = min(begin + field.layout.records, shard.records), field.layout.steps
         stored = shard.read("sequence", begin * steps, end * steps).reshape(steps, end - begin, *field.shape)
         rows = field.values(stored.swapaxes(0, 1).reshape(-1, *field.shape))
-        yield Block(rows.reshape(end - begin, steps, *field.shape))
+        yield Block(rows.reshape(end - begin, steps, *field.shape), narrow)
         begin = end
     while begin < shard.records:
         # a block of records of one length, about 1 MiB
@@ -61,13 +63,14 @@ def _sequences(data: Dataset, shard: Shard) -> Iterator[Values | Block]:
         alike = np.flatnonzero(lengths[begin:end] != lengths[begin])
         end = min(end, shard.records) if not len(alike) else begin + int(alike[0])
         rows = field.values(shard.read("sequence", int(offsets[begin]), int(offsets[end])))
-        yield Block(rows.reshape(end - begin, int(lengths[begin]), *field.shape))
+        yield Block(rows.reshape(end - begin, int(lengths[begin]), *field.shape), narrow)
         begin = end
 
 
 def _graphs(data: Dataset, shard: Shard) -> Iterator[Values | Block]:
     schema = data.schema
     assert schema.x is not None
+    narrow = tuple(name for name, field in schema.of_graphs.items() if field.dtype == BFLOAT16)
     graphs, nodes, edges = (shard.read(f"{name}.offsets") for name in ("graphs", "x", "edge_index"))
     for record in range(shard.records):
         begin, end = int(graphs[record]), int(graphs[record + 1])
@@ -86,7 +89,13 @@ def _graphs(data: Dataset, shard: Shard) -> Iterator[Values | Block]:
                     for name, field in schema.named.items()
                 },
             ),
+            narrow,
         )
 
 
 OWN = Reader(what=f"data set ({MANIFEST_NAME})", find=_find, open=_open)
+
+
+def opened(root: Path) -> Dataset:
+    """Return the data set that is the source."""
+    return _open_once(root)

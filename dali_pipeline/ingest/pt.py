@@ -6,30 +6,37 @@ Stacked tensors are read row by row; nothing that the pickles name is run, PyG's
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dali_pipeline.ingest.foreign import (
+    LENGTHS,
+    MASKS,
     Block,
     ForeignFile,
     Reader,
     Values,
     as_text,
     check_counts,
-    in_natural_order,
+    edges_of,
+    files_named,
+    real_steps,
     rows_at_a_time,
     whole_numbers,
+    without_padding,
 )
 from dali_pipeline.ingest.inert import Bag
-from dali_pipeline.ingest.tensors import Tensor, TorchFile
+from dali_pipeline.ingest.tensors import BFLOAT16, Tensor, TorchFile
 from dali_pipeline.record import Graphs
-from dali_pipeline.schema import Array, FormatError, Kind
+from dali_pipeline.schema import FormatError, Kind
 
 FOLDERS: dict[str, Kind] = {"lstm_solo": "sequences", "gnn": "graphs"}
 PATTERNS = ("batch_*.pt", "preprocessed_*.pt")
+WEIGHTS = ("edge_attr", "edge_weight")  # what becomes edge_attr, the first one that is there
+STRIDED_BLOCKS = 64
 _STORAGES = ("BaseStorage", "GlobalStorage", "NodeStorage", "EdgeStorage")
 PYG_NAMES = (
     *(f"torch_geometric.data.data.{name}" for name in ("Data", "DataEdgeAttr", "DataTensorAttr")),
@@ -37,11 +44,11 @@ PYG_NAMES = (
 )
 
 
-def find_files(root: Path) -> list[Path]:
-    """The files of both halves, sequences first, batch_2 before batch_10."""
+def find_files(root: Path, files: list[Path]) -> list[Path]:
+    """The files of both halves, sequences first."""
     found = []
     for folder in FOLDERS:
-        found += in_natural_order(root, {path for pattern in PATTERNS for path in (root / folder).glob(pattern)})
+        found += files_named(root, [path for path in files if path.parent == root / folder], PATTERNS)
     if root.is_file() and root.suffix == ".pt" and root.parent.name in FOLDERS:
         found = [root]
     return found
@@ -53,7 +60,8 @@ def open_file(path: Path, name: str) -> ForeignFile:
     file = TorchFile(path, PYG_NAMES if kind == "graphs" else ())
     content = file.content
     if isinstance(content, list) and kind == "graphs":  # a flat list of Data, one graph a record, y its label
-        labels = [_one_number(file, "y", _fields(file, row, data).get("y")) for row, data in enumerate(content)]
+        every = [_fields(file, row, data) for row, data in enumerate(content)]
+        labels = [_one_number(file, "y", fields.get("y")) for fields in every]
         ids = [f"{path.stem}-{row}" for row in range(len(content))]
         return ForeignFile(
             path=path,
@@ -62,6 +70,7 @@ def open_file(path: Path, name: str) -> ForeignFile:
             groups=ids,
             labels=whole_numbers(path, "y", labels),
             values=_graphs(file, content),
+            not_taken=_attributes_not_taken(every, {"y"}),
         )
     if not isinstance(content, dict) or not {kind, "labels", "question_ids"} <= content.keys():
         has = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
@@ -69,15 +78,27 @@ def open_file(path: Path, name: str) -> ForeignFile:
             has = "one tensor"
         raise FormatError(f"{path} holds {has}; expected a dict with {kind}, labels and question_ids")
     labels_, questions = (_flat_list(file, field, content[field]) for field in ("labels", "question_ids"))
-    values = content[kind] if isinstance(content[kind], list | tuple) else file.tensor(content[kind])
+    values: Any = content[kind] if isinstance(content[kind], list | tuple) else file.tensor(content[kind])
     check_counts(path, **{kind: len(values), "labels": len(labels_), "question_ids": len(questions)})
+    read: Callable[[], Iterator[Values | Block]]
+    if kind == "sequences":
+        length, mask = (next((name for name in names if name in content), None) for names in (LENGTHS, MASKS))
+        taken = {kind, "labels", "question_ids", length, mask}
+        given = [None if name is None else _numbers(file, name, content[name]) for name in (length, mask)]
+        real, sequences = real_steps(path, len(labels_), *given), _sequences(file, values)
+        read, not_taken = lambda: without_padding(path, sequences(), real), tuple[str, ...]()
+    else:
+        taken, read = {kind, "labels", "question_ids"}, _graphs(file, values)
+        layers = ((row, layer) for row, record in enumerate(values) for layer in _layers_of(record))
+        not_taken = _attributes_not_taken((_fields(file, row, layer) for row, layer in layers), set())
     return ForeignFile(
         path=path,
         kinds=(kind,),
         ids=None,
         groups=[as_text(path, "question_ids", one) for one in questions],
         labels=whole_numbers(path, "labels", labels_),
-        values=_sequences(file, values) if kind == "sequences" else _graphs(file, values),
+        values=read,
+        not_taken=(*sorted(str(name) for name in content.keys() - taken), *not_taken),
     )
 
 
@@ -87,11 +108,16 @@ PT = Reader(what=" or ".join(f"{name}/{pattern}" for name in FOLDERS for pattern
 def _sequences(file: TorchFile, values: Tensor | Sequence[Any]) -> Callable[[], Iterator[Values | Block]]:
     def read() -> Iterator[Values | Block]:
         if not isinstance(values, Tensor):
-            yield from (Values(file.tensor(value).read(), None) for value in values)
+            for value in values:
+                tensor = file.tensor(value)
+                yield Values(tensor.read(), None, ("sequence",) if tensor.dtype == BFLOAT16 else ())
             return
+        narrow = ("sequence",) if values.dtype == BFLOAT16 else ()
         step = rows_at_a_time(math.prod(values.shape[1:]) * values.itemsize)
+        if not values.rows(0, min(step, len(values))).dense:  # rows that lie apart: more of them at a time are longer reads
+            step *= STRIDED_BLOCKS
         for begin in range(0, len(values), step):
-            yield Block(values.rows(begin, min(begin + step, len(values))).read())
+            yield Block(values.rows(begin, min(begin + step, len(values))).read(), narrow)
 
     return read
 
@@ -99,13 +125,30 @@ def _sequences(file: TorchFile, values: Tensor | Sequence[Any]) -> Callable[[], 
 def _graphs(file: TorchFile, values: Any) -> Callable[[], Iterator[Values]]:
     def read() -> Iterator[Values]:
         for row, record in enumerate(values):
-            layers = [_fields(file, row, layer) for layer in (record if isinstance(record, list | tuple) else [record])]
+            layers = [_fields(file, row, layer) for layer in _layers_of(record)]
             if not layers:
                 raise FormatError(f"{file.path}, record {row}: no graphs; expected a list of PyG Data, one a layer")
-            with_attr = any(layer.get("edge_attr") is not None for layer in layers)
-            yield Values(None, Graphs.stack([_Layer(file, layer, with_attr) for layer in layers]))
+            with_attr = any(_has_attr(file, layer) for layer in layers)
+            parts = [_Layer(file, layer, with_attr) for layer in layers]
+            narrow = [name for name in ("x", "edge_attr") if all(name in part.bfloat16 for part in parts)]
+            yield Values(None, Graphs.stack(parts), tuple(narrow))
 
     return read
+
+
+def _layers_of(record: Any) -> Sequence[Any]:
+    """The graphs of one record: a list of them, or one alone."""
+    return record if isinstance(record, list | tuple) else [record]
+
+
+def _attributes_not_taken(every: Iterable[dict[str, Any]], taken: set[str]) -> tuple[str, ...]:
+    """Names of the attributes of PyG `Data` that are left there; of two that say the same thing, the second one."""
+    left: set[str] = set()
+    for fields in every:
+        has = {name for name, value in fields.items() if value is not None}
+        used = {"x", "edge_index" if "edge_index" in has else "adj", next((name for name in WEIGHTS if name in has), "")}
+        left |= has - used - taken - {"num_nodes"}
+    return tuple(sorted(left))
 
 
 def _fields(file: TorchFile, row: int, data: Any) -> dict[str, Any]:
@@ -119,18 +162,49 @@ def _fields(file: TorchFile, row: int, data: Any) -> dict[str, Any]:
 
 
 class _Layer:
-    """One `Data` as arrays; edge_attr (e, 1) becomes (e,), and a graph without edges needs none."""
+    """One `Data` as arrays. edge_attr (e, 1) becomes (e,), and a graph without edges needs none; `edge_weight` stands for it if
+    there is none, and so do the values of a dense `adj` of real numbers. bfloat16: as in `Values`."""
 
     def __init__(self, file: TorchFile, fields: dict[str, Any], with_attr: bool) -> None:
-        self.x = file.tensor(fields["x"]).read()
-        edge_index = fields.get("edge_index")
-        self.edge_index = np.zeros((2, 0), np.int64) if edge_index is None else file.tensor(edge_index).read()
-        self.edge_attr: Array | None = None
-        if with_attr and fields.get("edge_attr") is not None:
-            attr = file.tensor(fields["edge_attr"]).read()
-            self.edge_attr = attr[:, 0] if attr.ndim == 2 and attr.shape[1] == 1 else attr
+        x = file.tensor(fields["x"])
+        self.x, self.edge_attr, self.bfloat16 = x.read(), None, {"x"} if x.dtype == BFLOAT16 else set()
+        attr = next((file.tensor(fields[name]) for name in WEIGHTS if fields.get(name) is not None), None)
+        self.edge_index, values = np.zeros((2, 0), np.int64), None
+        if fields.get("edge_index") is not None:
+            self.edge_index = file.tensor(fields["edge_index"]).read()
+        elif fields.get("adj") is not None:
+            adjacency = file.tensor(fields["adj"])
+            self.edge_index, values = edges_of(file.path, adjacency.read(), len(self.x))
+            values = None if attr is not None or values is None else values
+            if values is not None and adjacency.dtype == BFLOAT16:
+                self.bfloat16.add("edge_attr")
+        if with_attr and attr is not None:
+            values = attr.read()
+            if attr.dtype == BFLOAT16:
+                self.bfloat16.add("edge_attr")
+        if with_attr and values is not None:
+            self.edge_attr = values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
         elif with_attr and not self.edge_index.shape[1]:
             self.edge_attr = np.zeros(0, np.float16)
+            self.bfloat16.add("edge_attr")  # of no value, so of any type
+
+
+def _has_attr(file: TorchFile, fields: dict[str, Any]) -> bool:
+    """Whether a `Data` says something of each edge."""
+    if any(fields.get(name) is not None for name in WEIGHTS):
+        return True
+    if fields.get("edge_index") is not None or fields.get("adj") is None:
+        return False
+    return file.tensor(fields["adj"]).dtype in (BFLOAT16, "<f2", "<f4", "<f8")
+
+
+def _numbers(file: TorchFile, name: str, value: Any) -> Any:
+    """An array, or a list of numbers or arrays, from a tensor, or a list of numbers or tensors."""
+    if isinstance(value, Bag):
+        return file.tensor(value).read()
+    if isinstance(value, list | tuple):
+        return [_numbers(file, name, one) for one in value]
+    return value
 
 
 def _flat_list(file: TorchFile, name: str, value: Any) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 
@@ -12,14 +13,25 @@ from dali_pipeline.ingest.foreign import Block
 from dali_pipeline.ingest.onray import deal
 from dali_pipeline.ingest.sources import Source
 from dali_pipeline.ingest.workers import Advance, Engine, Workers
-from dali_pipeline.layers import Layers, select
-from dali_pipeline.schema import Array, DataError, FormatError
+from dali_pipeline.layers import Layers
+from dali_pipeline.schema import Array, DataError, FormatError, Kind
+
+
+class Choice(Protocol):
+    """The layers of each record that are kept."""
+
+    @property
+    def layers(self) -> Layers:
+        """What was asked for."""
+
+    def of(self, kind: Kind, count: int) -> list[int]:
+        """Return where they stand among the `count` steps of a record."""
 
 
 def greatest_values(
     source: Source,
     numbers: list[int],
-    layers: Layers,
+    choice: Choice,
     workers: Workers,
     engine: Engine,
     skip_bad: bool,
@@ -32,7 +44,7 @@ def greatest_values(
     """
 
     greatest: Array | None = None
-    work = partial(_work, source, layers, skip_bad)
+    work = partial(_work, source, choice, skip_bad)
     with closing(deal(engine, work, numbers, workers, progress, source.folders)) as results:
         for _, found in results:
             greatest = _joined(greatest, found)
@@ -41,31 +53,40 @@ def greatest_values(
     return greatest
 
 
-def _work(source: Source, layers: Layers, skip_bad: bool, number: int, advance: Advance) -> Array | None:
+def _work(source: Source, choice: Choice, skip_bad: bool, number: int, advance: Advance) -> Array | None:
     try:
-        return _of_file(source, number, layers)
-    except (FormatError, DataError):
+        return _of_file(source, number, choice)
+    except (FormatError, DataError) as error:
         if not skip_bad:
-            raise
+            path = str(source.files[number])
+            raise error if path in str(error) else type(error)(f"{path}: {error}") from None
         return None
     finally:
         advance(1)
 
 
-def _of_file(source: Source, number: int, layers: Layers) -> Array | None:
+def _of_file(source: Source, number: int, choice: Choice) -> Array | None:
     greatest: Array | None = None
-    for values in source.open(number).values():
+    file, record = source.open(number), 0
+    for values in file.values():
         rows = values.sequences if isinstance(values, Block) else values.sequence
         if rows is None:
             continue
         stacked = np.asarray(rows if isinstance(values, Block) else rows[None])  # (N, T, *row)
-        if layers is not None:
-            stacked = stacked[:, select(layers, stacked.shape[1])]
+        name, record = (file.ids or file.groups)[record], record + len(stacked)
+        if stacked.ndim < 2 or not stacked.shape[1]:
+            raise DataError(f"record {name!r}, sequence has shape {stacked.shape[1:]}; expected at least one row")
+        if choice.layers is not None:
+            stacked = stacked[:, choice.of("sequences", stacked.shape[1])]
         low, high = (each.astype(np.float64) for each in (stacked.min(axis=0), stacked.max(axis=0)))  # -128, and unsigned types
         found = np.maximum(high, -low)
         if not np.isfinite(found).all():
             raise FormatError(
                 f"{source.files[number]}, sequence holds NaN or infinite values, which int8 cannot; store float16"
+            )
+        if greatest is not None and found.shape[1:] != greatest.shape[1:]:
+            raise DataError(
+                f"record {name!r}, sequence has rows of shape {found.shape[1:]}; expected {greatest.shape[1:]} as before"
             )
         greatest = _joined(greatest, found)
     return greatest
@@ -74,6 +95,10 @@ def _of_file(source: Source, number: int, layers: Layers) -> Array | None:
 def _joined(ours: Array | None, theirs: Array | None) -> Array | None:
     if ours is None or theirs is None:
         return theirs if ours is None else ours
+    if ours.shape[1:] != theirs.shape[1:]:
+        raise DataError(
+            f"sequences have rows of shape {ours.shape[1:]} in one file and {theirs.shape[1:]} in another; expected one shape"
+        )
     if len(ours) != len(theirs):  # lengths differ: one row for all steps
         ours, theirs = ours.max(axis=0, keepdims=True), theirs.max(axis=0, keepdims=True)
     return np.maximum(ours, theirs)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-from dali_pipeline.ingest.foreign import Block, ForeignFile, Reader, Values, files_named
+from dali_pipeline.ingest.foreign import Block, ForeignFile, Reader, Values, files_named, list_files
 from dali_pipeline.ingest.npz import NPZ
 from dali_pipeline.ingest.own import OWN
 from dali_pipeline.ingest.pt import PT
@@ -17,6 +17,7 @@ from dali_pipeline.ingest.remote import Fetched, Remote
 from dali_pipeline.ingest.traces import TraceOptions, traces_reader
 from dali_pipeline.schema import FormatError, PipelineError, UsageError
 
+COMPANIONS = {"dataset_info.json", "dataset_dict.json", "state.json"}
 STRETCH_BYTES = 512 << 20  # of source files that are final together, and that one worker takes
 
 
@@ -24,7 +25,7 @@ STRETCH_BYTES = 512 << 20  # of source files that are final together, and that o
 class Source:
     """The files of a foreign folder, in order, and the reader that opens them. sizes, times: bytes of each, and when it
     was last changed, in ns; -1 where that cannot be told. remote: where the files lie in a store; `files` is what they are
-    called then, and nothing is there."""
+    called then, and nothing is there. not_taken: names of the folder's other files, of which no reader knows the format."""
 
     root: Path
     reader: Reader
@@ -32,6 +33,7 @@ class Source:
     sizes: list[int]
     times: list[int]
     remote: Remote | None = None
+    not_taken: tuple[str, ...] = ()
 
     @classmethod
     def find(cls, root: Path, traces: TraceOptions | None = None, remote: Remote | None = None) -> Source:
@@ -40,7 +42,8 @@ class Source:
         with nullcontext() if remote is None else remote.placed():
             if not root.exists():
                 raise UsageError(f"{root} is not a folder; expected one with files to convert, or such a file")
-            found = {reader.what: (reader, files) for reader in readers if (files := reader.find(root))}
+            every, again = list_files(root)
+            found = {reader.what: (reader, files) for reader in readers if (files := reader.find(root, every))}
         if not found:
             raise UsageError(
                 f"{root} holds no {' nor '.join(reader.what for reader in readers)}; expected at least one such file"
@@ -50,7 +53,10 @@ class Source:
         ((reader, files),) = found.values()
         stats = [_stat(path) if remote is None else remote.listed[path.relative_to(root).as_posix()] for path in files]
         sizes, times = ([one[column] for one in stats] for column in (0, 1))
-        return cls(root=root, reader=reader, files=files, sizes=sizes, times=times, remote=remote)
+        left = [path.relative_to(root) for path in (*every, *again) if reader is not OWN] if root.is_dir() else []
+        taken = {path.relative_to(root) for path in files} if left else set()
+        not_taken = tuple(str(name) for name in left if name not in taken and not _is_companion(name))
+        return cls(root=root, reader=reader, files=files, sizes=sizes, times=times, remote=remote, not_taken=not_taken)
 
     @property
     def nbytes(self) -> int:
@@ -120,6 +126,12 @@ class Source:
             now = _stat(path) if listed is None else listed.get(path.relative_to(self.root).as_posix())
             if now != (size, time):
                 raise FormatError(f"{path} changed while it was converted; convert again")
+
+
+def _is_companion(name: Path) -> bool:
+    """Whether a file is none of the data: hidden, or what Hugging Face `datasets` writes beside them."""
+    hidden = any(part.startswith(".") for part in name.parts)
+    return hidden or name.name in COMPANIONS or (name.name.startswith("cache-") and name.suffix == ".arrow")
 
 
 def _stat(path: Path) -> tuple[int, int]:

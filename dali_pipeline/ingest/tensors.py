@@ -18,6 +18,7 @@ from dali_pipeline.ingest.storedzip import Bytes, StoredZip
 from dali_pipeline.schema import Array, FormatError
 
 BFLOAT16 = "bfloat16"
+DENSE_BYTES = 4096  # that are read as they lie, whosever they are
 DTYPES = {
     "torch.HalfStorage": "<f2", "torch.FloatStorage": "<f4", "torch.DoubleStorage": "<f8", "torch.BFloat16Storage": BFLOAT16,
     "torch.LongStorage": "<i8", "torch.IntStorage": "<i4", "torch.ShortStorage": "<i2", "torch.CharStorage": "<i1",
@@ -133,18 +134,39 @@ class Tensor:
         first = self.begin + begin * self.stride[0] * self.itemsize
         return Tensor(self.file, self.dtype, (end - begin, *self.shape[1:]), self.stride, first, self.itemsize)
 
+    @property
+    def span(self) -> int:
+        """Elements of the file from the first one of the tensor to its last."""
+        return 0 if 0 in self.shape else 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+
+    @property
+    def dense(self) -> bool:
+        """Whether one read of its span is mostly its own elements."""
+        return self.span <= 2 * math.prod(self.shape) or self.span * self.itemsize <= DENSE_BYTES
+
     def read(self) -> Array:
-        """Its elements, as float32 where they are bfloat16, which NumPy lacks. Raises FormatError where the file ends."""
-        count = 0 if 0 in self.shape else 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
-        raw = self.file.read(self.begin, count * self.itemsize) if count else b""
+        """Its elements, as float32 where they are bfloat16, which NumPy lacks. Raises FormatError where the file ends.
+
+        The time is linear in its bytes, whatever its strides: a tensor of which one read would bring mostly others' elements is
+        read part by part along its longest stride.
+        """
+        if not self.dense:
+            axis = max((axis for axis, size in enumerate(self.shape) if size > 1), key=lambda axis: self.stride[axis])
+            return np.stack([self._part(axis, at).read() for at in range(self.shape[axis])], axis=axis)
+        raw = self.file.read(self.begin, self.span * self.itemsize) if self.span else b""
         flat = np.frombuffer(raw, "<u2" if self.dtype == BFLOAT16 else self.dtype)
         if self.dtype == BFLOAT16:
             flat = (flat.astype("<u4") << 16).view("<f4")
-        if math.prod(self.shape) == count and self.stride == _contiguous(self.shape):
+        if math.prod(self.shape) == self.span and self.stride == _contiguous(self.shape):
             return flat.reshape(self.shape)
         return np.lib.stride_tricks.as_strided(
             flat, self.shape, [step * flat.itemsize for step in self.stride], writeable=False
         )
+
+    def _part(self, axis: int, at: int) -> Tensor:
+        """Number `at` along an axis."""
+        shape, stride = (each[:axis] + each[axis + 1 :] for each in (self.shape, self.stride))
+        return Tensor(self.file, self.dtype, shape, stride, self.begin + at * self.stride[axis] * self.itemsize, self.itemsize)
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:

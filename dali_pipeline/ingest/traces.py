@@ -26,6 +26,7 @@ from dali_pipeline.record import Graphs
 from dali_pipeline.schema import Array, FormatError, UsageError
 
 TRACES = "*.pkl or *.pkl.gz"
+TAKEN = {"question_id", "hidden_states", "attentions"}
 _CORES = ("numpy.core", "numpy._core")
 RECONSTRUCT = tuple(f"{core}.multiarray._reconstruct" for core in _CORES)
 FROM_BUFFER = tuple(f"{core}.numeric._frombuffer" for core in _CORES)
@@ -77,6 +78,9 @@ def open_file(path: Path, name: str, options: TraceOptions) -> ForeignFile:
         groups=groups,
         labels=whole_numbers(path, "label", labels),
         values=partial(_values, path, options.attention_threshold),
+        not_taken=tuple(
+            sorted({str(key) for trace in traces for key in trace} - TAKEN - ({"label"} if options.scores is None else set()))
+        ),
     )
 
 
@@ -126,7 +130,7 @@ def _load(path: Path) -> list[Any]:
 
 
 def _question(path: Path, row: int, trace: dict[str, Any]) -> str:
-    missing = {"question_id", "hidden_states", "attentions"} - trace.keys()
+    missing = TAKEN - trace.keys()
     if missing:
         raise FormatError(f"{path}, trace {row} has no {sorted(missing)[0]}; it has {', '.join(sorted(map(str, trace)))}")
     question = trace["question_id"]

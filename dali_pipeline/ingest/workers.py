@@ -61,7 +61,7 @@ def in_order(
 
 
 def _results(crew: list[WorkerProcess], numbers: Sequence[int], advance: Advance) -> Generator[tuple[int, Any], None, None]:
-    """Deal the numbers to the workers, two per worker ahead of the one that is yielded next, and yield their results in order."""
+    """Deal the numbers to the workers, two per worker ahead of the one that is yielded next; yield their results in order."""
     idle, busy = list(crew), dict[Connection, WorkerProcess]()
     answers: dict[int, tuple[Any, BaseException | None]] = {}
     dealt = 0

@@ -1,0 +1,99 @@
+"""ConvertConfig: what a conversion does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import msgspec
+import xxhash
+
+from dali_pipeline.ingest.dealing import splits_in_names
+from dali_pipeline.ingest.own import OWN
+from dali_pipeline.ingest.sources import Source
+from dali_pipeline.ingest.traces import TraceOptions
+from dali_pipeline.ingest.workers import Engine, Workers
+from dali_pipeline.layers import Layers
+from dali_pipeline.schema import LEVELS, UsageError, level_of
+from dali_pipeline.split import Split
+from dali_pipeline.writer import SHARD_BYTES
+
+FIELDS = ("sequence", "x", "edge_attr")
+DTYPES = ("float16", "bfloat16", "float32", "int8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """What a conversion does; `workers` and `engine` do not change what is written, `skip_bad` only where a file is bad.
+
+    Args:
+        split: How groups are dealt; None for the source's own splits, by its files' names or as a data set, else 70/15/15.
+        split_by: `group`, each by its own hash, or `file`, whole files.
+        shard_bytes: Bytes per shard at most.
+        dtype: Stored type of values, one of DTYPES for all of them, or by field, such as `sequence=int8,x=float16`; otherwise
+            as in the first record, or as a source that is a data set stores them. int8 is for sequences alone: a pass over the
+            data finds a scale for each step and feature.
+        by_layer: Whether sequences, all of one length, are stored layer by layer; None as the source has them.
+        layers: Layers, or steps, and graphs of each record to keep, by their numbers; None for all.
+        workers: Number of processes; "auto" for one per core.
+        skip_bad: Leave out a file that cannot be taken in, instead of stopping.
+        engine: `ray` for tasks of a Ray cluster, whose nodes see both folders; `workers` then says nothing.
+        traces: How traces become records.
+    """
+
+    split: Split | None = None
+    split_by: Literal["group", "file"] = "group"
+    shard_bytes: int = SHARD_BYTES
+    dtype: str | None = None
+    by_layer: bool | None = None
+    layers: Layers = None
+    workers: Workers = "auto"
+    skip_bad: bool = False
+    engine: Engine = "local"
+    traces: TraceOptions = field(default_factory=TraceOptions)
+
+    def __post_init__(self) -> None:
+        for name, dtype in self.dtypes.items():
+            known = DTYPES if name == "sequence" else DTYPES[:-1]
+            if dtype not in known or not (name in FIELDS or level_of(name) in LEVELS):
+                raise UsageError(
+                    f"dtype is {self.dtype!r}; expected {', '.join(DTYPES)}, or by field, of "
+                    f"{', '.join(FIELDS)} or a further field, such as sequence=int8,x=float16; int8 for sequences alone"
+                )
+        if self.split_by not in ("group", "file"):
+            raise UsageError(f"split by {self.split_by!r}; expected group or file")
+        if self.engine not in get_args(Engine):
+            raise UsageError(f"engine is {self.engine!r}; expected {' or '.join(get_args(Engine))}")
+        if self.workers != "auto" and self.workers < 1:
+            raise UsageError(f"workers is {self.workers}; expected at least 1")
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """As stored, by the names of fields that it is said of."""
+        if self.dtype is None:
+            return {}
+        if "=" not in self.dtype:
+            return dict.fromkeys(FIELDS if self.dtype != "int8" else FIELDS[:1], self.dtype)
+        return {name: dtype for name, _, dtype in (part.partition("=") for part in self.dtype.split(","))}
+
+    @property
+    def keeps_splits(self) -> bool:
+        """Whether the source's own splits stay, where it has some."""
+        return self.split is None and self.split_by == "group"
+
+    def fingerprint(self, source: Source) -> str:
+        """What tells this conversion from another: the files' names and sizes, and what is done with them."""
+        layers = str(self.layers) if isinstance(self.layers, slice) else self.layers
+        done = (
+            self.split or Split(),
+            self.split_by,
+            self.shard_bytes,
+            self.dtype,
+            layers,
+            self.traces,
+            *([True] if self.by_layer else []),
+        )
+        more: tuple[str, ...] = ("by layer",) if self.by_layer else ()  # older conversions knew of none
+        if self.keeps_splits and (source.reader is OWN or splits_in_names(source.names, Split())):
+            more += ("own splits",)
+        return xxhash.xxh3_128_hexdigest(msgspec.json.encode((source.names, source.sizes, *done, *more), order="sorted"))
