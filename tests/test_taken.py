@@ -444,6 +444,15 @@ def test_any_strides_read_each_byte_about_once(tmp_path: Path, monkeypatch: pyte
     assert sum(read) < 2 * 3 * values.nbytes + 600 * 5 * 300 * 2 * 2  # schema, space and values; a read of close rows is dense
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+def test_arrays_in_fortran_order(tmp_path: Path, compressed: bool) -> None:
+    values = np.asfortranarray(np.random.default_rng(0).normal(size=(9, 4, 3)).astype(np.float32))
+    save = np.savez_compressed if compressed else np.savez
+    save(tmp_path / "a.npz", sequences=values, labels=[0] * 9)
+    found = sequences(convert(tmp_path / "a.npz", tmp_path / "dst", split=ALL))
+    assert all(np.array_equal(row.numpy(), values[int(name.split("-")[1])]) for name, row in found.items())
+
+
 def test_a_part_of_a_large_storage_is_read_alone(tmp_path: Path) -> None:
     big = torch.arange(4_000_000, dtype=torch.int32).reshape(1000, 4000)
     torch.save({"column": big[:, 7:9], "every": big[::500, ::1000]}, tmp_path / "a.pt")

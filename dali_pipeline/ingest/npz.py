@@ -40,7 +40,10 @@ _HEADER_BYTES = 1 << 16  # of an array, more than its shape ever needs
 
 
 class NpzFile:
-    """The arrays of a `.npz`, read in part unless compressed; nothing pickled is. Raises FormatError for anything else."""
+    """The arrays of a `.npz`, read in part unless compressed, or in Fortran order, which is read at once; nothing pickled is.
+
+    Raises FormatError for anything else.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -54,6 +57,7 @@ class NpzFile:
         self._members = {name.removesuffix(".npy"): place for name, place in members.items()}
         self.names = set(self._members)
         self._headers: dict[str, tuple[tuple[int, ...], np.dtype[Any], int]] = {}
+        self._by_column: dict[str, Array | None] = {}  # arrays in Fortran order, whole, once they are read
 
     def header(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any], int]:
         """Shape, type and first byte of an array."""
@@ -66,12 +70,14 @@ class NpzFile:
                 shape, by_column, dtype = read(head)
             except (ValueError, EOFError) as error:
                 raise FormatError(f"{self.path}, {name} cannot be read as an array ({error})") from None
-            wrong = "pickled" if dtype.hasobject else "in Fortran order" if by_column else ""
+            wrong = "pickled" if dtype.hasobject else ""
             if head.tell() + math.prod(shape) * dtype.itemsize != nbytes or min(shape, default=0) < 0:
                 wrong = wrong or "cut"
             if wrong:
                 raise FormatError(f"{self.path}, {name} is {dtype} {shape}, {wrong}; expected rows of plain values")
             self._headers[name] = shape, dtype, begin + head.tell()
+            if by_column:
+                self._by_column[name] = None
         return self._headers[name]
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> Array:
@@ -79,6 +85,12 @@ class NpzFile:
         shape, dtype, first = self.header(name)
         rows = shape[0] if shape else 1
         end = rows if end is None else end
+        if name in self._by_column:  # rows lie all over it
+            whole = self._by_column[name]
+            if whole is None:
+                data = self._bytes.read(first, math.prod(shape) * dtype.itemsize)
+                whole = self._by_column[name] = np.frombuffer(data, dtype).reshape(shape, order="F")
+            return whole[begin:end]
         row_bytes = math.prod(shape[1:]) * dtype.itemsize
         data = self._bytes.read(first + begin * row_bytes, (end - begin) * row_bytes)
         return np.frombuffer(data, dtype).reshape(end - begin, *shape[1:])

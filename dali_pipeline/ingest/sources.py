@@ -42,7 +42,12 @@ class Source:
         with nullcontext() if remote is None else remote.placed():
             if not root.exists():
                 raise UsageError(f"{root} is not a folder; expected one with files to convert, or such a file")
-            every, again = list_files(root)
+            try:
+                every, again = list_files(root)
+            except OSError as error:
+                raise UsageError(
+                    f"{error.filename} cannot be listed ({error.strerror}); expected folders that can be read"
+                ) from None
             found = {reader.what: (reader, files) for reader in readers if (files := reader.find(root, every))}
         if not found:
             raise UsageError(
