@@ -11,7 +11,11 @@ Stop it whenever you like: the same command goes on where it was, and, once fini
 
 from __future__ import annotations
 
+import os
 import sys
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read as torch loads: threads that wait leave their cores to others
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,6 +27,7 @@ from dali_pipeline.arguments import CACHE_BYTES, CACHE_DIR, parse_cache_bytes, p
 from dali_pipeline.cachedfile import Place
 from dali_pipeline.cli import new_app
 from dali_pipeline.cli import run as run_command_line
+from dali_pipeline.threads import parse_threads
 from training.commandline import GroupedCommand, flag, print_config, take_config
 from training.config import MODELS, Conduct, ModelName, TrainConfig
 from training.folder import METRICS_NAME, claim_folder
@@ -162,6 +167,16 @@ def command_line(
         int, flag("Training", "Cross-validation: train and val dealt anew by group, a run a fold.", "--folds 5")
     ] = 0,
     device: Annotated[str, flag("Speed", "auto, cpu, cuda or cuda:N.", "--device cpu")] = "auto",
+    threads: Annotated[
+        str | None,
+        flag(
+            "Speed",
+            "Torch's threads per process on a CPU; auto measures. [default: a quarter of the cores, or OMP_NUM_THREADS]",
+            "--threads auto",
+            metavar="auto|N",
+            show_default=False,
+        ),
+    ] = None,
     precision: Annotated[
         Literal["fp32", "bf16", "fp16"], flag("Speed", "Of the forward pass, by autocast.", "--precision bf16")
     ] = "fp32",
@@ -238,6 +253,7 @@ def command_line(
         conduct=Conduct(
             device=device,
             workers=parse_workers(workers),
+            threads=parse_threads(threads),
             checkpoint_minutes=checkpoint_minutes,
             checkpoint_steps=checkpoint_steps,
         ),

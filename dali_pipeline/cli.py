@@ -18,6 +18,7 @@ from dali_pipeline.inspection import inspect_command
 from dali_pipeline.predict import predict_command
 from dali_pipeline.schema import PipelineError, UsageError
 from dali_pipeline.split import Split
+from dali_pipeline.threads import wait_passively
 from dali_pipeline.versions import versions_command
 
 
@@ -243,4 +244,5 @@ def run(application: typer.Typer, name: str) -> int:
 
 def main() -> None:
     """The entry point."""
+    wait_passively()
     sys.exit(run(app, "dali_pipeline"))

@@ -15,9 +15,11 @@ from dali_pipeline.loader import Loader
 from dali_pipeline.machine import describe_machine, warnings_about
 from dali_pipeline.schema import DataError, Kind
 from dali_pipeline.stages import Tell, Train, measure_stages, measure_together, model_rate
+from dali_pipeline.threads import default_threads
 
 SECONDS = 3.0  # a stage
 WAITING = 0.1  # share of the time: more is input-bound
+FASTER_ALONE = 1.1  # times as many records a second: more, and threads are said to wait for each other
 WORTH_TRYING = 1.1  # times as many records a second
 MakeStep = Callable[[Loader[Any]], Train]
 
@@ -32,6 +34,7 @@ def examine(
     make_step: gives what trains on a batch of the loader · tell: told what is measured · seconds: for each stage. Raises
     DataError for an empty training split.
     """
+    torch.set_num_threads(default_threads())  # as train.py does
     loader = setup.loader(data, kind)
     if not loader.num_records:
         raise DataError(f"the training split of {data.root} has no {kind}; expected some to measure with")
@@ -40,6 +43,7 @@ def examine(
     setup = replace(setup, record_bytes=record_bytes)
     step = make_step(loader)
     rates = measure_stages(data, kind, loader, step, record_bytes, tell, seconds)
+    warnings = [*warnings_about(machine), *_about_threads(loader, step, seconds)]
     source, room = "store", loader.selection.room
     if room is None:
         source, room = "disk", int(0.8 * machine["memory_available"])
@@ -78,8 +82,26 @@ def examine(
         "knobs": told,
         "next": tried,
         "machine": machine,
-        "warnings": warnings_about(machine),
+        "warnings": warnings,
     }
+
+
+def _about_threads(loader: Loader[Any], step: Train, seconds: float) -> list[str]:
+    """A sentence where torch's threads wait for each other: one thread alone trains faster."""
+    count = torch.get_num_threads()
+    if loader.device.type != "cpu" or count == 1:
+        return []
+    rates = {}
+    for threads in (count, 1):  # one right behind the other, as what else runs comes and goes
+        torch.set_num_threads(threads)
+        rates[threads] = model_rate(loader, step, seconds / 2)
+    torch.set_num_threads(count)
+    if rates[1] < FASTER_ALONE * rates[count]:
+        return []
+    return [
+        f"torch's {count} threads wait for each other: the model takes {rates[count]:,.0f} records/s with them and "
+        f"{rates[1]:,.0f} with one; set --threads 1, or OMP_NUM_THREADS=1"
+    ]
 
 
 def _larger_batch(data: Dataset, kind: Kind, setup: Setup, make_step: MakeStep, seconds: float) -> float:

@@ -7,6 +7,7 @@ from torch import nn
 from torch_geometric.data import Batch
 from torch_geometric.nn import GINEConv
 
+from models.features import FeatureViews
 from models.lstm import Output, StepsClassifier
 
 
@@ -20,7 +21,7 @@ class GraphEncoder(nn.Module):
     def __init__(self, features: int, hidden: int, edge_features: int, dropout: float) -> None:
         super().__init__()
         self.edge_features = edge_features
-        self.embed = nn.Sequential(nn.LayerNorm(features), nn.Linear(features, hidden), nn.Dropout(dropout))
+        self.embed = nn.Sequential(nn.Linear(2 * features, hidden), nn.Dropout(dropout))
         self.convs = nn.ModuleList(
             GINEConv(nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, hidden)), edge_dim=edge_features)
             for _ in range(2)
@@ -28,10 +29,10 @@ class GraphEncoder(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(2))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, graphs: Batch) -> torch.Tensor:
-        """Returns states_NH."""
+    def forward(self, graphs: Batch, views_NF: torch.Tensor) -> torch.Tensor:
+        """views_NF: of the nodes' features, as `FeatureViews` gives them. Returns states_NH."""
         weights_E1 = edge_weights(graphs, self.edge_features)
-        states_NH: torch.Tensor = self.embed(graphs.x)
+        states_NH: torch.Tensor = self.embed(views_NF)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             states_NH = states_NH + self.dropout(conv(norm(states_NH), graphs.edge_index, weights_E1))
         return states_NH
@@ -51,17 +52,25 @@ class GNNLSTMDetector(nn.Module):
         dropout: float = 0.3,
     ) -> None:
         super().__init__()
+        self.views = FeatureViews(features)
         self.encode = GraphEncoder(features, hidden, edge_features, dropout)
-        self.raw = nn.Sequential(nn.LayerNorm(features), nn.Linear(features, hidden), nn.Dropout(dropout))
+        self.raw = nn.Sequential(nn.Linear(2 * features, hidden), nn.Dropout(dropout))
         self.classify = StepsClassifier(2 * hidden, num_classes, hidden=hidden, num_layers=num_layers, dropout=dropout)
 
     def forward(self, graphs: Batch, graphs_per_record_B: torch.Tensor, last_node_G: torch.Tensor) -> Output:
         """graphs: PyG batch, record-major · graphs_per_record_B: int64, at least 1 each · last_node_G: rows of graphs.x."""
-        states_GH = self.encode(graphs)[last_node_G]
-        raw_GH = self.raw(graphs.x[last_node_G])
+        views_NF = self.views(node_features(graphs))
+        states_GH = self.encode(graphs, views_NF)[last_node_G]
+        raw_GH = self.raw(views_NF[last_node_G])
         steps_BLF, lengths_B = to_steps(torch.cat([states_GH, raw_GH], dim=1), graphs_per_record_B)
         logits_BK = self.classify(steps_BLF, lengths_B)
         return Output(logits_BK, logits_BK.new_zeros(len(logits_BK)))
+
+
+def node_features(graphs: Batch) -> torch.Tensor:
+    """x as (N, F), however many axes a node's features have."""
+    x_NF: torch.Tensor = graphs.x.reshape(len(graphs.x), -1)
+    return x_NF
 
 
 def edge_weights(graphs: Batch, edge_features: int) -> torch.Tensor:

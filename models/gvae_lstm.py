@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch_geometric.data import Batch
 
-from models.gnn_lstm import GraphEncoder, to_steps
+from models.features import FeatureViews
+from models.gnn_lstm import GraphEncoder, node_features, to_steps
 from models.lstm import Output, StepsClassifier
 from models.noise import keyed_normal, mix
 
@@ -18,7 +19,7 @@ from models.noise import keyed_normal, mix
 class GVAELSTMDetector(nn.Module):
     """Graphs to logits: mean and log-variance a node, a decoder, LSTM over each graph's last token [raw, mean, log-variance].
 
-    The penalty is reconstruction (mean squared error of the layer-normalised node features) plus `kl_weight` times the KL
+    The penalty is reconstruction (mean squared error of the standardised node features) plus `kl_weight` times the KL
     divergence from a standard normal, each the mean over a record's nodes. In training the decoder sees a sample, in
     evaluation the mean; the classifier always sees mean and log-variance, so that evaluation has no randomness. The sample's
     noise is a function of each record's key and the node's number in the record, so it does not depend on batch or process.
@@ -38,12 +39,12 @@ class GVAELSTMDetector(nn.Module):
     ) -> None:
         super().__init__()
         self.kl_weight = kl_weight
+        self.views = FeatureViews(features)
         self.encode = GraphEncoder(features, hidden, edge_features, dropout)
         self.mean = nn.Linear(hidden, latent)
         self.log_variance = nn.Linear(hidden, latent)
         self.decode = nn.Sequential(nn.Linear(latent, hidden), nn.ReLU(), nn.Linear(hidden, features))
-        self.target = nn.LayerNorm(features, elementwise_affine=False)
-        self.raw = nn.Sequential(nn.LayerNorm(features), nn.Linear(features, hidden), nn.Dropout(dropout))
+        self.raw = nn.Sequential(nn.Linear(2 * features, hidden), nn.Dropout(dropout))
         self.classify = StepsClassifier(hidden + 2 * latent, num_classes, hidden=hidden, num_layers=num_layers, dropout=dropout)
 
     def forward(
@@ -55,16 +56,18 @@ class GVAELSTMDetector(nn.Module):
     ) -> Output:
         """As `GNNLSTMDetector.forward`. noise_keys_B: int64, of the sample in training; None for torch's own noise."""
         record_N = records_of_nodes(graphs, graphs_per_record_B)
-        states_NH = self.encode(graphs)
+        x_NF = node_features(graphs)
+        views_NF = self.views(x_NF)
+        states_NH = self.encode(graphs, views_NF)
         mean_NZ, log_variance_NZ = self.mean(states_NH), self.log_variance(states_NH).clamp(-10, 10)
         latent_NZ = mean_NZ
         if self.training:
             noise_NZ = torch.randn_like(mean_NZ) if noise_keys_B is None else node_noise(noise_keys_B, record_N, mean_NZ)
             latent_NZ = mean_NZ + noise_NZ * (0.5 * log_variance_NZ).exp()
-        reconstruction_N = (self.decode(latent_NZ) - self.target(graphs.x)).square().mean(dim=1)
+        reconstruction_N = (self.decode(latent_NZ) - self.views.standardised(x_NF)).square().mean(dim=1)
         kl_N = 0.5 * (mean_NZ.square() + log_variance_NZ.exp() - 1 - log_variance_NZ).sum(dim=1)
         penalty_B = record_means(reconstruction_N + self.kl_weight * kl_N, record_N, len(graphs_per_record_B))
-        steps_GF = torch.cat([self.raw(graphs.x[last_node_G]), mean_NZ[last_node_G], log_variance_NZ[last_node_G]], dim=1)
+        steps_GF = torch.cat([self.raw(views_NF[last_node_G]), mean_NZ[last_node_G], log_variance_NZ[last_node_G]], dim=1)
         return Output(self.classify(*to_steps(steps_GF, graphs_per_record_B)), penalty_B)
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from models.features import FeatureViews
+
 
 class Output(NamedTuple):
     """What a detector gives. logits_BK: K is 1 for two classes · penalty_B: loss to add to each record's own, 0 for most."""
@@ -57,16 +59,16 @@ class StepsClassifier(nn.Module):
 
 
 class LSTMDetector(nn.Module):
-    """Sequences to logits. LayerNorm takes out the scale of a step, which differs a hundredfold between layers."""
+    """Sequences to logits. features: numbers of a step, however many axes they have."""
 
     def __init__(
         self, features: int, num_classes: int = 2, *, hidden: int = 64, num_layers: int = 1, dropout: float = 0.3
     ) -> None:
         super().__init__()
-        self.embed = nn.Sequential(nn.LayerNorm(features), nn.Linear(features, hidden), nn.Dropout(dropout))
+        self.embed = nn.Sequential(FeatureViews(features), nn.Linear(2 * features, hidden), nn.Dropout(dropout))
         self.classify = StepsClassifier(hidden, num_classes, hidden=hidden, num_layers=num_layers, dropout=dropout)
 
     def forward(self, sequences_BTF: torch.Tensor, lengths_B: torch.Tensor) -> Output:
-        """sequences_BTF: float, zero behind a sequence's end · lengths_B: int64 on the CPU."""
-        logits_BK = self.classify(self.embed(sequences_BTF), lengths_B)
+        """sequences_BTF: float, zero behind a sequence's end, a step of any number of axes · lengths_B: int64 on the CPU."""
+        logits_BK = self.classify(self.embed(sequences_BTF.reshape(*sequences_BTF.shape[:2], -1)), lengths_B)
         return Output(logits_BK, logits_BK.new_zeros(len(logits_BK)))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 
+import torch
+
 from dali_pipeline import Dataset, replay
+from dali_pipeline.threads import default_threads
 from training.build import build_model, make_loader
 from training.config import ModelName, TrainConfig
 from training.prepare import Options, find_data, models_for
@@ -33,6 +36,7 @@ def tell_ceilings(options: Options, config: TrainConfig, processes: Processes) -
 def ceiling(name: ModelName, data: Dataset, config: TrainConfig, options: Options, processes: Processes) -> tuple[float, float]:
     """Records a second of all processes together, and bytes of a record in a batch. Takes some SECONDS."""
     conduct, shares = options.conduct, processes.world_size
+    torch.set_num_threads(conduct.threads if isinstance(conduct.threads, int) else default_threads())
     loader = make_loader(name, data, config, "train", conduct.device, workers=conduct.workers, world_size=shares)
     model = build_model(name, data.schema, data.num_classes, config).to(loader.device)
     stepper = Stepper(model, config, 10**9, loader.device, processes)  # of a schedule that never ends

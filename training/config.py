@@ -15,15 +15,21 @@ from dali_pipeline.layers import parse_layers
 ModelName = Literal["lstm", "gnn_lstm", "gvae_lstm"]
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
 Precision = Literal["fp32", "bf16", "fp16"]
+ARCHITECTURE = 2  # of the detectors: 2 standardises features; runs of another one are not gone on with
 METRICS = ("auroc", "average_precision", "f1", "precision", "recall", "accuracy", "ece")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conduct:
-    """How a run is carried out: what changes no number. checkpoint_steps: 0 for none between the minutes and epochs' ends."""
+    """How a run is carried out: what changes no number, but for the last bits of some.
+
+    threads: torch's per process, "auto" for those that measure best, None for `default_threads`; those of a checkpoint that a
+    run goes on from stay, unless a number is given · checkpoint_steps: 0 for none between the minutes and epochs' ends.
+    """
 
     device: str = "auto"
     workers: int | Literal["auto"] = "auto"
+    threads: int | str | None = None
     checkpoint_minutes: float = 10.0
     checkpoint_steps: int = 0
 
@@ -78,7 +84,7 @@ class TrainConfig:
 
     def to_dict(self, data: Dataset) -> dict[str, Any]:
         """Plain JSON types, the data set's digest among them."""
-        told = {**asdict(self), "models": list(self.models), "data_digest": data.digest}
+        told = {**asdict(self), "models": list(self.models), "data_digest": data.digest, "architecture": ARCHITECTURE}
         if self.lanes == 1:  # as before there were any, so that older runs go on
             del told["lanes"]
         return told

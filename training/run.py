@@ -66,6 +66,10 @@ def train(job: Job, name: ModelName, earlier: Mapping[str, Sequence[HistoryRow]]
     checkpoint = job.processes.first(lambda: find_checkpoint(job.resume, job.folder, name))
     if checkpoint is not None:
         trainer.restore(checkpoint)
+    else:
+        trainer.measure_threads()
+        if first and job.conduct.threads == "auto":
+            print(f"{name}: {trainer.threads} threads of torch take a step fastest", flush=True)
     steps, world_size = trainer.steps_per_epoch, job.processes.world_size
     board = SummaryWriter(job.folder / "tensorboard" / name, purge_step=trainer.epoch) if first else None
     try:

@@ -12,10 +12,12 @@ import msgspec
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
+import torch
 
 from dali_pipeline import DataError, Dataset, PipelineError, Schema, UsageError
 from dali_pipeline.progress import progress_bar
 from dali_pipeline.shard import sync_folder
+from dali_pipeline.threads import default_threads
 from training.build import build_model, kind_of, make_loader
 from training.checkpoint import load_checkpoint
 from training.config import MODELS, TrainConfig
@@ -46,6 +48,7 @@ def write_scores(checkpoint: Path, data: Dataset, output: Path, split: str | Non
     config = TrainConfig(
         **{**known, "models": (name,), "batch_size": batch_size, "lanes": 1, "compile": False, "accumulate": 1}
     )
+    torch.set_num_threads(default_threads())
     splits = data.splits if split is None else (split,)
     loaders = {one: make_loader(name, data, config, one, device, shuffle=False) for one in splits}
     model = build_model(name, schema, state["classes"], config).to(loaders[splits[0]].device)

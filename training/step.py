@@ -6,12 +6,23 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException  # what torch.compile raises, which has no public name
 
+from dali_pipeline.damage import log
 from dali_pipeline.trace import span
 from training.build import Batch, autocast, forward, record_losses
 from training.config import TrainConfig
 from training.pieces import cut
 from training.processes import Processes
+from training.randomness import random_states, set_random_states
+
+
+def compile_reason(error: Exception) -> str:
+    """Say in a few words why torch.compile failed: the last cause, without the advice around it."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 class Stepper:
@@ -23,7 +34,8 @@ class Stepper:
 
     def __init__(self, model: nn.Module, config: TrainConfig, total_steps: int, device: torch.device, processes: Processes):
         self.model, self.config, self.device, self.processes = model, config, device, processes
-        self._engine = processes.spread(torch.compile(model, dynamic=True) if config.compile else model)  # type: ignore[arg-type]
+        # compiled with the first batch, which tells whether that can be done
+        self._engine = None if config.compile else processes.spread(model)
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(self._optimizer, config.lr, total_steps=total_steps)
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16" and device.type == "cuda")
@@ -37,10 +49,11 @@ class Stepper:
         self._optimizer.zero_grad(set_to_none=True)
         share = torch.zeros((), device=self.device)
         pieces = cut(batch, self.config.accumulate)
+        engine = self._engine = self._engine or self._compiled(pieces[0], noise_key)
         for piece in pieces:
-            with self.processes.unsynchronised(self._engine, apart=piece is not pieces[-1]):
+            with self.processes.unsynchronised(engine, apart=piece is not pieces[-1]):
                 with span("forward"), autocast(self.device, self.config.precision):
-                    output = forward(self._engine, piece, noise_key)
+                    output = forward(engine, piece, noise_key)
                 losses_B = record_losses(output, piece.labels)
                 own = (losses_B * piece.valid).sum() / max(count, 1)
                 # times the processes, as their gradients are averaged
@@ -58,6 +71,24 @@ class Stepper:
             self._scaler.update()
         self._schedule.step()
         return share
+
+    def _compiled(self, piece: Batch, noise_key: int | None) -> nn.Module:
+        """The model compiled; as it is where a process cannot compile it, which the first one says in a line."""
+        engine: nn.Module = torch.compile(self.model, dynamic=True)  # type: ignore[assignment]
+        states, reason = random_states(), ""
+        try:
+            with autocast(self.device, self.config.precision):
+                forward(engine, piece, noise_key)
+        except TorchDynamoException as error:
+            reason = compile_reason(error)
+        set_random_states(states)
+        reasons = [one for one in self.processes.gather(reason) if one]
+        if not reasons:
+            return self.processes.spread(engine)
+        torch.compiler.reset()
+        if self.processes.is_first:
+            log.warning("--compile: the model cannot be compiled here (%s); training goes on without", reasons[0])
+        return self.processes.spread(self.model)
 
     @property
     def bad_step(self) -> int | None:

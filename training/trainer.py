@@ -15,6 +15,9 @@ import numpy as np
 import torch
 
 from dali_pipeline import Dataset, EpochDigest, PipelineError, StepTimer
+from dali_pipeline.damage import log
+from dali_pipeline.threads import default_threads
+from models import set_statistics
 from training.build import build_model, make_loader, unfit_records
 from training.checkpoint import CheckpointWriter, read_checkpoint
 from training.config import MODELS, Conduct, ModelName, TrainConfig
@@ -24,7 +27,9 @@ from training.metrics import Predictions, area_under_roc
 from training.processes import EndedElsewhere, Processes
 from training.randomness import DROPOUT, NOISE, random_states, seed_of, set_random_states
 from training.scoring import Scored, score_batches
+from training.statistics import feature_statistics
 from training.step import Stepper
+from training.threads import measure_threads
 
 HistoryRow = dict[str, float]
 OnStep = Callable[[int, torch.Tensor], None]  # steps done in the epoch, the loss, still on the device
@@ -58,9 +63,13 @@ class Trainer:
             for split in data.splits
         }
         self.device = self.loaders["train"].device
+        self.threads = conduct.threads if isinstance(conduct.threads, int) else default_threads()
+        torch.set_num_threads(self.threads)
         self.steps_per_epoch = len(self.loaders["train"])
         torch.manual_seed(seed_of(config.seed, MODELS.index(model_name)))
         self.model = build_model(model_name, data.schema, data.num_classes, config).to(self.device)
+        statistics = processes.first(lambda: feature_statistics(model_name, data, config))
+        set_statistics(self.model, *statistics.tensors())
         self.stepper = Stepper(self.model, config, config.epochs * self.steps_per_epoch, self.device, processes)
         if not processes.is_first:  # the others drop out other units than the first
             torch.manual_seed(seed_of(config.seed, MODELS.index(model_name), DROPOUT, processes.rank))
@@ -217,7 +226,7 @@ class Trainer:
             return
         state = {**self._identity(), **self.stepper.state_dict(), "best": self.best_weights, "best_auroc": self.best_auroc}
         state |= {"loader": self.position, "delivered": delivered.to_dict(), "epoch": self.epoch, "history": self.history}
-        state |= {"loss_sum": loss_sum, "loss_count": self.loss_count, "random": random}
+        state |= {"loss_sum": loss_sum, "loss_count": self.loss_count, "random": random, "threads": self.threads}
         self.writer.write(self.last_path, state)
 
     def restore(self, path: Path) -> None:
@@ -226,6 +235,7 @@ class Trainer:
         Raises UsageError for a file that is no checkpoint, or one of another run.
         """
         state = self.processes.first(lambda: read_checkpoint(path, self.name, self.config.to_dict(self.data)))
+        self._keep_threads(state.get("threads", self.threads))
         self.stepper.load_state_dict(state)
         self.loaders["train"].load_state_dict(state["loader"])
         self.position = state["loader"]
@@ -240,6 +250,26 @@ class Trainer:
             set_random_states(state["random"][self.processes.rank])
         else:  # more processes than before
             torch.manual_seed(seed_of(self.config.seed, DROPOUT, self.processes.rank, self.epoch, self.position["step"]))
+
+    def _keep_threads(self, before: int) -> None:
+        """Compute with as many threads as the checkpoint was made with, for the same bits; a number that was asked for wins."""
+        if isinstance(self.conduct.threads, int) and self.threads != before and self.processes.is_first:
+            log.warning("%s: goes on with %d threads instead of %d; the last bits may differ", self.name, self.threads, before)
+        elif not isinstance(self.conduct.threads, int):
+            self.threads = before
+            torch.set_num_threads(before)
+
+    def measure_threads(self) -> None:
+        """With --threads auto, choose the number of threads that takes the first batch fastest. All processes call it."""
+        if self.conduct.threads != "auto" or self.device.type != "cpu":
+            return
+        loader = self.loaders["train"]
+        state = loader.state_dict()
+        batch = next(iter(loader))
+        loader.load_state_dict(state)
+        noise_key = 0 if self.name == "gvae_lstm" else None
+        self.threads = measure_threads(self.model, batch, self.config.precision, self.device, noise_key, self.processes)
+        torch.set_num_threads(self.threads)
 
     def load_best(self) -> None:
         """Takes the weights of the best epoch so far."""

@@ -1,0 +1,47 @@
+"""What a detector sees of a row of features: its pattern, and the size of each feature. Shapes as in lstm.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class FeatureViews(nn.Module):
+    """Two views of a row of F features side by side, 2F values: layer-normalised, and standardised.
+
+    LayerNorm (Ba et al. 2016) takes out a row's mean and scale. That helps where scales differ a hundredfold, as between layers
+    of a language model, and takes out all that a row of few features says: of one feature nothing is left. Standardised by the
+    training split's statistics each feature keeps its size; the symmetric logarithm (Hafner et al. 2023) tames outliers.
+
+    Until `set_statistics` is called, features are taken to have mean 0 and standard deviation 1.
+    """
+
+    mean: torch.Tensor
+    inverse: torch.Tensor
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(features)
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("inverse", torch.ones(features))
+
+    def set_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
+        """Take each feature's mean and standard deviation, (F,); a feature that never varies becomes 0."""
+        self.mean.copy_(mean)
+        self.inverse.copy_(torch.where(std > 0, 1 / std, 0))
+
+    def standardised(self, rows_NF: torch.Tensor) -> torch.Tensor:
+        """Return the second view alone, of any leading shape."""
+        deviations_NF = (rows_NF - self.mean) * self.inverse
+        return deviations_NF.sign() * deviations_NF.abs().log1p()
+
+    def forward(self, rows_NF: torch.Tensor) -> torch.Tensor:
+        """Return both views, (…, 2F), of rows of any leading shape."""
+        return torch.cat([self.norm(rows_NF), self.standardised(rows_NF)], dim=-1)
+
+
+def set_statistics(model: nn.Module, mean: torch.Tensor, std: torch.Tensor) -> None:
+    """Give all `FeatureViews` of a model the statistics of its features, (F,) each."""
+    for module in model.modules():
+        if isinstance(module, FeatureViews):
+            module.set_statistics(mean, std)

@@ -1,0 +1,48 @@
+"""--threads auto: the number of threads that takes the first steps fastest, the same for all processes."""
+
+from __future__ import annotations
+
+import copy
+import time
+from statistics import median
+
+import torch
+from torch import nn
+
+from dali_pipeline.threads import thread_counts
+from training.build import Batch, autocast, forward, record_losses
+from training.processes import Processes
+from training.randomness import random_states, set_random_states
+
+STEPS = 5  # with each number of threads, behind one to warm up
+WORTH = 0.9  # of the time: less is needed to take a thread more
+
+
+def measure_threads(
+    model: nn.Module, batch: Batch, precision: str, device: torch.device, noise_key: int | None, processes: Processes
+) -> int:
+    """Return the number of torch's threads with which steps on this batch take the least time, over all processes.
+
+    A copy of the model takes them, and random states are as before. Costs STEPS steps for each number that is tried.
+    """
+    states, before = random_states(), torch.get_num_threads()
+    trial = copy.deepcopy(model).train()
+    best, least = 1, float("inf")
+    for count in thread_counts():
+        torch.set_num_threads(count)
+        seconds = [_step(trial, batch, precision, device, noise_key) for _ in range(STEPS + 1)][1:]
+        (total,) = processes.sum([median(seconds)])
+        if total < WORTH * least:
+            best, least = count, total
+    torch.set_num_threads(before)
+    set_random_states(states)
+    return best
+
+
+def _step(model: nn.Module, batch: Batch, precision: str, device: torch.device, noise_key: int | None) -> float:
+    begun = time.perf_counter()
+    with autocast(device, precision):
+        output = forward(model, batch, noise_key)
+    torch.autograd.backward(record_losses(output, batch.labels).mean())
+    model.zero_grad()
+    return time.perf_counter() - begun
