@@ -60,7 +60,9 @@ def doctor_command(
     from dali_pipeline.dataset import open_dataset
     from dali_pipeline.doctor import examine
     from dali_pipeline.knobs import Setup
+    from dali_pipeline.picture import check_picture
 
+    check_picture(plot)
     opened = open_dataset(data, cache_dir, parse_cache_bytes(cache_bytes))
     kinds = opened.schema.kinds
     kind: Kind = ("sequences" if model == "lstm" else "graphs") if model else kinds[0]
@@ -166,7 +168,7 @@ def draw_stages(found: dict[str, Any], path: Path) -> None:
     """Records a second of every stage, all together as a line; and what changes promise, the one tried as measured."""
     from matplotlib.figure import Figure
 
-    from dali_pipeline.picture import COLOURS, save
+    from dali_pipeline.picture import COLOURS, entitle, save
 
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     stages, knobs = figure.subplots(1, 2)
@@ -190,5 +192,5 @@ def draw_stages(found: dict[str, Any], path: Path) -> None:
         axes.legend(fontsize=8, loc="lower right")
     share = f"{found['together']['wait_share']:.0%} of the time waits for data"
     narrowest = f"narrowest: {found['narrowest']}"
-    figure.suptitle(f"{Path(found['root']).name}, {found['model']}: {found['verdict']}, {share}; {narrowest}", fontsize=11)
+    entitle(figure, f"{Path(found['root']).name}, {found['model']}: {found['verdict']}, {share}; {narrowest}", fontsize=11)
     save(figure, path)

@@ -175,8 +175,13 @@ def _count(labels: Ints) -> dict[int, int]:
 
 
 def default_cache() -> Path:
-    """`dali_pipeline` in XDG_CACHE_HOME, or in .cache of the home folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dali_pipeline"
+    """`dali_pipeline` in XDG_CACHE_HOME, or in .cache of the home folder. Raises UsageError where there is neither."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dali_pipeline"
+    except RuntimeError:
+        raise UsageError(
+            "no home folder is known for a cache of the URL's data; name a folder with --cache-dir (cache_dir), or set HOME"
+        ) from None
 
 
 def open_dataset(

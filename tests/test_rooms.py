@@ -15,6 +15,7 @@ ROOMS = [
     "encoding",
     "layout",
     "schema",
+    "outside",
     "record",
     "digest",
     "world",

@@ -11,6 +11,7 @@ import xxhash
 
 from dali_pipeline import Dataset, UsageError
 from dali_pipeline.layers import parse_layers
+from dali_pipeline.outside import readable
 
 ModelName = Literal["lstm", "gnn_lstm", "gvae_lstm"]
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
@@ -87,4 +88,4 @@ class TrainConfig:
         """A name for the run's folder: the data, the models, and a hash of everything."""
         what = "all" if self.models == MODELS else "+".join(self.models)
         key = xxhash.xxh3_64_hexdigest(msgspec.json.encode(self.to_dict(data), order="sorted"))[:8]
-        return f"{data.root.resolve().name}-{what}-{key}"
+        return f"{readable(data.root.resolve().name)}-{what}-{key}"

@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from dali_pipeline import Dataset
+from dali_pipeline.outside import readable
 from training.build import kind_of
 from training.config import Conduct, ModelName, TrainConfig
 from training.folder import METRICS_NAME, find_checkpoint
@@ -133,7 +134,7 @@ def report(
             f"chosen on validation from {len(steps)}"
         )
     tests = {name: splits["test"] for name, splits in found.items()}
-    title = f"{job.data.root.resolve().name}: {max(len(one.ids) for one in tests.values()):,} test records"
+    title = f"{readable(job.data.root.resolve().name)}: {max(len(one.ids) for one in tests.values()):,} test records"
     draw_curves(job.folder / "curves.png", histories, tests, results, layers, title)
     write_metrics(job.folder / METRICS_NAME, results)
 
