@@ -10,8 +10,8 @@ import numpy as np
 
 from dali_pipeline.outside import as_output
 from dali_pipeline.schema import Kind, UsageError
-from dali_pipeline.shard import write_whole
 from dali_pipeline.shuffle import METHODS, Quality
+from dali_pipeline.whole import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

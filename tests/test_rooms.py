@@ -16,6 +16,7 @@ ROOMS = [
     "layout",
     "schema",
     "outside",
+    "whole",
     "record",
     "digest",
     "world",

@@ -288,6 +288,34 @@ def test_a_folder_where_nothing_was_trained_yet_takes_another_configuration(
     assert call(monkeypatch, *arguments) == 0
 
 
+def test_a_folder_is_trained_in_by_one_process_at_a_time(
+    make: Callable[..., dp.Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However the other one ends, and whatever it forked; what a killed one left half-written is no obstacle."""
+    out = tmp_path / "out"
+    arguments = ("--data", make(60).root, "--model", "lstm", "--epochs", 1, "--output-dir", out)
+    code = (
+        f"from training.folder import FolderLock\nfrom pathlib import Path\nimport os\nFolderLock().take(Path({str(out)!r}))\n"
+    )
+    code += "os.write(1, b'%d\\n' % os.fork())\nimport time; time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
+        assert other.stdout is not None
+        child = int(max(other.stdout.readline(), other.stdout.readline()))
+        for more in ((), ("--resume", "never"), ("--lr", 0.5), ("--seeds", 2)):
+            assert call(monkeypatch, *arguments, *more) == 2
+            assert f"another process trains in {out}; wait for it" in capsys.readouterr().err
+        assert list(out.iterdir()) == []
+        other.kill()
+        other.wait()
+        for name in ("config.json.tmp", "lstm-last.pt.tmp", "metrics.json.tmp"):
+            (out / name).write_text("half of it")
+        (out / "lstm-last.pt.tmp").unlink()
+        assert call(monkeypatch, *arguments) == 0
+        os.kill(child, signal.SIGKILL)
+    assert not list(out.rglob("*.tmp"))
+    assert call(monkeypatch, *arguments) == 0  # nothing is held behind the end
+
+
 @pytest.mark.parametrize("name", ["config.json", "metrics.json", "lstm-last.pt"])
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", b'{"lstm": 1}'])
 def test_a_damaged_run_is_one_sentence(

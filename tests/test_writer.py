@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from dali_pipeline.loader import Loader
 from dali_pipeline.moments import Moments
 from dali_pipeline.pending import Stack
 from dali_pipeline.verify import verify
+from dali_pipeline.whole import replacing, write_whole
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -170,6 +172,27 @@ def test_two_writers_never_share_a_folder(tmp_path: Path) -> None:
     )
     with pytest.raises(dp.UsageError, match="is closed"):
         writer.write(record)
+
+
+def test_files_written_by_several_at_once_are_whole(tmp_path: Path) -> None:
+    """Each by one of them, and no temporary name is left, not even by one that fails or was killed."""
+    path = tmp_path / "metrics.json"
+    (tmp_path / "metrics.json.tmp").write_bytes(b"of a killed process" * 1000)
+
+    def write_often(number: int) -> None:
+        for length in range(1, 200, 7):
+            write_whole(path, bytes([number]) * length * 100)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write_often, range(8)))
+    content = path.read_bytes()
+    assert set(content) == {content[0]}
+    assert len(content) % 100 == 0
+    with pytest.raises(ZeroDivisionError), replacing(path) as file:
+        file.write(b"half")
+        _ = 1 / 0
+    assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_what_was_committed_stays_whatever_the_cursor(tmp_path: Path) -> None:

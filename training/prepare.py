@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dali_pipeline import DataError, Dataset, UsageError, open_dataset
+from dali_pipeline.cachedfile import Place
 from training.config import MODELS, Conduct, ModelName, TrainConfig
 from training.folder import check_folder, check_resume, find_checkpoint
 
@@ -61,6 +62,14 @@ def find_data(options: Options) -> Dataset:
     if not (DATA_FOLDER / "sciq" / "manifest.json").exists():
         print(f"making the demonstration's data in {DATA_FOLDER / 'sciq'}: some 3 minutes on two cores, once", flush=True)
     return demo_dataset(DATA_FOLDER)
+
+
+def open_same(root: Place, digest: str) -> Dataset:
+    """The data set, in each process. Raises UsageError where a machine holds another one under this name."""
+    data = open_dataset(root)
+    if data.digest != digest:
+        raise UsageError(f"{data.root} here has the digest {data.digest}; the first process opened {digest}")
+    return data
 
 
 def _converted(folder: Path, converted_dir: Path | None) -> Dataset:
