@@ -95,7 +95,7 @@ def as_output(path: Path) -> Path:
 def say(text: str) -> None:
     """A line on standard error, if that can be written to."""
     with suppress(OSError, ValueError):
-        sys.stderr.write(f"{text}\n")
+        sys.stderr.write(text.encode(errors="backslashreplace").decode() + "\n")
     drained(sys.stderr)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from dali_pipeline import Dataset, GraphBatch, GraphLoader, Schema, SequenceBatch, SequenceLoader
-from dali_pipeline.delivery import Workers
+from dali_pipeline.delivery import OnNan, Workers
 from dali_pipeline.layers import parse_layers
 from dali_pipeline.loader import Loader
 from dali_pipeline.schema import Kind
@@ -32,6 +32,7 @@ def make_loader(
     workers: Workers = "auto",
     world_size: int = 1,
     shuffle: bool | None = None,
+    on_nan: OnNan = "keep",
 ) -> Loader[Any]:
     """The loader of a split for a model: the training split shuffled, where `shuffle` does not say, the others in file order.
 
@@ -46,6 +47,7 @@ def make_loader(
         "device": device,
         "workers": workers,
         "lanes": config.lanes if split == "train" else 1,
+        "on_nan": on_nan,
     }
     return SequenceLoader(data, **common) if name == "lstm" else GraphLoader(data, **common)
 
