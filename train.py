@@ -64,7 +64,7 @@ def prepare(options: Options, config: TrainConfig, world_size: int, lock: Folder
     """Finds the data and the folder; refuses what cannot work; claims the folder, and locks it until the lock is let go."""
     data = find_data(options)
     config = replace(config, models=models_for(data, config.models))
-    check_labels(data)
+    check_labels(data, config.models)
     folder, described, anew = find_folder(options, config, data)
     finished = (folder / METRICS_NAME).exists() and not anew
     if finished:

@@ -61,6 +61,7 @@ def doctor_command(
     from dali_pipeline.doctor import examine
     from dali_pipeline.knobs import Setup
     from dali_pipeline.picture import check_picture
+    from training.prepare import check_classes
 
     check_picture(plot)
     opened = open_dataset(data, cache_dir, parse_cache_bytes(cache_bytes))
@@ -68,6 +69,7 @@ def doctor_command(
     kind: Kind = ("sequences" if model == "lstm" else "graphs") if model else kinds[0]
     if kind not in kinds:
         raise DataError(f"{opened.root} holds no {kind}, which {model} trains on; it has {' and '.join(kinds)}")
+    check_classes(opened)
     name: ModelName = model or ("lstm" if kind == "sequences" else "gnn_lstm")
     setup = Setup(batch_size=batch_size, workers=parse_workers(workers), engine=engine, device=device)
     with progress_bar() as bar:

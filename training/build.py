@@ -13,7 +13,6 @@ from dali_pipeline import Dataset, GraphBatch, GraphLoader, Schema, SequenceBatc
 from dali_pipeline.delivery import OnNan, Workers
 from dali_pipeline.layers import parse_layers
 from dali_pipeline.loader import Loader
-from dali_pipeline.schema import Kind
 from models import GNNLSTMDetector, GVAELSTMDetector, LSTMDetector, Output
 from models.noise import mix
 from training.config import ModelName, TrainConfig
@@ -50,11 +49,6 @@ def make_loader(
         "on_nan": on_nan,
     }
     return SequenceLoader(data, **common) if name == "lstm" else GraphLoader(data, **common)
-
-
-def kind_of(name: str) -> Kind:
-    """The kind of record that a model takes."""
-    return "sequences" if name == "lstm" else "graphs"
 
 
 def build_model(name: ModelName, schema: Schema, classes: int, config: TrainConfig) -> nn.Module:

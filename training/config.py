@@ -12,11 +12,17 @@ import xxhash
 from dali_pipeline import Dataset, UsageError
 from dali_pipeline.layers import parse_layers
 from dali_pipeline.outside import readable
+from dali_pipeline.schema import Kind
 
 ModelName = Literal["lstm", "gnn_lstm", "gvae_lstm"]
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
 Precision = Literal["fp32", "bf16", "fp16"]
 METRICS = ("auroc", "average_precision", "f1", "precision", "recall", "accuracy", "ece")
+
+
+def kind_of(name: str) -> Kind:
+    """The kind of record that a model takes."""
+    return "sequences" if name == "lstm" else "graphs"
 
 
 @dataclass(frozen=True, kw_only=True)

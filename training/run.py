@@ -12,8 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dali_pipeline import Dataset
 from dali_pipeline.outside import readable
-from training.build import kind_of
-from training.config import Conduct, ModelName, TrainConfig
+from training.config import Conduct, ModelName, TrainConfig, kind_of
 from training.folder import METRICS_NAME, find_checkpoint
 from training.interrupt import Interrupts
 from training.intervals import auroc_difference, intervals

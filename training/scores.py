@@ -23,9 +23,9 @@ from dali_pipeline.outside import as_output
 from dali_pipeline.progress import progress_bar
 from dali_pipeline.source import NotFiniteError
 from dali_pipeline.whole import replacing
-from training.build import build_model, kind_of, make_loader
+from training.build import build_model, make_loader
 from training.checkpoint import load_checkpoint
-from training.config import MODELS, TrainConfig
+from training.config import MODELS, TrainConfig, kind_of
 from training.report import prediction_table
 from training.scoring import Scored, score_batches
 
