@@ -22,7 +22,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dali_pipeline import Dataset, UsageError, World, open_dataset
+from dali_pipeline import Dataset, World
 from dali_pipeline.arguments import CACHE_BYTES, CACHE_DIR, parse_cache_bytes, parse_workers
 from dali_pipeline.cachedfile import Place
 from dali_pipeline.cli import new_app
@@ -30,9 +30,9 @@ from dali_pipeline.cli import run as run_command_line
 from dali_pipeline.threads import parse_threads
 from training.commandline import GroupedCommand, flag, print_config, take_config
 from training.config import MODELS, Conduct, ModelName, TrainConfig
-from training.folder import METRICS_NAME, claim_folder
+from training.folder import METRICS_NAME, FolderLock, claim_folder
 from training.interrupt import Interrupted, Interrupts
-from training.prepare import Options, check_labels, check_settings, find_data, find_folder, models_for, runs_of
+from training.prepare import Options, check_labels, check_settings, find_data, find_folder, models_for, open_same, runs_of
 from training.processes import EndedElsewhere, Processes
 from training.results import print_table, read_metrics, summarise, write_metrics
 
@@ -50,42 +50,35 @@ class Prepared:
 
 def main(options: Options, config: TrainConfig) -> None:
     """The whole run, step by step."""
-    with Processes.join(options.conduct.device) as processes:
+    with Processes.join(options.conduct.device) as processes, FolderLock() as lock:
         if options.replay:
             from training.ceiling import tell_ceilings
 
             tell_ceilings(options, config, processes)
             return
         interrupts = Interrupts(processes)
-        prepared = processes.first(lambda: prepare(options, config, processes.world_size))
-        data = open_same(prepared)
+        prepared = processes.first(lambda: prepare(options, config, processes.world_size, lock))
+        data = open_same(prepared.root, prepared.digest)
         config = replace(config, models=prepared.models)
         if not prepared.finished:
             train_runs(data, config, prepared.folder, options, interrupts, processes)
         processes.first(lambda: print_results(prepared.folder, data, options))  # while the others wait
 
 
-def prepare(options: Options, config: TrainConfig, world_size: int) -> Prepared:
-    """Finds the data and the folder; refuses what cannot work; claims the folder."""
+def prepare(options: Options, config: TrainConfig, world_size: int, lock: FolderLock | None = None) -> Prepared:
+    """Finds the data and the folder; refuses what cannot work; claims the folder, and locks it until the lock is let go."""
     data = find_data(options)
     config = replace(config, models=models_for(data, config.models))
-    check_labels(data)
+    check_labels(data, config.models)
     folder, described, anew = find_folder(options, config, data)
     finished = (folder / METRICS_NAME).exists() and not anew
     if finished:
         print(f"{folder}: finished before; --resume never trains again")
     else:
         check_settings(data, config, folder, options, world_size)
+        (lock or FolderLock()).take(folder)
         claim_folder(folder, described, replace=anew)
     return Prepared(root=data.root, digest=data.digest, models=config.models, folder=folder, finished=finished)
-
-
-def open_same(prepared: Prepared) -> Dataset:
-    """The data set, in each process. Raises UsageError where a machine holds another one under this name."""
-    data = open_dataset(prepared.root)
-    if data.digest != prepared.digest:
-        raise UsageError(f"{data.root} here has the digest {data.digest}; the first process opened {prepared.digest}")
-    return data
 
 
 def train_runs(

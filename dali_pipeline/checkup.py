@@ -60,12 +60,16 @@ def doctor_command(
     from dali_pipeline.dataset import open_dataset
     from dali_pipeline.doctor import examine
     from dali_pipeline.knobs import Setup
+    from dali_pipeline.picture import check_picture
+    from training.prepare import check_classes
 
+    check_picture(plot)
     opened = open_dataset(data, cache_dir, parse_cache_bytes(cache_bytes))
     kinds = opened.schema.kinds
     kind: Kind = ("sequences" if model == "lstm" else "graphs") if model else kinds[0]
     if kind not in kinds:
         raise DataError(f"{opened.root} holds no {kind}, which {model} trains on; it has {' and '.join(kinds)}")
+    check_classes(opened)
     name: ModelName = model or ("lstm" if kind == "sequences" else "gnn_lstm")
     setup = Setup(batch_size=batch_size, workers=parse_workers(workers), engine=engine, device=device)
     with progress_bar() as bar:
@@ -166,7 +170,7 @@ def draw_stages(found: dict[str, Any], path: Path) -> None:
     """Records a second of every stage, all together as a line; and what changes promise, the one tried as measured."""
     from matplotlib.figure import Figure
 
-    from dali_pipeline.picture import COLOURS, save
+    from dali_pipeline.picture import COLOURS, entitle, save
 
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     stages, knobs = figure.subplots(1, 2)
@@ -190,5 +194,5 @@ def draw_stages(found: dict[str, Any], path: Path) -> None:
         axes.legend(fontsize=8, loc="lower right")
     share = f"{found['together']['wait_share']:.0%} of the time waits for data"
     narrowest = f"narrowest: {found['narrowest']}"
-    figure.suptitle(f"{Path(found['root']).name}, {found['model']}: {found['verdict']}, {share}; {narrowest}", fontsize=11)
+    entitle(figure, f"{Path(found['root']).name}, {found['model']}: {found['verdict']}, {share}; {narrowest}", fontsize=11)
     save(figure, path)

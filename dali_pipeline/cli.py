@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import typer
 from dali_pipeline.arguments import SetArgument, parse_blocks, parse_size, parse_workers
 from dali_pipeline.checkup import doctor_command
 from dali_pipeline.inspection import inspect_command
+from dali_pipeline.outside import Terminated, broken_pipes, check_outside, drained, reason_of, say, terminable
 from dali_pipeline.predict import predict_command
 from dali_pipeline.schema import PipelineError, UsageError
 from dali_pipeline.split import Split
@@ -24,7 +24,9 @@ from dali_pipeline.versions import versions_command
 
 def new_app(**options: Any) -> typer.Typer:
     """A command line as all of ours are: -h as well as --help, in plain text, not folded to a terminal's width where piped."""
-    context = {"help_option_names": ["-h", "--help"]} | ({} if sys.stdout.isatty() else {"terminal_width": 10_000})
+    context = {"help_option_names": ["-h", "--help"]} | (
+        {} if sys.stdout and sys.stdout.isatty() else {"terminal_width": 10_000}
+    )
     return typer.Typer(
         add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=context, **options
     )
@@ -209,37 +211,45 @@ app.command("versions")(versions_command)
 
 @contextmanager
 def _going_on() -> Iterator[None]:
-    """Says, where Ctrl-C ends a job, that it need not begin anew."""
+    """Says, where Ctrl-C or SIGTERM ends a job, that it need not begin anew."""
     try:
         yield
-    except KeyboardInterrupt:
-        print("dali_pipeline: stopped; the same command goes on from what is final", file=sys.stderr)
-        raise typer.Exit(130) from None
+    except (KeyboardInterrupt, Terminated) as stop:
+        say("dali_pipeline: stopped; the same command goes on from what is final")
+        raise typer.Exit(stop.exit_code if isinstance(stop, Terminated) else 130) from None
 
 
 def run(application: typer.Typer, name: str) -> int:
     """Runs a command line and returns its exit code.
 
-    2 for what the user can mend, with one sentence on standard error; 130 for Ctrl-C; 141 where the reader of a pipe went.
+    2 for what the user can mend, standard output too, with one sentence on standard error; 130 for Ctrl-C; 143 for SIGTERM; 141
+    where the reader of a pipe went.
     """
     try:
-        code = application(prog_name=name, standalone_mode=False)
+        check_outside()
+        with terminable(), broken_pipes():
+            code = application(prog_name=name, standalone_mode=False)
+            sys.stdout.flush()
+            return code if isinstance(code, int) else 0
     except typer.TyperException as error:
         message = error.format_message()
-        print(message if "\n" in message else f"{name}: {message}", file=sys.stderr)  # several lines: no command, so the help
-        return 2
+        say(message if "\n" in message else f"{name}: {message}")  # several lines: no command, so the help
     except PipelineError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
+        say(f"{name}: {error}")
+    except UnicodeEncodeError as error:  # a path, as all other texts were checked
+        say(f"{name}: {error.object!r} cannot be written in {error.encoding} ({error.reason}); expected a path in UTF-8")
     except BrokenPipeError:  # as `head` leaves one; what is still to be flushed goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drained(sys.stdout)
         return 128 + signal.SIGPIPE
     except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"{name}: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
-    return code if isinstance(code, int) else 0
+        say(f"{name}: {reason_of(error)}")
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Terminated as stop:
+        return stop.exit_code
+    finally:
+        drained(sys.stdout)
+    return 2
 
 
 def main() -> None:

@@ -50,8 +50,8 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
-        """Highest label of any split plus one, at least 2."""
-        labels = (int(label) for split in self.splits for label in self.label_counts(split))
+        """Highest label of any split and kind plus one, at least 2."""
+        labels = (label for split in self.splits for counts in self._labels(split).values() for label in counts)
         return max(2, max(labels, default=0) + 1)
 
     def table(self, split: str, kind: Kind) -> ShardTable:
@@ -70,11 +70,17 @@ class Dataset:
         """Records of a split and kind."""
         return sum(self.table(split, kind).records)
 
-    def label_counts(self, split: str) -> dict[int, int]:
-        """Records of each label in a split, of the kind that has more records."""
-        tables = [self.table(split, kind) for kind in self.schema.kinds]
-        fullest = max(tables, key=lambda table: sum(table.records))
-        return {int(label): count for label, count in sorted(fullest.labels.items(), key=lambda item: int(item[0]))}
+    def label_counts(self, split: str, kind: Kind | None = None) -> dict[int, int]:
+        """Records of each label in a split, of one kind; by default of the kind that has more records."""
+        counts = self._labels(split)
+        if kind is not None and kind not in counts:
+            raise DataError(f"{self.root} holds no {kind}; it has {' and '.join(self.schema.kinds)}")
+        return max(counts.values(), key=lambda each: sum(each.values())) if kind is None else counts[kind]
+
+    def _labels(self, split: str) -> Mapping[Kind, dict[int, int]]:
+        """Records of each label in a split, by kind."""
+        tables = {kind: self.table(split, kind).labels for kind in self.schema.kinds}
+        return {kind: {label: labels[str(label)] for label in sorted(map(int, labels))} for kind, labels in tables.items()}
 
     def layer_numbers(self, kind: Kind) -> list[int] | None:
         """Number of each step, or graph, of a record, where these are layers whose numbers the set records; None otherwise.
@@ -117,11 +123,10 @@ class Dataset:
             for split in ("train", "val"):
                 members = {kind: np.flatnonzero((folds[kind] == fold) == (split == "val")) for kind in pools}
                 selections[split] = {kind: pools[kind].take(at, digest) for kind, at in members.items()}
-                fullest = max(members, key=lambda kind: len(members[kind]))
-                counts[split] = _count(labels[fullest][members[fullest]])
+                counts[split] = {kind: _count(labels[kind][at]) for kind, at in members.items()}
             if "test" in self.splits:
                 selections["test"] = {kind: self.select("test", kind) for kind in pools}
-                counts["test"] = self.label_counts("test")
+                counts["test"] = {kind: self.label_counts("test", kind) for kind in pools}
             views.append(View(self.root, self.manifest, digest, selections, counts))
         return views
 
@@ -130,12 +135,12 @@ class Dataset:
 class View(Dataset):
     """A data set made of the shards of others, as `folds` and `mix` make it; a loader takes it like any other.
 
-    view_digest: identity of these data · selections: by split and kind · counts: of labels, by split.
+    view_digest: identity of these data · selections: by split and kind · counts: of labels, likewise.
     """
 
     view_digest: str
     selections: Mapping[str, Mapping[Kind, Selection]]
-    counts: Mapping[str, dict[int, int]]
+    counts: Mapping[str, Mapping[Kind, dict[int, int]]]
 
     @property
     def digest(self) -> str:
@@ -168,8 +173,7 @@ class View(Dataset):
         """Records of a split and kind."""
         return self.select(split, kind).num_records
 
-    def label_counts(self, split: str) -> dict[int, int]:
-        """Records of each label in a split, of the kind that has more records."""
+    def _labels(self, split: str) -> Mapping[Kind, dict[int, int]]:
         if split not in self.counts:
             raise UsageError(f"unknown split {split!r}; this fold or mix has {', '.join(self.splits)}")
         return self.counts[split]
@@ -184,8 +188,13 @@ def _count(labels: Ints) -> dict[int, int]:
 
 
 def default_cache() -> Path:
-    """`dali_pipeline` in XDG_CACHE_HOME, or in .cache of the home folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dali_pipeline"
+    """`dali_pipeline` in XDG_CACHE_HOME, or in .cache of the home folder. Raises UsageError where there is neither."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dali_pipeline"
+    except RuntimeError:
+        raise UsageError(
+            "no home folder is known for a cache of the URL's data; name a folder with --cache-dir (cache_dir), or set HOME"
+        ) from None
 
 
 def open_dataset(

@@ -13,6 +13,7 @@ from dali_pipeline.dataset import Dataset
 from dali_pipeline.files import Files
 from dali_pipeline.graphrows import GraphRows
 from dali_pipeline.graphsource import GraphSource
+from dali_pipeline.outside import readable
 from dali_pipeline.rows import SequenceRows
 from dali_pipeline.schema import Array, Kind
 from dali_pipeline.shard import Shard
@@ -37,7 +38,7 @@ def describe(data: Dataset) -> dict[str, Any]:
     schema = data.schema
     types = {"sequence": schema.sequence, **schema.of_graphs}
     return {
-        "root": str(data.root),
+        "root": readable(data.root),
         "digest": data.digest,
         "bytes": data.nbytes,
         "kinds": list(schema.kinds),

@@ -13,6 +13,7 @@ from dali_pipeline.dataset import Dataset
 from dali_pipeline.knobs import Knob, Setup, knobs_of, predict
 from dali_pipeline.loader import Loader
 from dali_pipeline.machine import describe_machine, warnings_about
+from dali_pipeline.outside import readable
 from dali_pipeline.schema import DataError, Kind
 from dali_pipeline.stages import Tell, Train, measure_stages, measure_together, model_rate
 from dali_pipeline.threads import default_threads
@@ -68,7 +69,7 @@ def examine(
     # what cannot be seen in a short run, as the page cache serves it
     starved = from_source and rates[source] < rates["model"]
     return {
-        "root": str(data.root),
+        "root": readable(data.root),
         "records": kind,
         "bytes_per_record": record_bytes,
         "from_disk": bool(from_source),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import json
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -35,9 +35,10 @@ def inspect_command(
     """
     from dali_pipeline.dataset import open_dataset
     from dali_pipeline.describe import describe, print_description
-    from dali_pipeline.picture import draw_description, draw_shuffle
+    from dali_pipeline.picture import check_picture, draw_description, draw_shuffle
     from dali_pipeline.shufflereport import describe_shuffle, print_shuffle
 
+    check_picture(plot)
     data = open_dataset(dst, cache_dir, parse_cache_bytes(cache_bytes))
     if shuffle:
         description, measured = describe_shuffle(data, split, parse_sizes(window), batch_size)
@@ -48,6 +49,7 @@ def inspect_command(
     if plot is not None:
         draw(plot)
     if as_json:
-        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(description)) + b"\n")
+        plain = msgspec.json.decode(msgspec.json.encode(description))  # null for what is no number
+        typer.echo(json.dumps(plain, indent=2))  # in ASCII, which every terminal has
     else:
         show()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import msgspec
 from dali_pipeline.filler import Contents
 from dali_pipeline.manifest import MANIFEST_NAME, shard_path
 from dali_pipeline.schema import SPLITS, FormatError, UsageError
-from dali_pipeline.shard import sync_folder, write_whole
+from dali_pipeline.whole import lock, sync_folder, write_whole
 
 JOURNAL_NAME = "journal.json"
 JOURNAL_TEMPORARY = JOURNAL_NAME + ".tmp"
@@ -147,13 +146,3 @@ def remove_leftovers(root: Path) -> None:
         with contextlib.suppress(OSError):
             shutil.rmtree(root / PARTS_NAME, ignore_errors=True)
             (root / JOURNAL_NAME).unlink(missing_ok=True)
-
-
-def lock(folder: int) -> None:
-    """Locks an open folder, or file; raises BlockingIOError where another has it. A file system without locks goes without."""
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:
-        return

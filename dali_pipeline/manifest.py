@@ -14,8 +14,9 @@ import xxhash
 from dali_pipeline.cachedfile import Place, RemotePath
 from dali_pipeline.files import Files
 from dali_pipeline.schema import KINDS, SPLITS, FormatError, Kind, Schema, UsageError
-from dali_pipeline.shard import Shard, ShardInfo, SoundMap, write_whole
+from dali_pipeline.shard import Shard, ShardInfo, SoundMap
 from dali_pipeline.stores import GoneError, NoBucketError
+from dali_pipeline.whole import write_whole
 
 P = TypeVar("P", Path, RemotePath, Place)
 MANIFEST_NAME = "manifest.json"

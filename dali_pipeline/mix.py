@@ -43,7 +43,10 @@ def mix(shares: Mapping[Dataset, float]) -> Dataset:
                 draws = tuple(Draws(begin=begin, end=end, share=share) for begin, end, share in spans)
                 chained = replace(chained, draws=draws, num_draws=chained.num_records)
             selections[split][kind] = chained
-    counts = {split: _sum([one.label_counts(split) for one in sets]) for split in selections}
+    counts = {
+        split: {kind: _sum([one.label_counts(split, kind) for one in sets]) for kind in kinds}
+        for split, kinds in selections.items()
+    }
     return View(sets[0].root, replace(sets[0].manifest, statistics=None), digest, selections, counts)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dali_pipeline.digest import EpochDigest
-from dali_pipeline.record import Record, graph_rows, sequence_rows
+from dali_pipeline.record import Record, graph_rows, masked_values, sequence_rows
 from dali_pipeline.schema import Array, DataError, Kind, Schema
 from dali_pipeline.shard import ShardInfo
 from dali_pipeline.shardfile import ShardFile
@@ -161,11 +161,12 @@ def whole_label(record: Record) -> int:
     """The label as an int, whatever number it came as; raises DataError for one that is not whole, or below 0."""
     try:
         label = int(record.label)
-        whole = label == record.label and 0 <= label < 2**63
-    except (TypeError, ValueError, OverflowError):
+        whole = not masked_values(record.label) and label == record.label and 0 <= label < 2**63
+    except (TypeError, ValueError, OverflowError, np.ma.MaskError):
         whole = False
     if not whole:
-        raise DataError(f"record {record.id!r} has the label {record.label!r}; expected a whole number of 0 or more")
+        found = " ".join(repr(record.label).split())  # an array's has several lines
+        raise DataError(f"record {record.id!r} has the label {found}; expected a whole number of 0 or more")
     return label
 
 

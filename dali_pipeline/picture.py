@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dali_pipeline.outside import as_output
 from dali_pipeline.schema import Kind, UsageError
 from dali_pipeline.shuffle import METHODS, Quality
+from dali_pipeline.whole import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, FigureBase
 
 COLOURS = ("#E69F00", "#D55E00", "#0072B2", "#777777")  # Okabe and Ito 2008: told apart without red and green
 HATCHES = ("//", "..", "", "xx")  # and without any colour
@@ -27,7 +30,7 @@ def draw_description(found: dict[str, Any], path: Path) -> None:
     columns = min(3, len(panels) + extra)
     lines = -(-(len(panels) + extra) // columns)
     figure = Figure(figsize=(4.5 * columns, 3.4 * lines), layout="constrained")
-    figure.suptitle(f"{Path(found['root']).name}: {found['bytes'] / 1e9:.3f} GB")
+    entitle(figure, f"{Path(found['root']).name}: {found['bytes'] / 1e9:.3f} GB")
     every = figure.subplots(lines, columns, squeeze=False).flatten().tolist()
     for axes, (name, one) in zip(every, panels, strict=False):
         axes.bar(
@@ -73,7 +76,8 @@ def draw_shuffle(found: dict[str, Any], measured: dict[Kind, list[Quality]], pat
     rows = len(several)
     figure = Figure(figsize=(11, 2.35 * rows + 3.6), layout="constrained")
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[2.35 * rows, 3.3]).flatten().tolist()
-    above.suptitle(
+    entitle(
+        above,
         f"{Path(found['root']).name}, {found['split']}: order of {found['splits'][found['split']][kind]:,} {kind} in "
         f"{found['shards'][kind]:,} shards, batches of {several[0].batch_size}",
         fontsize=11,
@@ -116,11 +120,28 @@ def _bars(axes: Axes, several: list[Quality], values: list[list[tuple[float, ...
     axes.set_xlabel("window (of the data)", fontsize=9)
 
 
-def save(figure: Figure, path: Path, dpi: int = 120) -> None:
-    """The picture, in the format of the name. Raises UsageError for a name without one that matplotlib knows."""
+def entitle(figure: FigureBase, title: str, **style: Any) -> None:
+    """A title as it is written: dollars in a name begin no formula."""
+    figure.suptitle(title, parse_math=False, **style)
+
+
+def check_picture(path: Path | None) -> None:
+    """Raises UsageError where no picture could be written, before anything is measured for it: another ending, no folder."""
+    if path is None:
+        return
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
     if not path.suffix:
         raise UsageError(f"{path} has no suffix; expected a name such as out.png")
-    try:
-        figure.savefig(path, dpi=dpi)
-    except ValueError as error:
-        raise UsageError(f"{path} cannot be drawn ({error}); expected a name such as out.png") from None
+    if path.suffix[1:].lower() not in known:
+        raise UsageError(f"{path} cannot be drawn; expected a name such as out.png, with one of {', '.join(sorted(known))}")
+    if not as_output(path).parent.is_dir():
+        raise UsageError(f"{path} cannot be written; expected the name of a file in a folder that is there")
+
+
+def save(figure: Figure, path: Path, dpi: int = 120) -> None:
+    """The picture, whole or not at all, in the format of the name. Raises PipelineError where it cannot be written."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=dpi, format=path.suffix[1:].lower())
+    write_whole(as_output(path), content.getvalue())

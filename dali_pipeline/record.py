@@ -148,8 +148,9 @@ def graph_rows(record: Record, schema: Schema) -> Graphs:
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     x = _rows(record, "x", graphs.x, schema.x)
-    edge_index = np.asarray(graphs.edge_index)
-    nodes, edges = np.asarray(graphs.node_counts), np.asarray(graphs.edge_counts)
+    edge_index, nodes, edges = (
+        _array(where, name, getattr(graphs, name)) for name in ("edge_index", "node_counts", "edge_counts")
+    )
     if nodes.dtype.kind not in "iu" or edges.dtype.kind not in "iu":
         raise DataError(f"{where}: node_counts are {nodes.dtype}, edge_counts {edges.dtype}; expected integers")
     nodes, edges = nodes.astype(np.int64), edges.astype(np.int64)
@@ -170,11 +171,14 @@ def graph_rows(record: Record, schema: Schema) -> Graphs:
         )
     attr = None
     if schema.edge_attr is not None:
-        given = np.asarray(graphs.edge_attr) if graphs.edge_attr is not None else np.zeros((0, *schema.edge_attr.shape))
+        given = (
+            np.zeros((0, *schema.edge_attr.shape)) if graphs.edge_attr is None else _array(where, "edge_attr", graphs.edge_attr)
+        )
         if given.ndim == 2 and given.shape[1] == 1 and schema.edge_attr.shape == ():
             given = given[:, 0]
-        if len(given) != edge_index.shape[1]:
-            raise DataError(f"{where}: {len(given)} rows of edge_attr for {edge_index.shape[1]} edges; expected one an edge")
+        if not given.ndim or len(given) != edge_index.shape[1]:
+            rows = len(given) if given.ndim else "no"
+            raise DataError(f"{where}: {rows} rows of edge_attr for {edge_index.shape[1]} edges; expected one an edge")
         attr = _cast(where, "edge_attr", given, schema.edge_attr)
     sizes = {"node": len(x), "edge": edge_index.shape[1], "graph": len(nodes)}
     fields = {name: _further(where, name, graphs.fields.get(name), field, sizes) for name, field in schema.named.items()}
@@ -183,18 +187,17 @@ def graph_rows(record: Record, schema: Schema) -> Graphs:
 
 def _further(where: str, name: str, value: Any, field: Field, sizes: Mapping[str, int]) -> Array:
     """A named field's rows in the schema's type, as many as there are of its level."""
-    level = level_of(name)
-    try:
-        rows = as_array(name, value)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from None
+    level, rows = level_of(name), _array(where, name, value)
     if rows.ndim == 0 or len(rows) != sizes[level]:
         raise DataError(f"{where}, {name} has shape {rows.shape}; expected {sizes[level]} rows, one {a_or_an(level)}")
     return _cast(where, name, rows, field)
 
 
 def as_array(name: str, value: Any) -> Array:
-    """An array of real numbers, float32 for a bfloat16 tensor; raises DataError, naming the field, for ragged lists, texts …"""
+    """An array of real numbers, float32 for a bfloat16 tensor; raises DataError, naming the field, for ragged lists, texts,
+    masked values …"""
+    if count := masked_values(value):
+        raise DataError(f"{name} has {count} masked values, and a data set holds no masks; expected them filled or left out")
     try:
         array = np.asarray(value.float() if str(getattr(value, "dtype", "")) == "torch.bfloat16" else value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -204,11 +207,23 @@ def as_array(name: str, value: Any) -> Array:
     return array
 
 
-def _rows(record: Record, name: str, value: Any, field: Field) -> Array:
+def masked_values(value: Any) -> int:
+    """Number of values that a masked NumPy array, or a list of some, hides; `np.asarray` would give what lies beneath."""
+    if isinstance(value, np.ma.MaskedArray):
+        return int(np.ma.getmaskarray(value).sum())
+    return sum(map(masked_values, value)) if isinstance(value, list | tuple) else 0
+
+
+def _array(where: str, name: str, value: Any) -> Array:
+    """`as_array`, its errors naming the record."""
     try:
-        rows = as_array(name, value)
+        return as_array(name, value)
     except DataError as error:
-        raise DataError(f"record {record.id!r}: {error}") from None
+        raise DataError(f"{where}: {error}") from None
+
+
+def _rows(record: Record, name: str, value: Any, field: Field) -> Array:
+    rows = _array(f"record {record.id!r}", name, value)
     if rows.ndim == 0 or len(rows) == 0:
         raise DataError(f"record {record.id!r}, {name} has shape {rows.shape}; expected at least one row")
     return _cast(f"record {record.id!r}", name, rows, field)

@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -23,7 +22,7 @@ from dali_pipeline.files import Files
 from dali_pipeline.header import BLOCK_BYTES, Layout, parse_header
 from dali_pipeline.openfile import OpenFile, Piece, kind_of
 from dali_pipeline.reads import bring
-from dali_pipeline.schema import Array, DataError, FormatError, PipelineError
+from dali_pipeline.schema import Array, DataError, FormatError
 
 SoundMap: TypeAlias = "memoryview | bytearray"
 Hashes: TypeAlias = npt.NDArray[np.uint64]
@@ -45,30 +44,6 @@ class ShardInfo:
 def hash_texts(texts: Iterable[bytes], seed: int = 0) -> Hashes:
     """XXH3-64 of each text."""
     return np.fromiter((xxhash.xxh3_64_intdigest(one, seed=seed) for one in texts), np.uint64)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """A small file, whole or not at all, and on the disk before this returns."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise PipelineError(f"{path} could not be written ({error.strerror}); expected free space and permission") from error
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` outlast a power cut."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 class Shard:

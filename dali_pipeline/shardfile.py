@@ -15,7 +15,8 @@ import xxhash
 from dali_pipeline.encoding import storage
 from dali_pipeline.header import BLOCK_BYTES, DTYPES, METADATA_KEY, VERSION
 from dali_pipeline.schema import Array, Kind, PipelineError
-from dali_pipeline.shard import ShardInfo, sync_folder
+from dali_pipeline.shard import ShardInfo
+from dali_pipeline.whole import sync_folder
 
 BUFFER_BYTES = 2 << 20  # of values on their way to the disk: within a core's cache
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

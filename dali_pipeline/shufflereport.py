@@ -13,6 +13,7 @@ from dali_pipeline.dataset import Dataset
 from dali_pipeline.describe import plain_console
 from dali_pipeline.manifest import ShardTable
 from dali_pipeline.order import WINDOW_BYTES
+from dali_pipeline.outside import readable
 from dali_pipeline.schema import DataError, Kind
 from dali_pipeline.shuffle import WINDOW_SHARES, Quality, measure
 
@@ -45,7 +46,7 @@ def describe_shuffle(
         if sum(table.records)
     }
     found = {
-        "root": str(data.root),
+        "root": readable(data.root),
         "digest": data.digest,
         "split": split,
         "epochs": epochs,

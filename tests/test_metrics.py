@@ -106,6 +106,14 @@ def test_resamples_draw_whole_groups() -> None:
     assert set(np.unique(weights)) == {0, 1, 2, 3}
 
 
+def test_groups_are_told_apart_whatever_their_names() -> None:
+    """NumPy's arrays of bytes would drop trailing NULs, and make all names as long as the longest."""
+    names = [b"q", b"q\0", b"q\0\0", b"\0", b"", b"q" * 3_000_000, *(b"%d" % number for number in range(200))]
+    weights = np.concatenate(list(resamples(names)))
+    assert (weights.sum(axis=1) == len(names)).all()  # as many groups are drawn as there are records
+    assert len(np.unique(weights, axis=1).T) == len(names)
+
+
 def test_intervals_hold_the_figure_and_narrow_with_more_groups() -> None:
     found = two_classes()
     by_record = intervals(found, [str(at).encode() for at in range(200)], 0.4)

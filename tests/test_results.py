@@ -27,12 +27,14 @@ import dali_pipeline as dp
 import train as train_module
 from dali_pipeline.cli import app as pipeline_app
 from dali_pipeline.cli import run
+from dali_pipeline.whole import replacing
 from models.noise import keyed_normal
 from training.checkpoint import CheckpointWriter, load_checkpoint
 from training.config import METRICS, Conduct, TrainConfig
 from training.interrupt import Interrupts
 from training.prepare import Options
 from training.processes import Processes
+from training.report import prediction_table
 from training.trainer import Trainer
 from training.watch import verdict
 
@@ -142,6 +144,172 @@ def test_predict_refuses_what_does_not_fit(
 
         assert re.search(words, error), error
     assert not list(tmp_path.glob("scores*"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `set`, 60 records, and `out`, where the LSTM and the GNN are trained on it."""
+    folder = tmp_path_factory.mktemp("trained")
+    write(folder / "set", make_records(60))
+    for model in ("lstm", "gnn_lstm"):
+        arguments = [
+            "--data",
+            folder / "set",
+            "--model",
+            model,
+            "--epochs",
+            1,
+            "--device",
+            "cpu",
+            "--output-dir",
+            folder / model,
+        ]
+        with pytest.MonkeyPatch.context() as patch:
+            assert call(patch, *arguments) == 0
+        (folder / model / f"{model}-best.pt").rename(folder / f"{model}.pt")
+    return folder
+
+
+def scores_of(path: Path) -> dict[str, float]:
+    if path.suffix == ".csv":
+        return {row["id"]: float(row["score"]) for row in csv.DictReader(path.read_text().splitlines())}
+    return {row["id"]: row["score"] for row in rows_of(path)}
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv"])
+@pytest.mark.parametrize(("model", "where"), [("lstm", "sequence"), ("gnn_lstm", "x"), ("gnn_lstm", "edge_attr")])
+def test_records_of_no_numbers_are_refused_left_out_or_kept(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model: str,
+    where: str,
+    ending: str,
+) -> None:
+    """Never scored without a word: not a whole split of them either, as a few records may be all of val."""
+    records = make_records(60)
+    val = {one for batch in dp.SequenceLoader(dp.open_dataset(trained / "set"), "val", engine="torch") for one in batch.ids}
+    assert 0 < len(val) < 58
+    bad = {*val, *[record.id for record in records if record.id not in val][:2]}
+    for record in records:
+        if record.id in bad:
+            values = record.sequence if where == "sequence" else getattr(record.graphs, where)
+            if not len(values):  # no edges at all
+                values = record.graphs.x
+            values[0] = np.nan if record.id in val else np.inf
+    data, output = write(tmp_path / "set", records), tmp_path / f"scores.{ending}"
+    arguments = ("--checkpoint", trained / f"{model}.pt", data.root, "--output", output, "--device", "cpu", "--batch-size", 16)
+    assert predict(monkeypatch, *arguments) == 2
+    error = capsys.readouterr().err
+    assert "record '" in error
+    assert "holds NaN or infinite values" in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.glob("scores*"))
+
+    assert predict(monkeypatch, *arguments, "--on-nan", "skip") == 0
+    sound = scores_of(output)
+    assert capsys.readouterr().out == f"{output}: {60 - len(bad)} records, {len(bad)} left out for NaN\n"
+    assert sound.keys() == {record.id for record in records} - bad
+
+    assert predict(monkeypatch, *arguments, "--on-nan", "keep") == 0
+    kept = scores_of(output)
+    strange = {id_ for id_, score in kept.items() if not np.isfinite(score)}
+    assert capsys.readouterr().out == f"{output}: 60 records, {len(strange)} without a finite score\n"
+    # a detector of graphs looks at the last node, which not every other node reaches
+    assert strange == bad if where == "sequence" else strange < bad
+    assert {id_: kept[id_] for id_ in sound} == pytest.approx(sound, abs=1e-6)
+
+    before = output.read_bytes()
+    assert predict(monkeypatch, *arguments, "--on-nan", "skip", "--split", "val") == 2
+    assert "holds finite values alone" in capsys.readouterr().err
+    assert output.read_bytes() == before
+
+
+def test_weights_that_give_no_finite_score_are_said(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = torch.load(trained / "lstm.pt", weights_only=True)
+    state["model"]["classify.head.4.bias"] += torch.nan
+    torch.save(state, tmp_path / "lstm.pt")
+    arguments = ("--checkpoint", tmp_path / "lstm.pt", trained / "set", "--output", tmp_path / "scores.csv", "--device", "cpu")
+    for on_nan in ("raise", "skip"):
+        assert predict(monkeypatch, *arguments, "--on-nan", on_nan) == 2
+        assert "the weights are damaged or too large" in capsys.readouterr().err
+    assert not (tmp_path / "scores.csv").exists()
+    assert predict(monkeypatch, *arguments, "--on-nan", "keep") == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'scores.csv'}: 60 records, 60 without a finite score\n"
+
+
+def test_labels_that_the_model_never_saw_are_delivered_as_they_are(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No loss is computed: scores are those of the same records with other labels."""
+    records = make_records(60)
+    other = [replace(record, label=[0, 1, 9, 2**40, 2**63 - 1][number % 5]) for number, record in enumerate(records)]
+    data = write(tmp_path / "set", other)
+    state = torch.load(trained / "lstm.pt", weights_only=True)
+    head = "classify.head.4"
+    state["model"] |= {
+        f"{head}.{part}": state["model"][f"{head}.{part}"].repeat_interleave(3, dim=0) for part in ("weight", "bias")
+    }
+    torch.save({**state, "classes": 3}, tmp_path / "three.pt")
+    for checkpoint, column in (
+        (trained / "lstm.pt", "score"),
+        (tmp_path / "three.pt", "score_2"),
+        (trained / "gnn_lstm.pt", "score"),
+    ):
+        found = []
+        for name, root in (("other", data.root), ("same", trained / "set")):
+            output = tmp_path / f"{name}.parquet"
+            assert predict(monkeypatch, "--checkpoint", checkpoint, root, "--output", output, "--device", "cpu") == 0
+            found.append({row["id"]: row for row in rows_of(output)})
+        assert {id_: row["label"] for id_, row in found[0].items()} == {record.id: record.label for record in other}
+        assert {id_: row[column] for id_, row in found[0].items()} == {id_: row[column] for id_, row in found[1].items()}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_predict_is_stopped_without_a_trace(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    """In the middle of its writing, with an earlier file of that name."""
+    output, table = tmp_path / "scores.parquet", prediction_table
+    output.write_text("of an earlier run")
+
+    def stopping(*given: Any) -> Any:
+        assert [path.name for path in tmp_path.iterdir() if path != output] == ["scores.parquet.tmp"]
+        os.kill(os.getpid(), number)
+        return table(*given)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr("training.scores.prediction_table", stopping)
+    assert predict(monkeypatch, "--checkpoint", trained / "lstm.pt", trained / "set", "--output", output) == code
+    assert output.read_text() == "of an earlier run"
+    assert list(tmp_path.iterdir()) == [output]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_two_predictions_into_one_file_do_not_meet(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second is refused; what a killed one left is taken over; a link stays one; a name may be no UTF-8."""
+    output, link = tmp_path / os.fsdecode(b"scores-\xe9.csv"), tmp_path / "link.csv"
+    link.symlink_to(output)
+    arguments = ("--checkpoint", trained / "lstm.pt", trained / "set", "--device", "cpu", "--output", link)
+    with replacing(output) as other:
+        other.write(b"of another process")
+        other.flush()
+        assert predict(monkeypatch, *arguments) == 2
+        assert "is being written by another process" in capsys.readouterr().err
+    assert output.read_bytes() == b"of another process"
+    (tmp_path / f"{output.name}.tmp").write_text("of a killed process, " * 10_000)
+    assert predict(monkeypatch, *arguments) == 0
+    assert len(scores_of(output)) == 60
+    assert link.is_symlink()
+    assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "full.csv").symlink_to("/dev/full")
+    assert predict(monkeypatch, *arguments[:-1], tmp_path / "full.csv") == 2
+    assert "is no regular file" in capsys.readouterr().err
 
 
 def test_folds_are_runs_by_group_with_mean_and_spread(

@@ -15,6 +15,8 @@ ROOMS = [
     "encoding",
     "layout",
     "schema",
+    "outside",
+    "whole",
     "record",
     "digest",
     "world",

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from test_trace import within
 import dali_pipeline as dp
 import train as train_module
 import training.prepare as prepare_module
+from dali_pipeline.cli import app as pipeline_app
 from dali_pipeline.cli import run
 from dali_pipeline.layers import parse_layers
 from training import ceiling
@@ -127,6 +129,105 @@ def test_half_a_data_set_trains_what_it_can(
     other = "gnn_lstm" if halves == "lstm" else "lstm"
     assert call(monkeypatch, *arguments, "--model", other) == 2
     assert "cannot train" in capsys.readouterr().err
+
+
+def split_of(data: dp.Dataset) -> dict[str, str]:
+    """The split of every record."""
+    return {one.decode(): split for split in data.splits for one in data.select(split, "sequences").texts("ids")}
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+@pytest.mark.parametrize("lacks", ["a class", "records"])
+def test_halves_that_differ_are_looked_at_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], split: str, lacks: str
+) -> None:
+    """Few graphs beside many sequences: what the graphs' split lacks is said, and the sequences train all the same."""
+    splits = split_of(write(tmp_path / "whole", make_records(60)))
+    records = [
+        replace(record, graphs=None) if splits[record.id] == split and (lacks == "records" or record.label == 0) else record
+        for record in make_records(60)
+    ]
+    root = write(tmp_path / "set", records).root
+    arguments = ("--data", root, "--epochs", 1, "--output-dir", tmp_path / "out")
+    words = f"split '{split}' of {root} has {'no records of graphs' if lacks == 'records' else 'labels all 1 in its graphs'}"
+    for more in ((), ("--model", "gnn_lstm"), ("--model", "gvae_lstm", "--seeds", 2)):
+        assert call(monkeypatch, *arguments, *more) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert call(monkeypatch, *arguments, "--model", "lstm") == 0
+    if (split, lacks) == ("train", "records"):
+        for application, name in ((train_module.app, "train.py"), (pipeline_app, "doctor")):
+            line = ["doctor", str(root), "--model", "gnn_lstm", "--seconds", "0.01"]
+            if name == "train.py":
+                line = ["--data", str(root), "--model", "gnn_lstm", "--replay"]
+            monkeypatch.setattr(sys, "argv", [name, *line])
+            capsys.readouterr()
+            assert run(application, name) == 2
+            assert "expected some" in capsys.readouterr().err
+
+
+def test_folds_are_looked_at_for_the_kind_that_is_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    splits = split_of(write(tmp_path / "whole", make_records(60)))
+    left = {"train": 2, "val": 0, "test": 60}  # graphs of each label
+    records = []
+    for record in make_records(60):
+        kept = left[splits[record.id]] > 0 and (record.label == 0 or splits[record.id] == "test" or left["val"] == 0)
+        records.append(record if kept else replace(record, graphs=None))
+        left[splits[record.id]] -= kept
+    data = write(tmp_path / "set", records)
+    lacking = [fold for fold in data.folds(3) if len(fold.label_counts("val", "graphs")) < 2]
+    assert lacking
+    assert all(len(fold.label_counts("val")) == 2 for fold in data.folds(3))
+    arguments = ("--data", data.root, "--model", "gnn_lstm", "--folds", 3, "--output-dir", tmp_path / "out")
+    assert call(monkeypatch, *arguments) == 2
+    error = capsys.readouterr().err
+    assert "in its graphs" in error or "no records of graphs" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_classes_are_those_of_both_halves(tmp_path: Path) -> None:
+    """A label of the half with fewer records counts."""
+    records = make_records(40)
+    records[0] = replace(records[0], id="rare", label=4, sequence=None)
+    records[1:10] = [replace(record, graphs=None) for record in records[1:10]]
+    data = write(tmp_path / "set", records)
+    assert data.num_classes == 5
+    assert all(fold.num_classes == 5 for fold in data.folds(2))
+    assert dp.mix({data: 1.0}).num_classes == 5
+
+
+@pytest.mark.parametrize("label", [2**40, 10_000_000, 2**63 - 1, 4096])
+def test_labels_that_are_no_classes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], label: int
+) -> None:
+    """By all that would make a detector for them."""
+    root = write(tmp_path / "set", [replace(record, label=record.label * label) for record in make_records(60)]).root
+    for application, line in (
+        (train_module.app, ["--data", root, "--output-dir", tmp_path / "out"]),
+        (train_module.app, ["--data", root, "--replay"]),
+        (train_module.app, ["--data", root, "--folds", 2, "--output-dir", tmp_path / "out"]),
+        (pipeline_app, ["doctor", root]),
+    ):
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, line)])
+        assert run(application, "program") == 2
+        error = capsys.readouterr().err
+        assert f"has the label {label}, and a detector has an output for every number up to it" in error
+        assert "number the classes 0, 1, 2" in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("labels", [(0, 2), (1, 7), (0, 99)])
+def test_labels_with_gaps_are_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: tuple[int, int]) -> None:
+    root = write(tmp_path / "set", [replace(record, label=labels[record.label]) for record in make_records(120)]).root
+    out = tmp_path / "out"
+    arguments = ("--data", root, "--model", "lstm", "--epochs", 6, "--lr", 0.01, "--output-dir", out)
+    assert call(monkeypatch, *arguments) == 0
+    assert json.loads((out / "metrics.json").read_text())["lstm"]["test"]["accuracy"] > 0.8
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -288,6 +389,34 @@ def test_a_folder_where_nothing_was_trained_yet_takes_another_configuration(
     assert call(monkeypatch, *arguments) == 0
 
 
+def test_a_folder_is_trained_in_by_one_process_at_a_time(
+    make: Callable[..., dp.Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However the other one ends, and whatever it forked; what a killed one left half-written is no obstacle."""
+    out = tmp_path / "out"
+    arguments = ("--data", make(60).root, "--model", "lstm", "--epochs", 1, "--output-dir", out)
+    code = (
+        f"from training.folder import FolderLock\nfrom pathlib import Path\nimport os\nFolderLock().take(Path({str(out)!r}))\n"
+    )
+    code += "os.write(1, b'%d\\n' % os.fork())\nimport time; time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
+        assert other.stdout is not None
+        child = int(max(other.stdout.readline(), other.stdout.readline()))
+        for more in ((), ("--resume", "never"), ("--lr", 0.5), ("--seeds", 2)):
+            assert call(monkeypatch, *arguments, *more) == 2
+            assert f"another process trains in {out}; wait for it" in capsys.readouterr().err
+        assert list(out.iterdir()) == []
+        other.kill()
+        other.wait()
+        for name in ("config.json.tmp", "lstm-last.pt.tmp", "metrics.json.tmp"):
+            (out / name).write_text("half of it")
+        (out / "lstm-last.pt.tmp").unlink()
+        assert call(monkeypatch, *arguments) == 0
+        os.kill(child, signal.SIGKILL)
+    assert not list(out.rglob("*.tmp"))
+    assert call(monkeypatch, *arguments) == 0  # nothing is held behind the end
+
+
 @pytest.mark.parametrize("name", ["config.json", "metrics.json", "lstm-last.pt"])
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", b'{"lstm": 1}'])
 def test_a_damaged_run_is_one_sentence(
@@ -377,6 +506,14 @@ def damaged(tmp_path: Path) -> Path:
         (["--data", "{tmp}/set", "--output-dir", "{tmp}/file"], "cannot be an output folder"),
         (["--data", "{tmp}/set", "--output-dir", "{tmp}/full"], "is not empty and holds no run"),
         (["--data", "{tmp}/set", "--fast"], "No such option"),
+        (["--data", "{tmp}/set", "--trace", "{tmp}"], "expected the name of a file"),
+        (["--data", "{tmp}/set", "--trace", ".."], r"^train.py: \.\. cannot be written"),
+        (
+            ["--data", "{tmp}/set", "--trace", "{tmp}/nowhere/trace.json"],
+            "expected the name of a file in a folder that is there",
+        ),
+        (["--data", "{tmp}/set", "--trace", "{tmp}/file/trace.json"], "expected the name of a file in a folder that is there"),
+        (["--data", "{tmp}/set", "--trace", "{tmp}", "--replay"], "expected the name of a file"),
     ],
 )
 def test_what_the_user_can_mend_is_one_sentence(

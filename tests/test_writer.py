@@ -6,13 +6,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import xxhash
-from conftest import SCHEMA, make_records, write
+from conftest import FEATURES, SCHEMA, make_records, write
 
 import dali_pipeline as dp
 from dali_pipeline import moments as moments_module
@@ -22,6 +25,7 @@ from dali_pipeline.loader import Loader
 from dali_pipeline.moments import Moments
 from dali_pipeline.pending import Stack
 from dali_pipeline.verify import verify
+from dali_pipeline.whole import replacing, write_whole
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -170,6 +174,27 @@ def test_two_writers_never_share_a_folder(tmp_path: Path) -> None:
         writer.write(record)
 
 
+def test_files_written_by_several_at_once_are_whole(tmp_path: Path) -> None:
+    """Each by one of them, and no temporary name is left, not even by one that fails or was killed."""
+    path = tmp_path / "metrics.json"
+    (tmp_path / "metrics.json.tmp").write_bytes(b"of a killed process" * 1000)
+
+    def write_often(number: int) -> None:
+        for length in range(1, 200, 7):
+            write_whole(path, bytes([number]) * length * 100)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write_often, range(8)))
+    content = path.read_bytes()
+    assert set(content) == {content[0]}
+    assert len(content) % 100 == 0
+    with pytest.raises(ZeroDivisionError), replacing(path) as file:
+        file.write(b"half")
+        _ = 1 / 0
+    assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_what_was_committed_stays_whatever_the_cursor(tmp_path: Path) -> None:
     records = make_records(20)
     with pytest.raises(KeyboardInterrupt), dp.ShardWriter(tmp_path / "set", SCHEMA, fingerprint="same") as writer:
@@ -269,6 +294,8 @@ def test_finished_and_other_work_is_not_overwritten(tmp_path: Path) -> None:
         ({"id": "\ud800"}, "id that UTF-8 cannot hold"),
         ({"sequence": np.zeros((2, 3))}, r"record-0', sequence has rows of shape \(3,\)"),
         ({"sequence": None, "graphs": None}, "neither of the schema's kinds"),
+        ({"label": np.ma.masked}, "label masked"),
+        ({"label": np.ma.array(1, mask=True)}, r"label masked_array\(data=--, mask=True"),
     ],
 )
 def test_bad_records_are_refused_by_name(tmp_path: Path, change: dict[str, Any], words: str) -> None:
@@ -279,7 +306,45 @@ def test_bad_records_are_refused_by_name(tmp_path: Path, change: dict[str, Any],
     assert not (tmp_path / "set").exists()
 
 
-@pytest.mark.parametrize("label", [1, True, 1.0, np.int32(1), np.float16(1)])
+def masked(array: Any, hidden: int) -> Any:
+    """The array with its first `hidden` values masked."""
+    mask = np.zeros(np.shape(array), bool)
+    mask.reshape(-1)[:hidden] = True
+    return np.ma.array(array, mask=mask)
+
+
+@pytest.mark.parametrize("hidden", [0, 2])
+@pytest.mark.parametrize("name", ["sequence", "rows", "x", "edge_index", "edge_attr", "node_counts", "edge_counts", "node.pos"])
+def test_masked_values_are_refused_and_never_what_lies_beneath(tmp_path: Path, name: str, hidden: int) -> None:
+    """A mask that hides nothing is none."""
+    graphs = dp.Graphs(
+        x=np.ones((4, 4), np.float16),
+        edge_index=np.array([[0, 1], [1, 0]]),
+        edge_attr=np.ones(2, np.float16),
+        node_counts=np.array([2, 2]),
+        edge_counts=np.array([1, 1]),
+        fields={"node.pos": np.ones((4, 3), np.float32)},
+    )
+    sequence: Any = np.ones((3, FEATURES), np.float16)
+    if name == "sequence":
+        sequence = masked(sequence, hidden)
+    elif name == "rows":
+        sequence = [masked(sequence[0], hidden), sequence[1]]
+    elif name == "node.pos":
+        graphs = replace(graphs, fields={name: masked(graphs.fields[name], hidden)})
+    else:
+        graphs = replace(graphs, **{name: masked(getattr(graphs, name), hidden)})
+    schema = replace(SCHEMA, fields={"node.pos": dp.Field(dtype="float32", shape=(3,))})
+    said = f"record 'a'.*{'sequence' if name == 'rows' else name} has 2 masked values"
+    with (
+        pytest.raises(dp.DataError, match=said) if hidden else nullcontext(),
+        dp.ShardWriter(tmp_path / "set", schema) as writer,
+    ):
+        writer.write({"id": "a", "label": 0, "sequence": sequence, "graphs": graphs})
+    assert (tmp_path / "set").exists() == (not hidden)
+
+
+@pytest.mark.parametrize("label", [1, True, 1.0, np.int32(1), np.float16(1), np.ma.array(1)])
 def test_whole_labels_of_any_type_are_taken(tmp_path: Path, label: Any) -> None:
     (record,) = make_records(1)
     with dp.ShardWriter(tmp_path / "set", SCHEMA) as writer:

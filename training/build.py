@@ -10,10 +10,9 @@ from torch import nn
 from torch.nn import functional
 
 from dali_pipeline import Dataset, GraphBatch, GraphLoader, Schema, SequenceBatch, SequenceLoader
-from dali_pipeline.delivery import Workers
+from dali_pipeline.delivery import OnNan, Workers
 from dali_pipeline.layers import parse_layers
 from dali_pipeline.loader import Loader
-from dali_pipeline.schema import Kind
 from models import GNNLSTMDetector, GVAELSTMDetector, LSTMDetector, Output
 from models.noise import mix
 from training.config import ModelName, TrainConfig
@@ -32,6 +31,7 @@ def make_loader(
     workers: Workers = "auto",
     world_size: int = 1,
     shuffle: bool | None = None,
+    on_nan: OnNan = "keep",
 ) -> Loader[Any]:
     """The loader of a split for a model: the training split shuffled, where `shuffle` does not say, the others in file order.
 
@@ -46,13 +46,9 @@ def make_loader(
         "device": device,
         "workers": workers,
         "lanes": config.lanes if split == "train" else 1,
+        "on_nan": on_nan,
     }
     return SequenceLoader(data, **common) if name == "lstm" else GraphLoader(data, **common)
-
-
-def kind_of(name: str) -> Kind:
-    """The kind of record that a model takes."""
-    return "sequences" if name == "lstm" else "graphs"
 
 
 def build_model(name: ModelName, schema: Schema, classes: int, config: TrainConfig) -> nn.Module:

@@ -6,11 +6,11 @@ import time
 
 import torch
 
-from dali_pipeline import Dataset, replay
+from dali_pipeline import DataError, Dataset, replay
 from dali_pipeline.threads import default_threads
 from training.build import build_model, make_loader
 from training.config import ModelName, TrainConfig
-from training.prepare import Options, find_data, models_for
+from training.prepare import Options, check_classes, check_trace, find_data, models_for
 from training.processes import Processes
 from training.step import Stepper
 from training.watch import traced
@@ -20,7 +20,7 @@ SECONDS, LEAST_STEPS = 5.0, 5  # a model
 
 def tell_ceilings(options: Options, config: TrainConfig, processes: Processes) -> None:
     """Prints a line a model: the records a second that it would train at, were every batch there at once."""
-    data = processes.first(lambda: find_data(options))
+    data = processes.first(lambda: found(options))
     config.check_shares(processes.world_size)
     with traced(options.trace, processes.rank):
         for name in models_for(data, config.models):
@@ -33,11 +33,21 @@ def tell_ceilings(options: Options, config: TrainConfig, processes: Processes) -
                 )
 
 
+def found(options: Options) -> Dataset:
+    """The data set; refuses what cannot be measured."""
+    check_trace(options.trace)
+    data = find_data(options)
+    check_classes(data)
+    return data
+
+
 def ceiling(name: ModelName, data: Dataset, config: TrainConfig, options: Options, processes: Processes) -> tuple[float, float]:
     """Records a second of all processes together, and bytes of a record in a batch. Takes some SECONDS."""
     conduct, shares = options.conduct, processes.world_size
     torch.set_num_threads(conduct.threads if isinstance(conduct.threads, int) else default_threads())
     loader = make_loader(name, data, config, "train", conduct.device, workers=conduct.workers, world_size=shares)
+    if not loader.num_records:
+        raise DataError(f"split 'train' of {data.root} has no records of {loader.kind}, which {name} trains on; expected some")
     model = build_model(name, data.schema, data.num_classes, config).to(loader.device)
     stepper = Stepper(model, config, 10**9, loader.device, processes)  # of a schedule that never ends
     batch = next(iter(loader))

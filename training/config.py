@@ -11,12 +11,19 @@ import xxhash
 
 from dali_pipeline import Dataset, UsageError
 from dali_pipeline.layers import parse_layers
+from dali_pipeline.outside import readable
+from dali_pipeline.schema import Kind
 
 ModelName = Literal["lstm", "gnn_lstm", "gvae_lstm"]
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
 Precision = Literal["fp32", "bf16", "fp16"]
 ARCHITECTURE = 2  # of the detectors: 2 standardises features; runs of another one are not gone on with
 METRICS = ("auroc", "average_precision", "f1", "precision", "recall", "accuracy", "ece")
+
+
+def kind_of(name: str) -> Kind:
+    """The kind of record that a model takes."""
+    return "sequences" if name == "lstm" else "graphs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,4 +100,4 @@ class TrainConfig:
         """A name for the run's folder: the data, the models, and a hash of everything."""
         what = "all" if self.models == MODELS else "+".join(self.models)
         key = xxhash.xxh3_64_hexdigest(msgspec.json.encode(self.to_dict(data), order="sorted"))[:8]
-        return f"{data.root.resolve().name}-{what}-{key}"
+        return f"{readable(data.root.resolve().name)}-{what}-{key}"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal
 
 from dali_pipeline import UsageError
-from dali_pipeline.shard import write_whole
+from dali_pipeline.whole import lock, write_whole
 from training.config import MODELS, ModelName
 from training.provenance import note_start
 
@@ -30,7 +33,8 @@ def check_folder(folder: Path, described: Mapping[str, Any], *, replace: bool) -
     try:
         path = folder / CONFIG_NAME
         if not path.exists():
-            if folder.exists() and any(folder.iterdir()):
+            begun = {f"{name}.tmp" for name in WRITTEN}  # by a process that was killed as it began
+            if folder.exists() and any(one.name not in begun for one in folder.iterdir()):
                 raise UsageError(f"{folder} is not empty and holds no run; choose another --output-dir")
             return
         found = json.loads(path.read_text())
@@ -45,11 +49,44 @@ def check_folder(folder: Path, described: Mapping[str, Any], *, replace: bool) -
         )
 
 
+class FolderLock(AbstractContextManager["FolderLock"]):
+    """Keeps others from training in the same folder, until the end of the block, or of this process, however that comes.
+
+    Processes forked meanwhile do not hold it, so none of them outlives this one with it.
+    """
+
+    def __init__(self) -> None:
+        self._fd = -1
+
+    def take(self, folder: Path) -> None:
+        """Locks the folder, made if need be. Raises UsageError where another process has it, or it cannot be made."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+            lock(self._fd)
+        except BlockingIOError:
+            raise UsageError(f"another process trains in {folder}; wait for it, or give another --output-dir") from None
+        except OSError as error:
+            raise _unusable(folder, error) from error
+        os.register_at_fork(after_in_child=self.release)
+
+    def release(self) -> None:
+        """Lets the folder go; once more, nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.release()
+
+
 def claim_folder(folder: Path, described: Mapping[str, Any], *, replace: bool) -> None:
     """Makes the folder, with the run's configuration in it, and notes this start with the code that runs.
 
-    `replace` takes away what an earlier run wrote, no more.
+    `replace` takes away what an earlier run wrote, no more. Raises UsageError as `check_folder` does: another process may have
+    had the folder since then.
     """
+    check_folder(folder, described, replace=replace)
     try:
         if replace:
             _remove_run(folder)
@@ -65,6 +102,7 @@ def _remove_run(folder: Path) -> None:
     for run_folder in (folder, *folder.glob("seed-*"), *folder.glob("fold-*")):
         for name in (*WRITTEN, *checkpoints):
             (run_folder / name).unlink(missing_ok=True)
+            (run_folder / f"{name}.tmp").unlink(missing_ok=True)
         shutil.rmtree(run_folder / "tensorboard", ignore_errors=True)
 
 

@@ -42,7 +42,9 @@ def auroc_difference(one: Predictions, other: Predictions, groups: Sequence[byte
 
 def resamples(groups: Sequence[bytes]) -> Iterator[Floats]:
     """RESAMPLES rows of weights (S, R), some at a time; the same for the same groups."""
-    names, group_R = np.unique(np.array(groups, dtype=object).astype(bytes), return_inverse=True)
+    # no array of bytes: NumPy takes trailing NULs away, and gives every name the room of the longest
+    names = {group: number for number, group in enumerate(sorted(set(groups)))}
+    group_R = np.array([names[group] for group in groups])
     rng = np.random.default_rng(seed_of(BOOTSTRAP))
     rows = max(1, BLOCK // len(group_R))
     for begin in range(0, RESAMPLES, rows):

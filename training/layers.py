@@ -21,7 +21,7 @@ from sklearn.preprocessing import StandardScaler
 
 from dali_pipeline import Dataset, SequenceLoader
 from dali_pipeline.layers import parse_layers, select, to_positions
-from dali_pipeline.shard import write_whole
+from dali_pipeline.whole import write_whole
 from training.intervals import auroc_interval
 from training.metrics import Floats, Predictions, area_under_roc
 

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from dali_pipeline.shard import write_whole
+from dali_pipeline.picture import entitle
+from dali_pipeline.whole import write_whole
 from training.layers import LayerScores
 from training.metrics import Predictions, calibration_bins
 from training.trainer import HistoryRow
@@ -32,7 +33,7 @@ def draw_curves(
 ) -> None:
     """Loss and AUROC by epoch; ROC, precision-recall and calibration on test; AUROC by layer where there are layers."""
     figure = Figure(figsize=(16, 9), layout="constrained")
-    figure.suptitle(title, fontsize=14)
+    entitle(figure, title, fontsize=14)
     panels = list(figure.subplots(2, 3).flat)
     colors = {model: f"C{number}" for number, model in enumerate(histories)}
     _losses(panels[0], histories, colors)

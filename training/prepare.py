@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dali_pipeline import DataError, Dataset, UsageError, open_dataset
-from training.config import MODELS, Conduct, ModelName, TrainConfig
+from dali_pipeline.cachedfile import Place
+from training.config import MODELS, Conduct, ModelName, TrainConfig, kind_of
 from training.folder import check_folder, check_resume, find_checkpoint
 
 DATA_FOLDER = Path("data")
 RUNS_FOLDER = Path("runs")
+MOST_CLASSES = 4096  # figures of several classes take memory of their number times itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,14 @@ def find_data(options: Options) -> Dataset:
     return demo_dataset(DATA_FOLDER)
 
 
+def open_same(root: Place, digest: str) -> Dataset:
+    """The data set, in each process. Raises UsageError where a machine holds another one under this name."""
+    data = open_dataset(root)
+    if data.digest != digest:
+        raise UsageError(f"{data.root} here has the digest {data.digest}; the first process opened {digest}")
+    return data
+
+
 def _converted(folder: Path, converted_dir: Path | None) -> Dataset:
     from dali_pipeline.ingest.convert import convert, gigabytes
     from dali_pipeline.ingest.sources import Source
@@ -82,7 +92,7 @@ def _converted(folder: Path, converted_dir: Path | None) -> Dataset:
 
 def models_for(data: Dataset, asked: tuple[ModelName, ...]) -> tuple[ModelName, ...]:
     """The models that the data can train: all three asked of half a data set are those of that half."""
-    possible = tuple(name for name in asked if ("sequences" if name == "lstm" else "graphs") in data.schema.kinds)
+    possible = tuple(name for name in asked if kind_of(name) in data.schema.kinds)
     holds = f"{data.root} holds {' and '.join(data.schema.kinds)} only"
     if not possible or (possible != asked and asked != MODELS):
         raise DataError(f"{holds}, on which {', '.join(sorted(set(asked) - set(possible)))} cannot train")
@@ -91,13 +101,26 @@ def models_for(data: Dataset, asked: tuple[ModelName, ...]) -> tuple[ModelName, 
     return possible
 
 
-def check_labels(data: Dataset) -> None:
-    """Every split needs records of at least two classes, or no score can be computed."""
-    for split in ("train", "val", "test"):
-        counts = data.label_counts(split)
-        if len(counts) < 2:
-            found = f"labels all {next(iter(counts))}" if counts else "no records"
-            raise DataError(f"split {split!r} of {data.root} has {found}; expected at least two classes in train, val and test")
+def check_labels(data: Dataset, models: Iterable[str]) -> None:
+    """Raises DataError unless every split has records of two classes at least, or no score can be computed, for each model."""
+    check_classes(data)
+    for kind in dict.fromkeys(map(kind_of, models)):
+        for split in ("train", "val", "test"):
+            counts = data.label_counts(split, kind)
+            if len(counts) < 2:
+                found = f"labels all {next(iter(counts))} in its {kind}" if counts else f"no records of {kind}"
+                raise DataError(
+                    f"split {split!r} of {data.root} has {found}; expected at least two classes in train, val and test"
+                )
+
+
+def check_classes(data: Dataset) -> None:
+    """Raises DataError for labels that are no classes, as a detector has an output for every number up to the highest."""
+    if data.num_classes > MOST_CLASSES:
+        raise DataError(
+            f"{data.root} has the label {data.num_classes - 1}, and a detector has an output for every number up to it; "
+            f"expected labels below {MOST_CLASSES}: number the classes 0, 1, 2 … and write the set anew"
+        )
 
 
 def find_folder(options: Options, config: TrainConfig, data: Dataset) -> tuple[Path, dict[str, Any], bool]:
@@ -118,10 +141,9 @@ def check_settings(data: Dataset, config: TrainConfig, folder: Path, options: Op
     conduct = options.conduct
     config.check_shares(world_size)
     check_resume(options.resume, config.models, options.runs)
-    if options.trace and not options.trace.absolute().parent.is_dir():
-        raise UsageError(f"{options.trace} cannot be written; expected the name of a file in a folder that is there")
+    check_trace(options.trace)
     for name, one in ((name, one) for _, one, _ in runs_of(options, config, data) for name in config.models):
-        check_labels(one)
+        check_labels(one, [name])
         for split in data.splits:
             loader = make_loader(name, one, config, split, conduct.device, workers=conduct.workers, world_size=world_size)
             if split == "train" and loader.num_records < world_size:
@@ -130,6 +152,15 @@ def check_settings(data: Dataset, config: TrainConfig, folder: Path, options: Op
                 )
         if options.runs == 1 and (checkpoint := find_checkpoint(options.resume, folder, name)):
             read_checkpoint(checkpoint, name, config.to_dict(data))
+
+
+def check_trace(path: Path | None) -> None:
+    """Raises UsageError where no trace could be written."""
+    if path is None:
+        return
+    writable = path if path.exists() else path.absolute().parent
+    if path.is_dir() or not path.absolute().parent.is_dir() or not os.access(writable, os.W_OK):
+        raise UsageError(f"{path} cannot be written; expected the name of a file in a folder that is there")
 
 
 def runs_of(options: Options, config: TrainConfig, data: Dataset) -> Iterator[tuple[str, Dataset, TrainConfig]]:

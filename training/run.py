@@ -11,8 +11,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from dali_pipeline import Dataset
-from training.build import kind_of
-from training.config import Conduct, ModelName, TrainConfig
+from dali_pipeline.outside import readable
+from training.config import Conduct, ModelName, TrainConfig, kind_of
 from training.folder import METRICS_NAME, find_checkpoint
 from training.interrupt import Interrupts
 from training.intervals import auroc_difference, intervals
@@ -137,7 +137,7 @@ def report(
             f"chosen on validation from {len(steps)}"
         )
     tests = {name: splits["test"] for name, splits in found.items()}
-    title = f"{job.data.root.resolve().name}: {max(len(one.ids) for one in tests.values()):,} test records"
+    title = f"{readable(job.data.root.resolve().name)}: {max(len(one.ids) for one in tests.values()):,} test records"
     draw_curves(job.folder / "curves.png", histories, tests, results, layers, title)
     write_metrics(job.folder / METRICS_NAME, results)
 

@@ -17,7 +17,8 @@ from training.metrics import Predictions
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scored:
-    """R records on the CPU. ids: R texts · positions: (R,) int64 · logits: (R, K) float32 · labels: (R,) · losses: (R,)."""
+    """R records on the CPU. ids: R texts · positions: (R,) int64 · logits: (R, K) float32 · labels: (R,) · losses: (R,), of no
+    number where they were not asked for."""
 
     ids: list[str]
     positions: torch.Tensor
@@ -55,14 +56,14 @@ class Scored:
         )
 
 
-def score_batches(model: nn.Module, loader: Loader[Any], precision: str) -> Iterator[Scored]:
-    """Each batch's valid records, in evaluation mode."""
+def score_batches(model: nn.Module, loader: Loader[Any], precision: str, *, with_losses: bool = True) -> Iterator[Scored]:
+    """Each batch's valid records, in evaluation mode. with_losses: for labels that are classes of the model."""
     model.eval()
     for batch in loader:
         with torch.inference_mode():
             with autocast(loader.device, precision):
                 output = forward(model, batch)
-            losses_B = record_losses(output, batch.labels)
+            losses_B = record_losses(output, batch.labels) if with_losses else torch.full_like(output.penalty_B, torch.nan)
             valid = batch.valid.cpu()
             yield Scored(
                 ids=[one for one, real in zip(batch.ids, valid.tolist(), strict=True) if real],

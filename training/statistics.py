@@ -11,8 +11,8 @@ from dali_pipeline.dataset import View
 from dali_pipeline.layers import parse_layers
 from dali_pipeline.loader import Loader
 from dali_pipeline.moments import Moments
-from training.build import Batch, kind_of
-from training.config import ModelName, TrainConfig
+from training.build import Batch
+from training.config import ModelName, TrainConfig, kind_of
 
 MOST_RECORDS = 4096  # of the training split, the first of its shuffled order
 BATCH_SIZE = 64

@@ -177,7 +177,7 @@ class Trainer:
         self.loss_count = 0
         self.loaders["train"].set_epoch(self.epoch)
         self.position, self._before = self.loaders["train"].state_dict(), EpochDigest()
-        if row["val_auroc"] > self.best_auroc:
+        if row["val_auroc"] > self.best_auroc or not self.best_weights:
             self.best_auroc = row["val_auroc"]
             self.best_weights = {name: weight.detach().cpu().clone() for name, weight in self.model.state_dict().items()}
             self._save_best()

@@ -13,6 +13,7 @@ from pathlib import Path
 from dali_pipeline.dataset import Dataset, open_dataset
 from dali_pipeline.manifest import MANIFEST_NAME
 from dali_pipeline.schema import UsageError
+from dali_pipeline.whole import lock
 
 GRAPH_LAYERS = (12, 16, 20)  # of 8/16/24, 12/16/20: the better validation AUROC (docs/log.md)
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -32,9 +33,16 @@ def demo_dataset(folder: Path) -> Dataset:
     from dali_pipeline.ingest.tracer import ExtractConfig
 
     folder.mkdir(parents=True, exist_ok=True)
-    prompts = write_prompts(folder / "sciq.csv")
-    model = unpack_model(folder / "SmolLM2-135M-Instruct")
-    return extract(str(model), prompts, out, ExtractConfig(graph_layers=GRAPH_LAYERS), device="cpu")
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        lock(fd)
+        prompts = write_prompts(folder / "sciq.csv")
+        model = unpack_model(folder / "SmolLM2-135M-Instruct")
+        return extract(str(model), prompts, out, ExtractConfig(graph_layers=GRAPH_LAYERS), device="cpu")
+    except BlockingIOError:
+        raise UsageError(f"another process makes the demonstration's data in {folder}; wait for it") from None
+    finally:
+        os.close(fd)
 
 
 def write_prompts(path: Path) -> Path:
