@@ -72,8 +72,9 @@ Loaded = Generator[Stretch, None, None]
 class SequenceLoader(Loader[SequenceBatch]):
     """Batches of a split's sequences; see `Loader` for epochs and state.
 
-    batch_size: per rank · layers: steps of each sequence to read, a slice or a list · dtype: delivered · window_bytes: of
-    shards that are shuffled together at a time · lanes: disjoint parts of the data with a window each, a node's share ·
+    batch_size: per rank, ceil(records / world_size) at most · layers: steps of each sequence to read, a slice or a list ·
+    dtype: delivered · window_bytes: of shards that are shuffled together at a time · lanes: disjoint parts of the data with a
+    window each, a node's share ·
     workers: threads that gather ahead, 0 for the caller's own; "auto" is 1, or without a GPU 0 on one core, and on two where
     records are below 32 KiB or come as they are stored · tail: "pad" the last batches or "drop" them · engine: "dali", or
     "torch", which delivers the same batches without DALI · rank, world_size: detected where not given · balance="label":
@@ -156,7 +157,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         self._decodes_in_dali = on_gpu and self._decoding.in_dali and field.dtype not in NOT_FOR_DALI
         self._pads_in_dali = self._decodes_in_dali and not equal_lengths
         record_bytes = self.selection.record_bytes
-        batch_bytes = int(batch_size * record_bytes)
+        batch_bytes = int(self.batch_size * record_bytes)
         self._longest_stretch = max(1, min(STRETCH_STEPS, STRETCH_BYTES // max(1, batch_bytes)))
         handled = 0 if self._decoding.idle and engine == "torch" else record_bytes  # by the caller
         self._threads = background_threads(self.device, handled, workers)
@@ -168,7 +169,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         )
         bits, skips = self._decoding.bfloat16, self.skips
         padded: Padded = None if self._pads_in_dali else "batch"
-        self._stretches = StretchGatherer(source, self.world, batch_size, padded, bits=bits, skips=skips)
+        self._stretches = StretchGatherer(source, self.world, self.batch_size, padded, bits=bits, skips=skips)
 
     def _batches(self, plan: EpochPlan, start: Position) -> Generator[Made[SequenceBatch], None, None]:
         loaded = self._read_ahead(plan, start.step)
