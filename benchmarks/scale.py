@@ -3,6 +3,7 @@
     python -m benchmarks.scale --gigabytes 1,10      # memory and cold epochs show best on more: 11 GB of disk
 
 Peak memory of an epoch in a process of its own, above what it has before: all its processes together, shared pages once.
+The same of short records with a few long ones among them, whose batches are mostly padding.
 Seconds from opening a set to its first batch, imports apart, by number of shards; cold: with the files taken out of the page
 cache. Epochs of the largest set from the disk, beside reading the same files in order past the page cache.
 """
@@ -32,6 +33,7 @@ EPOCH += "loader = dp.SequenceLoader(dp.open_dataset(sys.argv[1]), engine=sys.ar
 EPOCH += "print(sum(len(batch) for batch in loader))"
 FIRST = "begun = time.perf_counter(); loader = dp.SequenceLoader(dp.open_dataset(sys.argv[1]), engine=sys.argv[2]); "
 FIRST += "next(iter(loader)); print(time.perf_counter() - begun)"
+TAILS = {"4,000 records, one of 100,000 steps": (16, 100_000, 1), "4,000 records, mean 50 steps, longest 4,096": (64, 4096, 45)}
 SHARDS = (100, 1000, 10_000)
 app = new_app()
 
@@ -64,6 +66,23 @@ def measure_memory(results: Results, folder: Path, sizes: list[float], repeats: 
                 results.add(f"an epoch of {gigabytes:g} GB", measured, "MB", above, "allowed", limit, cache="warm")
             if gigabytes == max(sizes):
                 measure_cold(results, data, repeats)
+
+
+def measure_tails(results: Results, folder: Path, repeats: int) -> None:
+    """Of epochs of short records among which a few are long. Allowed are two delivered batches beside 300 MB."""
+    for name, (features, longest, long) in TAILS.items():
+        lengths = np.random.default_rng(0).integers(2, 9, 4000)
+        lengths[:: 4000 // long][:long] = longest
+        values = np.random.default_rng(0).standard_normal((longest, features), np.float32).astype(np.float16)
+        schema = dp.Schema(sequence=dp.Field(dtype="float16", shape=(features,)))
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            with dp.ShardWriter(Path(scratch) / "set", schema, split=dp.Split.parse("100/0/0")) as writer:
+                for number, length in enumerate(lengths.tolist()):
+                    writer.write({"id": number, "label": number % 2, "sequence": values[:length]})
+            allowed = [300 + 2 * BATCH_SIZE * longest * features * 2 / 1e6]
+            for engine in get_args(Engine):
+                above = [growth(command(EPOCH, Path(scratch) / "set", engine)) / 1e6 for _ in range(repeats)]
+                results.add(name, f"{engine} engine, memory above imports", "MB", above, "allowed", allowed, cache="warm")
 
 
 def measure_cold(results: Results, data: dp.Dataset, repeats: int) -> None:
@@ -115,6 +134,7 @@ def main(
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         measure_first_batch(results, Path(scratch), most_shards, repeats)
         measure_memory(results, Path(scratch), sizes, repeats)
+        measure_tails(results, Path(scratch), repeats)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ from benchmarks.peers_sequences import PEERS
 from benchmarks.peers_torch import VALUES, write_values
 from dali_pipeline.cli import new_app, run
 from dali_pipeline.decoding import sequence_graph
-from dali_pipeline.sequences import STRETCH_BYTES, Engine
+from dali_pipeline.sequences import Engine
+from dali_pipeline.stretch import STRETCH_BYTES
 
 CAST, CONSTANT, PAGE_CACHE = "gather and cast", "DALI, a constant batch", "preadv from the page cache"
 app = new_app()

@@ -20,27 +20,38 @@ from dali_pipeline.trace import span
 T = TypeVar("T")
 R = TypeVar("R")
 LONG_RECORD_BYTES = 32 << 10  # from which on a record is copied for longer than Python works on it
+AHEAD_BYTES = 96 << 20
 _LEFT_TO_THE_PARENT: list[Any] = []
 
 
-def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int) -> Generator[R, None, None]:
+def map_ahead(
+    function: Callable[[T], R], items: Iterable[T], threads: int, nbytes: Callable[[T], int] = lambda _: 0
+) -> Generator[R, None, None]:
     """`map` in order, `threads` background threads working up to two results ahead each; 0 is the caller's own thread.
 
-    Closed early, it waits for what is running and leaves no thread behind.
+    nbytes: bytes of memory that an item's result takes; results ahead take AHEAD_BYTES together at most, so none is ahead of a
+    larger one. Closed early, it waits for what is running and leaves no thread behind.
     """
     if not threads:
         for item in items:
             yield _gathered(function, item)
         return
     pool = ThreadPoolExecutor(threads, thread_name_prefix="gather")
-    pending: deque[Any] = deque()
+    pending: deque[tuple[Any, int]] = deque()
+    held = 0
     try:
         for item in items:
-            pending.append(pool.submit(_gathered, function, item))
+            size = nbytes(item)
+            while pending and held + size > AHEAD_BYTES:
+                held -= pending[0][1]
+                yield pending.popleft()[0].result()
+            held += size
+            pending.append((pool.submit(_gathered, function, item), size))
             if len(pending) > 2 * threads:
-                yield pending.popleft().result()
+                held -= pending[0][1]
+                yield pending.popleft()[0].result()
         while pending:
-            yield pending.popleft().result()
+            yield pending.popleft()[0].result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -15,6 +15,7 @@ from dali_pipeline.layers import Layers, select
 from dali_pipeline.manifest import FeatureStatistics
 from dali_pipeline.schema import Array, Field
 
+SPREAD_BYTES = 4 << 20
 DALI_DTYPES = {torch.float16: "FLOAT16", torch.float32: "FLOAT"}
 
 
@@ -78,6 +79,19 @@ class Decoding:
                 values[short, int(lengths[short]) :] = 0
         return values.to(self.dtype)
 
+    def spread(self, values: torch.Tensor, starts: Array, lengths: Array) -> torch.Tensor:
+        """`run` of records (R, *row) that are not padded: record i is the `lengths[i]` rows from `starts[i]` on; padded here.
+
+        Decodes some rows at a time, so it takes little memory beside the result (B, T, *row).
+        """
+        out = torch.zeros((len(lengths), int(lengths.max()), *values.shape[1:]), dtype=self.dtype, device=values.device)
+        step = max(1, SPREAD_BYTES // max(1, values[:1].nbytes)) if self.scale is None or len(self.scale) == 1 else len(values)
+        for record, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+            for begin in range(0, length, step):
+                end = min(begin + step, length)
+                out[record, begin:end] = self.run(values[None, start + begin : start + end], np.array([end - begin]))[0]
+        return out
+
     def graph(self, values: Any) -> Any:
         """The same, in a DALI graph; padding comes behind it."""
         from nvidia.dali import fn, types
@@ -97,7 +111,7 @@ def sequence_graph(feed: Callable[[], Array | list[Array]], *, decoding: Decodin
     feed: gives up to batch_size samples (an array (N, ..., T, F), or a list of (T_i, F)), which stay as they are until the
     output that they became is handed out; or raises StopIteration.
     decoding: None where torch does it: on the CPU it casts three times faster.
-    pads: whether to fill sequences up to the batch's longest; where False, they come in equal lengths.
+    pads: whether to fill samples up to the longest; where False, they come in equal lengths.
     """
     os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", str(1 << 20))  # large outputs are used again, not paged in anew
     from nvidia.dali import fn, pipeline_def

@@ -36,8 +36,9 @@ Oversize = Literal["alone", "raise"]
 class GraphLoader(Loader[GraphBatch]):
     """Batches of a split's graphs; see `Loader` for epochs and state.
 
-    batch_size: records per rank · max_nodes, max_edges: a budget in its stead, batches of as many records, in order, as have no
-    more nodes and edges together; a record beyond it by itself is a batch "alone", or raises DataError, as `oversize` says ·
+    batch_size: records per rank, as in `SequenceLoader` · max_nodes, max_edges: a budget in its stead, batches of as many
+    records, in order, as have no more nodes and edges together; a record beyond it by itself is a batch "alone", or raises
+    DataError, as `oversize` says ·
     layers: graphs of each record to read, a slice or a list · dtype: of x and edge_attr as delivered · workers: processes that
     read and gather ahead, 0 for the caller's own thread; "auto" is one background thread, which measured four times faster
     than a process, whose batches must cross to this one, or without a GPU none on one core, and on two with records below 32
@@ -129,11 +130,11 @@ class GraphLoader(Loader[GraphBatch]):
         self._threads = background_threads(self.device, record_bytes, workers)
         self.cores = cores_beside(self._threads if self.device.type == "cpu" else 0)  # for torch in the caller's thread
         self._stretch_records = STRETCH_BYTES // record_bytes
-        self._longest_stretch = max(1, min(STRETCH_STEPS, self._stretch_records // batch_size))
+        self._longest_stretch = max(1, min(STRETCH_STEPS, self._stretch_records // self.batch_size))
         if self.budgeted:
             self._longest_stretch = STRETCH_STEPS
         # twice what is expected in it, for only what is touched is in memory
-        records = self._stretch_records if self.budgeted else self._longest_stretch * batch_size
+        records = self._stretch_records if self.budgeted else self._longest_stretch * self.batch_size
         fields = [
             (field.row_bytes, max_edges if level_of(name) == "edge" else max_nodes) for name, field in source.fields.items()
         ]

@@ -116,6 +116,8 @@ class Loader(IterableDataset[Batch]):
         self._num_steps = self._first_plan.num_steps  # the same in every epoch; with a budget there are fewer
         if not self._num_steps and self.num_records:
             raise DataError(f"split {split!r} has {self.num_records} records, too few for one batch with tail='drop'")
+        if not self.budgeted:
+            self.batch_size = self._first_plan.rows(self.world.world_size)  # as delivered
         self._position = Position(0, 0)  # that state_dict tells
         self._next = Position(0, 0)  # that the next iterator begins at
         self._len_of = 0  # the epoch whose steps `len` tells: chosen, under way, or ended last

@@ -13,6 +13,7 @@ from dali_pipeline.schema import Array
 
 _UNIT = 2 << 20  # a huge page
 _PAGE = 4096
+_KEPT_BYTES = 192 << 20
 _OURS = 2  # references to a piece that nothing else looks at: the name that asks, and the question
 
 
@@ -22,7 +23,7 @@ class Buffers:
     Fresh memory costs a page fault every 4 KiB, which took longer than reading into it. A piece is handed out again when the
     last array or tensor that looks into it is gone, so a batch that is kept stays what it is. That is seen by its count of
     references: a finaliser would run wherever a batch is let go, and swallow a Ctrl-C that strikes inside it. kept: pieces
-    remembered, those in use too.
+    remembered, those in use too; of _KEPT_BYTES together at most, so a huge batch leaves no memory behind.
     """
 
     def __init__(self, kept: int = 12) -> None:
@@ -45,6 +46,9 @@ class Buffers:
             whole = np.frombuffer(memory, np.uint8)  # what every view has for its base
         part: Array = whole[phase : phase + nbytes]
         self._pieces.append(whole)
+        while sum(len(piece) for piece in list(self._pieces)) > _KEPT_BYTES:
+            with contextlib.suppress(IndexError):  # another thread was first
+                self._pieces.popleft()
         return part
 
     def _find(self, wanted: int) -> Array | None:

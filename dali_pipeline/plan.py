@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -65,6 +66,7 @@ class EpochPlan:
         self.num_steps: int = (
             min(n // self._share for n in sizes) if order.tail == "drop" else max(-(-n // self._share) for n in sizes)
         )
+        self._longest_lane = max(sizes)
         self.nbytes, self.num_records = int(self._nbytes.sum()), int(self._records.sum())
         batch_bytes = self._share * self.nbytes // max(1, self.num_records)
         self._pool_steps = max(1, min(POOL_STEPS, order.window_bytes // 2 // max(1, batch_bytes)))
@@ -119,6 +121,13 @@ class EpochPlan:
         starts, records, nbytes = (each[shards] for each in (self._starts, self._records, self._nbytes))
         return Lane(self.order, number, starts, records, nbytes, window_bytes, batch_size)
 
+    def rows(self, world_size: int = 1) -> int:
+        """Rows of each rank's batch: its part of the global batch size, but no more than the epoch's only batch needs."""
+        order = self.order
+        unit = math.lcm(order.lanes, world_size)
+        needed = max(1, -(-order.lanes * self._longest_lane // unit)) * unit
+        return min(order.global_batch_size, needed if order.tail == "pad" else order.global_batch_size) // world_size
+
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Shares:
         """What `rank` takes at `step`: its equal part of the global batch, lane after lane."""
         return self.batches(range(step, step + 1), rank, world_size)
@@ -127,10 +136,14 @@ class EpochPlan:
         """What `rank` takes at these steps, one after the other."""
         if not 0 <= steps[0] <= steps[-1] < self.num_steps:
             raise IndexError(f"steps {steps[0]} to {steps[-1]} of {self.num_steps}")
-        size, share = self.order.global_batch_size, self._share
+        size = self.rows(world_size) * world_size
+        share = size // self.order.lanes
         begin, end = rank * size // world_size, (rank + 1) * size // world_size
         parts = [
-            _take(self._lane(lane), self._places(lane, steps)[:, max(begin, first) - first : min(end, first + share) - first])
+            _take(
+                self._lane(lane),
+                self._places(lane, steps, share)[:, max(begin, first) - first : min(end, first + share) - first],
+            )
             for lane, first in enumerate(range(0, size, share))
             if begin < first + share and first < end
         ]
@@ -164,9 +177,9 @@ class EpochPlan:
             self._later = EpochPlan(self.order, self.epoch + after, self._records, self._nbytes, lengths=self._lengths)
         return self._later if after and self._later is not None else self
 
-    def _places(self, lane: int, steps: range) -> Ints:
+    def _places(self, lane: int, steps: range, share: int) -> Ints:
         """Places (steps, share) in a lane's order."""
-        places: Ints = np.array(steps)[:, None] * self._share + np.arange(self._share)
+        places: Ints = np.array(steps)[:, None] * share + np.arange(share)
         if self.order.bucket_by_length:
             whole = self.length(lane) // self._share  # batches without padding, which stays behind them
             for at, step in enumerate(steps):

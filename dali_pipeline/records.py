@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -63,6 +63,20 @@ class Found:
     def shard(self, record: int) -> Shard:
         """Where that record lies."""
         return self.parts[int(self.which[record])].shard
+
+    def cut(self, begin: int, end: int) -> Found:
+        """Records `begin` to `end` of these."""
+        part = slice(begin, end)
+        chosen, which = np.unique(self.which[part], return_inverse=True)
+        return replace(
+            self,
+            parts=[self.parts[number] for number in chosen.tolist()],
+            which=which,
+            labels=self.labels[part],
+            begins=self.begins[part],
+            ends=self.ends[part],
+            ids=self.ids[part],
+        )
 
 
 class RecordIndex:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, get_args
+from itertools import chain
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -21,12 +22,11 @@ from dali_pipeline.order import WINDOW_BYTES, Ints, Tail
 from dali_pipeline.plan import EpochPlan
 from dali_pipeline.schema import Array, DataError, FormatError, UsageError
 from dali_pipeline.source import Padded, SequenceSource
-from dali_pipeline.stretch import Stretch, StretchGatherer, stretches
+from dali_pipeline.stretch import STRETCH_BYTES, Part, Stretch, StretchGatherer, stretches
 from dali_pipeline.trace import span, spans
 
 Engine = Literal["dali", "torch"]
 PREFETCH_STRETCHES = 2  # that DALI runs ahead
-STRETCH_BYTES = 16 << 20
 STRETCH_STEPS = 64
 DALI_THREADS = 2
 NOT_FOR_DALI = ("float64",)  # neither fn.pad nor the arithmetic of decoding does it
@@ -72,8 +72,9 @@ Loaded = Generator[Stretch, None, None]
 class SequenceLoader(Loader[SequenceBatch]):
     """Batches of a split's sequences; see `Loader` for epochs and state.
 
-    batch_size: per rank · layers: steps of each sequence to read, a slice or a list · dtype: delivered · window_bytes: of
-    shards that are shuffled together at a time · lanes: disjoint parts of the data with a window each, a node's share ·
+    batch_size: per rank, ceil(records / world_size) at most · layers: steps of each sequence to read, a slice or a list ·
+    dtype: delivered · window_bytes: of shards that are shuffled together at a time · lanes: disjoint parts of the data with a
+    window each, a node's share ·
     workers: threads that gather ahead, 0 for the caller's own; "auto" is 1, or without a GPU 0 on one core, and on two where
     records are below 32 KiB or come as they are stored · tail: "pad" the last batches or "drop" them · engine: "dali", or
     "torch", which delivers the same batches without DALI · rank, world_size: detected where not given · balance="label":
@@ -156,9 +157,8 @@ class SequenceLoader(Loader[SequenceBatch]):
         on_gpu = engine == "dali" and self.device.type == "cuda"
         self._decodes_in_dali = on_gpu and self._decoding.in_dali and field.dtype not in NOT_FOR_DALI
         self._pads_in_dali = self._decodes_in_dali and not equal_lengths
-        self._padded: Padded = None if self._pads_in_dali else "all" if engine == "dali" else "batch"
         record_bytes = self.selection.record_bytes
-        batch_bytes = int(batch_size * record_bytes)
+        batch_bytes = int(self.batch_size * record_bytes)
         self._longest_stretch = max(1, min(STRETCH_STEPS, STRETCH_BYTES // max(1, batch_bytes)))
         handled = 0 if self._decoding.idle and engine == "torch" else record_bytes  # by the caller
         self._threads = background_threads(self.device, handled, workers)
@@ -169,7 +169,8 @@ class SequenceLoader(Loader[SequenceBatch]):
             self.selection, data.schema, layers, window_bytes=window_bytes, finite=on_nan != "keep"
         )
         bits, skips = self._decoding.bfloat16, self.skips
-        self._stretches = StretchGatherer(source, self.world, batch_size, self._padded, bits=bits, skips=skips)
+        padded: Padded = None if self._pads_in_dali else "batch"
+        self._stretches = StretchGatherer(source, self.world, self.batch_size, padded, bits=bits, skips=skips)
 
     def _batches(self, plan: EpochPlan, start: Position) -> Generator[Made[SequenceBatch], None, None]:
         loaded = self._read_ahead(plan, start.step)
@@ -177,70 +178,105 @@ class SequenceLoader(Loader[SequenceBatch]):
             yield from (self._through_dali if self.engine == "dali" else self._through_torch)(loaded)
 
     def _read_ahead(self, plan: EpochPlan, start: int) -> Loaded:
-        results = map_ahead(
-            partial(self._stretches.gather, plan), stretches(range(start, plan.num_steps), self._longest_stretch), self._threads
-        )
-        with closing(results):
-            for loaded, error in results:
-                yield from loaded
-                if error is not None:
-                    raise error
+        """Stretches in order, cut by their padding, which is known from the lengths of many batches at once."""
+        ranges = stretches(range(start, plan.num_steps), self._longest_stretch)
+        planned = map_ahead(partial(self._stretches.parts, plan), ranges, min(1, self._threads))
+        with closing(planned):
+            parts = (part for found in planned for part in found)
+            results = map_ahead(partial(self._stretches.gather, plan), parts, self._threads, _nbytes)
+            with closing(results):
+                for loaded, error in results:
+                    while loaded:  # nothing here holds a stretch while the next is made
+                        yield loaded.pop(0)
+                    if error is not None:
+                        raise error
 
     def _lengths(self, positions: Ints) -> Ints:
         return self._stretches.lengths(positions)
 
     def _through_torch(self, loaded: Loaded) -> Iterator[Made[SequenceBatch]]:
-        for stretch in loaded:
-            yield from self._made(stretch, self._stored(stretch))
+        return chain.from_iterable(map(self._in_torch, loaded))  # which holds no stretch while the next is made
 
-    def _stored(self, stretch: Stretch) -> Iterator[torch.Tensor]:
-        """The values of each batch, on the device."""
-        values, longest = torch.from_numpy(stretch.rows.values), stretch.longest
-        cut = torch.split(values, [self.batch_size * steps for steps in longest])
-        for batch, steps in zip(cut, longest, strict=True):
+    def _in_torch(self, stretch: Stretch) -> Iterator[Made[SequenceBatch]]:
+        values = torch.from_numpy(stretch.rows.values)
+        return self._made(stretch, self._spread(stretch, values) if stretch.sparse else self._cut(stretch, values))
+
+    def _cut(self, stretch: Stretch, values: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The values (B, T, *row) of each batch, on the device, of those of all."""
+        longest = stretch.longest
+        for batch, steps in zip(torch.split(values, [self.batch_size * steps for steps in longest]), longest, strict=True):
             with span("copy", self.device.type != "cpu"):
                 moved = batch.to(self.device, non_blocking=True)
             yield moved.view(self.batch_size, steps, *values.shape[1:])
 
+    def _spread(self, stretch: Stretch, values: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The decoded values of the one batch that came without padding."""
+        with span("copy", self.device.type != "cpu"):
+            values = values.to(self.device, non_blocking=True)
+        with span("decode"), on_threads(self.cores):
+            yield self._decoding.spread(values, stretch.rows.starts, stretch.rows.lengths)
+
     def _through_dali(self, loaded: Loaded) -> Iterator[Made[SequenceBatch]]:
         # A pipeline an epoch: building one takes about 10 ms, and nothing read ahead can outlive its epoch.
         ahead: deque[Stretch] = deque()  # what DALI has in hand; it reads from these very arrays
+        passing: deque[Stretch] = deque()  # what goes past DALI, once it is empty
         failures: list[BaseException] = []
 
         def feed() -> Array | list[Array]:
             """One stretch for external_source; an error ends DALI's epoch and is raised behind the batches before it."""
             try:
-                stretch = next(loaded)
-            except StopIteration:
-                raise
+                stretch = None if passing or failures else next(loaded, None)
             except BaseException as error:
                 failures.append(error)
-                raise StopIteration from None
+                stretch = None
+            if stretch is not None and stretch.lone and not self._decodes_in_dali:
+                passing.append(stretch)  # DALI would only copy it, and hold several
+            if stretch is None or passing:
+                raise StopIteration
             ahead.append(stretch)
-            return stretch.samples(ragged=self._pads_in_dali)
+            return self._samples(stretch)
 
+        iterator = self._dali(feed)
+        with belonging_to_this_process(iterator):
+            while True:
+                for (out,) in spans("dali", iterator):
+                    stretch = ahead.popleft()
+                    yield from self._made(stretch, self._out_of_dali(stretch, out["sequences"]))
+                if failures:
+                    raise failures[0]
+                if not passing:
+                    return
+                yield from self._in_torch(passing.popleft())
+                iterator.reset()
+
+    def _dali(self, feed: Callable[[], Array | list[Array]]) -> Any:
+        """An iterator over what DALI makes of what `feed` gives."""
         pipeline = sequence_graph(
             feed,
             decoding=self._decoding if self._decodes_in_dali else None,
             pads=self._pads_in_dali,
-            batch_size=self._longest_stretch * (self.batch_size if self._pads_in_dali else 1),
+            batch_size=self._longest_stretch * (self.batch_size if self._pads_in_dali else 1) if self._decodes_in_dali else 1,
             num_threads=DALI_THREADS,
             device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
             prefetch_queue_depth=PREFETCH_STRETCHES,
         )
         from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-        iterator = DALIGenericIterator([pipeline], ["sequences"], size=-1, auto_reset=False, prepare_first_batch=False)
-        with belonging_to_this_process(iterator):
-            for (out,) in spans("dali", iterator):
-                stretch = ahead.popleft()
-                values = out["sequences"]
-                if self._pads_in_dali:
-                    values = values.unflatten(0, (-1, self.batch_size))
-                cut = zip(values.unbind(), stretch.longest, strict=True)
-                yield from self._made(stretch, (batch[:, :steps] for batch, steps in cut))
-        if failures:
-            raise failures[0]
+        return DALIGenericIterator([pipeline], ["sequences"], size=-1, auto_reset=False, prepare_first_batch=False)
+
+    def _samples(self, stretch: Stretch) -> Array | list[Array]:
+        """What external_source takes: a sample per record or batch for DALI to work on, else one in all."""
+        if self._pads_in_dali:
+            return stretch.records()
+        return stretch.batches() if self._decodes_in_dali else stretch.rows.values[None]
+
+    def _out_of_dali(self, stretch: Stretch, values: torch.Tensor) -> Iterable[torch.Tensor]:
+        """The values (B, T, *row) of each batch, of DALI's output for a stretch."""
+        if not self._decodes_in_dali:
+            return self._cut(stretch, values[0])
+        if self._pads_in_dali:
+            values = values.view(-1, self.batch_size, *values.shape[1:])
+        return (batch[:, :steps] for batch, steps in zip(values.unbind(), stretch.longest, strict=True))
 
     def _made(self, stretch: Stretch, values: Iterable[torch.Tensor]) -> Iterator[Made[SequenceBatch]]:
         """A stretch's batches, of the values of each."""
@@ -251,7 +287,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         alike = (torch.split(each, size) for each in on_device + on_cpu[2:])
         for begin, batch, label, kept, length, position in zip(stretch.begins, values, *alike, strict=True):
             end = begin + size
-            if not self._decodes_in_dali:
+            if not (self._decodes_in_dali or stretch.sparse):
                 with span("decode"), on_threads(self.cores):
                     batch = self._decoding.run(batch, rows.lengths[begin:end])
             ids = rows.ids[begin:end]
@@ -259,3 +295,7 @@ class SequenceLoader(Loader[SequenceBatch]):
                 sequences=batch.contiguous(), lengths=length, labels=label, valid=kept, ids=ids, positions=position
             )
             yield Made(delivered, ids, stretch.valid[begin:end], stretch.left_out)
+
+
+def _nbytes(part: Part) -> int:
+    return part.nbytes

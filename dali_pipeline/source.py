@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -19,7 +20,7 @@ from dali_pipeline.schema import Array, DataError, Field, Kind, Schema
 from dali_pipeline.selection import Selection
 from dali_pipeline.shard import Shard
 
-Padded: TypeAlias = Literal["batch", "all"] | None
+Padded: TypeAlias = Literal["batch"] | None
 
 
 class NotFiniteError(DataError):
@@ -158,6 +159,23 @@ class BatchSource:
             raise DataError(f"{error} in split {shards.split!r} of {shards.root}") from None
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Located:
+    """Records whose place in the shards is known, and nothing of their values.
+
+    found: where they lie · positions: (N,) in the selection · lengths: (N,) int64 steps of each that are selected.
+    """
+
+    found: Found
+    positions: Ints
+    lengths: Ints
+
+    def cut(self, begin: int, end: int) -> Located:
+        """Records `begin` to `end` of these."""
+        part = slice(begin, end)
+        return Located(found=self.found.cut(begin, end), positions=self.positions[part], lengths=self.lengths[part])
+
+
 class SequenceSource(BatchSource):
     """Gathers sequences."""
 
@@ -165,33 +183,48 @@ class SequenceSource(BatchSource):
     ragged = streamed = ("sequence",)
     axis = "step"
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a step as stored."""
+        assert self._schema.sequence is not None
+        return self._schema.sequence.row_bytes
+
     def lengths(self, positions: Ints) -> Ints:
         """Steps of the records (N,), as stored; reads what is to be read of them anyway before their values."""
         found = self._index.locate(positions)
         return found.ends - found.begins
 
-    def gather(self, positions: Ints, batch_size: int, padded: Padded) -> SequenceRows:
-        """The records at `positions` (N,), any order, repeats allowed; batches of `batch_size`.
+    def locate(self, positions: Ints) -> Located:
+        """Look up the records at `positions` (N,), any order, repeats allowed; reads the index alone."""
+        found = self._index.locate(positions)
+        lengths = found.ends - found.begins
+        if self._layers is not None:
+            selected = {length: sum(end - begin for begin, end in self._selected(length)) for length in set(lengths.tolist())}
+            lengths = np.array([selected[length] for length in lengths.tolist()], np.int64)
+        return Located(found=found, positions=positions, lengths=lengths)
 
-        padded: each record to the longest of its "batch", or of "all"; None for no padding. Costs one read a record and run of
-        layers that does not go on where the one before ends.
+    def gather(self, positions: Ints, batch_size: int, padded: Padded) -> SequenceRows:
+        """Locate and read the records at `positions` (N,)."""
+        return self.read(self.locate(positions), batch_size, padded)
+
+    def read(self, located: Located, batch_size: int, padded: Padded) -> SequenceRows:
+        """Read records in batches of `batch_size`.
+
+        padded: each record to the longest of its "batch"; None for no padding. Costs one read a record and run of layers that
+        does not go on where the one before ends.
         """
         field = self._schema.sequence
         assert field is not None
-        found = self._index.locate(positions)
-        begins, ends = found.begins, found.ends
-        lengths, records = ends - begins, np.arange(len(positions))
+        found, lengths, positions = located.found, located.lengths, located.positions
+        begins, ends, records = found.begins, found.ends, np.arange(len(positions))
         if self._layers is not None:  # every record several times, once for each run of its layers
-            runs = [self._selected(length) for length in lengths.tolist()]
+            runs = [self._selected(length) for length in (ends - begins).tolist()]
             records = np.repeat(records, [len(each) for each in runs])
             spans = np.array([span for each in runs for span in each], np.int64)  # (reads, 2)
             begins, ends = begins[records] + spans[:, 0], begins[records] + spans[:, 1]
-            lengths = np.bincount(records, ends - begins, len(positions)).astype(np.int64)
         sizes = lengths  # rows that each record takes in `values`
         if padded is not None:
-            longest = np.maximum.reduceat(lengths, np.arange(0, len(lengths), batch_size))  # of each batch
-            every = longest if padded == "batch" else np.full_like(longest, longest.max())
-            sizes = np.repeat(every, batch_size)
+            sizes = np.repeat(np.maximum.reduceat(lengths, np.arange(0, len(lengths), batch_size)), batch_size)
         starts = np.cumsum(sizes) - sizes
         at = starts[records] + (np.cumsum(ends - begins) - (ends - begins)) - (np.cumsum(lengths) - lengths)[records]
         values = self._room("sequence", int(sizes.sum()), field, found, int(begins[0]))

@@ -22,7 +22,7 @@ from dali_pipeline.plan import EpochPlan
 from dali_pipeline.readahead import REQUESTS_IN_FLIGHT
 from dali_pipeline.schema import Kind
 from dali_pipeline.sequences import SequenceLoader
-from dali_pipeline.stretch import StretchGatherer
+from dali_pipeline.stretch import Part, StretchGatherer
 from dali_pipeline.timing import StepTimer
 
 READ_BYTES = 256 << 20
@@ -82,7 +82,7 @@ def gathers(loader: Loader[Any], plan: EpochPlan, steps: int) -> Iterator[Any]:
     while True:
         for step in range(steps):
             if isinstance(loader, SequenceLoader):
-                found, error = padded.gather(plan, range(step, step + 1))
+                found, error = padded.gather(plan, Part(range(step, step + 1)))
             else:
                 assert isinstance(loader, GraphLoader)
                 found, error = loader._gatherer.gather(plan, range(step, step + 1))

@@ -76,6 +76,27 @@ def each_record_once(make: Make, world_sizes: Iterable[int]) -> None:
             assert set(seen.values()) == {1}
 
 
+def a_huge_batch_is_what_there_is(make: Make) -> None:
+    """A batch size far above the records costs no more rows than these, and a state goes on with another world."""
+    ranks = [make(batch_size=300_000, rank=rank, world_size=2) for rank in range(2)]
+    records = ranks[0].num_records
+    assert [loader.batch_size for loader in ranks] == [-(-records // 2)] * 2
+    for epoch in range(2):
+        batches = [next(iter(loader)) for loader in ranks]
+        assert [len(loader) for loader in ranks] == [1, 1]
+        assert [len(batch.ids) for batch in batches] == [-(-records // 2)] * 2
+        seen = [one for batch in batches for one, valid in zip(batch.ids, batch.valid.tolist(), strict=True) if valid]
+        alone = make(batch_size=600_000)
+        alone.set_epoch(epoch)
+        (whole,) = alone
+        assert whole.ids == seen
+        assert len(seen) == len(set(seen)) == records == ranks[0].num_valid(0)
+    alone.load_state_dict(ranks[0].state_dict())
+    assert list(alone) == []
+    for size in (records, records - 1):
+        assert len(next(iter(make(batch_size=size))).ids) == size
+
+
 def drop_drops(make: Make) -> None:
     """tail="drop" gives whole batches without padding, no record twice, and loses less than one global batch."""
     loader = make(tail="drop")

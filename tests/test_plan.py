@@ -66,9 +66,14 @@ def test_every_record_once_in_equal_steps(
         assert all(batch.valid.all() for batch in alone)
     for step, batch in enumerate(alone):
         ranks = [plan.batch(step, rank, world_size) for rank in range(world_size)]
-        assert {len(rank.positions) for rank in ranks} == {batch_size * lanes}
-        assert np.array_equal(np.concatenate([rank.positions for rank in ranks]), batch.positions)
-        assert np.array_equal(np.concatenate([rank.valid for rank in ranks]), batch.valid)
+        assert {len(rank.positions) for rank in ranks} == {plan.rows(world_size)}
+        assert plan.rows(world_size) <= batch_size * lanes
+        if plan.rows(world_size) < batch_size * lanes:
+            assert plan.num_steps == 1
+        found, valid = (np.concatenate([getattr(rank, name) for rank in ranks]) for name in ("positions", "valid"))
+        assert np.array_equal(found[valid], batch.positions[batch.valid])
+        if plan.num_steps > 1:
+            assert np.array_equal(found, batch.positions)
 
 
 @settings(deadline=None, max_examples=60)
@@ -218,3 +223,28 @@ def test_an_order_is_made_once_and_only_where_it_is_asked_for(monkeypatch: pytes
     assert made.count(1) == 1  # draws 80 to 119 of 70 records: the last of pass 1 …
     assert sorted(set(made)) == [1, 8, 9, 10, 11]  # … and of 10 records passes 8 to 11
     assert len(made) == 5
+
+
+@pytest.mark.parametrize(("world_size", "rows"), [(1, 20), (2, 10), (3, 7), (7, 3), (30, 1)])
+def test_an_epochs_only_batch_has_the_rows_that_it_needs(world_size: int, rows: int) -> None:
+    """A rank's batch is min(batch_size, ceil(records / world_size)) rows; the order is that of the size asked for."""
+    huge = EpochPlan(order(global_batch_size=200_000 * 210), 3, [8, 12], [80, 120])
+    parts = [huge.batch(0, rank, world_size) for rank in range(world_size)]
+    assert (huge.num_steps, huge.rows(world_size)) == (1, rows)
+    assert {len(part.positions) for part in parts} == {rows}
+    positions, valid = (np.concatenate([getattr(part, name) for part in parts]) for name in ("positions", "valid"))
+    assert sorted(positions[valid]) == list(range(20))
+    assert np.array_equal(positions[valid], huge.at(0, np.arange(20)))
+    assert huge.num_valid(0) == 20
+    for size in (1, 2, rows, rows + 1):
+        plan = EpochPlan(order(global_batch_size=size * world_size), 3, [8, 12], [80, 120])
+        assert plan.rows(world_size) == min(size, rows)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_an_only_batch_has_whole_lanes(world_size: int) -> None:
+    plan = EpochPlan(order(global_batch_size=4000, lanes=2), 0, [7, 12, 3], [70, 120, 30])
+    parts = [plan.batch(0, rank, world_size) for rank in range(world_size)]
+    assert plan.num_steps == 1
+    assert plan.rows(world_size) * world_size == 24  # twice the longer lane
+    assert sorted(np.concatenate([part.positions[part.valid] for part in parts])) == list(range(22))

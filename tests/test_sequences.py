@@ -39,6 +39,10 @@ def test_each_record_once(make: contracts.Make) -> None:
     contracts.each_record_once(lambda **options: make(batch_size=4, lanes=4, window_bytes=1, **options), world_sizes=(1, 2, 4))
 
 
+def test_a_huge_batch_is_what_there_is(make: contracts.Make) -> None:
+    contracts.a_huge_batch_is_what_there_is(make)
+
+
 def test_drop_drops(make: contracts.Make) -> None:
     contracts.drop_drops(make)
 
