@@ -30,7 +30,7 @@ from dali_pipeline.cli import run as run_command_line
 from dali_pipeline.threads import parse_threads
 from training.commandline import GroupedCommand, flag, print_config, take_config
 from training.config import MODELS, Conduct, ModelName, TrainConfig
-from training.folder import METRICS_NAME, FolderLock, claim_folder
+from training.folder import METRICS_NAME, FolderLock, claim_folder, lacks
 from training.interrupt import Interrupted, Interrupts
 from training.prepare import Options, check_labels, check_settings, find_data, find_folder, models_for, open_same, runs_of
 from training.processes import EndedElsewhere, Processes
@@ -114,6 +114,8 @@ def print_results(folder: Path, data: Dataset, options: Options) -> None:
     """The table, and where the rest lies."""
     over = f", mean and spread over {options.runs} {'folds' if options.folds else 'seeds'}" if options.runs > 1 else ""
     print_table(read_metrics(folder), f"Test metrics on {data.root.name}{over}; the threshold is chosen on validation")
+    if told := lacks(folder):
+        print(told)
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir() if path.suffix != '.pt'))}, checkpoints")
 
 

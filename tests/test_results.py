@@ -21,6 +21,7 @@ import torch
 import yaml
 from conftest import FEATURES, SCHEMA, make_records, write
 from sklearn.metrics import roc_auc_score
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
 import dali_pipeline as dp
@@ -31,6 +32,7 @@ from dali_pipeline.whole import replacing
 from models.noise import keyed_normal
 from training.checkpoint import CheckpointWriter, load_checkpoint
 from training.config import METRICS, Conduct, TrainConfig
+from training.extras import Board
 from training.interrupt import Interrupts
 from training.prepare import Options
 from training.processes import Processes
@@ -339,6 +341,105 @@ def test_folds_are_runs_by_group_with_mean_and_spread(
     for more, words in [(("--seeds", 2), "exclude each other"), (("--folds", 1), "folds is 1"), (("--folds", 500), "groups")]:
         assert call(monkeypatch, *arguments, "--output-dir", tmp_path / "bad", *more) == 2
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "error"),
+    [
+        ("write_history", "history.csv", OSError(errno.ENOSPC, "full")),
+        ("write_predictions", "predictions.parquet", MemoryError()),
+        ("layers_of", "layers.csv", dp.FormatError("damage")),
+        ("draw_curves", "curves.png", ValueError("many\nlines")),
+    ],
+)
+def test_an_extra_that_fails_is_one_line_and_the_metrics_are_there(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    function: str,
+    name: str,
+    error: Exception,
+) -> None:
+    def failing(*given: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(f"training.run.{function}", failing)
+    last, out = trained / "lstm" / "lstm-last.pt", tmp_path / "out"
+    arguments = ("--data", trained / "set", "--model", "lstm", "--epochs", 1, "--output-dir", out, "--resume", last)
+    assert call(monkeypatch, *arguments) == 0
+    written = {"metrics.json", "history.csv", "predictions.parquet", "curves.png"} - {name}
+    assert written <= {path.name for path in out.iterdir()}
+    assert not (out / name).exists()
+    (line,) = [record.getMessage() for record in caplog.records if "the run goes on without" in record.getMessage()]
+    assert line.startswith(str(out / name))
+    assert "\n" not in line
+    assert json.loads((out / "metrics.json").read_text()) == json.loads((trained / "lstm" / "metrics.json").read_text())
+
+
+def test_a_run_killed_behind_its_metrics_says_what_it_lacks(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And how it is had: without metrics.json the same command makes it, and trains nothing anew."""
+
+    def interrupted(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    last, out = trained / "lstm" / "lstm-last.pt", tmp_path / "out"
+    arguments = ("--data", trained / "set", "--model", "lstm", "--epochs", 1, "--output-dir", out)
+    with monkeypatch.context() as patch:
+        patch.setattr("training.run.write_predictions", interrupted)
+        assert call(patch, *arguments, "--resume", last) == 130
+    capsys.readouterr()
+    assert call(monkeypatch, *arguments) == 0
+    said = capsys.readouterr().out
+    assert f"{out} lacks predictions.parquet, curves.png; remove {out / 'metrics.json'}, and the same command makes" in said
+    (out / "metrics.json").unlink()
+    assert call(monkeypatch, *arguments, "--resume", last) == 0
+    said = capsys.readouterr().out
+    assert " epoch " not in said
+    assert " lacks " not in said
+    assert (out / "predictions.parquet").exists()
+
+
+def test_tensorboard_ends_with_the_first_figures_that_cannot_be_written(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    board = Board(tmp_path / "file", 0)
+    board.note(0, {"loss": 1.0})
+    board.close()
+    assert len(caplog.records) == 1
+    board = Board(tmp_path / "board", 0)
+    board.note(0, {"loss": 1.0})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+    try:
+        board.note(1, {"loss": 0.5})
+        board.note(2, {"loss": 0.25})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    board.close()
+    assert len(caplog.records) == 2
+    assert capfd.readouterr().err == ""
+    found = EventAccumulator(str(tmp_path / "board")).Reload()
+    assert [(event.step, event.value) for event in found.Scalars("loss")] == [(0, 1.0)]
+
+
+def test_names_and_classes_that_extras_stumble_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Dollars in the set's name, a group of 3 MB, and so few of a class that the probe's part of the records has one alone."""
+    monkeypatch.setattr("training.layers.MOST_RECORDS", 1)
+    records = make_records(60, ragged=False)
+    root, out, loader = tmp_path / "a$\\frac{$b", tmp_path / "out", dp.SequenceLoader
+    write(root, [replace(one, group="g" * 3_000_000 if one.id == "record-1" else one.id) for one in records])
+    monkeypatch.setattr("training.layers.SequenceLoader", lambda *given, **named: loader(*given, **{**named, "batch_size": 1}))
+    assert call(monkeypatch, "--data", root, "--model", "lstm", "--epochs", 1, "--output-dir", out) == 0
+    assert (out / "metrics.json").exists()
+    assert (out / "curves.png").exists()
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{out / 'layers.csv'} cannot be made (the 1 records looked at of split 'train' have")
 
 
 def test_a_configuration_file_and_the_flags_that_win(

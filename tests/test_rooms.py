@@ -118,6 +118,7 @@ TRAINING = [
     "commandline",
     "provenance",
     "folder",
+    "extras",
     "results",
     "processes",
     "interrupt",

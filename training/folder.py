@@ -17,7 +17,8 @@ from training.config import MODELS, ModelName
 from training.provenance import note_start
 
 CONFIG_NAME, METRICS_NAME, STARTS_NAME = "config.json", "metrics.json", "starts.json"
-WRITTEN = (CONFIG_NAME, METRICS_NAME, STARTS_NAME, "history.csv", "layers.csv", "predictions.parquet", "curves.png")
+HISTORY_NAME, PREDICTIONS_NAME, CURVES_NAME = EXTRAS = "history.csv", "predictions.parquet", "curves.png"
+WRITTEN = (CONFIG_NAME, METRICS_NAME, STARTS_NAME, "layers.csv", *EXTRAS)
 
 
 def checkpoint_path(folder: Path, model: ModelName, which: Literal["best", "last"]) -> Path:
@@ -47,6 +48,18 @@ def check_folder(folder: Path, described: Mapping[str, Any], *, replace: bool) -
         raise UsageError(
             f"{folder} holds a run of another configuration; give another --output-dir, or --resume never to replace it"
         )
+
+
+def lacks(folder: Path) -> str:
+    """A sentence on what a finished run, or the first such one of several in sub-folders, has not left; or nothing."""
+    for run in sorted(path.parent for path in folder.glob(f"*/{METRICS_NAME}")) or [folder]:
+        missing = [name for name in EXTRAS if not (run / name).exists()]
+        if missing:
+            marks = dict.fromkeys((run / METRICS_NAME, folder / METRICS_NAME))
+            return (
+                f"{run} lacks {', '.join(missing)}; remove {' and '.join(map(str, marks))}, and the same command makes it anew"
+            )
+    return ""
 
 
 class FolderLock(AbstractContextManager["FolderLock"]):

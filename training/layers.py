@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from dali_pipeline import Dataset, SequenceLoader
+from dali_pipeline import DataError, Dataset, SequenceLoader
 from dali_pipeline.layers import parse_layers, select, to_positions
 from dali_pipeline.whole import write_whole
 from training.intervals import auroc_interval
@@ -98,6 +98,8 @@ def _layer(data: Dataset, split: str, step: int, seed: int) -> tuple[Floats, Flo
         if count >= MOST_RECORDS:
             break
     rows, labels, positions = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
+    if (labels == labels[0]).all():
+        raise DataError(f"the {count:,} records looked at of split {split!r} have labels all {labels[0]}")
     return rows, labels, positions
 
 

@@ -8,15 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from dali_pipeline import Dataset
 from dali_pipeline.outside import readable
 from training.config import Conduct, ModelName, TrainConfig, kind_of
-from training.folder import METRICS_NAME, find_checkpoint
+from training.extras import Board, extra
+from training.folder import CURVES_NAME, HISTORY_NAME, METRICS_NAME, PREDICTIONS_NAME, find_checkpoint
 from training.interrupt import Interrupts
 from training.intervals import auroc_difference, intervals
-from training.layers import layers_of, probe_layers, write_layers
+from training.layers import LayerScores, layers_of, probe_layers, write_layers
 from training.metrics import Predictions, best_threshold, measure
 from training.pictures import draw_curves
 from training.processes import Processes
@@ -44,7 +43,8 @@ Splits = dict[str, Predictions]
 
 
 def carry_out(job: Job) -> None:
-    """Trains every model and leaves metrics.json, written last, history.csv, predictions.parquet, layers.csv and curves.png."""
+    """Trains every model; leaves metrics.json, and where they can be made history.csv, predictions.parquet, layers.csv and
+    curves.png."""
     histories: dict[str, list[HistoryRow]] = {}
     found: dict[str, Splits] = {}
     epochs: dict[str, int] = {}
@@ -71,14 +71,14 @@ def train(job: Job, name: ModelName, earlier: Mapping[str, Sequence[HistoryRow]]
         if first and job.conduct.threads == "auto":
             print(f"{name}: {trainer.threads} threads of torch take a step fastest", flush=True)
     steps, world_size = trainer.steps_per_epoch, job.processes.world_size
-    board = SummaryWriter(job.folder / "tensorboard" / name, purge_step=trainer.epoch) if first else None
+    board = Board(job.folder / "tensorboard" / name, trainer.epoch) if first else None
     try:
         with Watch(name, epochs * steps, trainer.timer, trainer.device, world_size, show=first) as watch:
             while not trainer.finished:
                 before = trainer.epoch * steps
                 row = trainer.train_epoch(partial(watch.step, before))
                 if board is not None:
-                    write_history(job.folder / "history.csv", {**earlier, name: trainer.history})
+                    keep_history(job.folder, {**earlier, name: trainer.history})
                     note(board, row, trainer)
                     print_epoch(name, row, epochs, trainer.delivered)
         trainer.writer.wait()
@@ -90,13 +90,17 @@ def train(job: Job, name: ModelName, earlier: Mapping[str, Sequence[HistoryRow]]
     return trainer
 
 
-def note(board: SummaryWriter, row: HistoryRow, trainer: Trainer) -> None:
+def note(board: Board, row: HistoryRow, trainer: Trainer) -> None:
     """An epoch's figures for TensorBoard."""
-    epoch = int(row["epoch"])
-    for key in ("train_loss", "val_loss", "val_auroc", "lr", "seconds"):
-        board.add_scalar(key, row[key], epoch)
-    board.add_scalar("records_per_second", trainer.timer.records_per_second * trainer.processes.world_size, epoch)
-    board.add_scalar("share_of_time_waiting_for_data", trainer.timer.wait_share, epoch)
+    figures = {key: row[key] for key in ("train_loss", "val_loss", "val_auroc", "lr", "seconds")}
+    figures["records_per_second"] = trainer.timer.records_per_second * trainer.processes.world_size
+    board.note(int(row["epoch"]), figures | {"share_of_time_waiting_for_data": trainer.timer.wait_share})
+
+
+def keep_history(folder: Path, histories: Mapping[str, Sequence[HistoryRow]]) -> None:
+    """history.csv as it stands."""
+    with extra(folder / HISTORY_NAME):
+        write_history(folder / HISTORY_NAME, histories)
 
 
 def print_epoch(name: str, row: HistoryRow, epochs: int, delivered: str) -> None:
@@ -111,7 +115,7 @@ def print_epoch(name: str, row: HistoryRow, epochs: int, delivered: str) -> None
 def report(
     job: Job, histories: Mapping[str, Sequence[HistoryRow]], found: Mapping[str, Splits], epochs: Mapping[str, int]
 ) -> None:
-    """Everything that is made of the predictions."""
+    """Everything that is made of the predictions: the metrics first, and then what may fail without harm."""
     kinds = {name: kind_of(name) for name in found}
     texts = {
         (kind, split): job.data.select(split, kind).texts("groups") for kind in set(kinds.values()) for split in ("val", "test")
@@ -126,20 +130,30 @@ def report(
         adds, other = ADDS.get(name, ("", ""))
         if other in found and (gain := compare(splits["test"], found[other]["test"], groups[name]["test"])):
             results[name]["against"] = {"adds": adds, "model": other, **gain}
-    write_history(job.folder / "history.csv", histories)
-    write_predictions(job.folder / "predictions.parquet", found, groups)
-    layers = None
-    if steps := layers_of(job.data, job.config.layers) if job.probes and "lstm" in found else []:
-        layers = probe_layers(job.data, steps, job.config.seed)
-        write_layers(job.folder / "layers.csv", layers)
-        print(
-            f"a linear probe on one layer: test AUROC {layers.test[layers.best]:.3f} on layer {layers.layers[layers.best]}, "
-            f"chosen on validation from {len(steps)}"
-        )
+    write_metrics(job.folder / METRICS_NAME, results)
+    keep_history(job.folder, histories)
+    with extra(job.folder / PREDICTIONS_NAME):
+        write_predictions(job.folder / PREDICTIONS_NAME, found, groups)
+    layers = probed(job) if job.probes and "lstm" in found else None
     tests = {name: splits["test"] for name, splits in found.items()}
     title = f"{readable(job.data.root.resolve().name)}: {max(len(one.ids) for one in tests.values()):,} test records"
-    draw_curves(job.folder / "curves.png", histories, tests, results, layers, title)
-    write_metrics(job.folder / METRICS_NAME, results)
+    with extra(job.folder / CURVES_NAME):
+        draw_curves(job.folder / CURVES_NAME, histories, tests, results, layers, title)
+
+
+def probed(job: Job) -> LayerScores | None:
+    """What layers.csv holds now; None where there are no layers to probe, or they cannot be."""
+    layers = None
+    with extra(job.folder / "layers.csv"):
+        if steps := layers_of(job.data, job.config.layers):
+            layers = probe_layers(job.data, steps, job.config.seed)
+            write_layers(job.folder / "layers.csv", layers)
+    if layers is not None:
+        print(
+            f"a linear probe on one layer: test AUROC {layers.test[layers.best]:.3f} on layer {layers.layers[layers.best]}, "
+            f"chosen on validation from {len(layers.layers)}"
+        )
+    return layers
 
 
 def evaluate(splits: Splits, groups: Sequence[bytes]) -> dict[str, Any]:
