@@ -7,7 +7,7 @@ from torch import nn
 
 
 class FeatureViews(nn.Module):
-    """Two views of a row of F features side by side, 2F values: layer-normalised, and standardised.
+    """Two views of a row of F features side by side, 2F values: standardised, and that layer-normalised.
 
     LayerNorm (Ba et al. 2016) takes out a row's mean and scale. That helps where scales differ a hundredfold, as between layers
     of a language model, and takes out all that a row of few features says: of one feature nothing is left. Standardised by the
@@ -31,13 +31,14 @@ class FeatureViews(nn.Module):
         self.inverse.copy_(torch.where(std > 0, 1 / std, 0))
 
     def standardised(self, rows_NF: torch.Tensor) -> torch.Tensor:
-        """Return the second view alone, of any leading shape."""
+        """Return the first view alone, of rows of any leading shape."""
         deviations_NF = (rows_NF - self.mean) * self.inverse
         return deviations_NF.sign() * deviations_NF.abs().log1p()
 
     def forward(self, rows_NF: torch.Tensor) -> torch.Tensor:
         """Return both views, (…, 2F), of rows of any leading shape."""
-        return torch.cat([self.norm(rows_NF), self.standardised(rows_NF)], dim=-1)
+        standardised_NF = self.standardised(rows_NF)
+        return torch.cat([standardised_NF, self.norm(standardised_NF)], dim=-1)
 
 
 def set_statistics(model: nn.Module, mean: torch.Tensor, std: torch.Tensor) -> None:
