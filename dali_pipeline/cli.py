@@ -165,12 +165,15 @@ def extract_command(
         str, typer.Option(metavar="LIST", help="Hidden states of the sequences: all, a list 8,16,24, or a range 8:25.")
     ] = "all",
     graph_layers: Annotated[
-        str, typer.Option(metavar="LIST", help="Layers that become graphs: all, none, or as --layers.")
+        str, typer.Option(metavar="LIST", help="Layers that become graphs: all that have attention, none, or as --layers.")
     ] = "all",
     attention_threshold: Annotated[float, typer.Option(help="Mean attention over heads above which an edge runs.")] = 0.01,
     dtype: Annotated[str, typer.Option(metavar="TYPE", help="Stored type: float16 or float32.")] = "float16",
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a forward pass, padding counted.")] = 1024,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut prompts that the model has no positions for; their ends are kept.")
+    ] = False,
     engine: EngineOption = "local",
     split: SplitOption = "70/15/15",
     split_seed: SplitSeed = 0,
@@ -192,6 +195,7 @@ def extract_command(
     config = ExtractConfig(
         layers=parse_blocks(layers),
         graph_layers=parse_blocks(graph_layers),
+        truncate=truncate,
         attention_threshold=attention_threshold,
         dtype=dtype,
         batch_tokens=batch_tokens,

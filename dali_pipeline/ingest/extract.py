@@ -13,21 +13,35 @@ from typing import Any, get_args
 import msgspec
 import torch
 import xxhash
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from dali_pipeline.damage import log
 from dali_pipeline.dataset import Dataset, open_dataset
+from dali_pipeline.delivery import resolve_device
 from dali_pipeline.filler import Contents, ShardFiller
+from dali_pipeline.ingest.anatomy import Anatomy, examine
 from dali_pipeline.ingest.onray import Asks, deal
 from dali_pipeline.ingest.prompts import Prompt, read_prompts
-from dali_pipeline.ingest.tracer import ExtractConfig, Tracer, first_line, load_model, load_tokenizer
+from dali_pipeline.ingest.tracer import (
+    ExtractConfig,
+    Tracer,
+    first_line,
+    load_model,
+    load_tokenizer,
+    positions_of,
+    tokens_of,
+)
 from dali_pipeline.ingest.workers import Advance, Engine
 from dali_pipeline.journal import remove_leftovers
 from dali_pipeline.manifest import MANIFEST_NAME
 from dali_pipeline.progress import progress_bar, shown
 from dali_pipeline.record import Record
 from dali_pipeline.schema import Field, Schema, UsageError
+from dali_pipeline.world import World
 from dali_pipeline.writer import ShardWriter
+
+TOKENISED_TOGETHER = 1000  # prompts
 
 
 def extract(
@@ -44,18 +58,22 @@ def extract(
     if engine not in get_args(Engine):
         raise UsageError(f"engine is {engine!r}; expected {' or '.join(get_args(Engine))}")
     prompts, folder = read_prompts(prompts_path), Path(model_name)
+    if engine == "local":
+        resolve_device(device, World())
     if engine == "ray":  # whose workers stand in other folders
         out = out.absolute()
         model_name = str(folder.absolute()) if folder.exists() else model_name
     transformers_logging.disable_progress_bar()
     try:
         model_config = AutoConfig.from_pretrained(model_name)
-        load_tokenizer(model_name)
+        tokenizer = load_tokenizer(model_name)
     except (OSError, ValueError) as error:
         raise UsageError(f"{model_name} is not a model that transformers can load ({first_line(error)})") from error
+    asked = config.graph_layers
     config = _with_all_layers(config, int(model_config.get_text_config().num_hidden_layers))
+    _check_lengths(prompts_path, prompts, tokenizer, positions_of(model_config), config.truncate)
     described = {
-        **asdict(config),
+        **{name: value for name, value in asdict(config).items() if name != "truncate" or value},
         "model": _identity(model_name, model_config),
         "prompts": xxhash.xxh3_128_hexdigest(prompts_path.read_bytes()),
     }
@@ -66,7 +84,11 @@ def extract(
             raise UsageError(f"{out} is a data set of another model, prompts or settings; expected a new folder")
         remove_leftovers(out)
         return data
-    hidden, graphs = int(model_config.get_text_config().hidden_size), bool(config.graph_layers)
+    threads = torch.get_num_threads()
+    # one that cannot be loaded is told before a folder is made
+    anatomy = examine(*load_model(model_name, device)[1:]) if engine == "local" else _anatomy(model_config)
+    config = _with_attention(model_name, config, asked, anatomy)
+    hidden, graphs = _width(model_name, config, anatomy), bool(config.graph_layers)
     schema = Schema(
         sequence=Field(dtype=config.dtype, shape=(hidden,)),
         x=Field(dtype=config.dtype, shape=(hidden,)) if graphs else None,
@@ -80,9 +102,6 @@ def extract(
         "attention_threshold": config.attention_threshold,
         "fingerprint": fingerprint,
     }
-    threads = torch.get_num_threads()
-    if engine == "local":
-        load_model(model_name, device)  # one that cannot be loaded is told before a folder is made
     with (
         ShardWriter(
             out, schema, shard_bytes=config.shard_bytes, split=config.split, source=source, fingerprint=fingerprint
@@ -143,6 +162,71 @@ def _with_all_layers(config: ExtractConfig, blocks: int) -> ExtractConfig:
     if not all(1 <= layer <= blocks for layer in config.graph_layers):
         raise UsageError(f"graph layers are {config.graph_layers}; expected some of 1 to {blocks}")
     return config
+
+
+def _anatomy(model_config: Any) -> Anatomy:
+    """The anatomy of a model that is not here, by its configuration: on torch's device without memory, or else a plain one."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config, attn_implementation="eager").base_model.eval()
+        return examine(model, torch.device("meta"))
+    except Exception:  # whatever a model does with the values of its tensors, which are not there
+        text = model_config.get_text_config()
+        blocks = int(text.num_hidden_layers)
+        types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ["attention"] * blocks
+        having = [block for block, kind in enumerate(types, 1) if "attention" in kind and "linear" not in kind]
+        return Anatomy([int(text.hidden_size)] * (blocks + 1), {block: place for place, block in enumerate(having)})
+
+
+def _with_attention(model_name: str, config: ExtractConfig, asked: tuple[int, ...] | None, anatomy: Anatomy) -> ExtractConfig:
+    """Graphs of the blocks that have attention. Raises UsageError where others are asked for, or a hidden state not there."""
+    assert config.layers is not None
+    assert config.graph_layers is not None
+    if max((*config.layers, *config.graph_layers), default=0) >= len(anatomy.widths):
+        raise UsageError(
+            f"{model_name} gives {len(anatomy.widths)} hidden states; expected layers of 0 to {len(anatomy.widths) - 1}"
+        )
+    without = [layer for layer in config.graph_layers if layer not in anatomy.attention]
+    if not without:
+        return config
+    having = ", ".join(map(str, anatomy.attention)) or "none"
+    if asked is not None:
+        raise UsageError(
+            f"block {without[0]} of {model_name} has no attention from token to token, of which graphs are made; blocks that "
+            f"have some: {having}"
+        )
+    log.warning("%s: graphs are made of the blocks that have attention: %s", model_name, having)
+    return replace(config, graph_layers=tuple(anatomy.attention))
+
+
+def _width(model_name: str, config: ExtractConfig, anatomy: Anatomy) -> int:
+    """Numbers of a hidden state. Raises UsageError where those that are asked for differ."""
+    chosen = [*(config.layers or ()), *(config.graph_layers or ())]
+    for layer in chosen:
+        if anatomy.widths[layer] != anatomy.widths[chosen[0]]:
+            raise UsageError(
+                f"{model_name}: hidden state {layer} has {anatomy.widths[layer]} numbers, and {chosen[0]} has "
+                f"{anatomy.widths[chosen[0]]}; expected one width, so leave one of them out of --layers and --graph-layers"
+            )
+    return anatomy.widths[chosen[0]]
+
+
+def _check_lengths(path: Path, prompts: Sequence[Prompt], tokenizer: Any, limit: int | None, truncate: bool) -> None:
+    """Raise UsageError for a prompt with more tokens than the model has positions, unless such are cut; then say how many."""
+    if limit is None:
+        return
+    cut = 0
+    for begin in range(0, len(prompts), TOKENISED_TOGETHER):
+        some = prompts[begin : begin + TOKENISED_TOGETHER]
+        for prompt, tokens in zip(some, tokens_of(tokenizer, some), strict=True):
+            if len(tokens) > limit and not truncate:
+                raise UsageError(
+                    f"{path}: prompt {prompt.id!r} has {len(tokens):,} tokens, and the model {limit:,} positions; shorten it, "
+                    "or give --truncate, which keeps its end"
+                )
+            cut += len(tokens) > limit
+    if cut:
+        log.warning("%d of %d prompts are cut to the last %d tokens", cut, len(prompts), limit)
 
 
 def _identity(model_name: str, model_config: Any) -> dict[str, Any]:

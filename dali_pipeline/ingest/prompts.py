@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +26,7 @@ class Prompt:
 def read_prompts(path: Path) -> list[Prompt]:
     """Rows of a CSV file with the columns `prompt` and `label`, and perhaps `id` (else the row's number) and `group`."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with any_length(), path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             columns = rows.fieldnames or []
             for column in ("prompt", "label"):
@@ -38,6 +41,16 @@ def read_prompts(path: Path) -> list[Prompt]:
     if twice:
         raise UsageError(f"{path} gives the id {twice[0]!r} to several rows; expected each id once")
     return prompts
+
+
+@contextmanager
+def any_length() -> Iterator[None]:
+    """Within it, the fields of CSV files may be of any length; the limit of 128 KiB is the process's, and comes back."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def _prompt(path: Path, number: int, row: dict[str, str]) -> Prompt:

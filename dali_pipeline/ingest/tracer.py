@@ -12,11 +12,14 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dali_pipeline.delivery import resolve_device
+from dali_pipeline.ingest.anatomy import call, examine
 from dali_pipeline.ingest.attention import attention_edges
 from dali_pipeline.ingest.prompts import Prompt
 from dali_pipeline.record import Graphs, Record
 from dali_pipeline.schema import DataError, Schema, UsageError
 from dali_pipeline.split import Split
+from dali_pipeline.world import World
 from dali_pipeline.writer import SHARD_BYTES
 
 STRETCH_BYTES = 1 << 30  # of records in memory
@@ -29,14 +32,16 @@ Tokens = tuple[Prompt, list[int]]
 class ExtractConfig:
     """What to take out of the model.
 
-    layers, graph_layers: numbers of hidden states, 0 for the embeddings, l for the output of block l; None for every
-    block; () for no graphs. A graph of layer l has the hidden states l as nodes and the attention of block l as edges,
-    where its mean over heads is above `attention_threshold`. batch_tokens: padded tokens a forward pass. commit_every:
-    prompts after which work is final and a restart goes on.
+    layers, graph_layers: numbers of hidden states, 0 for the embeddings, l for the output of block l; None for every block, and
+    for graphs every one that has attention; () for no graphs. A graph of layer l has the hidden states l as nodes and the
+    attention of block l as edges, where its mean over heads is above `attention_threshold`. truncate: cut prompts with more
+    tokens than the model has positions, at their begin, as it is the end that is read. batch_tokens: padded tokens a forward
+    pass. commit_every: prompts after which work is final and a restart goes on.
     """
 
     layers: tuple[int, ...] | None = None
     graph_layers: tuple[int, ...] | None = None
+    truncate: bool = False
     attention_threshold: float = 0.01
     dtype: str = "float16"
     batch_tokens: int = 1024
@@ -62,8 +67,8 @@ def load_tokenizer(model_name: str) -> Any:
 @lru_cache(maxsize=1)
 def load_model(model_name: str, device: str) -> tuple[Any, Any, torch.device]:
     """Tokenizer, model without its language-model head, and where it is."""
+    found = resolve_device(device, World())
     try:
-        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         dtype = torch.float32 if found.type == "cpu" else "auto"
         model = AutoModelForCausalLM.from_pretrained(model_name, attn_implementation="eager", dtype=dtype)
         return load_tokenizer(model_name), model.base_model.to(found).eval(), found
@@ -77,13 +82,15 @@ class Tracer:
     def __init__(self, model_name: str, schema: Schema, config: ExtractConfig, device: str) -> None:
         self.config, self.schema = config, schema
         self._tokenizer, self._model, self.device = load_model(model_name, device)
+        self._attention = examine(self._model, self.device).attention if config.graph_layers else {}
+        self._limit = positions_of(self._model.config) if config.truncate else None
 
     def stretches(self, prompts: Sequence[Prompt]) -> Iterator[list[Tokens]]:
         """Prompts with their tokens, cut where their records come to STRETCH_BYTES."""
         assert self.schema.sequence is not None
         assert self.config.layers is not None
         layers, graph_layers = len(self.config.layers), len(self.config.graph_layers or ())
-        tokens = self._tokenizer([prompt.text for prompt in prompts])["input_ids"]
+        tokens = [each[-self._limit :] if self._limit else each for each in tokens_of(self._tokenizer, prompts)]
         nbytes = [self.schema.sequence.row_bytes * (layers + graph_layers * len(each)) for each in tokens]
         begin = 0
         while begin < len(prompts):
@@ -114,24 +121,36 @@ class Tracer:
         input_ids = torch.zeros(len(batch), width, dtype=torch.int64)
         input_ids[mask] = torch.tensor([token for _, tokens in batch for token in tokens])
         graph_layers = self.config.graph_layers or ()
-        out = self._model(
-            input_ids=input_ids.to(self.device),
-            attention_mask=mask.to(self.device, torch.int64),
-            output_hidden_states=True,
-            output_attentions=bool(graph_layers),
-            use_cache=False,
-        )
+        on_device = input_ids.to(self.device), mask.to(self.device, torch.int64)
+        out = call(self._model, *on_device, attentions=bool(graph_layers))
         rows, last = torch.arange(len(batch)), lengths - 1
         assert self.config.layers is not None
         # sequences: (B, layers, hidden) · nodes: (B, graph layers, width, hidden) · attention: (B, graph layers, width, width)
         sequences = torch.stack([out.hidden_states[layer][rows, last] for layer in self.config.layers], dim=1).float().cpu()
         if graph_layers:
             nodes = torch.stack([out.hidden_states[layer] for layer in graph_layers], dim=1).float().cpu()
-            attention = torch.stack([out.attentions[layer - 1].float().mean(1) for layer in graph_layers], dim=1).cpu()
+            attention = torch.stack([self._mean_attention(out, layer) for layer in graph_layers], dim=1).cpu()
         for row, (prompt, tokens) in enumerate(batch):
             record = Record(id=prompt.id, group=prompt.group, label=prompt.label, sequence=sequences[row].numpy())
             graphs = _graphs(nodes[row], attention[row], len(tokens), self.config.attention_threshold) if graph_layers else None
             yield replace(record, graphs=graphs).stored(self.schema)
+
+    def _mean_attention(self, out: Any, layer: int) -> torch.Tensor:
+        """The attention of a block, mean over its heads, (B, width, width)."""
+        mean: torch.Tensor = out.attentions[self._attention[layer]].float().mean(1)
+        return mean
+
+
+def tokens_of(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Return each prompt's tokens, however many."""
+    found: list[list[int]] = tokenizer([prompt.text for prompt in prompts], truncation=False, verbose=False)["input_ids"]
+    return found
+
+
+def positions_of(model_config: Any) -> int | None:
+    """Return the most tokens that a model has positions for; None where it has no such limit."""
+    found = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def _graphs(nodes: torch.Tensor, attention: torch.Tensor, count: int, threshold: float) -> Graphs:

@@ -22,6 +22,7 @@ import numpy as np
 from dali_pipeline.ingest.attention import attention_edges
 from dali_pipeline.ingest.foreign import ForeignFile, Reader, Values, as_text, files_named, whole_numbers
 from dali_pipeline.ingest.inert import Bag, InertUnpickler
+from dali_pipeline.ingest.prompts import any_length
 from dali_pipeline.record import Graphs
 from dali_pipeline.schema import Array, FormatError, UsageError
 
@@ -91,7 +92,7 @@ def read_scores(path: Path, column: str | None) -> dict[str, float]:
     """
     scores: dict[str, float] = {}
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with any_length(), path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             columns = list(rows.fieldnames or [])
             others = [name for name in columns if name != "question_id"]
