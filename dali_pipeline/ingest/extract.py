@@ -86,7 +86,7 @@ def extract(
         return data
     threads = torch.get_num_threads()
     # one that cannot be loaded is told before a folder is made
-    anatomy = examine(*load_model(model_name, device)[1:]) if engine == "local" else _anatomy(model_config)
+    anatomy = _looked_at(model_name, device) if engine == "local" else _anatomy(model_config)
     config = _with_attention(model_name, config, asked, anatomy)
     hidden, graphs = _width(model_name, config, anatomy), bool(config.graph_layers)
     schema = Schema(
@@ -162,6 +162,16 @@ def _with_all_layers(config: ExtractConfig, blocks: int) -> ExtractConfig:
     if not all(1 <= layer <= blocks for layer in config.graph_layers):
         raise UsageError(f"graph layers are {config.graph_layers}; expected some of 1 to {blocks}")
     return config
+
+
+def _looked_at(model_name: str, device: str) -> Anatomy:
+    """The anatomy of a model that is loaded here. Raises UsageError for one that does not run as causal models do."""
+    _, model, on = load_model(model_name, device)
+    try:
+        return examine(model, on)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise UsageError(f"{model_name} does not give hidden states as causal models of transformers do ({why})") from error
 
 
 def _anatomy(model_config: Any) -> Anatomy:
