@@ -270,6 +270,50 @@ def test_labels_that_the_model_never_saw_are_delivered_as_they_are(
         assert {id_: row[column] for id_, row in found[0].items()} == {id_: row[column] for id_, row in found[1].items()}
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"config": None},
+        {"config": {"dropout": "a"}},
+        {"config": {"layers": 3}},
+        {"config": {"precision": "fp8"}},
+        {"config": {"epochs": None}},
+        {"classes": None},
+        {"classes": -1},
+        {"classes": 2**40},
+        {"model": None},
+        {"model": {}},
+        {"schema": []},
+    ],
+    ids=str,
+)
+def test_a_damaged_checkpoint_is_one_sentence(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: dict[str, Any]
+) -> None:
+    torch.save(torch.load(trained / "lstm.pt", weights_only=True) | change, tmp_path / "lstm.pt")
+    arguments = ("--checkpoint", tmp_path / "lstm.pt", trained / "set", "--output", tmp_path / "scores.csv", "--device", "cpu")
+    assert predict(monkeypatch, *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"dali_pipeline: {tmp_path / 'lstm.pt'} holds")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "part", ["model", "best", "optimizer", "scheduler", "loader", "epoch", "history", "random", "delivered"]
+)
+def test_a_damaged_state_is_one_sentence(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], part: str
+) -> None:
+    state = torch.load(trained / "lstm" / "lstm-last.pt", weights_only=True)
+    arguments = ("--data", trained / "set", "--model", "lstm", "--epochs", 1, "--output-dir", tmp_path / "out")
+    for damage in (None, "x"):
+        torch.save(state | {part: damage}, tmp_path / "lstm-last.pt")
+        assert call(monkeypatch, *arguments, "--resume", tmp_path / "lstm-last.pt") == 2
+        error = capsys.readouterr().err
+        assert "holds no" in error or "cannot be gone on from" in error or "not a loader state" in error or "digest" in error
+        assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_predict_is_stopped_without_a_trace(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int

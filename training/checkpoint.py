@@ -16,9 +16,9 @@ from dali_pipeline.trace import span
 from dali_pipeline.whole import write_whole
 
 IDENTITY = {"name", "config", "schema", "classes"}
-# what `Trainer.state` holds beside
-PARTS = {"best", "model", "optimizer", "scheduler", "scaler", "loader", "epoch", "loss_sum", "loss_count", "history"}
-PARTS |= {"best_auroc", "random", "delivered"}
+# what `Trainer.save` writes beside, and of which type
+PARTS: dict[str, type] = dict.fromkeys(("best", "model", "optimizer", "scheduler", "scaler", "loader", "delivered"), dict)
+PARTS |= {"epoch": int, "loss_sum": float, "loss_count": int, "history": list, "best_auroc": float, "random": list}
 
 
 class CheckpointWriter:
@@ -86,8 +86,8 @@ def read_checkpoint(path: Path, name: str, config: Mapping[str, Any]) -> dict[st
     state = load_checkpoint(path, "name another, or begin anew with --resume never")
     if state["name"] != name:
         raise UsageError(f"{path} is a checkpoint of {state['name']}; expected one of {name}")
-    if missing := PARTS - state.keys():
-        raise UsageError(f"{path} holds no {sorted(missing)[0]}, so nothing can go on from it; expected {name}-last.pt")
+    if missing := sorted(part for part, kind in PARTS.items() if not isinstance(state.get(part), kind)):
+        raise UsageError(f"{path} holds no {missing[0]}, so nothing can go on from it; expected {name}-last.pt")
     for key in config.keys() - {"models"}:
         theirs = state["config"].get(key)
         if theirs != config[key]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,19 +75,17 @@ def write_scores(
     except (msgspec.ValidationError, UsageError) as error:
         raise UsageError(f"{checkpoint} holds a schema that this version does not know ({error}); name another") from None
     check_fits(checkpoint, name, schema, data)
-    known = {one.name: state["config"][one.name] for one in fields(TrainConfig) if one.name in state["config"]}
-    config = TrainConfig(
-        **{**known, "models": (name,), "batch_size": batch_size, "lanes": 1, "compile": False, "accumulate": 1}
-    )
+    config = replace(settings_of(checkpoint, state), models=(name,), batch_size=batch_size)
     torch.set_num_threads(default_threads())
     splits = data.splits if split is None else (split,)
     loaders = {one: make_loader(name, data, config, one, device, shuffle=False, on_nan=on_nan) for one in splits}
-    model = build_model(name, schema, state["classes"], config).to(loaders[splits[0]].device)
     try:
+        model = build_model(name, schema, state["classes"], config)
         model.load_state_dict(state["model"])
-    except (RuntimeError, KeyError, TypeError) as error:
+    except (RuntimeError, LookupError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"{checkpoint} holds other weights than {name} has ({reason}); name another") from None
+    model.to(loaders[splits[0]].device)
     total = sum(loader.num_records for loader in loaders.values())
     if not total:
         raise DataError(f"{data.root} has no {kind_of(name)} in {', '.join(splits)}; expected at least one record")
@@ -123,6 +121,15 @@ def finite_batches(model: nn.Module, loader: Loader[Any], precision: str) -> Ite
             raise
     else:
         loader.check_digest(loader.digest)
+
+
+def settings_of(checkpoint: Path, state: Mapping[str, Any]) -> TrainConfig:
+    """The settings that the checkpoint was trained with, as far as a forward pass looks at them."""
+    try:
+        known = {one.name: state["config"][one.name] for one in fields(TrainConfig) if one.name in state["config"]}
+        return msgspec.convert({**known, "lanes": 1, "compile": False, "accumulate": 1}, TrainConfig)
+    except (msgspec.ValidationError, TypeError, LookupError) as error:
+        raise UsageError(f"{checkpoint} holds settings that this version does not know ({error}); name another") from None
 
 
 def check_fits(checkpoint: Path, name: str, schema: Schema, data: Dataset) -> None:

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import torch
 
-from dali_pipeline import Dataset, EpochDigest, PipelineError, StepTimer
+from dali_pipeline import Dataset, EpochDigest, PipelineError, StepTimer, UsageError
 from dali_pipeline.damage import log
 from dali_pipeline.threads import default_threads
 from models import set_statistics
@@ -235,17 +235,30 @@ class Trainer:
         Raises UsageError for a file that is no checkpoint, or one of another run.
         """
         state = self.processes.first(lambda: read_checkpoint(path, self.name, self.config.to_dict(self.data)))
-        self._keep_threads(state.get("threads", self.threads))
+        try:
+            self._take(state)
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+            if not self.processes.is_first:
+                raise EndedElsewhere from None
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"{path} holds a state that cannot be gone on from ({reason}); name another") from None
+        if self.best_weights:
+            self._save_best()  # the folder may be another one than the checkpoint's
+
+    def _take(self, state: dict[str, Any]) -> None:
+        self._keep_threads(int(state.get("threads", self.threads)))
+        if len(state["history"]) != state["epoch"]:
+            raise ValueError(f"{len(state['history'])} rows of history in epoch {state['epoch']}")
+        if state["epoch"]:
+            self.model.load_state_dict(state["best"])  # shows whether they fit
         self.stepper.load_state_dict(state)
         self.loaders["train"].load_state_dict(state["loader"])
         self.position = state["loader"]
-        self.epoch, self.loss_count, self.history = state["epoch"], state["loss_count"], state["history"]
-        self.best_auroc, self.best_weights = state["best_auroc"], state["best"]
+        self.epoch, self.loss_count, self.history = state["epoch"], int(state["loss_count"]), state["history"]
+        self.best_auroc, self.best_weights = float(state["best_auroc"]), state["best"]
         if self.processes.is_first:  # sums over processes: what was before counts once
             self._before = EpochDigest.from_dict(state["delivered"])
             self.loss_sum.fill_(state["loss_sum"])
-        if self.best_weights:
-            self._save_best()  # the folder may be another one than the checkpoint's
         if self.processes.rank < len(state["random"]):
             set_random_states(state["random"][self.processes.rank])
         else:  # more processes than before
