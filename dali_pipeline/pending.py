@@ -162,7 +162,7 @@ def whole_label(record: Record) -> int:
     try:
         label = int(record.label)
         whole = label == record.label and 0 <= label < 2**63
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RuntimeError, np.ma.MaskError):  # of a meta tensor, RuntimeError
         whole = False
     if not whole:
         raise DataError(f"record {record.id!r} has the label {record.label!r}; expected a whole number of 0 or more")
