@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dali_pipeline.checks import whole
 from dali_pipeline.schema import DataError, PipelineError, UsageError
 
 # need: when the plan asks for the block next, an epoch and its part; what is needed last goes first
@@ -39,8 +40,7 @@ class Cache:
     it cannot be written to, or its file system cannot give back parts of a file."""
 
     def __init__(self, folder: Path, nbytes: int) -> None:
-        if isinstance(nbytes, bool) or not isinstance(nbytes, int) or nbytes < 1:
-            raise UsageError(f"cache_bytes is {nbytes!r}; expected a whole number of at least 1")
+        nbytes = whole("cache_bytes", nbytes, 1)
         if _fallocate is None or not hasattr(fcntl, "F_OFD_SETLKW"):
             raise UsageError("a cache of a store needs Linux: locks of parts of files, and files with holes")
         self.folder, self.nbytes = folder, nbytes

@@ -13,6 +13,7 @@ import numpy as np
 
 from dali_pipeline.cache import CACHE_BYTES, Cache
 from dali_pipeline.cachedfile import RemotePath
+from dali_pipeline.checks import path, shown, whole
 from dali_pipeline.manifest import Manifest, ShardTable, shard_path
 from dali_pipeline.order import Ints
 from dali_pipeline.schema import SPLITS, DataError, FormatError, Kind, Schema, UsageError
@@ -56,9 +57,10 @@ class Dataset:
 
     def table(self, split: str, kind: Kind) -> ShardTable:
         """The shards of a split and kind. Raises UsageError for a split, DataError for a kind, that is not there."""
-        if split not in self.manifest.splits:
-            raise UsageError(f"unknown split {split!r}; {self.root} has {', '.join(self.splits)}")
-        if kind not in self.schema.kinds:
+        if not isinstance(split, str) or split not in self.manifest.splits:
+            raise UsageError(f"unknown split {shown(split)}; {self.root} has {', '.join(self.splits)}")
+        if not isinstance(kind, str) or kind not in self.schema.kinds:
+            kind = kind if isinstance(kind, str) else shown(kind)
             raise DataError(f"{self.root} holds no {kind}; it has {' and '.join(self.schema.kinds)}")
         return self.manifest.splits[split].get(kind, ShardTable())
 
@@ -103,10 +105,7 @@ class Dataset:
         stays as it is. No file is written; feature statistics are those of `train` as stored. Reads labels and groups: some 20
         bytes a record, held in memory as 8 bytes. Raises DataError for fewer groups than k.
         """
-        if isinstance(k, bool) or not isinstance(k, int) or k < 2:
-            raise UsageError(f"k is {k!r}; expected a whole number of at least 2")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-            raise UsageError(f"seed is {seed!r}; expected a whole number from 0 to 2**64 - 1")
+        k, seed = whole("k", k, 2), whole("seed", seed, 0, 2**64 - 1, expected="a whole number from 0 to 2**64 - 1")
         pools, hashes = {}, {}
         for kind in self.schema.kinds:
             pools[kind] = Selection.chain([self.select(split, kind) for split in ("train", "val")], self.digest)
@@ -135,12 +134,14 @@ class Dataset:
 class View(Dataset):
     """A data set made of the shards of others, as `folds` and `mix` make it; a loader takes it like any other.
 
-    view_digest: identity of these data · selections: by split and kind · counts: of labels, likewise.
+    view_digest: identity of these data · selections: by split and kind · counts: of labels, likewise · mixed: whether it is of
+    several data sets.
     """
 
     view_digest: str
     selections: Mapping[str, Mapping[Kind, Selection]]
     counts: Mapping[str, Mapping[Kind, dict[int, int]]]
+    mixed: bool = False
 
     @property
     def digest(self) -> str:
@@ -163,9 +164,9 @@ class View(Dataset):
 
     def select(self, split: str, kind: Kind) -> Selection:
         """The records of a split and kind, for a loader. Raises UsageError for a split, DataError for a kind, not there."""
-        if split not in self.selections:
-            raise UsageError(f"unknown split {split!r}; this fold or mix has {', '.join(self.splits)}")
-        if kind not in self.selections[split]:
+        if not isinstance(split, str) or split not in self.selections:
+            raise UsageError(f"unknown split {shown(split)}; this fold or mix has {', '.join(self.splits)}")
+        if not isinstance(kind, str) or kind not in self.selections[split]:
             raise DataError(f"{self.root} holds no {kind}; it has {' and '.join(self.schema.kinds)}")
         return self.selections[split][kind]
 
@@ -174,8 +175,8 @@ class View(Dataset):
         return self.select(split, kind).num_records
 
     def _labels(self, split: str) -> Mapping[Kind, dict[int, int]]:
-        if split not in self.counts:
-            raise UsageError(f"unknown split {split!r}; this fold or mix has {', '.join(self.splits)}")
+        if not isinstance(split, str) or split not in self.counts:
+            raise UsageError(f"unknown split {shown(split)}; this fold or mix has {', '.join(self.splits)}")
         return self.counts[split]
 
     def folds(self, k: int, seed: int = 0) -> list[Dataset]:
@@ -207,12 +208,14 @@ def open_dataset(
     other runs. Raises FormatError, in one sentence, where there is no data set, or its manifest is unreadable or damaged;
     DataError for a store that cannot be reached; UsageError for a cache that cannot be.
     """
+    if not isinstance(root, RemotePath):
+        root = path("the data set", root)
     if not isinstance(root, RemotePath) and is_url(root):
-        folder = default_cache() if cache_dir is None else Path(cache_dir)
+        folder = default_cache() if cache_dir is None else Path(path("cache_dir", cache_dir))
         root = RemotePath(Store(os.fspath(root)), Cache(folder, CACHE_BYTES if cache_bytes is None else cache_bytes))
     if isinstance(root, RemotePath):
         return Dataset(root=root, manifest=Manifest.load(root))
-    path = Path(root)
-    if not path.is_dir():
-        raise FormatError(f"{path} is not a folder; expected a data set, as `convert` or `extract` writes it")
-    return Dataset(root=path, manifest=Manifest.load(path))
+    place = Path(root)
+    if not place.is_dir():
+        raise FormatError(f"{place} is not a folder; expected a data set, as `convert` or `extract` writes it")
+    return Dataset(root=place, manifest=Manifest.load(place))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 
+from dali_pipeline.checks import MOST, one_of, shown, truth, whole
 from dali_pipeline.layers import Layers
 from dali_pipeline.schema import UsageError
 from dali_pipeline.world import World
@@ -16,45 +18,66 @@ OnError = Literal["raise", "skip"]
 OnNan = Literal["keep", "raise", "skip"]
 
 
+class Options(NamedTuple):
+    """What a loader was given, as plain Python has it."""
+
+    batch_size: int
+    workers: Workers
+    shuffle: bool
+    bucket_by_length: bool
+
+
 def check_options(
     *, batch_size: int, workers: Workers, shuffle: bool, bucket_by_length: bool, on_error: OnError, on_nan: OnNan
-) -> None:
+) -> Options:
     """Raises UsageError for one that is none of what a loader takes."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise UsageError(f"batch_size is {batch_size!r}; expected a whole number of at least 1")
-    if workers != "auto" and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 0):
-        raise UsageError(f"workers is {workers!r}; expected 'auto' or a whole number of at least 0")
-    for name, choice in (("shuffle", shuffle), ("bucket_by_length", bucket_by_length)):
-        if not isinstance(choice, bool):
-            raise UsageError(f"{name} is {choice!r}; expected True or False")
-    for name, value, known in (("on_error", on_error, get_args(OnError)), ("on_nan", on_nan, get_args(OnNan))):
-        if value not in known:
-            raise UsageError(f"{name} is {value!r}; expected {' or '.join(map(repr, known))}")
+    one_of("on_error", on_error, get_args(OnError))
+    one_of("on_nan", on_nan, get_args(OnNan))
+    auto = isinstance(workers, str) and workers == "auto"
+    return Options(
+        batch_size=whole("batch_size", batch_size, 1),
+        workers="auto" if auto else whole("workers", workers, expected="'auto' or a whole number of at least 0"),
+        shuffle=truth("shuffle", shuffle),
+        bucket_by_length=truth("bucket_by_length", bucket_by_length),
+    )
 
 
 def resolve_device(device: str | torch.device, world: World) -> torch.device:
     """`auto`: this process's own GPU where there is one, else the CPU. Raises UsageError for a GPU that is not there."""
-    if device == "auto":
+    if isinstance(device, str) and device == "auto":
         return (
             torch.device("cuda", world.local_rank % torch.cuda.device_count())
             if torch.cuda.is_available()
             else torch.device("cpu")
         )
     try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError):
+        found = torch.device(device if isinstance(device, str | torch.device) else "meta")
+    except (RuntimeError, TypeError, ValueError):
         found = torch.device("meta")
     if found.type not in ("cpu", "cuda"):
-        raise UsageError(f"device is {str(device)!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
+        raise UsageError(f"device is {shown(str(device))}; expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device is {str(device)!r}, but torch sees {torch.cuda.device_count()} GPUs")
     return torch.device("cuda", torch.cuda.current_device()) if found.type == "cuda" and found.index is None else found
 
 
-def check_delivery(layers: Layers, dtype: torch.dtype) -> None:
-    """Raises UsageError for layers that choose nothing in particular, or a dtype that is no floating type of torch."""
-    whole = isinstance(layers, Sequence) and all(isinstance(each, int) and not isinstance(each, bool) for each in layers)
-    if layers is not None and not isinstance(layers, slice) and not whole:
-        raise UsageError(f"layers are {layers!r}; expected a slice, a list of whole numbers, or None")
+def check_delivery(layers: Layers, dtype: torch.dtype) -> Layers:
+    """The layers in plain whole numbers; raises UsageError for some that choose nothing in particular, or a dtype that is no
+    floating type of torch."""
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UsageError(f"dtype is {dtype!r}; expected a floating type such as torch.float32")
+        raise UsageError(f"dtype is {shown(dtype)}; expected a floating type such as torch.float32")
+    if layers is None:
+        return None
+    expected = "a slice, a list of whole numbers, or None"
+    try:
+        if isinstance(layers, slice):
+            begin, end, step = (
+                None if each is None else whole("layers", each, -MOST) for each in (layers.start, layers.stop, layers.step)
+            )
+            if step != 0:
+                return slice(begin, end, step)
+        elif isinstance(layers, Sequence | np.ndarray) and not isinstance(layers, str | bytes) and np.ndim(layers) == 1:
+            return [whole("layers", each, -MOST) for each in layers]
+    except (UsageError, ValueError):  # nested lists of different lengths
+        pass
+    raise UsageError(f"layers are {shown(layers)}; expected {expected}")

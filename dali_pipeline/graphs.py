@@ -12,6 +12,7 @@ import torch
 
 from dali_pipeline.ahead import background_threads, cores_beside, map_ahead, on_threads
 from dali_pipeline.budget import BudgetPlan, Packed
+from dali_pipeline.checks import one_of, real
 from dali_pipeline.collate import Collator, GraphBatch
 from dali_pipeline.dataset import Dataset
 from dali_pipeline.delivery import OnError, OnNan, Workers, check_delivery
@@ -78,8 +79,7 @@ class GraphLoader(Loader[GraphBatch]):
         oversize: Oversize = "alone",
         min_weight: float | None = None,
     ) -> None:
-        if oversize not in get_args(Oversize):
-            raise UsageError(f"oversize is {oversize!r}; expected 'alone' or 'raise'")
+        one_of("oversize", oversize, get_args(Oversize))
         super().__init__(
             data,
             split=split,
@@ -102,32 +102,31 @@ class GraphLoader(Loader[GraphBatch]):
         )
         if self.budgeted and on_error == "skip":
             raise UsageError("max_nodes and max_edges need the size of every record; expected on_error='raise'")
-        if self.budgeted and self.world.world_size % lanes and lanes % self.world.world_size:
+        if self.budgeted and self.world.world_size % self.order.lanes and self.order.lanes % self.world.world_size:
             raise UsageError(
                 f"lanes is {lanes} and world_size {self.world.world_size}; expected one to be a multiple of the other, "
                 "for with max_nodes or max_edges every rank's batches come from whole lanes"
             )
-        check_delivery(layers, dtype)
-        layers = self._positions(layers, "graph")
+        layers = self._positions(check_delivery(layers, dtype), "graph")
         if min_weight is not None:
-            _check_weight(min_weight, data.schema)
+            min_weight = _check_weight(min_weight, data.schema)
         self.dtype = dtype
         self._source = source = GraphSource(
             self.selection,
             data.schema,
             layers,
-            window_bytes,
+            self.order.window_bytes,
             finite=on_nan != "keep",
             min_weight=min_weight,
-            may_hold=shuffle and workers in ("auto", 0) and self.world.alone,  # in order, reads are long anyway
+            may_hold=self.order.shuffle and self.workers in ("auto", 0) and self.world.alone,  # in order, reads are long anyway
         )
         self._gatherer = GraphGatherer(source, self.world, self.skips)
-        shared = workers not in ("auto", 0)  # a worker's arrays hold until the next stretch alone
+        shared = self.workers not in ("auto", 0)  # a worker's arrays hold until the next stretch alone
         self._collator = Collator(data.schema, self.device, dtype, copies=shared)
         self._oversize = oversize
         self._steps_of = (-1, 0)  # an epoch, and its steps by the budget
         record_bytes = max(1, int(self.selection.record_bytes))
-        self._threads = background_threads(self.device, record_bytes, workers)
+        self._threads = background_threads(self.device, record_bytes, self.workers)
         self.cores = cores_beside(self._threads if self.device.type == "cpu" else 0)  # for torch in the caller's thread
         self._stretch_records = STRETCH_BYTES // record_bytes
         self._longest_stretch = max(1, min(STRETCH_STEPS, self._stretch_records // self.batch_size))
@@ -135,10 +134,8 @@ class GraphLoader(Loader[GraphBatch]):
             self._longest_stretch = STRETCH_STEPS
         # twice what is expected in it, for only what is touched is in memory
         records = self._stretch_records if self.budgeted else self._longest_stretch * self.batch_size
-        fields = [
-            (field.row_bytes, max_edges if level_of(name) == "edge" else max_nodes) for name, field in source.fields.items()
-        ]
-        batch_bytes = sum(width * (most or 0) for width, most in fields) + 16 * (max_edges or 0)
+        most = {"node": self.order.max_nodes or 0, "edge": self.order.max_edges or 0, "graph": self.order.max_nodes or 0}
+        batch_bytes = sum(field.row_bytes * most[level_of(name)] for name, field in source.fields.items()) + 16 * most["edge"]
         self._arena_bytes = max(1 << 20, 2 * records * record_bytes, 2 * batch_bytes)
 
     def __len__(self) -> int:
@@ -199,9 +196,9 @@ class GraphLoader(Loader[GraphBatch]):
             )
 
 
-def _check_weight(least: float, schema: Schema) -> None:
-    if isinstance(least, bool) or not isinstance(least, int | float) or math.isnan(least):
-        raise UsageError(f"min_weight is {least!r}; expected a number")
+def _check_weight(given: float, schema: Schema) -> float:
+    least = real("min_weight", given, "a number", finite=False)
     if schema.edge_attr is None or math.prod(schema.edge_attr.shape) != 1:
         has = "no edge_attr" if schema.edge_attr is None else f"edge_attr in rows of {schema.edge_attr.shape}"
         raise UsageError(f"min_weight is {least!r} for data with {has}; expected one weight an edge")
+    return least

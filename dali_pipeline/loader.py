@@ -11,6 +11,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from dali_pipeline.checks import shown, whole
 from dali_pipeline.damage import TOLD, log, tell
 from dali_pipeline.dataset import Dataset
 from dali_pipeline.delivery import OnError, OnNan, Workers, check_options, resolve_device
@@ -81,8 +82,8 @@ class Loader(IterableDataset[Batch]):
         max_edges: int | None = None,
     ) -> None:
         if not isinstance(data, Dataset):
-            raise UsageError(f"data is {data!r}; expected what open_dataset gives")
-        check_options(
+            raise UsageError(f"data is {shown(data)}; expected what open_dataset gives")
+        options = check_options(
             batch_size=batch_size,
             workers=workers,
             shuffle=shuffle,
@@ -93,7 +94,7 @@ class Loader(IterableDataset[Batch]):
         # what a record is left out for
         self.skips: tuple[type[PipelineError], ...] = (FormatError,) * (on_error == "skip")
         self.skips += (NotFiniteError,) * (on_nan == "skip")
-        self.data, self.split, self.batch_size, self.workers = data, split, batch_size, workers
+        self.data, self.split, self.batch_size, self.workers = data, split, options.batch_size, options.workers
         self.world = World.detect(rank, world_size)
         self.device = resolve_device(device, self.world)
         self.budgeted = max_nodes is not None or max_edges is not None
@@ -102,14 +103,14 @@ class Loader(IterableDataset[Batch]):
             digest=self.selection.digest,
             split=split,
             seed=seed,
-            shuffle=shuffle,
+            shuffle=options.shuffle,
             max_nodes=max_nodes,
             max_edges=max_edges,
-            global_batch_size=lanes if self.budgeted else batch_size * self.world.world_size,
+            global_batch_size=lanes if self.budgeted else options.batch_size * self.world.world_size,
             window_bytes=window_bytes,
             lanes=lanes,
             tail=tail,
-            bucket_by_length=bucket_by_length,
+            bucket_by_length=options.bucket_by_length,
         )
         self._num_records = self.selection.num_draws or self.selection.num_records
         self._first_plan = self._plan(epoch=0)
@@ -155,7 +156,7 @@ class Loader(IterableDataset[Batch]):
         """
         if self.budgeted:
             raise UsageError("batches of max_nodes or max_edges have no number of records; count their `valid` rows")
-        return self._first_plan.num_valid(step)
+        return self._first_plan.num_valid(whole("step", step))
 
     def __iter__(self) -> Iterator[Batch]:
         if get_worker_info() is not None:
@@ -224,6 +225,8 @@ class Loader(IterableDataset[Batch]):
         only the number can be checked; draws are counted. The first time it may read the split's ids (a fold, or a data set
         written before manifests kept their sum).
         """
+        if not isinstance(digest, EpochDigest):
+            raise UsageError(f"digest is {shown(digest)}; expected that of a loader, or a sum of such")
         if self.selection.draws:
             return digest.describe()
         if self.order.tail == "drop":
@@ -238,8 +241,7 @@ class Loader(IterableDataset[Batch]):
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the next epoch, from its start; where a just loaded state stands in that epoch, the position stays."""
-        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
-            raise UsageError(f"epoch is {epoch!r}; expected a whole number of at least 0")
+        epoch = whole("epoch", epoch)
         if not (self._loaded and self._next[0] == epoch):
             self._position = self._next = Position(epoch, 0)
             self._len_of = epoch

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from dali_pipeline.checks import mapping, one_of, real
 from dali_pipeline.dataset import Dataset, View
 from dali_pipeline.draws import Draws
 from dali_pipeline.schema import DataError, Kind, UsageError
@@ -25,8 +26,9 @@ def mix(shares: Mapping[Dataset, float]) -> Dataset:
     record's position counts through the sets in the order given. Raises UsageError for shares that are no positive numbers,
     DataError for schemas that differ.
     """
-    sets = _checked(shares)
-    digest = derived_digest("mix", *(word for one in sets for word in (one.digest, float(shares[one]))))
+    by_set = _checked(shares)
+    sets = list(by_set)
+    digest = derived_digest("mix", *(word for one, share in by_set.items() for word in (one.digest, share)))
     selections: dict[str, dict[Kind, Selection]] = {}
     for split in (split for split in sets[0].splits if all(split in one.splits for one in sets)):
         selections[split] = {}
@@ -39,7 +41,7 @@ def mix(shares: Mapping[Dataset, float]) -> Dataset:
                 if not all(part.num_records for part in parts):
                     raise DataError(f"a data set of the mix has no {kind} in its train split; leave it out")
                 ends = np.cumsum([len(part.records) for part in parts]).tolist()
-                spans = zip([0, *ends[:-1]], ends, shares.values(), strict=True)
+                spans = zip([0, *ends[:-1]], ends, by_set.values(), strict=True)
                 draws = tuple(Draws(begin=begin, end=end, share=share) for begin, end, share in spans)
                 chained = replace(chained, draws=draws, num_draws=chained.num_records)
             selections[split][kind] = chained
@@ -47,22 +49,27 @@ def mix(shares: Mapping[Dataset, float]) -> Dataset:
         split: {kind: _sum([one.label_counts(split, kind) for one in sets]) for kind in kinds}
         for split, kinds in selections.items()
     }
-    return View(sets[0].root, replace(sets[0].manifest, statistics=None), digest, selections, counts)
+    return View(sets[0].root, replace(sets[0].manifest, statistics=None), digest, selections, counts, mixed=True)
 
 
-def _checked(shares: Mapping[Dataset, float]) -> list[Dataset]:
-    sets = list(shares)
-    if not sets or not all(isinstance(one, Dataset) for one in sets):
+def _checked(shares: Mapping[Dataset, float]) -> dict[Dataset, float]:
+    if not isinstance(shares, Mapping) or not shares or not all(isinstance(one, Dataset) for one in shares):
         raise UsageError("mix takes data sets and their shares, such as mix({a: 0.7, b: 0.3})")
-    for share in shares.values():
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < float("inf"):
-            raise UsageError(f"a share is {share!r}; expected a number above 0")
+    found = {one: real("a share", share, "a number above 0", above=0) for one, share in shares.items()}
+    sets = list(found)
     for other in sets[1:]:
         if other.schema != sets[0].schema:
             raise DataError(
                 f"{other.root} has another schema than {sets[0].root}; expected the same, so convert with one --dtype"
             )
-    return sets
+        for kind in sets[0].schema.kinds:
+            ours, theirs = (one.layer_numbers(kind) for one in (sets[0], other))
+            if ours != theirs:
+                raise DataError(
+                    f"{other.root} has the layers {theirs} in its {kind}, and {sets[0].root} {ours}; expected the same, so "
+                    "convert with one --layers"
+                )
+    return found
 
 
 def _sum(counts: list[dict[int, int]]) -> dict[int, int]:
@@ -82,8 +89,7 @@ def reweighed(selection: Selection, balance: str | None, weights: Mapping[str, f
         return selection
     if balance is not None and weights is not None:
         raise UsageError("balance and weights exclude each other; give one")
-    if balance not in (None, "label"):
-        raise UsageError(f"balance is {balance!r}; expected 'label' or None")
+    one_of("balance", balance, ("label", None))
     if selection.draws:
         raise UsageError("a mix draws by its own shares; balance and weights go with one data set")
     if weights is None:
@@ -104,10 +110,10 @@ def reweighed(selection: Selection, balance: str | None, weights: Mapping[str, f
 
 def _weight_of_each(selection: Selection, weights: Mapping[str, float]) -> npt.NDArray[np.float64]:
     """(N,) the weight of each record's group."""
-    for group, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
-            raise UsageError(f"the weight of group {group!r} is {weight!r}; expected a number of at least 0")
-    by_group = {str(group).encode(): float(weight) for group, weight in weights.items()}
+    by_group = {
+        str(group).encode("utf-8", "replace"): real(f"the weight of group {group!r}", weight, "a number of at least 0", least=0)
+        for group, weight in mapping("weights", weights, "weights by group, such as {'rare': 3.0}").items()
+    }
     groups = selection.texts("groups")
     if not any(group in by_group for group in groups):
         raise DataError("none of the groups in weights is in this split; expected some of its groups")

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from dali_pipeline.checks import one_of, whole
 from dali_pipeline.schema import UsageError
 
 Tail = Literal["pad", "drop"]
@@ -45,11 +46,8 @@ class Order:
         limits = {"seed": (0, 2**64 - 1), "global_batch_size": (1, 2**31), "window_bytes": (1, 2**62), "lanes": (1, 2**31)}
         limits |= {name: (1, 2**62) for name in ("max_nodes", "max_edges") if getattr(self, name) is not None}
         for name, (least, most) in limits.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-                raise UsageError(f"{name} is {value!r}; expected a whole number from {least} to {most}")
-        if self.tail not in TAILS:
-            raise UsageError(f"tail is {self.tail!r}; expected {' or '.join(map(repr, TAILS))}")
+            object.__setattr__(self, name, whole(name, getattr(self, name), least, most))
+        one_of("tail", self.tail, TAILS)
         if self.global_batch_size % self.lanes:
             raise UsageError(f"the global batch size {self.global_batch_size} does not divide by {self.lanes} lanes")
 

@@ -162,7 +162,7 @@ def whole_label(record: Record) -> int:
     try:
         label = int(record.label)
         whole = not masked_values(record.label) and label == record.label and 0 <= label < 2**63
-    except (TypeError, ValueError, OverflowError, np.ma.MaskError):
+    except (TypeError, ValueError, OverflowError, RuntimeError, np.ma.MaskError):  # of a meta tensor, RuntimeError
         whole = False
     if not whole:
         found = " ".join(repr(record.label).split())  # an array's has several lines

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from dali_pipeline.checks import shown
 from dali_pipeline.encoding import BFLOAT16, encode
-from dali_pipeline.schema import Array, DataError, Field, Schema, a_or_an, level_of
+from dali_pipeline.schema import LEVELS, Array, DataError, Field, Schema, UsageError, a_or_an, level_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,7 +36,16 @@ class Graphs:
 
         fields: names such as `node.pos`, of which each graph has the attribute `pos`; one of `graph.` may lack its first axis.
         """
-        parts = list(graphs)
+        try:
+            names: list[Any] = [] if isinstance(fields, str) else list(fields)
+        except (TypeError, RuntimeError):  # of a tensor without values, RuntimeError
+            names = [None]
+        if isinstance(fields, str) or not all(isinstance(name, str) and level_of(name) in LEVELS for name in names):
+            raise UsageError(f"fields are {shown(fields)}; expected names such as node.pos")
+        try:
+            parts = list(graphs)
+        except (TypeError, RuntimeError):  # of a tensor without values, RuntimeError
+            raise DataError(f"a record's graphs are {shown(graphs)}; expected Graphs, or a list of graphs") from None
         if not parts:
             raise DataError("a record has no graphs; expected at least one")
         xs = [as_array("x", getattr(part, "x", None)) for part in parts]
@@ -59,7 +69,7 @@ class Graphs:
             edge_attr=_joined("edge_attr", parts, rows["edge"]) if present else None,
             node_counts=np.array(rows["node"], dtype=np.int64),
             edge_counts=np.array(rows["edge"], dtype=np.int64),
-            fields={name: _joined(name, parts, rows[level_of(name)]) for name in fields},
+            fields={name: _joined(name, parts, rows[level_of(name)]) for name in names},
         )
 
     def select(self, layers: Sequence[int]) -> Graphs:
@@ -121,8 +131,9 @@ class Record:
             return value
         try:
             return cls(**value)
-        except TypeError as error:
-            raise DataError(f"a record has the fields {sorted(value)}; expected id, label, group, sequence, graphs") from error
+        except (TypeError, RuntimeError) as error:
+            fields = f"has the fields {shown(sorted(map(str, value)))}" if isinstance(value, Mapping) else f"is {shown(value)}"
+            raise DataError(f"a record {fields}; expected id, label, group, sequence, graphs") from error
 
     def stored(self, schema: Schema) -> Record:
         """The same record, checked and in the schema's types; raises DataError where it does not fit."""
@@ -145,12 +156,13 @@ def graph_rows(record: Record, schema: Schema) -> Graphs:
     where = f"record {record.id!r}"
     try:
         graphs = record.graphs if isinstance(record.graphs, Graphs) else Graphs.stack(record.graphs, schema.named)
+        edge_index, nodes, edges = (
+            as_array(name, getattr(graphs, name)) for name in ("edge_index", "node_counts", "edge_counts")
+        )
+        given = _given_edge_attr(graphs, schema)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     x = _rows(record, "x", graphs.x, schema.x)
-    edge_index, nodes, edges = (
-        _array(where, name, getattr(graphs, name)) for name in ("edge_index", "node_counts", "edge_counts")
-    )
     if nodes.dtype.kind not in "iu" or edges.dtype.kind not in "iu":
         raise DataError(f"{where}: node_counts are {nodes.dtype}, edge_counts {edges.dtype}; expected integers")
     nodes, edges = nodes.astype(np.int64), edges.astype(np.int64)
@@ -158,6 +170,31 @@ def graph_rows(record: Record, schema: Schema) -> Graphs:
         raise DataError(f"{where}: node_counts and edge_counts do not describe {len(x)} nodes; expected one of each a graph")
     if (nodes < 1).any():
         raise DataError(f"{where}, graph {int(np.argmax(nodes < 1))} has no nodes; expected at least one")
+    _check_edges(where, edge_index, nodes, edges)
+    attr = None
+    if schema.edge_attr is not None:
+        if given.ndim == 2 and given.shape[1] == 1 and schema.edge_attr.shape == ():
+            given = given[:, 0]
+        if len(given) != edge_index.shape[1]:
+            raise DataError(f"{where}: {len(given)} rows of edge_attr for {edge_index.shape[1]} edges; expected one an edge")
+        attr = _cast(where, "edge_attr", given, schema.edge_attr)
+    sizes = {"node": len(x), "edge": edge_index.shape[1], "graph": len(nodes)}
+    fields = {name: _further(where, name, graphs.fields, field, sizes) for name, field in schema.named.items()}
+    return Graphs(x=x, edge_index=edge_index, edge_attr=attr, node_counts=nodes, edge_counts=edges, fields=fields)
+
+
+def _given_edge_attr(graphs: Graphs, schema: Schema) -> Array:
+    """What stands for edge_attr: no row where there is none."""
+    if graphs.edge_attr is None:
+        return np.zeros((0, *(schema.edge_attr.shape if schema.edge_attr else ())))
+    given = as_array("edge_attr", graphs.edge_attr)
+    if not given.ndim:
+        raise DataError("edge_attr is a single number; expected one row an edge")
+    return given
+
+
+def _check_edges(where: str, edge_index: Array, nodes: Array, edges: Array) -> None:
+    """Raise DataError for an edge that leaves its graph. nodes, edges: (G,) how many each has."""
     if edge_index.shape != (2, edges.sum()) or (edge_index.size and edge_index.dtype.kind not in "iu"):
         raise DataError(f"{where}, edge_index is {edge_index.dtype} {edge_index.shape}; expected integers (2, {edges.sum()})")
     limit = np.repeat(nodes, edges)  # (E,)
@@ -169,25 +206,11 @@ def graph_rows(record: Record, schema: Schema) -> Graphs:
             f"{where}, graph {graph}: edge {tuple(int(node) for node in edge_index[:, edge])} leaves the graph's "
             f"{nodes[graph]} nodes; expected indices 0 to {nodes[graph] - 1}"
         )
-    attr = None
-    if schema.edge_attr is not None:
-        given = (
-            np.zeros((0, *schema.edge_attr.shape)) if graphs.edge_attr is None else _array(where, "edge_attr", graphs.edge_attr)
-        )
-        if given.ndim == 2 and given.shape[1] == 1 and schema.edge_attr.shape == ():
-            given = given[:, 0]
-        if not given.ndim or len(given) != edge_index.shape[1]:
-            rows = len(given) if given.ndim else "no"
-            raise DataError(f"{where}: {rows} rows of edge_attr for {edge_index.shape[1]} edges; expected one an edge")
-        attr = _cast(where, "edge_attr", given, schema.edge_attr)
-    sizes = {"node": len(x), "edge": edge_index.shape[1], "graph": len(nodes)}
-    fields = {name: _further(where, name, graphs.fields.get(name), field, sizes) for name, field in schema.named.items()}
-    return Graphs(x=x, edge_index=edge_index, edge_attr=attr, node_counts=nodes, edge_counts=edges, fields=fields)
 
 
-def _further(where: str, name: str, value: Any, field: Field, sizes: Mapping[str, int]) -> Array:
+def _further(where: str, name: str, fields: Mapping[str, Array], field: Field, sizes: Mapping[str, int]) -> Array:
     """A named field's rows in the schema's type, as many as there are of its level."""
-    level, rows = level_of(name), _array(where, name, value)
+    level, rows = level_of(name), _array(where, name, fields.get(name) if isinstance(fields, Mapping) else fields)
     if rows.ndim == 0 or len(rows) != sizes[level]:
         raise DataError(f"{where}, {name} has shape {rows.shape}; expected {sizes[level]} rows, one {a_or_an(level)}")
     return _cast(where, name, rows, field)

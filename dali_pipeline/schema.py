@@ -1,4 +1,4 @@
-"""What all records of a data set have in common: their fields, the schema; and the errors that name what is wrong."""
+"""What all records of a data set have in common: their fields, the schema."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from dali_pipeline.checks import MOST, shown, whole
 from dali_pipeline.encoding import BFLOAT16, Scale, decode, scale_for, storage
+from dali_pipeline.errors import DataError as DataError
+from dali_pipeline.errors import FormatError as FormatError
+from dali_pipeline.errors import PipelineError as PipelineError
+from dali_pipeline.errors import UsageError as UsageError
 from dali_pipeline.layout import ByLayer
 
 Array = npt.NDArray[Any]
@@ -42,22 +47,6 @@ def a_or_an(level: str) -> str:
     return f"{'an' if level == 'edge' else 'a'} {level}"
 
 
-class PipelineError(Exception):
-    """Any error with a message for the user: one sentence that says what is wrong, where, and what was expected."""
-
-
-class FormatError(PipelineError):
-    """A file is not what it says: shard, manifest or foreign input."""
-
-
-class DataError(PipelineError):
-    """The data are readable, but not what was asked for."""
-
-
-class UsageError(PipelineError, ValueError):
-    """An argument makes no sense: the caller can mend it without touching the data."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Field:
     """One array of a record: a row for each step, node or edge.
@@ -73,15 +62,23 @@ class Field:
     by_layer: ByLayer | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
-        if self.dtype not in FIELD_DTYPES:
-            raise UsageError(f"field dtype {self.dtype!r} cannot be stored; expected one of {', '.join(FIELD_DTYPES)}")
+        if not isinstance(self.dtype, str) or self.dtype not in FIELD_DTYPES:
+            raise UsageError(f"field dtype {shown(self.dtype)} cannot be stored; expected one of {', '.join(FIELD_DTYPES)}")
+        if not isinstance(self.shape, tuple | list):
+            raise UsageError(f"field shape is {shown(self.shape)}; expected whole numbers such as (1024,), () for a scalar")
+        object.__setattr__(self, "shape", tuple(whole("a size of a field's shape", size, -MOST) for size in self.shape))
         if any(size < 1 for size in self.shape):
             raise UsageError(f"field shape {self.shape} has a size below 1")
+        if self.by_layer is not msgspec.UNSET and not isinstance(self.by_layer, ByLayer):
+            raise UsageError(f"by_layer is {shown(self.by_layer)}; expected a ByLayer")
         if self.by_layer and min(self.by_layer.steps, self.by_layer.records) < 1:
             raise UsageError(f"{self.by_layer}; expected at least 1 of each")
         if self.scale is msgspec.UNSET:
             return
-        sound = self.scale and all(0 < one < np.inf for row in self.scale for one in row)
+        try:
+            sound = bool(self.scale) and all(0 < one < np.inf for row in self.scale for one in row)
+        except (TypeError, ValueError, RuntimeError):  # no rows of numbers
+            sound = False
         if self.dtype != "int8" or not sound or {len(row) for row in self.scale} != {math.prod(self.shape)}:
             raise UsageError(
                 f"a scale for {self.dtype} in rows of {self.shape}; expected int8, and rows of as many numbers above 0"
@@ -90,8 +87,17 @@ class Field:
     @classmethod
     def scaled(cls, greatest: npt.ArrayLike) -> Field:
         """int8 for real numbers of at most so much from 0: (T, *row) for records of T steps each, (1, *row) for any."""
-        limits = np.asarray(greatest)
-        if limits.ndim < 1 or not limits.size or not (limits >= 0).all() or not np.isfinite(limits).all():
+        try:
+            limits = np.asarray(greatest)
+        except (TypeError, ValueError, RuntimeError):  # ragged, or a tensor without values
+            limits = np.zeros(0)
+        if (
+            limits.dtype.kind not in "fiu"
+            or limits.ndim < 1
+            or not limits.size
+            or not (limits >= 0).all()
+            or not np.isfinite(limits).all()
+        ):
             raise UsageError(f"greatest has the shape {limits.shape}; expected rows of finite numbers of 0 or more")
         return cls(dtype="int8", shape=limits.shape[1:], scale=scale_for(limits))
 
@@ -141,6 +147,12 @@ class Schema:
     fields: dict[str, Field] | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
+        for name in ("sequence", "x", "edge_attr"):
+            if not isinstance(getattr(self, name), Field | None):
+                raise UsageError(f"{name} is {shown(getattr(self, name))}; expected a Field or None")
+        fields = {} if self.fields is msgspec.UNSET else self.fields
+        if not isinstance(fields, dict) or not all(isinstance(one, str) and isinstance(fields[one], Field) for one in fields):
+            raise UsageError(f"fields are {shown(fields)}; expected names and a Field for each")
         if self.sequence is None and self.x is None:
             raise UsageError("a schema needs `sequence`, `x` (node features), or both")
         if self.edge_attr is not None and self.x is None:

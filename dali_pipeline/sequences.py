@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args
 import torch
 
 from dali_pipeline.ahead import background_threads, belonging_to_this_process, cores_beside, map_ahead, on_threads
-from dali_pipeline.dataset import Dataset
+from dali_pipeline.checks import one_of, truth
+from dali_pipeline.dataset import Dataset, View
 from dali_pipeline.decoding import Decoding, sequence_graph
 from dali_pipeline.delivery import OnError, OnNan, Workers, check_delivery
 from dali_pipeline.layers import Layers
@@ -117,8 +118,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         normalize: bool = False,
         bucket_by_length: bool = False,
     ) -> None:
-        if engine not in get_args(Engine):
-            raise UsageError(f"engine is {engine!r}; expected 'dali' or 'torch'")
+        one_of("engine", engine, get_args(Engine))
         super().__init__(
             data,
             split=split,
@@ -138,18 +138,17 @@ class SequenceLoader(Loader[SequenceBatch]):
             weights=weights,
             bucket_by_length=bucket_by_length,
         )
-        check_delivery(layers, dtype)
-        layers = self._positions(layers, "step")
+        layers = self._positions(check_delivery(layers, dtype), "step")
         self.dtype, self.engine = dtype, engine
         steps = self.selection.bounds("step")
         equal_lengths = steps is not None and steps[0] == steps[1]
         field = data.schema.sequence
         assert field is not None
-        if bucket_by_length and FormatError in self.skips:
+        if self.order.bucket_by_length and FormatError in self.skips:
             raise UsageError("on_error='skip' with bucket_by_length: the order would depend on what can be read; give one")
-        if not isinstance(normalize, bool):
-            raise UsageError(f"normalize is {normalize!r}; expected True or False")
-        if normalize and data.manifest.statistics is None:
+        if truth("normalize", normalize) and data.manifest.statistics is None:
+            if isinstance(data, View) and data.mixed:
+                raise DataError("a mix has no feature statistics, as those of its data sets differ; expected normalize=False")
             raise DataError(f"{data.root} has no feature statistics to normalize with; expected those of a training split")
         statistics = data.manifest.statistics if normalize else None
         self._decoding = Decoding.of(field, layers, statistics, dtype, self.device)
@@ -161,12 +160,12 @@ class SequenceLoader(Loader[SequenceBatch]):
         batch_bytes = int(self.batch_size * record_bytes)
         self._longest_stretch = max(1, min(STRETCH_STEPS, STRETCH_BYTES // max(1, batch_bytes)))
         handled = 0 if self._decoding.idle and engine == "torch" else record_bytes  # by the caller
-        self._threads = background_threads(self.device, handled, workers)
+        self._threads = background_threads(self.device, handled, self.workers)
         busy = self._threads + (DALI_THREADS if engine == "dali" else 0)
         decodes = self.device.type == "cpu" and not self._decoding.idle
         self.cores = cores_beside(busy if decodes else 0)  # for torch in the caller's thread
         self._source = source = SequenceSource(
-            self.selection, data.schema, layers, window_bytes=window_bytes, finite=on_nan != "keep"
+            self.selection, data.schema, layers, window_bytes=self.order.window_bytes, finite=on_nan != "keep"
         )
         bits, skips = self._decoding.bfloat16, self.skips
         padded: Padded = None if self._pads_in_dali else "batch"

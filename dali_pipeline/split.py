@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from dali_pipeline.checks import real, shown, whole
 from dali_pipeline.schema import SPLITS, DataError, UsageError
 
 
@@ -23,10 +24,14 @@ class Split:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        shares = self.shares if isinstance(self.shares, tuple | list) else ()
+        if len(shares) != 3:
+            raise UsageError(f"shares are {shown(self.shares)}; expected three numbers, of train, val and test")
+        for one in shares:
+            real("a share", one, "a number from 0 to 100")
+        object.__setattr__(self, "seed", whole("split seed", self.seed, 0, 2**64 - 1, expected="0 to 2**64 - 1"))
         if not all(share >= 0 for share in self.shares) or not abs(sum(self.shares) - 100) < 1e-9:
             raise UsageError(f"split {self} does not sum to 100; expected shares of train/val/test such as 70/15/15")
-        if not 0 <= self.seed < 2**64:
-            raise UsageError(f"split seed is {self.seed}; expected 0 to 2**64 - 1")
 
     def __str__(self) -> str:
         return "/".join(f"{share:g}" for share in self.shares)
@@ -36,8 +41,8 @@ class Split:
         """From `70/15/15`."""
         try:
             train, val, test = (float(share) for share in text.split("/"))
-        except ValueError:
-            raise UsageError(f"split is {text!r}; expected shares of train/val/test such as 70/15/15") from None
+        except (ValueError, AttributeError, TypeError):
+            raise UsageError(f"split is {shown(text)}; expected shares of train/val/test such as 70/15/15") from None
         return cls(shares=(train, val, test), seed=seed)
 
     def of(self, group: str) -> str:

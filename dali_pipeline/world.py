@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from dali_pipeline.checks import MOST, whole
 from dali_pipeline.schema import UsageError
 
 FORKED = (
@@ -39,8 +40,7 @@ class World:
 
     def __post_init__(self) -> None:
         for name in ("rank", "world_size"):
-            if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
-                raise UsageError(f"{name} is {getattr(self, name)!r}; expected a whole number")
+            object.__setattr__(self, name, whole(name, getattr(self, name), -MOST, expected="a whole number"))
         if self.world_size < 1:
             raise UsageError(f"world_size is {self.world_size}; expected at least 1")
         if not 0 <= self.rank < self.world_size:
@@ -61,6 +61,7 @@ class World:
                 rank, world_size = dist.get_rank(), dist.get_world_size()
             else:
                 rank, world_size = _variable("RANK", 0), _variable("WORLD_SIZE", 1)
+        world_size = whole("world_size", world_size, -MOST, expected="a whole number")
         alone = _variable("LOCAL_WORLD_SIZE", world_size) == 1
         return cls(rank=rank, world_size=world_size, local_rank=_variable("LOCAL_RANK", 0), alone=alone)
 

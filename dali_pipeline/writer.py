@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from dali_pipeline.checks import path, shown, whole
 from dali_pipeline.files import Files
 from dali_pipeline.filler import Contents, Dealer, ShardFiller
 from dali_pipeline.journal import WorkFolder
@@ -29,7 +30,8 @@ class ShardWriter:
 
     Records go to their split by group and fill shards of up to `shard_bytes` (a larger record has a shard of its own).
     Leaving the `with` block writes the manifest; an exception leaves none, and takes away what was written unless a
-    `commit` made it final. Memory: a few MiB, and the edges, names and labels of a shard a split.
+    `commit` made it final. split: a Split, or its shares as text, `70/15/15`. Memory: a few MiB, and the edges, names and
+    labels of a shard a split.
 
     Restartable where `fingerprint` (a text that names input and settings) is given: `commit(cursor)` makes all records so
     far final; opened again with the same fingerprint, `cursor` is the one last committed, and the caller goes on there.
@@ -45,22 +47,29 @@ class ShardWriter:
         schema: Schema,
         *,
         shard_bytes: int = SHARD_BYTES,
-        split: Dealer | None = None,
+        split: Dealer | str | None = None,
         source: Mapping[str, Any] | None = None,
         fingerprint: str = "",
     ) -> None:
-        if shard_bytes < 1:
-            raise UsageError(f"shard_bytes is {shard_bytes}; expected at least 1")
+        shard_bytes = whole("shard_bytes", shard_bytes, 1)
+        if not isinstance(schema, Schema):
+            raise UsageError(f"schema is {shown(schema)}; expected a Schema")
+        if not isinstance(fingerprint, str) or not fingerprint.isascii():
+            raise UsageError(f"fingerprint is {shown(fingerprint)}; expected a text")
+        if isinstance(split, str):
+            split = Split.parse(split)
+        if split is not None and (isinstance(split, type) or not callable(getattr(split, "of", None))):
+            raise UsageError(f"split is {shown(split)}; expected a Split, or shares such as '70/15/15'")
         try:
-            self.source = msgspec.json.decode(msgspec.json.encode(dict(source or {})))
-        except (TypeError, ValueError) as error:
+            self.source = msgspec.json.decode(msgspec.json.encode(dict({} if source is None else source)))
+        except (TypeError, ValueError, RuntimeError) as error:
             raise UsageError(f"source cannot be written as JSON ({error}); expected plain values") from None
-        self.root = Path(root)
+        self.root = Path(path("root", root))
         self.schema = schema
         _check_names(schema)
         self._folder = WorkFolder(self.root, fingerprint)
         self._journal = self._folder.journal
-        self.filler = ShardFiller(self.root, schema, shard_bytes, split or Split(), self._journal.contents)
+        self.filler = ShardFiller(self.root, schema, shard_bytes, Split() if split is None else split, self._journal.contents)
         self._closed = False
 
     @property
@@ -88,6 +97,7 @@ class ShardWriter:
 
     def commit(self, cursor: int) -> None:
         """Closes the open shards and notes `cursor`: a restart begins here. Costs a small file and one fsync a shard."""
+        cursor = whole("cursor", cursor)
         self.filler.flush()
         self._journal.cursor, self._journal.committed = cursor, True
         self._folder.save()
@@ -148,8 +158,8 @@ class ShardWriter:
         return {"in_one_half": alone} if alone else {}
 
     def _shard_ids(self, split: str, kind: Kind, shard: int) -> list[bytes]:
-        path = shard_path(self.root, split, kind, shard)
-        return self._journal.contents.splits[split][kind].open(path, shard, Files()).texts("ids")
+        file = shard_path(self.root, split, kind, shard)
+        return self._journal.contents.splits[split][kind].open(file, shard, Files()).texts("ids")
 
 
 def _check_names(schema: Schema) -> None:
