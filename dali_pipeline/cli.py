@@ -96,7 +96,7 @@ def convert_command(
       RAY_ADDRESS=head:6379 python -m dali_pipeline convert /shared/raw /shared/traces --engine ray
       python -m dali_pipeline convert data/traces data/traces8 --dtype sequence=int8,x=bfloat16
     """
-    from dali_pipeline.describe import summary
+    from dali_pipeline.describe import describe_rounding, summary
     from dali_pipeline.ingest.config import ConvertConfig
     from dali_pipeline.ingest.convert import convert_to, gigabytes
     from dali_pipeline.ingest.traces import TraceOptions, read_scores
@@ -123,6 +123,8 @@ def convert_command(
     with _going_on():
         data = convert_to(src, dst, config)
     print(f"{data.root}: {summary(data)}, {gigabytes(data.nbytes)}")
+    if rounding := describe_rounding(data):
+        print(rounding)
     source = data.manifest.source
     if source.get("in_one_half"):
         print(f"{source['in_one_half']:,} records are in one half alone")

@@ -21,6 +21,9 @@ from dali_pipeline.source import SequenceSource
 
 BINS = 20
 SAMPLES = 3
+MEASURED = 512  # records that the cost of int8 is measured on
+OF_ROUNDING = 2.58 / 12**0.5  # the error of rounding to whole numbers, where 2.58 standard deviations are the 99th percentile
+COARSE = 0.1  # of a feature's spread: more is said of what int8 costs
 BARS = " ▁▂▃▄▅▆▇█"
 AXES: dict[Kind, tuple[tuple[str, str], ...]] = {
     "sequences": (("steps", "sequence"),),
@@ -126,6 +129,41 @@ def summary(data: Dataset) -> str:
     """`sequences 2,807 train, 586 val; graphs …`."""
     counts = {kind: [f"{data.num_records(split, kind):,} {split}" for split in data.splits] for kind in data.schema.kinds}
     return "; ".join(f"{kind} {', '.join(listed)}" for kind, listed in counts.items())
+
+
+def rounding_errors(data: Dataset) -> Array | None:
+    """Return how far int8 moves each feature of a sequence, (F,), as a share of the spread of its usual values; or None.
+
+    One outlier makes a feature's scale so coarse that all its other values become 0: that is an error of 1. The spread is the
+    99th percentile of the distance from the median over the first MEASURED records of training, which outliers do not move; a
+    feature that never varies has no error.
+    """
+    field, statistics = data.schema.sequence, data.manifest.statistics
+    scales = None if field is None else field.scales
+    count = min(MEASURED, data.num_records("train", "sequences")) if scales else 0
+    if not count or scales is None or statistics is None:
+        return None
+    rows = SequenceSource(data.select("train", "sequences"), data.schema).gather(np.arange(count), count, None)
+    # (records, steps or 1, F): values in units of their scale
+    units = rows.values.reshape(-1, len(scales), len(statistics.std)).astype(np.float32)
+    spread = np.percentile(np.abs(units - np.median(units, axis=0)), 99, axis=0)
+    errors = np.minimum(1, OF_ROUNDING / np.where(spread > 0, spread, OF_ROUNDING)).max(axis=0)
+    return np.where(np.array(statistics.std) > 0, errors, 0.0)
+
+
+def describe_rounding(data: Dataset) -> str:
+    """Say what int8 costs the features of a data set; an empty text where it stores none."""
+    errors = rounding_errors(data)
+    if errors is None:
+        return ""
+    worst, coarse = int(errors.argmax()), int((errors > COARSE).sum())
+    told = (
+        f"int8 moves a feature by {float(np.median(errors)):.2%} of its usual spread at the median, "
+        f"and feature {worst} most, by {float(errors[worst]):.0%}"
+    )
+    if coarse:
+        told += f"; {coarse:,} of {len(errors):,} lose more than {COARSE:.0%}, as with outliers: clip them, or store float16"
+    return told
 
 
 def print_description(found: dict[str, Any]) -> None:

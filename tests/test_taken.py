@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from conftest import SCHEMA, make_records, write
 from torch_geometric.data import Data
 
 import dali_pipeline as dp
+from dali_pipeline import cli
 from dali_pipeline.ingest import convert as convert_module
 from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.tensors import Tensor, TorchFile
@@ -497,9 +499,21 @@ def test_values_beyond_float32_are_left_out_of_the_statistics(tmp_path: Path, la
     assert verify(tmp_path / "set").damages == [] or not np.isfinite(large)
 
 
-def test_cli_says_it_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from dali_pipeline import cli
+def test_what_int8_costs_is_said_by_feature(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = np.random.default_rng(0).normal(size=(200, 3, 4)).astype(np.float32)
+    np.savez(tmp_path / "fine.npz", sequences=values, labels=[0, 1] * 100)
+    values[7, 1, 2] = 5000
+    np.savez(tmp_path / "outlier.npz", sequences=values, labels=[0, 1] * 100)
+    for name in ("fine", "outlier"):
+        command = ["convert", str(tmp_path / f"{name}.npz"), str(tmp_path / name), "--dtype", "int8", "--split", "100/0/0"]
+        assert cli.app(command, standalone_mode=False) in (None, 0)
+        out = capsys.readouterr().out
+        assert re.search(r"int8 moves a feature by 0\.\d+% of its usual spread at the median", out)  # 3 / 127 / sqrt(12): 0.7 %
+        assert ("and feature 2 most, by 100%" in out) == (name == "outlier")
+        assert ("1 of 4 lose more than 10%, as with outliers: clip them, or store float16" in out) == (name == "outlier")
 
+
+def test_cli_says_it_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_table(tmp_path / "src" / "train.parquet", 40, score=[0.0] * 40)
     write_table(tmp_path / "src" / "test.parquet", 20, 40, score=[0.0] * 20)
     (tmp_path / "src" / "notes.txt").write_text("x")
