@@ -328,6 +328,7 @@ def test_predict_is_stopped_without_a_trace(
         return table(*given)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as a program begins, whatever trained here before
     monkeypatch.setattr("training.scores.prediction_table", stopping)
     assert predict(monkeypatch, "--checkpoint", trained / "lstm.pt", trained / "set", "--output", output) == code
     assert output.read_text() == "of an earlier run"
