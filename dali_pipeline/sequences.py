@@ -84,8 +84,8 @@ class SequenceLoader(Loader[SequenceBatch]):
     normalize: every feature to mean 0 and standard deviation 1 over the training split, as the manifest has them ·
     bucket_by_length: batches of like lengths, so less padding: up to 64 neighbouring batches, half a window at most, exchange
     records, then come in a random order · on_error: "skip" makes a record that cannot be read padding, and counts it in
-    `left_out` and in the log named dali_pipeline · on_nan: the same for one that holds NaN or infinite values; "keep" does not
-    look for them, which costs a pass over the values.
+    `left_out` and in the log named dali_pipeline · on_nan: the same for one that holds NaN or infinite values as
+    stored (a narrower `dtype` may still make one infinite); "keep" does not look for them, which costs a pass over the values.
 
     Raises UsageError for an argument that makes no sense, DataError for data without sequences, or without the statistics to
     normalize with; while iterating, FormatError for a damaged shard, DataError for NaN with on_nan="raise".
