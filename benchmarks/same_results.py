@@ -26,12 +26,13 @@ from torch.utils.data import DataLoader, IterableDataset
 import dali_pipeline as dp
 from benchmarks.probe import load
 from dali_pipeline.cli import new_app, run
-from models import LSTMDetector
+from models import LSTMDetector, set_statistics
 from training.config import MODELS, Conduct, TrainConfig
 from training.interrupt import Interrupts
 from training.metrics import area_under_roc
 from training.processes import Processes
 from training.randomness import seed_of
+from training.statistics import feature_statistics
 from training.trainer import Trainer
 
 FILE_RECORDS = DEQUE_RECORDS = 250
@@ -57,10 +58,11 @@ class PtFiles(IterableDataset[Any]):
         yield from held
 
 
-def plain_way(files: list[Path], records: int, splits: Splits, config: TrainConfig) -> float:
+def plain_way(data: dp.Dataset, files: list[Path], records: int, splits: Splits, config: TrainConfig) -> float:
     """Test AUROC of the epoch that is best on validation."""
     torch.manual_seed(seed_of(config.seed, MODELS.index("lstm")))
     model = LSTMDetector(splits["val"][0].shape[2], dropout=config.dropout)
+    set_statistics(model, *feature_statistics("lstm", data, config).tensors())
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     steps = config.epochs * -(-records // config.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps)
@@ -122,7 +124,7 @@ def main(
             torch.save([(sequences[row].half(), int(labels[row])) for row in numbers], files[-1])
         for seed in range(seeds):
             config = TrainConfig(models=("lstm",), epochs=epochs, seed=seed)
-            found["plain"].append(plain_way(files, len(labels), splits, config))
+            found["plain"].append(plain_way(data, files, len(labels), splits, config))
             found["ours"].append(our_way(dataset, config, Path(scratch)))
             print(f"seed {seed}: .pt files {found['plain'][-1]:.4f}, loader {found['ours'][-1]:.4f}", flush=True)
     means, spreads = ({way: measure(each) for way, each in found.items()} for measure in (statistics.mean, statistics.stdev))

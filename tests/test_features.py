@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
+from torch_geometric.data import Batch, Data
 
 import dali_pipeline as dp
 import train as train_module
@@ -26,6 +27,7 @@ from dali_pipeline.cli import run
 from models import FeatureViews, GNNLSTMDetector, set_statistics
 from training import prepare as prepare_module
 from training import threads as threads_module
+from training.build import unfit_records
 from training.config import Conduct, TrainConfig
 from training.interrupt import Interrupts
 from training.processes import Processes
@@ -178,6 +180,28 @@ def test_views_of_a_constant_feature_and_of_outliers_are_finite() -> None:
     assert torch.isfinite(found).all()
     assert found[:, 0].tolist() == [0.0, 0.0]
     assert found[1, 1] == pytest.approx(-np.log(3))
+
+
+@pytest.mark.parametrize("edges", [0, 2])
+def test_records_of_no_numbers_are_found_whatever_the_shapes(edges: int) -> None:
+    graphs = Batch.from_data_list(
+        [
+            Data(x=torch.tensor([1.0, value]), edge_index=torch.zeros(2, edges).long(), edge_attr=torch.ones(edges, 2, 2))
+            for value in (1.0, np.nan)
+        ]
+    )
+    ones = torch.ones(2, dtype=torch.int64)
+    batch = dp.GraphBatch(
+        graphs=graphs,
+        graphs_per_record=ones,
+        layer_index=ones,
+        last_node=ones,
+        labels=ones,
+        valid=ones > 0,
+        ids=["a", "b"],
+        positions=ones,
+    )
+    assert unfit_records(batch) == ["b"]
 
 
 def test_every_part_of_a_detector_gets_the_statistics() -> None:

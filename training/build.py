@@ -98,8 +98,8 @@ def unfit_records(batch: Batch) -> list[str]:
         return [batch.ids[at] for at in sorted(bad)]
     graphs, counts_B = batch.graphs, batch.graphs_per_record
     record_G = torch.arange(len(batch), device=counts_B.device).repeat_interleave(counts_B)
-    bad = set(record_G[graphs.batch[~torch.isfinite(graphs.x.reshape(len(graphs.x), -1)).all(dim=1)]].tolist())
+    bad = set(record_G[graphs.batch[~torch.isfinite(graphs.x.unsqueeze(-1).flatten(1)).all(dim=1)]].tolist())
     if "edge_attr" in graphs:
         graph_E = graphs.batch[graphs.edge_index[0]]
-        bad |= set(record_G[graph_E[~torch.isfinite(graphs.edge_attr.reshape(len(graph_E), -1)).all(dim=1)]].tolist())
+        bad |= set(record_G[graph_E[~torch.isfinite(graphs.edge_attr.unsqueeze(-1).flatten(1)).all(dim=1)]].tolist())
     return [batch.ids[at] for at in sorted(bad)]

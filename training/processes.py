@@ -143,8 +143,8 @@ class Processes:
             return model
         from torch.nn.parallel import DistributedDataParallel
 
-        # no device_ids: with them it would move every input to the GPU, the lengths of sequences too
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+        # no device_ids: with them it would move every input to the GPU, the lengths of sequences too; buffers never change
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def unsynchronised(self, engine: torch.nn.Module, apart: bool) -> AbstractContextManager[None]:
         """Within it, where `apart`, a backward pass leaves gradients where they are, to be averaged with a later one's."""
