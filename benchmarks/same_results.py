@@ -124,7 +124,7 @@ def main(
             torch.save([(sequences[row].half(), int(labels[row])) for row in numbers], files[-1])
         for seed in range(seeds):
             config = TrainConfig(models=("lstm",), epochs=epochs, seed=seed)
-            found["plain"].append(plain_way(data, files, len(labels), splits, config))
+            found["plain"].append(plain_way(dataset, files, len(labels), splits, config))
             found["ours"].append(our_way(dataset, config, Path(scratch)))
             print(f"seed {seed}: .pt files {found['plain'][-1]:.4f}, loader {found['ours'][-1]:.4f}", flush=True)
     means, spreads = ({way: measure(each) for way, each in found.items()} for measure in (statistics.mean, statistics.stdev))
