@@ -15,8 +15,8 @@ import dali_pipeline as dp
 from dali_pipeline.ingest import extract as extract_module
 from dali_pipeline.ingest.anatomy import examine
 from dali_pipeline.ingest.extract import extract
-from dali_pipeline.ingest.prompts import read_prompts
-from dali_pipeline.ingest.tracer import ExtractConfig, load_model, load_tokenizer
+from dali_pipeline.ingest.prompts import Prompt, read_prompts
+from dali_pipeline.ingest.tracer import ExtractConfig, load_model, load_tokenizer, tokens_of
 from dali_pipeline.ingest.traces import read_scores
 
 SMALL: dict[str, Any] = {"vocab_size": len(WORDS) + 1, "hidden_size": 16, "intermediate_size": 32}
@@ -181,3 +181,14 @@ def test_prompts_and_scores_of_any_length(tmp_path: Path) -> None:
     (tmp_path / "s.csv").write_text(f"question_id,score,note\n{'q' * 200_000},0.5,x\n")
     assert list(read_scores(tmp_path / "s.csv", "score").values()) == [0.5]
     assert csv.field_size_limit() == before
+
+
+def test_a_special_token_at_the_begin_is_not_cut(tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    model = save(tmp_path / "model", "GPT2", HYBRID["GPT2"][0])
+    tokenizer = load_tokenizer(model)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="? $A", special_tokens=[("?", 0)])
+    prompt = Prompt(id="a", group="a", text=" ".join(WORDS), label=0)
+    assert tokens_of(tokenizer, [prompt]) == [[0, *range(1, len(WORDS) + 1)]]
+    assert tokens_of(tokenizer, [prompt], 4) == [[0, *range(len(WORDS) - 2, len(WORDS) + 1)]]

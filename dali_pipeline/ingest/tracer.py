@@ -90,7 +90,7 @@ class Tracer:
         assert self.schema.sequence is not None
         assert self.config.layers is not None
         layers, graph_layers = len(self.config.layers), len(self.config.graph_layers or ())
-        tokens = [each[-self._limit :] if self._limit else each for each in tokens_of(self._tokenizer, prompts)]
+        tokens = tokens_of(self._tokenizer, prompts, self._limit)
         nbytes = [self.schema.sequence.row_bytes * (layers + graph_layers * len(each)) for each in tokens]
         begin = 0
         while begin < len(prompts):
@@ -141,9 +141,11 @@ class Tracer:
         return mean
 
 
-def tokens_of(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Return each prompt's tokens, however many."""
-    found: list[list[int]] = tokenizer([prompt.text for prompt in prompts], truncation=False, verbose=False)["input_ids"]
+def tokens_of(tokenizer: Any, prompts: Sequence[Prompt], limit: int | None = None) -> list[list[int]]:
+    """Return each prompt's tokens; those beyond `limit` are cut at the begin, behind the tokenizer's own special token."""
+    tokenizer.truncation_side = "left"
+    options = {"truncation": limit is not None, "max_length": limit, "verbose": False}
+    found: list[list[int]] = tokenizer([prompt.text for prompt in prompts], **options)["input_ids"]
     return found
 
 
