@@ -153,7 +153,7 @@ def test_a_set_without_statistics_is_not_normalized(tmp_path: Path) -> None:
     rows = rows_of(4, ragged=False)
     field = dp.Field(dtype="float32", shape=(FEATURES,))
     data = made(tmp_path / "set", rows, field)
-    with pytest.raises(dp.DataError, match="has no feature statistics to normalize with"):
+    with pytest.raises(dp.DataError, match="has no feature statistics"):
         dp.SequenceLoader(dp.mix({data: 1.0}), normalize=True)
     with pytest.raises(dp.UsageError, match="normalize is 1"):
         dp.SequenceLoader(data, normalize=1)  # type: ignore[arg-type]

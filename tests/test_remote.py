@@ -55,10 +55,8 @@ def npz_folder(root: Path, files: int = 7) -> Path:
     return root
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_the_same_bytes_and_two_files_a_worker(
-    tmp_path: Path, memory: Any, monkeypatch: pytest.MonkeyPatch, workers: int
-) -> None:
+def test_the_same_bytes_and_two_files_a_worker(tmp_path: Path, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process: fsspec's memory is not seen by others."""
     src = npz_folder(tmp_path / "src")
     put(memory, src)
     monkeypatch.setattr(sources, "STRETCH_BYTES", 3 * (src / "part_0.npz").stat().st_size)
@@ -70,7 +68,7 @@ def test_the_same_bytes_and_two_files_a_worker(
         removed(path, process)
 
     monkeypatch.setattr(remote, "_remove", counting)
-    config = ConvertConfig(workers=workers, shard_bytes=1 << 10)
+    config = ConvertConfig(workers=1, shard_bytes=1 << 10)
     data = convert_to(URL, str(tmp_path / "theirs"), config)
     convert(src, tmp_path / "ours", config)
     assert content(tmp_path / "theirs") == content(tmp_path / "ours")
@@ -88,7 +86,7 @@ def test_folders_of_both_halves_and_files_left_out(tmp_path: Path, memory: Any) 
     assert "home" not in str(caught.value)
     assert not (tmp_path / "none" / "manifest.json").exists()
     for where, dst in ((URL, "theirs"), (str(src), "ours")):
-        convert_to(where, str(tmp_path / dst), ConvertConfig(workers=2, skip_bad=True, dtype="sequence=int8"))
+        convert_to(where, str(tmp_path / dst), ConvertConfig(workers=1, skip_bad=True, dtype="sequence=int8"))
     assert content(tmp_path / "theirs") == content(tmp_path / "ours")
     assert dp.open_dataset(tmp_path / "theirs").manifest.source["left_out"]
 

@@ -169,13 +169,14 @@ def _layer_numbers(source: Source, counts: dict[str, int], told: list[str]) -> d
 
 
 def written_bytes(source: Source, found: Sequence[FileNames], schema: Schema, choice: LayerChoice) -> int:
-    """About the bytes that will be written: of each kind's files by the first records of the first one."""
+    """About the bytes that will be written: of each kind's files by the first records of the first one; of a store's as many as
+    are read, since opening one means fetching it."""
     total = 0.0
     for kind in schema.kinds:
         files = [number for number, names in enumerate(found) if len(names.labels) and kind in names.kinds]
         share = 1.0
         with suppress(FormatError, DataError):  # whoever reads it says so
-            share = _share(source, files[0], schema, choice, kind) if files else 1.0
+            share = _share(source, files[0], schema, choice, kind) if files and source.remote is None else 1.0
         total += share * sum(max(0, source.sizes[number]) for number in files)
     return int(total)
 
