@@ -66,20 +66,25 @@ def _owners(blocks: list[nn.Module]) -> Iterator[dict[int, int]]:
     """Within it, which block each tensor that a module gives comes from, by the tensor's id; the tensors are kept meanwhile."""
     owners: dict[int, int] = {}
     kept: list[torch.Tensor] = []
-    hooks = []
+    running = 0  # the block whose turn it is, as blocks may share modules
 
-    def note(block: int) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            for one in output if isinstance(output, tuple | list) else (output,):
-                if isinstance(one, torch.Tensor) and one.ndim == 4:
-                    owners[id(one)] = block
-                    kept.append(one)
+    def begin(number: int) -> Any:
+        def hook(_: nn.Module, __: Any) -> None:
+            nonlocal running
+            running = number
 
         return hook
 
+    def note(_: nn.Module, __: Any, output: Any) -> None:
+        for one in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(one, torch.Tensor) and one.ndim == 4:
+                owners[id(one)] = running
+                kept.append(one)
+
+    hooks = [block.register_forward_pre_hook(begin(number)) for number, block in enumerate(blocks)]
     try:
-        for number, block in enumerate(blocks):
-            hooks += [module.register_forward_hook(note(number)) for module in block.modules()]
+        modules = dict.fromkeys(module for block in blocks for module in block.modules())
+        hooks += [module.register_forward_hook(note) for module in modules]
         yield owners
     finally:
         for hook in hooks:
