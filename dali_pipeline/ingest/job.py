@@ -57,6 +57,7 @@ def prepare(source: Source, config: ConvertConfig, numbers: Iterable[int]) -> Jo
             found.append(FileNames.of(file))
             for name in file.not_taken:
                 not_taken.setdefault(name, []).append(source.names[number])
+            del file  # a file of a store is on the disk as long as this is held
         except (FormatError, DataError) as error:
             if not config.skip_bad:
                 raise
