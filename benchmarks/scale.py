@@ -69,7 +69,7 @@ def measure_memory(results: Results, folder: Path, sizes: list[float], repeats: 
 
 
 def measure_tails(results: Results, folder: Path, repeats: int) -> None:
-    """Of epochs of short records among which a few are long. Allowed are two delivered batches beside 300 MB."""
+    """Measure epochs of short records among which a few are long; 300 MB and two delivered batches are allowed."""
     for name, (features, longest, long) in TAILS.items():
         lengths = np.random.default_rng(0).integers(2, 9, 4000)
         lengths[:: 4000 // long][:long] = longest

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +13,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from test_results import predict
+from test_train import _restored  # noqa: F401, the fixture works where it is imported
+from test_train import call as train
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch_geometric.data import Batch, Data
 
 import dali_pipeline as dp
 import train as train_module
-from dali_pipeline import cli
 from dali_pipeline import threads as default_module
-from dali_pipeline.cli import run
 from models import FeatureViews, GNNLSTMDetector, set_statistics
-from training import prepare as prepare_module
 from training import threads as threads_module
 from training.build import unfit_records
 from training.config import Conduct, TrainConfig
@@ -35,25 +33,6 @@ from training.statistics import feature_statistics
 from training.trainer import Trainer
 
 ROOT = Path(train_module.__file__).parent
-
-
-@pytest.fixture(autouse=True)
-def _restored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    monkeypatch.setattr(prepare_module, "RUNS_FOLDER", tmp_path / "runs")
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def train(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-    return run(train_module.app, "train.py")
-
-
-def predict(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["dali_pipeline", "predict", *map(str, arguments)])
-    return run(cli.app, "dali_pipeline")
 
 
 def write(
@@ -283,7 +262,7 @@ def test_the_default_is_a_function_of_the_cores(
 
 @pytest.mark.parametrize(("program", "told"), [("train.py", None), ("-m dali_pipeline", None), ("train.py", "ACTIVE")])
 def test_openmp_waits_passively_unless_the_user_says_otherwise(program: str, told: str | None) -> None:
-    """As OpenMP itself tells, which reads it once, as torch loads."""
+    """Ask OpenMP itself, which reads the variable once, as torch loads."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     environment |= {"OMP_DISPLAY_ENV": "true"} | ({} if told is None else {"OMP_WAIT_POLICY": told})
     if program == "train.py":

@@ -69,7 +69,7 @@ class ConvertConfig:
 
     @property
     def dtypes(self) -> dict[str, str]:
-        """As stored, by the names of fields that it is said of."""
+        """Return the stored type of each field that `dtype` names."""
         if self.dtype is None:
             return {}
         if "=" not in self.dtype:

@@ -149,7 +149,7 @@ def edges_of(path: Path, adjacency: Array, nodes: int) -> tuple[Array, Array | N
     """Return edge_index (2, E) of a dense adjacency matrix (nodes, nodes), row to column; and (E,) its values, if it holds real
     numbers.
 
-    As PyG's `dense_to_sparse` has it: an entry that is not 0 is an edge. Raises FormatError for another shape.
+    An entry that is not 0 is an edge, like in PyG's `dense_to_sparse`. Raises FormatError for another shape.
     """
     square = adjacency[0] if adjacency.ndim == 3 and len(adjacency) == 1 else adjacency
     if square.shape != (nodes, nodes):
