@@ -14,7 +14,7 @@ train: $(READY)      ## set-up, then the main job: traces of a real model, three
 	$(BIN)/python train.py
 
 test: $(READY) check ## set-up, then lint, types and tests
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 check: $(READY)      ## lint and types alone
 	$(BIN)/ruff check .
