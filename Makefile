@@ -5,31 +5,35 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 
-.PHONY: train test check results bench plots peers help
+.PHONY: train test check results bench plots peers help fit
 
 help:                ## what there is
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
-train: $(READY)      ## set-up, then the main job: traces of a real model, three detectors, a table
+train: fit           ## set-up, then the main job: traces of a real model, three detectors, a table
 	$(BIN)/python train.py
 
-test: $(READY) check ## set-up, then lint, types and tests
+test: fit check      ## set-up, then lint, types and tests
 	$(BIN)/pytest -n 2
 
-check: $(READY)      ## lint and types alone
+check: fit           ## lint and types alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-results: $(READY)    ## the README's table: three seeds of every detector, and the linear probe beside them
+results: fit         ## the README's table: three seeds of every detector, and the linear probe beside them
 	$(BIN)/python train.py --seeds 3
 	$(BIN)/python -m benchmarks.probe data/sciq
 
+# a ready environment may have got another NumPy since; half a second
+fit: $(READY)
+	@$(BIN)/python -m dali_pipeline.numpyversion
+
 # FULL=1: what the README's figures are of; QUICK=1: a look without peers, into a folder of its own
-bench: $(READY) $(if $(QUICK),,.venv-peers/.ready)  ## speed and memory beside the limits and the peers, into benchmarks/results; FULL=1 longer, QUICK=1 without peers
+bench: fit $(if $(QUICK),,.venv-peers/.ready)  ## speed and memory beside the limits and the peers, into benchmarks/results; FULL=1 longer, QUICK=1 without peers
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick,$(if $(FULL),--full))
 
-plots: $(READY)      ## the README's speed tables, docs/speed.png and docs/growth.png from benchmarks/results
+plots: fit           ## the README's speed tables, docs/speed.png and docs/growth.png from benchmarks/results
 	$(BIN)/python -m benchmarks.plot
 
 peers: .venv-peers/.ready  ## set-up of what the benchmarks compare with, in .venv-peers

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import dali_pipeline as dp
+from dali_pipeline.numpyversion import check_numpy
 from dali_pipeline.pending import STREAMED
 from dali_pipeline.schema import Array, Kind
 from dali_pipeline.shard import ShardInfo
@@ -28,6 +29,14 @@ SCHEMA = dp.Schema(
     x=dp.Field(dtype="float16", shape=(NODE_FEATURES,)),
     edge_attr=dp.Field(dtype="float16"),
 )
+
+
+def pytest_configure() -> None:
+    """Refuse NumPy 1 before any test fails of it."""
+    try:
+        check_numpy()
+    except dp.UsageError as error:
+        pytest.exit(str(error), returncode=2)
 
 
 def make_records(count: int, *, ragged: bool = True, seed: int = 0, classes: int = 2) -> list[dp.Record]:

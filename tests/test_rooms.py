@@ -15,6 +15,7 @@ ROOMS = [
     "encoding",
     "layout",
     "errors",
+    "numpyversion",
     "checks",
     "schema",
     "outside",
