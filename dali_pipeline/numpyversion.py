@@ -1,4 +1,4 @@
-"""numpyversion: refuse NumPy 1 in one sentence, before what cannot be imported beside it. `python -m dali_pipeline.numpyversion`."""
+"""numpyversion: refuse NumPy 1 in one sentence, before what cannot be imported beside it; `make` runs this module first."""
 
 from __future__ import annotations
 
