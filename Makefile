@@ -45,11 +45,14 @@ peers: .venv-peers/.ready  ## set-up of what the benchmarks compare with, in .ve
 
 # FRAMEWORKS=image: torch, DALI and NumPy stay those that $(PYTHON) has, as in an NVIDIA image
 IMAGE := $(filter image,$(FRAMEWORKS))
+# the version of CUDA that torch is built for, and DALI is to be; without a GPU either does
+CUDA_OF_TORCH := import torch; print((torch.version.cuda or '12').split('.')[0])
 
 $(INSTALLED): $(wildcard requirements*.txt)
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; name another with make PYTHON=python3 (3.11 or newer)"; exit 2; }
 	$(PYTHON) -m venv $(if $(IMAGE),--system-site-packages) $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements$(if $(IMAGE),-base).txt -r requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(IMAGE),,-r requirements-frameworks.txt) -r requirements-base.txt -r requirements-dev.txt
+	$(if $(IMAGE),,$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-cuda$$($(BIN)/python -c "$(CUDA_OF_TORCH)").txt)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-demo.txt
 	@touch $@
 
