@@ -10,6 +10,7 @@ import torch
 
 from dali_pipeline.checks import MOST, one_of, shown, truth, whole
 from dali_pipeline.layers import Layers
+from dali_pipeline.machine import unusable_gpu
 from dali_pipeline.schema import UsageError
 from dali_pipeline.world import World
 
@@ -56,6 +57,8 @@ def resolve_device(device: str | torch.device, world: World) -> torch.device:
         found = torch.device("meta")
     if found.type not in ("cpu", "cuda"):
         raise UsageError(f"device is {shown(str(device))}; expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    if found.type == "cuda" and (why := unusable_gpu()):
+        raise UsageError(f"device is {str(device)!r}, but {why}")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device is {str(device)!r}, but torch sees {torch.cuda.device_count()} GPUs")
     return torch.device("cuda", torch.cuda.current_device()) if found.type == "cuda" and found.index is None else found

@@ -14,6 +14,7 @@ import torch
 
 from dali_pipeline.ahead import background_threads, belonging_to_this_process, cores_beside, map_ahead, on_threads
 from dali_pipeline.checks import one_of, truth
+from dali_pipeline.dali import check_dali, device_id, import_dali, iterate
 from dali_pipeline.dataset import Dataset, View
 from dali_pipeline.decoding import Decoding, sequence_graph
 from dali_pipeline.delivery import OnError, OnNan, Workers, check_delivery, check_memory
@@ -94,7 +95,8 @@ class SequenceLoader(Loader[SequenceBatch]):
     `left_out` and in the log named dali_pipeline · on_nan: the same for one that holds NaN or infinite values as
     stored (a narrower `dtype` may still make one infinite); "keep" does not look for them, which costs a pass over the values.
 
-    Raises UsageError for an argument that makes no sense, DataError for data without sequences, or without the statistics to
+    Raises UsageError for an argument that makes no sense, or engine="dali" where DALI is not installed, PipelineError for a
+    DALI that does not fit torch's CUDA, DataError for data without sequences, or without the statistics to
     normalize with; while iterating, FormatError for a damaged shard, DataError for NaN with on_nan="raise".
     """
 
@@ -126,6 +128,8 @@ class SequenceLoader(Loader[SequenceBatch]):
         bucket_by_length: bool = False,
     ) -> None:
         one_of("engine", engine, get_args(Engine))
+        if engine == "dali":
+            import_dali()
         super().__init__(
             data,
             split=split,
@@ -145,6 +149,9 @@ class SequenceLoader(Loader[SequenceBatch]):
             weights=weights,
             bucket_by_length=bucket_by_length,
         )
+        on_gpu = engine == "dali" and self.device.type == "cuda"
+        if on_gpu:
+            check_dali()
         layers = self._positions(check_delivery(layers, dtype), "step")
         self.dtype, self.engine = dtype, engine
         steps = self.selection.bounds("step")
@@ -160,7 +167,6 @@ class SequenceLoader(Loader[SequenceBatch]):
         statistics = data.manifest.statistics if normalize else None
         self._decoding = Decoding.of(field, layers, statistics, dtype, self.device)
         # On the way to a GPU padding would be so many more bytes; on the CPU records are read to where they stand padded.
-        on_gpu = engine == "dali" and self.device.type == "cuda"
         self._decodes_in_dali = on_gpu and self._decoding.in_dali and field.dtype not in NOT_FOR_DALI
         self._pads_in_dali = self._decodes_in_dali and not equal_lengths
         record_bytes = self.selection.record_bytes
@@ -277,12 +283,10 @@ class SequenceLoader(Loader[SequenceBatch]):
             pads=self._pads_in_dali,
             batch_size=self._longest_stretch * (self.batch_size if self._pads_in_dali else 1) if self._decodes_in_dali else 1,
             num_threads=DALI_THREADS,
-            device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
+            device_id=device_id(self.device),
             prefetch_queue_depth=PREFETCH_STRETCHES,
         )
-        from nvidia.dali.plugin.pytorch import DALIGenericIterator
-
-        return DALIGenericIterator([pipeline], ["sequences"], size=-1, auto_reset=False, prepare_first_batch=False)
+        return iterate(pipeline)
 
     def _samples(self, stretch: Stretch) -> Array | list[Array]:
         """What external_source takes: a sample per record or batch for DALI to work on, else one in all."""

@@ -13,6 +13,7 @@ from pretended_gpu import Log, pretended_gpu
 from pretended_gpu.dali import dali_on_the_cpu
 
 import dali_pipeline as dp
+from dali_pipeline.numpyversion import check_numpy
 from dali_pipeline.pending import STREAMED
 from dali_pipeline.schema import Array, Kind
 from dali_pipeline.shard import ShardInfo
@@ -30,6 +31,14 @@ SCHEMA = dp.Schema(
     x=dp.Field(dtype="float16", shape=(NODE_FEATURES,)),
     edge_attr=dp.Field(dtype="float16"),
 )
+
+
+def pytest_configure() -> None:
+    """Refuse NumPy 1 before any test fails of it."""
+    try:
+        check_numpy()
+    except dp.UsageError as error:
+        pytest.exit(str(error), returncode=2)
 
 
 def make_records(count: int, *, ragged: bool = True, seed: int = 0, classes: int = 2) -> list[dp.Record]:
