@@ -1,6 +1,6 @@
 # Two images of one project, with the same make targets inside.
 #
-#   docker build --target gpu -t dali-pipeline:gpu .   on NVIDIA's PyTorch image: its torch, DALI and NumPy are kept, not replaced
+#   docker build --target gpu -t dali-pipeline:gpu .   on NVIDIA's PyTorch image: its torch and DALI are kept, and its NumPy from version 2 on
 #   docker build --target cpu -t dali-pipeline:cpu .   on plain Python: everything from requirements.txt
 #
 # Layers from the slowest to change to the fastest: system, packages, project.

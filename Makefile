@@ -46,7 +46,7 @@ peers: .venv-peers/.ready  ## set-up of what the benchmarks compare with, in .ve
 	.venv-peers/bin/pip install --quiet --disable-pip-version-check -r benchmarks/requirements-peers.txt
 	@touch $@
 
-# FRAMEWORKS=image: torch, DALI and NumPy stay those that $(PYTHON) has, as in an NVIDIA image
+# FRAMEWORKS=image: torch and DALI stay those that $(PYTHON) has, as in an NVIDIA image, and NumPy from version 2 on
 IMAGE := $(filter image,$(FRAMEWORKS))
 # the version of CUDA that torch is built for, and DALI is to be; without a GPU either does
 CUDA_OF_TORCH := import torch; print((torch.version.cuda or '12').split('.')[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -182,6 +183,20 @@ def test_imports_run_one_way(package: str, order: list[str]) -> None:
 def test_models_know_nothing_of_the_loaders() -> None:
     for path in (ROOT / "models").glob("*.py"):
         assert {name.split(".")[0] for name in imports(path)} <= {"__future__", "models", "torch", "torch_geometric", "typing"}
+
+
+def test_nothing_forks() -> None:
+    """A forked child has none of its parent's threads, and Python 3.12 warns of it. Tests fork on purpose, to see it told so.
+
+    `subprocess` does not fork in that sense, unless it is to run Python in the child (`preexec_fn`).
+    """
+    files = [
+        ROOT / "train.py",
+        *(path for name in ("dali_pipeline", "training", "models") for path in (ROOT / name).rglob("*.py")),
+    ]
+    forks = re.compile(r"\bos\.fork\(|\bforkpty\(|preexec_fn|ProcessPoolExecutor|get_context|\bPool\(|multiprocessing\.Process")
+    assert [str(path.relative_to(ROOT)) for path in files if forks.search(path.read_text())] == []
+    assert forks.search((ROOT / "tests" / "ranks.py").read_text())  # which does
 
 
 def test_importing_the_package_is_cheap() -> None:
