@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 Message = dict[str, Any]  # one key: what it tells
 REASON_LENGTH = 300
-STOPPED_SECONDS = 5.0  # that a killed process may take to be gone
+ENDING_SECONDS, KILLED_SECONDS = 0.5, 5.0  # that a process may take to end by itself, and to be gone once killed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,13 +225,12 @@ class Worker:
         process, self._process = self._process, None
         if process is None:
             return None
-        process.join(0.5 if self._connection.closed else 0)  # the code of one that ended by itself
-        self._connection.close()
-        process.join(0.5)
+        self._connection.close()  # at which an idle one ends
+        process.join(ENDING_SECONDS)
         with suppress(ProcessLookupError, PermissionError):  # gone, or not yet a group of its own
             os.killpg(process.pid, signal.SIGKILL)
         if process.is_alive():
             process.kill()
-        process.join(STOPPED_SECONDS)
+        process.join(KILLED_SECONDS)
         code: int | None = process.exitcode
         return code
