@@ -48,7 +48,7 @@ def loader_lines(axes: Axes, rows: Rows, limits: Rows, title: str) -> None:
             }
             places = sorted((counts.index(count), rate) for count, rate in rates.items())
             style, marker = {"dali engine": ("-", "s"), "torch engine": ("--", "o")}.get(loader, ("-", "^"))
-            label = f"{name}, {loader.removesuffix(' engine')}" if "engine" in loader else f"{name} of graphs"
+            label = f"{name}, {loader.removesuffix(' engine')}" if "engine" in loader else name
             axes.plot(*zip(*places, strict=True), style, color=colour, marker=marker, markersize=4, label=label)
     for row in limits:
         if row["measured"] in LIMITS and row["median"]:
@@ -71,8 +71,9 @@ def training_bars(axes: Axes, rows: Rows, title: str) -> None:
             for place, rate, scenario in zip(places, rates, scenarios, strict=True):
                 idle = medians.get((scenario, IDLE))
                 told = "" if idle is None else f" device idle {idle:.1f} %"
-                axes.text(rate, place, told, va="center", fontsize=7)
+                axes.text(max(rate, medians.get((scenario, "ceiling"), 0.0)), place, told, va="center", fontsize=7)
     axes.set_yticks(range(len(scenarios)), [re.sub(r", batch \d+", "", scenario) for scenario in scenarios], fontsize=8)
-    axes.set(title=title, xlabel="records per second", xlim=(0, 1.3 * max(medians[one] for one in medians if one[1] in BARS)))
+    most = max((rate for (_, measured), rate in medians.items() if measured in BARS), default=1.0)
+    axes.set(title=title, xlabel="records per second", xlim=(0, 1.3 * most))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
