@@ -29,7 +29,6 @@ READ_BYTES = 8 << 20  # in one call
 
 def versions(setup: Setup, deadline: Deadline, report: Report) -> None:
     """Part: versions and machine; then the loaders' own graphs built and run once, compared with what was written."""
-    memory, _ = allowed_memory()
     report.facts(
         python=platform.python_version(),
         torch=torch.__version__,
@@ -37,23 +36,34 @@ def versions(setup: Setup, deadline: Deadline, report: Report) -> None:
         numpy=np.__version__,
         driver=driver_version() or _asked_of_smi("driver_version"),
         cores=allowed_cores(),
-        memory_gib=round(memory / 2**30),
-        dali_use_vmm=os.environ.get("DALI_USE_VMM"),
+        memory_gib=round(allowed_memory()[0] / 2**30),
     )
-    if setup.device != "cpu":
-        gpu = torch.cuda.get_device_properties(0)
-        report.facts(
-            gpu=gpu.name, gpu_memory_gib=round(gpu.total_memory / 2**30), compute_capability=f"{gpu.major}.{gpu.minor}"
-        )
-    try:
-        import torch_geometric
+    steps = [_tell_gpu, _tell_dali, _tell_pyg, _tell_loaders]
+    for step in steps if setup.device != "cpu" else steps[1:]:
+        try:
+            step(report)
+        except Exception as error:  # the rest is told all the same
+            report.failed("versions", step.__name__.removeprefix("_tell_"), error)
 
-        report.facts(pyg=torch_geometric.__version__)
-    except Exception as error:  # the loaders of sequences do without
-        report.facts(pyg=reason(error))
+
+def _tell_gpu(report: Report) -> None:
+    gpu = torch.cuda.get_device_properties(0)
+    report.facts(gpu=gpu.name, gpu_memory_gib=round(gpu.total_memory / 2**30), compute_capability=f"{gpu.major}.{gpu.minor}")
+
+
+def _tell_dali(report: Report) -> None:
     import nvidia.dali
 
-    report.facts(dali=nvidia.dali.__version__)
+    report.facts(dali=nvidia.dali.__version__, dali_use_vmm=os.environ.get("DALI_USE_VMM"))
+
+
+def _tell_pyg(report: Report) -> None:
+    import torch_geometric
+
+    report.facts(pyg=torch_geometric.__version__)
+
+
+def _tell_loaders(report: Report) -> None:
     report.facts(loaders=check_loaders())
 
 
