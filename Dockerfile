@@ -13,7 +13,7 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 RUN apt-get update && apt-get install --no-install-recommends --yes git make && rm -rf /var/lib/apt/lists/*
 ENV PIP_NO_CACHE_DIR=1 PYTHON=python3 PATH=/app/.venv/bin:$PATH
 WORKDIR /app
-COPY Makefile requirements.txt requirements-base.txt requirements-frameworks.txt requirements-dev.txt requirements-demo.txt ./
+COPY Makefile requirements.txt requirements-base.txt requirements-frameworks.txt requirements-cuda12.txt requirements-cuda13.txt requirements-dev.txt requirements-demo.txt ./
 RUN make .venv/.installed
 COPY . .
 RUN make .venv/.ready && python -m dali_pipeline versions
@@ -27,7 +27,7 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # PIP_CONSTRAINT: the image pins what it was tested with; what we add lies in an environment of its own, and shadows nothing of torch
 ENV PIP_NO_CACHE_DIR=1 PIP_CONSTRAINT="" PYTHON=python3 FRAMEWORKS=image PATH=/app/.venv/bin:$PATH
 WORKDIR /app
-COPY Makefile requirements.txt requirements-base.txt requirements-frameworks.txt requirements-dev.txt requirements-demo.txt ./
+COPY Makefile requirements.txt requirements-base.txt requirements-frameworks.txt requirements-cuda12.txt requirements-cuda13.txt requirements-dev.txt requirements-demo.txt ./
 RUN make .venv/.installed
 COPY . .
 RUN make .venv/.ready && python -m dali_pipeline versions

@@ -5,31 +5,38 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 
-.PHONY: train test check results bench plots peers help
+.PHONY: train test pretended-gpu check results bench plots peers help fit
 
 help:                ## what there is
-	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
-train: $(READY)      ## set-up, then the main job: traces of a real model, three detectors, a table
+train: fit           ## set-up, then the main job: traces of a real model, three detectors, a table
 	$(BIN)/python train.py
 
-test: $(READY) check ## set-up, then lint, types and tests
-	$(BIN)/pytest -n 2
+test: fit check      ## set-up, then lint, types and tests
+	$(BIN)/pytest -n 2 --dist worksteal
 
-check: $(READY)      ## lint and types alone
+pretended-gpu: fit   ## the tests marked gpu, on a GPU that is pretended: what would wait for it, or be copied to it
+	$(BIN)/pytest -n 2 --dist worksteal -m gpu --pretended-gpu
+
+check: fit           ## lint and types alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-results: $(READY)    ## the README's table: three seeds of every detector, and the linear probe beside them
+results: fit         ## the README's table: three seeds of every detector, and the linear probe beside them
 	$(BIN)/python train.py --seeds 3
 	$(BIN)/python -m benchmarks.probe data/sciq
 
+# a ready environment may have got another NumPy since; half a second
+fit: $(READY)
+	@$(BIN)/python -m dali_pipeline.numpyversion
+
 # FULL=1: what the README's figures are of; QUICK=1: a look without peers, into a folder of its own
-bench: $(READY) $(if $(QUICK),,.venv-peers/.ready)  ## speed and memory beside the limits and the peers, into benchmarks/results; FULL=1 longer, QUICK=1 without peers
+bench: fit $(if $(QUICK),,.venv-peers/.ready)  ## speed and memory beside the limits and the peers, into benchmarks/results; FULL=1 longer, QUICK=1 without peers
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick,$(if $(FULL),--full))
 
-plots: $(READY)      ## the README's speed tables, docs/speed.png and docs/growth.png from benchmarks/results
+plots: fit           ## the README's speed tables, docs/speed.png and docs/growth.png from benchmarks/results
 	$(BIN)/python -m benchmarks.plot
 
 peers: .venv-peers/.ready  ## set-up of what the benchmarks compare with, in .venv-peers
@@ -41,11 +48,14 @@ peers: .venv-peers/.ready  ## set-up of what the benchmarks compare with, in .ve
 
 # FRAMEWORKS=image: torch, DALI and NumPy stay those that $(PYTHON) has, as in an NVIDIA image
 IMAGE := $(filter image,$(FRAMEWORKS))
+# the version of CUDA that torch is built for, and DALI is to be; without a GPU either does
+CUDA_OF_TORCH := import torch; print((torch.version.cuda or '12').split('.')[0])
 
 $(INSTALLED): $(wildcard requirements*.txt)
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; name another with make PYTHON=python3 (3.11 or newer)"; exit 2; }
 	$(PYTHON) -m venv $(if $(IMAGE),--system-site-packages) $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements$(if $(IMAGE),-base).txt -r requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(IMAGE),,-r requirements-frameworks.txt) -r requirements-base.txt -r requirements-dev.txt
+	$(if $(IMAGE),,$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-cuda$$($(BIN)/python -c "$(CUDA_OF_TORCH)").txt)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-demo.txt
 	@touch $@
 

@@ -206,6 +206,15 @@ def _told(arguments: list[str]) -> list[str]:
     return kept
 
 
+def _version(package: str) -> str:
+    """The package's version; DALI's by import, as its wheels have a name for each version of CUDA."""
+    if package != "nvidia-dali":
+        return version(package)
+    from dali_pipeline.dali import describe_dali  # here, as the peers' environment lacks what it needs
+
+    return describe_dali()
+
+
 class Results:
     """Rows of one theme, printed as they come and written whole to `results/<theme>_<machine>_<date>.csv`."""
 
@@ -215,7 +224,7 @@ class Results:
         self._rows: list[dict[str, object]] = []
         self._common = {
             "machine": words,
-            "versions": ", ".join([f"Python {platform.python_version()}", *(f"{one} {version(one)}" for one in packages)]),
+            "versions": ", ".join([f"Python {platform.python_version()}", *(f"{one} {_version(one)}" for one in packages)]),
             "commit": _commit(),
             "command": shlex.join(["python", "-m", f"benchmarks.{theme}", *_told(sys.argv[1:])]),
             "date": date.today().isoformat(),

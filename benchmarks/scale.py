@@ -129,7 +129,7 @@ def main(
     folder: Annotated[Path | None, typer.Option(help="Where the sets are made, and removed again.", show_default=False)] = None,
 ) -> None:
     """Measure memory, cold epochs and first batches; write results/scale_<machine>_<date>.csv."""
-    results = Results("scale", ["torch", "numpy", "nvidia-dali-cuda120"])
+    results = Results("scale", ["torch", "numpy", "nvidia-dali"])
     sizes = [float(one) for one in gigabytes.split(",")]
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         measure_first_batch(results, Path(scratch), most_shards, repeats)

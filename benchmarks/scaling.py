@@ -121,7 +121,7 @@ def main(
     folder: Annotated[Path | None, typer.Option(help="Where the sets are made, and removed again.", show_default=False)] = None,
 ) -> None:
     """Measure every number of workers and every size; write results/scaling_<machine>_<date>.csv."""
-    results = Results("scaling", ["torch", "torch-geometric", "numpy", "nvidia-dali-cuda120"])
+    results = Results("scaling", ["torch", "torch-geometric", "numpy", "nvidia-dali"])
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         where, nbytes = Path(scratch), megabytes << 20
         sequences, _ = made(where / "sequences", nbytes // (2 * 33 * 1024), (33, 1024))

@@ -28,6 +28,7 @@ from benchmarks.peers import Peer, report, running
 from benchmarks.peers_sequences import PEERS
 from benchmarks.peers_torch import VALUES, write_values
 from dali_pipeline.cli import new_app, run
+from dali_pipeline.dali import device_id, iterate
 from dali_pipeline.decoding import sequence_graph
 from dali_pipeline.sequences import Engine
 from dali_pipeline.stretch import STRETCH_BYTES
@@ -73,10 +74,8 @@ def read(path: Path, values: np.ndarray[Any, Any], batch_size: int) -> int:
     return len(order) // batch_size * batch_size
 
 
-def through_dali(values: np.ndarray[Any, Any], count: int, batch_size: int) -> int:
-    """The limit: one constant array through the loader's own graph, as often as `count` records need."""
-    from nvidia.dali.plugin.pytorch import DALIGenericIterator
-
+def through_dali(values: np.ndarray[Any, Any], count: int, batch_size: int, device: torch.device) -> int:
+    """The limit: one constant array through the loader's own graph, on its device, as often as `count` records need."""
     batches = values.reshape(-1, batch_size, *values.shape[1:])  # a sample each, as the loader feeds them
     left = iter(range(count // len(values)))
 
@@ -84,10 +83,11 @@ def through_dali(values: np.ndarray[Any, Any], count: int, batch_size: int) -> i
         next(left)
         return batches
 
-    options = {"num_threads": 2, "device_id": None, "prefetch_queue_depth": 2}
+    options = {"num_threads": 2, "device_id": device_id(device), "prefetch_queue_depth": 2}
     graph = sequence_graph(feed, decoding=None, pads=False, batch_size=len(batches), **options)
-    iterator = DALIGenericIterator([graph], ["sequences"], size=-1, auto_reset=False, prepare_first_batch=False)
-    return sum(out["sequences"].shape[:2].numel() for (out,) in iterator)
+    records: int = sum(out["sequences"].shape[:2].numel() for (out,) in iterate(graph))
+    wait_for_gpu()
+    return records
 
 
 @app.command()
@@ -99,7 +99,7 @@ def main(
     folder: Annotated[Path | None, typer.Option(help="Where the sets are made, and removed again.", show_default=False)] = None,
 ) -> None:
     """Measure every way in turn; write results/sequences_<machine>_<date>.csv."""
-    results = Results("sequences", ["torch", "numpy", "nvidia-dali-cuda120"])
+    results = Results("sequences", ["torch", "numpy", "nvidia-dali"])
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         where = Path(scratch)
         data, values = made(where / "long", records, (33, 1024))
@@ -128,11 +128,12 @@ def long_records(
 ) -> None:
     """The limits, both engines and the peers in turn."""
     scenario = "[33, 1024] float16, batch 32"
+    device = dp.SequenceLoader(data).device
     ways = {
         "gather": partial(gather, values, 32, cast=False),
         CAST: partial(gather, values, 32, cast=True),
         PAGE_CACHE: partial(read, folder / VALUES, values, 32),
-        CONSTANT: partial(through_dali, values[: STRETCH_BYTES // values[0].nbytes // 32 * 32], len(values), 32),
+        CONSTANT: partial(through_dali, values[: STRETCH_BYTES // values[0].nbytes // 32 * 32], len(values), 32, device),
     }
     for engine in get_args(Engine):
         for dtype in (torch.float16, torch.float32):

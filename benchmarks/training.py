@@ -85,7 +85,7 @@ def main(
     folder: Annotated[Path | None, typer.Option(help="Where the sets are made, and removed again.", show_default=False)] = None,
 ) -> None:
     """Measure every detector; write results/training_<machine>_<date>.csv."""
-    results = Results("training", ["torch", "torch-geometric", "nvidia-dali-cuda120"])
+    results = Results("training", ["torch", "torch-geometric", "nvidia-dali"])
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         where, nbytes = Path(scratch), megabytes << 20
         sequences, _ = made(where / "sequences", nbytes // (2 * 33 * 1024), (33, 1024))

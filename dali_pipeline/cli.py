@@ -14,6 +14,7 @@ import typer
 from dali_pipeline.arguments import SetArgument, parse_blocks, parse_size, parse_workers
 from dali_pipeline.checkup import doctor_command
 from dali_pipeline.inspection import inspect_command
+from dali_pipeline.numpyversion import check_numpy
 from dali_pipeline.outside import Terminated, broken_pipes, check_outside, drained, reason_of, say, terminable
 from dali_pipeline.predict import predict_command
 from dali_pipeline.schema import PipelineError, UsageError
@@ -233,6 +234,7 @@ def run(application: typer.Typer, name: str) -> int:
     """
     try:
         check_outside()
+        check_numpy()
         with terminable(), broken_pipes():
             code = application(prog_name=name, standalone_mode=False)
             sys.stdout.flush()

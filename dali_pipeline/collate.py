@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 
@@ -12,9 +12,10 @@ from torch_geometric.data import Batch, Data
 
 from dali_pipeline.digest import Mask
 from dali_pipeline.encoding import BFLOAT16
-from dali_pipeline.graphrows import GraphRows
+from dali_pipeline.graphrows import GraphRows, ends_of
 from dali_pipeline.memory import Buffers
 from dali_pipeline.schema import Array, Field, Schema, level_of
+from dali_pipeline.sidestream import to_device
 from dali_pipeline.trace import span
 
 _EMPTY = Batch(_base_cls=Data)  # making one takes PyG a fifth of a millisecond, copying it none
@@ -22,13 +23,14 @@ _EMPTY = Batch(_base_cls=Data)  # making one takes PyG a fifth of a millisecond,
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GraphBatch:
-    """One batch of one rank, on the loader's device but for `positions`.
+    """One batch of one rank, on the loader's device but for `graphs_per_record` and `positions`.
 
     graphs: a PyG `Batch` of all graphs of all records, record-major, then layer: x (N, F), edge_index (2, E) int64,
     edge_attr, batch (N,), ptr (G + 1,), and the schema's further fields by the names behind their dots, real numbers
-    never narrower than stored, whole ones as int64; `to_data_list()` gives them one by one · graphs_per_record: (B,) int64 ·
-    layer_index: (G,) int64, the graph's number in its stored record · last_node: (G,) int64, each graph's last node in x ·
-    labels: (B,) int64 · valid: (B,) bool; a record that is not valid is padding and repeats a real one · ids: B texts ·
+    never narrower than stored, whole ones as int64; `to_data_list()` gives them one by one · graphs_per_record: (B,) int64 on
+    the CPU, where `pack_padded_sequence` wants it · layer_index: (G,) int64, the graph's number in its stored record ·
+    last_node: (G,) int64, each graph's last node in x · labels: (B,) int64 · valid: (B,) bool; a record that is not valid is
+    padding and repeats a real one · ids: B texts ·
     positions: (B,) int64 on the CPU, the records' numbers in their split.
     """
 
@@ -56,11 +58,11 @@ class GraphBatch:
         yield from (each for each in (*graphs._inc_dict.values(), *vars(self).values()) if torch.is_tensor(each))
 
     def to(self, device: str | torch.device) -> GraphBatch:
-        """The batch on that device, `positions` still on the CPU; copies nothing that is there already.
+        """The batch on that device, `graphs_per_record` and `positions` still on the CPU; copies nothing that is there already.
 
         Lightning calls it with each batch, and would else write to the fields.
         """
-        on_device = ("graphs_per_record", "layer_index", "last_node", "labels", "valid")
+        on_device = ("layer_index", "last_node", "labels", "valid")
         moved = {name: getattr(self, name).to(device) for name in on_device}
         return replace(self, graphs=copy(self.graphs).to(device), **moved)  # a copy, for PyG moves in place
 
@@ -79,32 +81,34 @@ class Collator:
 
     def batch(self, rows: GraphRows, valid: Mask) -> GraphBatch:
         """One batch. No loop over graphs or records."""
-        node_counts, edge_counts = self._move(rows.node_counts), self._move(rows.edge_counts)  # (G,)
-        node_ptr, edge_ptr = _pointers(node_counts), _pointers(edge_counts)  # (G + 1,)
-        num_graphs = len(node_counts)
-        graphs = copy(_EMPTY)
-        numbers, zeros = torch.arange(num_graphs + 1, device=self._device), torch.zeros_like(node_counts)
-        first_rows, slices, increments = {"node": node_ptr, "edge": edge_ptr, "graph": numbers}, {}, {}
+        num_graphs = len(rows.node_counts)
+        # where PyG cuts the batch, on the CPU as PyG itself has it: (G + 1,) each
+        first_rows = {"node": ends_of(rows.node_counts), "edge": ends_of(rows.edge_counts), "graph": np.arange(num_graphs + 1)}
+        cuts = {level: torch.from_numpy(ends) for level, ends in first_rows.items()}
+        small = (rows.node_counts, rows.edge_counts, first_rows["node"], rows.layer_index, rows.labels, valid)
+        node_counts, edge_counts, node_ptr, layer_index, labels, valid_B = self._move_together(small)
+        graphs, slices, increments = copy(_EMPTY), {}, {}
+        numbers, zeros = torch.arange(num_graphs, device=self._device), torch.zeros(num_graphs, dtype=torch.int64)
         for name, values in self.values(rows).items():
             attribute = name.rpartition(".")[2]
             graphs[attribute] = values
-            slices[attribute], increments[attribute] = first_rows[level_of(name)], zeros
+            slices[attribute], increments[attribute] = cuts[level_of(name)], zeros
         # (E, 2) local to the graph -> (2, E) numbered through the batch
         edge_index = torch.empty((2, len(rows.edge_index)), dtype=torch.int64, device=self._device)
         edge_index.copy_(self._move(rows.edge_index).t())
         edge_index += first_nodes(node_ptr, edge_counts, len(rows.edge_index))
-        graphs.edge_index, slices["edge_index"], increments["edge_index"] = edge_index, edge_ptr, node_ptr[:-1]
-        graphs.batch = _repeat(numbers[:-1], node_counts, len(rows.arrays["x"]))
+        graphs.edge_index, slices["edge_index"], increments["edge_index"] = edge_index, cuts["edge"], cuts["node"][:-1]
+        graphs.batch = _repeat(numbers, node_counts, len(rows.arrays["x"]))
         graphs.ptr = node_ptr
         # what Batch.to_data_list and indexing need
         graphs._num_graphs, graphs._slice_dict, graphs._inc_dict = num_graphs, slices, increments
         return GraphBatch(
             graphs=graphs,
-            graphs_per_record=self._move(rows.graphs_per_record),
-            layer_index=self._move(rows.layer_index),
+            graphs_per_record=torch.from_numpy(rows.graphs_per_record),
+            layer_index=layer_index,
             last_node=node_ptr[1:] - 1,
-            labels=self._move(rows.labels),
-            valid=self._move(valid),
+            labels=labels,
+            valid=valid_B.bool(),
             ids=rows.ids,
             positions=torch.from_numpy(rows.positions),
         )
@@ -117,11 +121,14 @@ class Collator:
         }
 
     def _move(self, array: Array) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
+        with span("copy", self._device.type != "cpu"):
+            return to_device(torch.from_numpy(array), self._device)
+
+    def _move_together(self, arrays: Sequence[Array]) -> Sequence[torch.Tensor]:
+        """Arrays of whole numbers: to a GPU as int64, in one copy."""
         if self._device.type == "cpu":
-            return tensor
-        with span("copy"):  # from pinned memory, which torch keeps and uses again, it need not be waited for
-            return tensor.pin_memory().to(self._device, non_blocking=True)
+            return [torch.from_numpy(array) for array in arrays]
+        return torch.split(self._move(np.concatenate(arrays, dtype=np.int64)), [len(array) for array in arrays])
 
     def _values(self, array: Array, field: Field, *, activations: bool) -> torch.Tensor:
         """Stored rows of a field, on the device: activations as `dtype`; else real numbers as that or wider, whole ones as
@@ -149,10 +156,3 @@ def _repeat(values: torch.Tensor, counts: torch.Tensor, total: int) -> torch.Ten
     if values.device.type == "cpu":
         return torch.from_numpy(np.repeat(values.numpy(), counts.numpy()))
     return torch.repeat_interleave(values, counts, output_size=total)
-
-
-def _pointers(counts: torch.Tensor) -> torch.Tensor:
-    """(G,) counts to (G + 1,) offsets, beginning with 0."""
-    ends = torch.zeros(len(counts) + 1, dtype=torch.int64, device=counts.device)
-    torch.cumsum(counts, 0, out=ends[1:])
-    return ends

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from dali_pipeline.encoding import BFLOAT16
 from dali_pipeline.layers import Layers, select
 from dali_pipeline.manifest import FeatureStatistics
 from dali_pipeline.schema import Array, Field
+from dali_pipeline.sidestream import to_device
 
 SPREAD_BYTES = 4 << 20
 DALI_DTYPES = {torch.float16: "FLOAT16", torch.float32: "FLOAT"}
@@ -75,9 +76,20 @@ class Decoding:
             values.mul_(self.scale)
         if self.mean is not None and self.inverse is not None:
             values.sub_(self.mean).mul_(self.inverse)
-            for short in np.flatnonzero(lengths < values.shape[1]).tolist():
-                values[short, int(lengths[short]) :] = 0
+            self._clear_padding(values, lengths)
         return values.to(self.dtype)
+
+    @staticmethod
+    def _clear_padding(values: torch.Tensor, lengths: Array) -> None:
+        """Zero (B, T, *row) behind each sequence's end: on a GPU by one mask, on a CPU only what is padding."""
+        short = np.flatnonzero(lengths < values.shape[1])
+        if len(short) and values.is_cuda:
+            ends = to_device(torch.from_numpy(lengths), values.device).view(-1, *[1] * (values.dim() - 1))
+            steps = torch.arange(values.shape[1], device=values.device).view(-1, *[1] * (values.dim() - 2))
+            values.masked_fill_(steps >= ends, 0)
+            return
+        for row in short.tolist():
+            values[row, int(lengths[row]) :] = 0
 
     def spread(self, values: torch.Tensor, starts: Array, lengths: Array) -> torch.Tensor:
         """`run` of records (R, *row) that are not padded: record i is the `lengths[i]` rows from `starts[i]` on; padded here.
@@ -92,16 +104,20 @@ class Decoding:
                 out[record, begin:end] = self.run(values[None, start + begin : start + end], np.array([end - begin]))[0]
         return out
 
-    def graph(self, values: Any) -> Any:
-        """The same, in a DALI graph; padding comes behind it."""
+    def graph(self, values: Any, device: Literal["cpu", "gpu"]) -> Any:
+        """The same, in a DALI graph; padding comes behind it.
+
+        device: where the values are, and where the constants are kept. Those of the CPU would cross to a GPU for every sample.
+        """
         from nvidia.dali import fn, types
 
         if self.scale is not None or self.mean is not None:
             values = fn.cast(values, dtype=types.FLOAT)
         if self.scale is not None:
-            values = values * types.Constant(self.scale.cpu().numpy())
+            values = values * types.Constant(self.scale.cpu().numpy(), device=device)
         if self.mean is not None and self.inverse is not None:
-            values = (values - types.Constant(self.mean.cpu().numpy())) * types.Constant(self.inverse.cpu().numpy())
+            mean, inverse = (types.Constant(one.cpu().numpy(), device=device) for one in (self.mean, self.inverse))
+            values = (values - mean) * inverse
         return fn.cast(values, dtype=getattr(types, DALI_DTYPES[self.dtype]))
 
 
@@ -123,7 +139,7 @@ def sequence_graph(feed: Callable[[], Array | list[Array]], *, decoding: Decodin
         if pipeline["device_id"] is not None:
             values = values.gpu()
         if decoding is not None:
-            values = decoding.graph(values)
+            values = decoding.graph(values, "cpu" if pipeline["device_id"] is None else "gpu")
         if pads:
             values = fn.pad(values, axes=(0,), fill_value=0)
         return values

@@ -10,6 +10,7 @@ import torch
 
 from dali_pipeline.checks import MOST, one_of, shown, truth, whole
 from dali_pipeline.layers import Layers
+from dali_pipeline.machine import unusable_gpu
 from dali_pipeline.schema import UsageError
 from dali_pipeline.world import World
 
@@ -56,9 +57,33 @@ def resolve_device(device: str | torch.device, world: World) -> torch.device:
         found = torch.device("meta")
     if found.type not in ("cpu", "cuda"):
         raise UsageError(f"device is {shown(str(device))}; expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    if found.type == "cuda" and (why := unusable_gpu()):
+        raise UsageError(f"device is {str(device)!r}, but {why}")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device is {str(device)!r}, but torch sees {torch.cuda.device_count()} GPUs")
     return torch.device("cuda", torch.cuda.current_device()) if found.type == "cuda" and found.index is None else found
+
+
+def make_current(device: str) -> None:
+    """Make a GPU that is named by its number the one that torch takes where none is named: for random numbers, pinned memory
+    and streams. Otherwise they would come from GPU 0, and open a context there. Raises UsageError for one that is not there."""
+    found = resolve_device(device, World())
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+
+
+def check_memory(device: torch.device, batch_bytes: int, batch: str) -> None:
+    """Raise UsageError where a GPU has no memory for two delivered batches, the one in use and the next; and says how much it
+    takes."""
+    if device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    room = free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch hands out what it keeps
+    if 2 * batch_bytes > room:
+        raise UsageError(
+            f"{batch} takes {batch_bytes / 1e9:.2f} GB on {device}, twice that with the next one, and {room / 1e9:.2f} of "
+            f"{total / 1e9:.2f} GB are free; expected a smaller batch_size, fewer layers, or a narrower dtype"
+        )
 
 
 def check_delivery(layers: Layers, dtype: torch.dtype) -> Layers:

@@ -15,7 +15,7 @@ from dali_pipeline.budget import BudgetPlan, Packed
 from dali_pipeline.checks import one_of, real
 from dali_pipeline.collate import Collator, GraphBatch
 from dali_pipeline.dataset import Dataset
-from dali_pipeline.delivery import OnError, OnNan, Workers, check_delivery
+from dali_pipeline.delivery import OnError, OnNan, Workers, check_delivery, check_memory
 from dali_pipeline.graphsource import GraphSource
 from dali_pipeline.graphstretch import GraphGatherer, Loaded, gather_into
 from dali_pipeline.layers import Layers
@@ -41,8 +41,9 @@ class GraphLoader(Loader[GraphBatch]):
     records, in order, as have no more nodes and edges together; a record beyond it by itself is a batch "alone", or raises
     DataError, as `oversize` says ·
     layers: graphs of each record to read, a slice or a list · dtype: of x and edge_attr as delivered · workers: processes that
-    read and gather ahead, 0 for the caller's own thread; "auto" is one background thread, which measured four times faster
-    than a process, whose batches must cross to this one, or without a GPU none on one core, and on two with records below 32
+    read and gather ahead, 0 for the caller's own thread; "auto" is background threads, which measured four times faster
+    than processes, whose batches must cross to this one: with a GPU one per four cores, 4 at most, else one, or none on one
+    core, and on two with records below 32
     KiB · min_weight: edges whose edge_attr, one number, is smaller are left out; a budget counts them all the same ·
     window_bytes: records of 4 KiB and less are kept in memory where all fit in it and this process is alone on its node ·
     the others as in `SequenceLoader`; on_nan looks at the values of all fields.
@@ -126,6 +127,7 @@ class GraphLoader(Loader[GraphBatch]):
         self._oversize = oversize
         self._steps_of = (-1, 0)  # an epoch, and its steps by the budget
         record_bytes = max(1, int(self.selection.record_bytes))
+        check_memory(self.device, self.batch_size * record_bytes, f"a batch of {self.batch_size} records of graphs")
         self._threads = background_threads(self.device, record_bytes, self.workers)
         self.cores = cores_beside(self._threads if self.device.type == "cpu" else 0)  # for torch in the caller's thread
         self._stretch_records = STRETCH_BYTES // record_bytes

@@ -8,11 +8,13 @@ import os
 import re
 import resource
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 from dali_pipeline.container import allowed_cores, allowed_memory
 
+DEVICES = Path("/dev")
 NETWORK_FILE_SYSTEMS = (
     *("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "ceph", "glusterfs", "beegfs", "afs", "9p"),
     *(f"fuse.{name}" for name in ("sshfs", "s3fs", "gcsfuse", "glusterfs", "juicefs", "rclone")),
@@ -24,6 +26,7 @@ def describe_machine(root: Path) -> dict[str, Any]:
     """Facts, in JSON types; bytes where no other unit is named. Costs microseconds, but for torch's import."""
     import torch
 
+    seen = torch.cuda.is_available()  # the count alone may be the driver's, which knows GPUs that torch cannot use
     memory, memory_available = allowed_memory()
     return {
         "cores": allowed_cores(),
@@ -37,7 +40,7 @@ def describe_machine(root: Path) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "driver": driver_version(),
-        "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
+        "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())] if seen else [],
         "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "gpu_in_machine": Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidia0").exists(),
     }
@@ -47,11 +50,7 @@ def warnings_about(machine: dict[str, Any]) -> list[str]:
     """A sentence for each thing that is likely to be a mistake; that there is no GPU is none."""
     found = []
     if machine["gpu_in_machine"] and not machine["gpus"]:
-        build = f"a build for CUDA {machine['cuda']}" if machine["cuda"] else "a build without CUDA"
-        why = f"torch {machine['torch']} is {build}, the driver is {machine['driver']}; install a torch that fits"
-        if machine["cuda"] and machine["visible_gpus"] is not None:
-            why = f"CUDA_VISIBLE_DEVICES is {machine['visible_gpus']!r}; unset it, or name one that is there"
-        found.append(f"this machine has a GPU that torch does not see: {why}")
+        found.append(f"this machine has a GPU that torch does not see: {_why_unseen(machine)}")
     if machine["threads"] > math.ceil(machine["cores"]):
         found.append(
             f"torch computes with {machine['threads']} threads on {machine['cores']:g} allowed cores, which take turns; "
@@ -77,6 +76,35 @@ def warnings_about(machine: dict[str, Any]) -> list[str]:
     if machine["free_disk"] < LEAST_FREE:
         found.append(f"{machine['free_disk'] / 1e9:.1f} GB of disk are free; checkpoints and a second encoding need some")
     return found
+
+
+def _why_unseen(machine: dict[str, Any], words: str = "") -> str:
+    if machine["cuda"] and machine["visible_gpus"] is not None:
+        return f"CUDA_VISIBLE_DEVICES is {machine['visible_gpus']!r}; unset it, or name one that is there"
+    build = f"a build for CUDA {machine['cuda']}" if machine["cuda"] else "a build without CUDA"
+    says = f", of which torch says: {words}" if words else ""
+    return (
+        f"torch {machine['torch']} is {build}, the driver is {machine['driver']}{says}; install a torch or a driver that fits"
+    )
+
+
+def unusable_gpu() -> str | None:
+    """Say why torch, built for CUDA, cannot use the GPU that this machine or container lends; None if nothing is wrong.
+
+    Nothing is wrong without such a GPU, as while an image is built, or if CUDA_VISIBLE_DEVICES chooses. Opens no CUDA context.
+    """
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if torch.version.cuda is None or visible is not None or not any(DEVICES.glob("nvidia[0-9]*")):
+        return None
+    with warnings.catch_warnings(record=True) as told:  # once in a process torch says what is wrong with the driver
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return None
+    said = [str(one.message).removeprefix("CUDA initialization: ").partition(". ")[0] for one in told]
+    known = {"torch": torch.__version__, "cuda": torch.version.cuda, "driver": driver_version(), "visible_gpus": visible}
+    return f"there is a GPU that torch does not see: {_why_unseen(known, said[0] if said else '')}"
 
 
 def file_system(root: Path) -> str | None:

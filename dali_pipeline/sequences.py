@@ -7,21 +7,24 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any, Literal, get_args
 
 import torch
 
 from dali_pipeline.ahead import background_threads, belonging_to_this_process, cores_beside, map_ahead, on_threads
 from dali_pipeline.checks import one_of, truth
+from dali_pipeline.dali import check_dali, device_id, import_dali, iterate
 from dali_pipeline.dataset import Dataset, View
 from dali_pipeline.decoding import Decoding, sequence_graph
-from dali_pipeline.delivery import OnError, OnNan, Workers, check_delivery
-from dali_pipeline.layers import Layers
+from dali_pipeline.delivery import OnError, OnNan, Workers, check_delivery, check_memory
+from dali_pipeline.layers import Layers, select
 from dali_pipeline.loader import Loader, Made, Position
+from dali_pipeline.memory import Buffers
 from dali_pipeline.order import WINDOW_BYTES, Ints, Tail
 from dali_pipeline.plan import EpochPlan
 from dali_pipeline.schema import Array, DataError, FormatError, UsageError
+from dali_pipeline.sidestream import UnderWay, a_batch_ahead, to_device
 from dali_pipeline.source import Padded, SequenceSource
 from dali_pipeline.stretch import STRETCH_BYTES, Part, Stretch, StretchGatherer, stretches
 from dali_pipeline.trace import span, spans
@@ -58,6 +61,10 @@ class SequenceBatch:
         """Bytes of the sequences as delivered."""
         return self.sequences.nbytes
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Those that are on the loader's device."""
+        yield from (self.sequences, self.labels, self.valid)
+
     def to(self, device: str | torch.device) -> SequenceBatch:
         """The batch on that device, `lengths` and `positions` still on the CPU; copies nothing that is there already.
 
@@ -76,7 +83,8 @@ class SequenceLoader(Loader[SequenceBatch]):
     batch_size: per rank, ceil(records / world_size) at most · layers: steps of each sequence to read, a slice or a list ·
     dtype: delivered · window_bytes: of shards that are shuffled together at a time · lanes: disjoint parts of the data with a
     window each, a node's share ·
-    workers: threads that gather ahead, 0 for the caller's own; "auto" is 1, or without a GPU 0 on one core, and on two where
+    workers: threads that gather ahead, 0 for the caller's own; "auto" is one per four cores with a GPU, 4 at most; without one
+    it is 1, or 0 on one core, and on two where
     records are below 32 KiB or come as they are stored · tail: "pad" the last batches or "drop" them · engine: "dali", or
     "torch", which delivers the same batches without DALI · rank, world_size: detected where not given · balance="label":
     labels in equal numbers; weights: of groups, 1 where not named; either makes an epoch as many draws as there are records.
@@ -87,7 +95,8 @@ class SequenceLoader(Loader[SequenceBatch]):
     `left_out` and in the log named dali_pipeline · on_nan: the same for one that holds NaN or infinite values as
     stored (a narrower `dtype` may still make one infinite); "keep" does not look for them, which costs a pass over the values.
 
-    Raises UsageError for an argument that makes no sense, DataError for data without sequences, or without the statistics to
+    Raises UsageError for an argument that makes no sense, or engine="dali" where DALI is not installed, PipelineError for a
+    DALI that does not fit torch's CUDA, DataError for data without sequences, or without the statistics to
     normalize with; while iterating, FormatError for a damaged shard, DataError for NaN with on_nan="raise".
     """
 
@@ -119,6 +128,8 @@ class SequenceLoader(Loader[SequenceBatch]):
         bucket_by_length: bool = False,
     ) -> None:
         one_of("engine", engine, get_args(Engine))
+        if engine == "dali":
+            import_dali()
         super().__init__(
             data,
             split=split,
@@ -138,6 +149,9 @@ class SequenceLoader(Loader[SequenceBatch]):
             weights=weights,
             bucket_by_length=bucket_by_length,
         )
+        on_gpu = engine == "dali" and self.device.type == "cuda"
+        if on_gpu:
+            check_dali()
         layers = self._positions(check_delivery(layers, dtype), "step")
         self.dtype, self.engine = dtype, engine
         steps = self.selection.bounds("step")
@@ -153,7 +167,6 @@ class SequenceLoader(Loader[SequenceBatch]):
         statistics = data.manifest.statistics if normalize else None
         self._decoding = Decoding.of(field, layers, statistics, dtype, self.device)
         # On the way to a GPU padding would be so many more bytes; on the CPU records are read to where they stand padded.
-        on_gpu = engine == "dali" and self.device.type == "cuda"
         self._decodes_in_dali = on_gpu and self._decoding.in_dali and field.dtype not in NOT_FOR_DALI
         self._pads_in_dali = self._decodes_in_dali and not equal_lengths
         record_bytes = self.selection.record_bytes
@@ -167,14 +180,25 @@ class SequenceLoader(Loader[SequenceBatch]):
         self._source = source = SequenceSource(
             self.selection, data.schema, layers, window_bytes=self.order.window_bytes, finite=on_nan != "keep"
         )
+        if self.device.type == "cuda":
+            longest = len(select(layers, steps[1])) if steps is not None else 1
+            nbytes = self.batch_size * longest * source.row_bytes // field.storage.itemsize * dtype.itemsize
+            check_memory(self.device, nbytes, f"a batch of {self.batch_size} sequences of {longest} steps")
+            source.use(Buffers(pinned=True))
         bits, skips = self._decoding.bfloat16, self.skips
         padded: Padded = None if self._pads_in_dali else "batch"
         self._stretches = StretchGatherer(source, self.world, self.batch_size, padded, bits=bits, skips=skips)
 
     def _batches(self, plan: EpochPlan, start: Position) -> Generator[Made[SequenceBatch], None, None]:
-        loaded = self._read_ahead(plan, start.step)
-        with closing(loaded):
-            yield from (self._through_dali if self.engine == "dali" else self._through_torch)(loaded)
+        batches = self._moved(plan, start)
+        if self.device.type == "cuda" and self.engine == "torch":  # DALI has a stream of its own
+            return a_batch_ahead(batches, lambda made: made.batch.tensors(), self.device)
+        return batches
+
+    def _moved(self, plan: EpochPlan, start: Position) -> Generator[Made[SequenceBatch], None, None]:
+        through = self._through_dali if self.engine == "dali" else self._through_torch
+        with UnderWay(self.device) as under_way, closing(self._read_ahead(plan, start.step)) as loaded:
+            yield from through(loaded, under_way)
 
     def _read_ahead(self, plan: EpochPlan, start: int) -> Loaded:
         """Stretches in order, cut by their padding, which is known from the lengths of many batches at once."""
@@ -193,12 +217,15 @@ class SequenceLoader(Loader[SequenceBatch]):
     def _lengths(self, positions: Ints) -> Ints:
         return self._stretches.lengths(positions)
 
-    def _through_torch(self, loaded: Loaded) -> Iterator[Made[SequenceBatch]]:
-        return chain.from_iterable(map(self._in_torch, loaded))  # which holds no stretch while the next is made
+    def _through_torch(self, loaded: Loaded, under_way: UnderWay) -> Iterator[Made[SequenceBatch]]:
+        return chain.from_iterable(map(self._in_torch, loaded, repeat(under_way)))  # holds no stretch while the next is made
 
-    def _in_torch(self, stretch: Stretch) -> Iterator[Made[SequenceBatch]]:
+    def _in_torch(self, stretch: Stretch, under_way: UnderWay) -> Iterator[Made[SequenceBatch]]:
         values = torch.from_numpy(stretch.rows.values)
-        return self._made(stretch, self._spread(stretch, values) if stretch.sparse else self._cut(stretch, values))
+        try:
+            yield from self._made(stretch, self._spread(stretch, values) if stretch.sparse else self._cut(stretch, values))
+        finally:
+            under_way.keep(values)
 
     def _cut(self, stretch: Stretch, values: torch.Tensor) -> Iterator[torch.Tensor]:
         """The values (B, T, *row) of each batch, on the device, of those of all."""
@@ -215,7 +242,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         with span("decode"), on_threads(self.cores):
             yield self._decoding.spread(values, stretch.rows.starts, stretch.rows.lengths)
 
-    def _through_dali(self, loaded: Loaded) -> Iterator[Made[SequenceBatch]]:
+    def _through_dali(self, loaded: Loaded, under_way: UnderWay) -> Iterator[Made[SequenceBatch]]:
         # A pipeline an epoch: building one takes about 10 ms, and nothing read ahead can outlive its epoch.
         ahead: deque[Stretch] = deque()  # what DALI has in hand; it reads from these very arrays
         passing: deque[Stretch] = deque()  # what goes past DALI, once it is empty
@@ -245,7 +272,7 @@ class SequenceLoader(Loader[SequenceBatch]):
                     raise failures[0]
                 if not passing:
                     return
-                yield from self._in_torch(passing.popleft())
+                yield from self._in_torch(passing.popleft(), under_way)
                 iterator.reset()
 
     def _dali(self, feed: Callable[[], Array | list[Array]]) -> Any:
@@ -256,12 +283,10 @@ class SequenceLoader(Loader[SequenceBatch]):
             pads=self._pads_in_dali,
             batch_size=self._longest_stretch * (self.batch_size if self._pads_in_dali else 1) if self._decodes_in_dali else 1,
             num_threads=DALI_THREADS,
-            device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
+            device_id=device_id(self.device),
             prefetch_queue_depth=PREFETCH_STRETCHES,
         )
-        from nvidia.dali.plugin.pytorch import DALIGenericIterator
-
-        return DALIGenericIterator([pipeline], ["sequences"], size=-1, auto_reset=False, prepare_first_batch=False)
+        return iterate(pipeline)
 
     def _samples(self, stretch: Stretch) -> Array | list[Array]:
         """What external_source takes: a sample per record or batch for DALI to work on, else one in all."""
@@ -282,7 +307,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         rows, size = stretch.rows, self.batch_size
         on_cpu = [torch.from_numpy(each) for each in (rows.labels, stretch.valid, rows.lengths, rows.positions)]
         with span("copy", self.device.type != "cpu"):
-            on_device = [each.to(self.device, non_blocking=True) for each in on_cpu[:2]]
+            on_device = [to_device(each, self.device) for each in on_cpu[:2]]
         alike = (torch.split(each, size) for each in on_device + on_cpu[2:])
         for begin, batch, label, kept, length, position in zip(stretch.begins, values, *alike, strict=True):
             end = begin + size

@@ -1,7 +1,8 @@
-"""A batch ahead: on a GPU the next batch is on its way, on a stream of its own, while the caller works on the one before."""
+"""Moves from the host to a GPU that nobody waits for: through pinned memory, and a batch ahead on a stream of its own."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from functools import cache
@@ -10,6 +11,39 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
+
+
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return `values` on the device: on a GPU by way of pinned memory, so that neither the host nor the GPU waits.
+
+    Costs a copy on the host; torch keeps the pinned memory until the device has read it, then uses it again.
+    """
+    if device.type != "cuda" or values.is_cuda:
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+class UnderWay:
+    """Keeps pinned memory that a GPU still reads from, until it is through; whoever ends the block waits for the rest."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._kept: deque[tuple[torch.cuda.Event, object]] = deque()
+
+    def keep(self, memory: object) -> None:
+        """Keep `memory` until the current stream has passed here; let go of what it has passed already."""
+        if self._device.type == "cuda":
+            self._kept.append((torch.cuda.current_stream(self._device).record_event(), memory))
+            while self._kept and self._kept[0][0].query():  # type: ignore[no-untyped-call]
+                self._kept.popleft()
+
+    def __enter__(self) -> UnderWay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._kept:
+            self._kept[0][0].synchronize()
+            self._kept.popleft()
 
 
 def a_batch_ahead(

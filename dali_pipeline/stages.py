@@ -51,12 +51,12 @@ def measure_stages(
         steps = plan.num_steps
     tell("gather")
     gathered = list(islice(gathers(loader, plan, steps), LOOKED_AT))  # hashed, and in memory
-    rates["gather"] = rate_of(gathers(loader, plan, steps), loader.batch_size, seconds)
+    rates["gather"] = rate_of(gathers(loader, plan, steps), loader.batch_size, seconds, loader.device)
     tell("decode")
-    rates["decode"] = rate_of((decode(loader, one) for one in _for_ever(gathered)), loader.batch_size, seconds)
+    rates["decode"] = rate_of((decode(loader, one) for one in _for_ever(gathered)), loader.batch_size, seconds, loader.device)
     if isinstance(loader, GraphLoader):
         tell("collate")
-        whole = rate_of((collate(loader, one) for one in _for_ever(gathered)), loader.batch_size, seconds)
+        whole = rate_of((collate(loader, one) for one in _for_ever(gathered)), loader.batch_size, seconds, loader.device)
         rates["collate"] = 1 / max(1 / whole - 1 / rates["decode"], 0.01 / whole)  # what it does beside decoding
     if loader.device.type == "cuda":
         tell("host to device")
@@ -70,7 +70,7 @@ def model_rate(loader: Loader[Any], step: Train, seconds: float) -> float:
     """Records a second of steps on one batch again and again: the model's ceiling."""
     batch = next(iter(loader))
     step(batch)
-    return rate_of(_steps(step, batch, loader.device), loader.batch_size, seconds)
+    return rate_of(map(step, _for_ever([batch])), loader.batch_size, seconds, loader.device)
 
 
 def gathers(loader: Loader[Any], plan: EpochPlan, steps: int) -> Iterator[Any]:
@@ -111,13 +111,15 @@ def collate(loader: GraphLoader, gathered: Any) -> Any:
         return loader._collator.batch(rows, valid)
 
 
-def rate_of(work: Iterator[Any], records: int, seconds: float) -> float:
-    """Records a second of an endless iterator that does `records` an item."""
+def rate_of(work: Iterator[Any], records: int, seconds: float, device: torch.device) -> float:
+    """Records a second of an endless iterator that does `records` an item; a GPU is waited for once, at the end."""
     next(work)
+    wait_for(device)
     begun, done = time.perf_counter(), 0
     while done < 3 or time.perf_counter() - begun < seconds:
         next(work)
         done += 1
+    wait_for(device)
     return done * records / (time.perf_counter() - begun)
 
 
@@ -177,28 +179,25 @@ def copy_rate(device: torch.device) -> float:
 
 
 def measure_together(loader: Loader[Any], step: Train, seconds: float) -> tuple[float, float]:
-    """Records a second of loader and model together, and the share of the time that waits for data; the first steps apart."""
-    timer = StepTimer()
+    """Records a second of loader and model together, and the share of the time in which the device has no step to work on; the
+    first steps apart. No step waits for a GPU, as in training."""
+    timer = StepTimer(loader.device)
     batches = (batch for _ in _for_ever([0]) for batch in loader)
     for batch in islice(batches, 3):
         step(batch)
+    wait_for(loader.device)
     begun = time.perf_counter()
     for done, batch in enumerate(timer(batches)):
         step(batch)
-        _wait_for(loader.device)
         if done > 2 and time.perf_counter() - begun > seconds:
             break
-    return timer.records_per_second, timer.wait_share
+    wait_for(loader.device)
+    share = timer.gap_share if loader.device.type == "cuda" else timer.wait_share
+    return timer.records / (time.perf_counter() - begun), share
 
 
-def _steps(step: Train, batch: Any, device: torch.device) -> Iterator[None]:
-    while True:
-        step(batch)
-        _wait_for(device)
-        yield
-
-
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Return once a GPU has done what it was asked for; at once for a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -9,6 +9,7 @@ from torch_geometric.nn import GINEConv
 
 from models.features import FeatureViews
 from models.lstm import Output, StepsClassifier
+from models.moves import to_device
 
 
 class GraphEncoder(nn.Module):
@@ -58,7 +59,7 @@ class GNNLSTMDetector(nn.Module):
         self.classify = StepsClassifier(2 * hidden, num_classes, hidden=hidden, num_layers=num_layers, dropout=dropout)
 
     def forward(self, graphs: Batch, graphs_per_record_B: torch.Tensor, last_node_G: torch.Tensor) -> Output:
-        """graphs: PyG batch, record-major · graphs_per_record_B: int64, at least 1 each · last_node_G: rows of graphs.x."""
+        """graphs: PyG batch, record-major · graphs_per_record_B: int64 on the CPU, at least 1 each · last_node_G: rows of x."""
         views_NF = self.views(node_features(graphs))
         states_GH = self.encode(graphs, views_NF)[last_node_G]
         raw_GH = self.raw(views_NF[last_node_G])
@@ -84,12 +85,17 @@ def edge_weights(graphs: Batch, edge_features: int) -> torch.Tensor:
 
 def to_steps(values_GF: torch.Tensor, graphs_per_record_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One row a graph to one sequence a record: (B, L, F), zero behind a record's last graph, and lengths (B,) on the CPU."""
-    lengths_B = graphs_per_record_B.cpu()
+    lengths_B = graphs_per_record_B.cpu()  # where they are already
     records, longest = len(lengths_B), int(lengths_B.max())
-    record_G = torch.repeat_interleave(
-        torch.arange(records, device=values_GF.device), graphs_per_record_B, output_size=len(values_GF)
-    )
-    first_B = graphs_per_record_B.cumsum(0) - graphs_per_record_B
-    step_G = torch.arange(len(values_GF), device=values_GF.device) - first_B[record_G]
-    steps_BLF = values_GF.new_zeros(records, longest, values_GF.shape[1])
-    return steps_BLF.index_put((record_G, step_G), values_GF), lengths_B
+    record_G = records_of_graphs(lengths_B)
+    first_B = lengths_B.cumsum(0) - lengths_B
+    # the row of each graph in the padded steps, found on the CPU: nothing waits for the GPU
+    row_G = to_device(record_G * longest + torch.arange(len(record_G)) - first_B[record_G], values_GF.device)
+    steps_RF = values_GF.new_zeros(records * longest, values_GF.shape[1]).index_copy(0, row_G, values_GF)
+    return steps_RF.view(records, longest, -1), lengths_B
+
+
+def records_of_graphs(graphs_per_record_B: torch.Tensor) -> torch.Tensor:
+    """The number, within the batch, of each graph's record: (G,) int64 on the CPU."""
+    counts_B = graphs_per_record_B.cpu()
+    return torch.repeat_interleave(torch.arange(len(counts_B)), counts_B)

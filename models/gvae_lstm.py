@@ -11,8 +11,9 @@ from torch import nn
 from torch_geometric.data import Batch
 
 from models.features import FeatureViews
-from models.gnn_lstm import GraphEncoder, node_features, to_steps
+from models.gnn_lstm import GraphEncoder, node_features, records_of_graphs, to_steps
 from models.lstm import Output, StepsClassifier
+from models.moves import to_device
 from models.noise import keyed_normal, mix
 
 
@@ -73,20 +74,23 @@ class GVAELSTMDetector(nn.Module):
 
 def records_of_nodes(graphs: Batch, graphs_per_record_B: torch.Tensor) -> torch.Tensor:
     """The number, within the batch, of each node's record: (N,)."""
-    records_B = torch.arange(len(graphs_per_record_B), device=graphs.x.device)
-    record_G = torch.repeat_interleave(records_B, graphs_per_record_B)
-    return record_G[graphs.batch]
+    return to_device(records_of_graphs(graphs_per_record_B), graphs.x.device)[graphs.batch]
 
 
 def record_means(values_N: torch.Tensor, record_N: torch.Tensor, records: int) -> torch.Tensor:
     """The mean of a value over the nodes of all graphs of each record, (B,)."""
     totals_B = values_N.new_zeros(records).index_add(0, record_N, values_N)
-    return totals_B / torch.bincount(record_N, minlength=records)
+    return totals_B / nodes_of_records(record_N, records)
+
+
+def nodes_of_records(record_N: torch.Tensor, records: int) -> torch.Tensor:
+    """The number of nodes of each record, (B,) int64; `bincount` would wait for the GPU."""
+    return record_N.new_zeros(records).index_add(0, record_N, torch.ones_like(record_N))
 
 
 def node_noise(noise_keys_B: torch.Tensor, record_N: torch.Tensor, like_NZ: torch.Tensor) -> torch.Tensor:
     """Standard normal values (N, Z) from each record's key and the node's number in its record."""
-    counts_B = torch.bincount(record_N, minlength=len(noise_keys_B))
+    counts_B = nodes_of_records(record_N, len(noise_keys_B))
     first_B = counts_B.cumsum(0) - counts_B
     number_N = torch.arange(len(record_N), device=record_N.device) - first_B[record_N]
     return keyed_normal(mix(noise_keys_B[record_N] + number_N), like_NZ.shape[1]).to(like_NZ.dtype)

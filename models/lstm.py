@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from models.features import FeatureViews
+from models.moves import to_device
 
 
 class Output(NamedTuple):
@@ -41,20 +42,28 @@ class StepsClassifier(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, steps_BTF: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         """lengths_B: int64 on the CPU, each from 1 to T. Returns logits_BK."""
-        if steps_BTF.device.type == "cpu":  # where torch's LSTM cannot be trained in half precision on every processor
-            with torch.autocast("cpu", enabled=False):
-                return self._classify(steps_BTF.float(), lengths_B)
-        return self._classify(steps_BTF, lengths_B)
+        device = steps_BTF.device
+        if device.type == "cuda" and torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.float16:
+            return self._classify(steps_BTF, lengths_B)
+        # In float32 otherwise: not every processor trains an LSTM in half precision, and cuDNN's, under autocast, computes in
+        # float16 whatever type was asked for (aten/src/ATen/cudnn/AutocastRNN.cpp), where bfloat16 expects no loss scaling.
+        with torch.autocast(device.type, enabled=False):
+            return self._classify(steps_BTF.float(), lengths_B)
 
     def _classify(self, steps_BTF: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         longest = steps_BTF.shape[1]
         if int(lengths_B.min()) == longest:  # nothing to pack
             states_BTH, _ = self.lstm(steps_BTF)
+            most_BH = states_BTH.amax(dim=1)
         else:
-            packed = pack_padded_sequence(steps_BTF, lengths_B, batch_first=True, enforce_sorted=False)
+            # sorted by length here, as pack_padded_sequence would wait for the GPU
+            order_B = torch.argsort(lengths_B, descending=True, stable=True)
+            sorting_B, unsorting_B = to_device(torch.stack([order_B, torch.argsort(order_B)]), steps_BTF.device)
+            packed = pack_padded_sequence(steps_BTF.index_select(0, sorting_B), lengths_B[order_B], batch_first=True)
             states, _ = self.lstm(packed)
             states_BTH, _ = pad_packed_sequence(states, batch_first=True, padding_value=-torch.inf, total_length=longest)
-        logits_BK: torch.Tensor = self.head(states_BTH.amax(dim=1))
+            most_BH = states_BTH.amax(dim=1).index_select(0, unsorting_B)
+        logits_BK: torch.Tensor = self.head(most_BH)
         return logits_BK
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pretended_gpu import Log, pretended_gpu
+from pretended_gpu.dali import dali_on_the_cpu
 
 import dali_pipeline as dp
+from dali_pipeline.numpyversion import check_numpy
 from dali_pipeline.pending import STREAMED
 from dali_pipeline.schema import Array, Kind
 from dali_pipeline.shard import ShardInfo
@@ -28,6 +31,14 @@ SCHEMA = dp.Schema(
     x=dp.Field(dtype="float16", shape=(NODE_FEATURES,)),
     edge_attr=dp.Field(dtype="float16"),
 )
+
+
+def pytest_configure() -> None:
+    """Refuse NumPy 1 before any test fails of it."""
+    try:
+        check_numpy()
+    except dp.UsageError as error:
+        pytest.exit(str(error), returncode=2)
 
 
 def make_records(count: int, *, ragged: bool = True, seed: int = 0, classes: int = 2) -> list[dp.Record]:
@@ -100,3 +111,31 @@ def make(tmp_path: Path) -> Callable[..., dp.Dataset]:
         return write(tmp_path / f"set-{count}", make_records(count, **options), **writing)  # type: ignore[arg-type]
 
     return make_dataset
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--pretended-gpu", action="store_true", help="run the tests marked gpu on a pretended one")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available() and not item.config.getoption("--pretended-gpu"):
+        pytest.skip("needs a GPU, or --pretended-gpu")
+
+
+@pytest.fixture
+def gpu_log(request: pytest.FixtureRequest) -> Log:
+    """What the pretended GPU was asked for; a test that counts is skipped on a real one."""
+    if not request.config.getoption("--pretended-gpu"):
+        pytest.skip("counts what a pretended GPU is asked for")
+    log: Log = request.getfixturevalue("pretend")
+    return log
+
+
+@pytest.fixture(autouse=True)
+def pretend(request: pytest.FixtureRequest) -> Iterator[Log | None]:
+    """A pretended GPU for tests marked gpu, where it is asked for."""
+    if not (request.config.getoption("--pretended-gpu") and request.node.get_closest_marker("gpu")):
+        yield None
+        return
+    with pretended_gpu() as log, dali_on_the_cpu():
+        yield log

@@ -12,11 +12,14 @@ from typing import Any
 import boto3
 import numpy as np
 import pytest
+import torch
 from stores import s3
 
 import dali_pipeline as dp
 from benchmarks import graphs, harness, link, peers, peers_graphs, peers_torch, plot, tables
 from benchmarks.peer import Batch, Epochs, Way, checked
+from benchmarks.sequences import through_dali
+from dali_pipeline.decoding import sequence_graph
 from dali_pipeline.stores import GoneError, Store
 
 COUNT, BATCH = 300, 32  # more than the deques hold
@@ -52,6 +55,22 @@ def check_way(way: Way, records: Any, folder: Path) -> None:
     one, other = ids(epochs), ids(epochs)
     assert sorted(one) == sorted(other) == list(range(COUNT))
     assert one != other != sorted(other)
+
+
+@pytest.mark.parametrize(("device", "number"), [("cpu", None), ("cuda:1", 1), ("cuda", 0)])
+def test_the_limit_through_dali_is_that_of_the_loaders_device(
+    monkeypatch: pytest.MonkeyPatch, device: str, number: int | None
+) -> None:
+    asked: list[Any] = []
+
+    def on_the_cpu(feed: Any, *, device_id: int | None, **options: Any) -> Any:
+        asked.append(device_id)
+        return sequence_graph(feed, device_id=None, **options)
+
+    monkeypatch.setattr("benchmarks.sequences.sequence_graph", on_the_cpu)
+    values = np.ones((8, 3, 4), np.float16)
+    assert through_dali(values, 16, 4, torch.device(device)) == 16
+    assert asked == [number]
 
 
 class Altered(peers_torch.MemoryMap):

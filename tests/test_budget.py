@@ -18,7 +18,7 @@ from dali_pipeline.graphstretch import GraphGatherer
 NODES, EDGES = 60, 70  # a record of the fixture has up to 4 graphs of up to a dozen nodes
 
 
-@pytest.fixture(params=[0, 2])
+@pytest.fixture(params=[0, pytest.param(2, marks=pytest.mark.slow)])
 def make(data: dp.Dataset, request: pytest.FixtureRequest) -> contracts.Make:
     def make_loader(**options: Any) -> dp.GraphLoader:
         usual = {"data": data, "max_nodes": NODES, "max_edges": EDGES, "window_bytes": 6000, "workers": request.param}

@@ -77,11 +77,46 @@ def test_hadolint_has_nothing_to_say() -> None:
 
 def test_compose_gives_what_training_needs() -> None:
     services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
-    assert services["train"]["gpus"] == "all"
+    train = services["train"]
+    assert train["gpus"] == "all"
+    assert "entrypoint" not in services["train-cpu"]  # the image's own, one process
     for service in services.values():
         assert service["shm_size"] == "8gb"
-        assert "doctor" in service["healthcheck"]["test"][1]
+        assert service["healthcheck"]["test"] == ["CMD", "python", "-m", "dali_pipeline", "versions", "--quick"]
         assert f" AS {service['build']['target']}\n" in DOCKERFILE
+
+
+def test_compose_starts_a_process_for_each_gpu_in_the_project_environment(tmp_path: Path) -> None:
+    """With arguments behind the entry point, as `docker compose run train --data …` gives them; two processes for the GPUs."""
+    entry = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["train"]["entrypoint"]
+    assert entry[:3] == ["python", "-m", "torch.distributed.run"]  # an image's torchrun belongs to another Python
+    assert entry[entry.index("--nproc-per-node") + 1] == "gpu"
+    assert entry[-1] == "train.py"
+    (tmp_path / "train.py").write_text(
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "Path('rank-' + os.environ['RANK']).write_text(' '.join([os.environ['WORLD_SIZE'], sys.prefix, *sys.argv[1:]]))\n"
+    )
+    command = [sys.executable, *("2" if word == "gpu" else word for word in entry[1:]), "--data", "data/traces"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    expected = f"2 {sys.prefix} --data data/traces"
+    assert [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)] == [expected] * 2
+
+
+def test_the_health_check_is_cheap_and_looks_at_no_data() -> None:
+    """Seconds with a wide margin, as other tests run beside it; what it does not import is what would take them."""
+    code = (
+        "import sys, resource\nfrom dali_pipeline.cli import app, run\n"
+        "sys.argv[1:] = ['versions', '--quick']\ncode = run(app, 'dali_pipeline')\n"
+        "print(code, sorted({'torch_geometric', 'sklearn', 'pyarrow', 'training.build'} & set(sys.modules)))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_utime)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    *rows, said, told, seconds = done.stdout.splitlines()
+    assert [row.split()[0] for row in rows] == list(versions.QUICK)
+    assert said == "fits: NumPy, torch, DALI and the driver; nothing was run"
+    assert told == "0 []"
+    assert float(seconds) < 10
 
 
 def test_an_image_keeps_its_own_frameworks() -> None:
@@ -95,12 +130,15 @@ def test_an_image_keeps_its_own_frameworks() -> None:
         ).stdout
         for own in ((), ("FRAMEWORKS=image",))
     }
-    assert "-r requirements.txt" in steps[()]
+    assert "-r requirements-frameworks.txt -r requirements-base.txt" in steps[()]
+    assert "-r requirements-cuda" in steps[()]
+    assert "-r requirements-frameworks.txt" not in steps["FRAMEWORKS=image",]
+    assert "-r requirements-cuda" not in steps["FRAMEWORKS=image",]
     assert "--system-site-packages" not in steps[()]
     assert "-r requirements-base.txt" in steps["FRAMEWORKS=image",]
     assert "venv --system-site-packages" in steps["FRAMEWORKS=image",]
     left_out = {line.split("==")[0] for line in (ROOT / "requirements-base.txt").read_text().splitlines() if "==" in line}
-    assert not left_out & {"torch", "numpy", "nvidia-dali-cuda120"}
+    assert not left_out & {"torch", "numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130"}
     assert "safetensors" in left_out
 
 
@@ -108,11 +146,12 @@ def test_versions_says_what_is_here_and_that_it_serves() -> None:
     done = subprocess.run([sys.executable, "-m", "dali_pipeline", "versions"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines[:-1]] == list(versions.FRAMEWORKS)
-    for line in lines[:-1]:
+    assert [line.split()[0] for line in lines[:-2]] == list(versions.FRAMEWORKS)
+    for line in lines[:-2]:
         _, found, *_, tried = line.split()
         assert found.split("+")[0] == tried  # here both are the pinned ones
-    assert lines[-1].startswith("serves: ")
+    assert lines[-2].startswith("serves: ")
+    assert lines[-1].startswith("trains: lstm and gnn_lstm took a step on ")
 
 
 def test_versions_names_what_does_not_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,10 +166,9 @@ def test_versions_names_what_does_not_serve(tmp_path: Path, monkeypatch: pytest.
     assert "nvidia-dali cannot be imported (libcudart.so.99: cannot open shared object file)" in done.stderr
     assert "Traceback" not in done.stderr
     monkeypatch.setattr("torch.equal", lambda *_: False)
-    with pytest.raises(
-        PipelineError, match="engine='torch' on cpu does not give what was written; expected the same 8 records"
-    ):
-        versions.check_loaders()
+    expected = "engine='torch' on cpu does not give what was written; expected the same 8 records"
+    with versions.written_records() as written, pytest.raises(PipelineError, match=expected):
+        versions.check_loaders(*written)
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +185,9 @@ def test_dali_decodes_to_the_bit_as_torch_does(dtype: str, normalize: bool, deli
     ours = ours if ragged else ours.flatten(0, 1)
     lengths = np.array([len(one) for one in stored])
     padded = pad_sequence([torch.from_numpy(one) for one in stored], batch_first=True)
-    assert torch.equal(ours, decoding.run(padded, lengths))
+    expected = decoding.run(padded, lengths)
+    exact = replace(decoding, dtype=torch.float32).run(padded, lengths)
+    assert_same_but_for_ties(expected, ours, exact)
     assert ours.dtype == delivered
 
 
@@ -196,9 +200,42 @@ def test_gpu_decodes_to_the_bit_as_the_cpu_does(tmp_path: Path, kind: str, norma
     scaled = kind.startswith("int8")
     field = dp.Field.scaled(greatest(rows, by_step="step" in kind)) if scaled else dp.Field(dtype=kind, shape=(FEATURES,))
     data = made(tmp_path / "set", rows, field)
+    exact: dict[int, torch.Tensor] = {}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         pair = [
             dp.SequenceLoader(data, batch_size=8, device=device, normalize=normalize, dtype=dtype) for device in ("cpu", "cuda")
         ]
-        for ours, theirs in zip(*pair, strict=True):
-            assert torch.equal(ours.sequences, theirs.sequences.cpu())
+        for step, (ours, theirs) in enumerate(zip(*pair, strict=True)):
+            exact.setdefault(step, ours.sequences)  # float32 comes first
+            assert_same_but_for_ties(ours.sequences, theirs.sequences.cpu(), exact[step])
+
+
+def assert_same_but_for_ties(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor) -> None:
+    """Halfway between two numbers torch and CUDA round to the even one, DALI's cast on the CPU away from zero."""
+    differ = ours != theirs
+    halfway = (ours[differ].double() + theirs[differ].double()) / 2
+    assert torch.equal(halfway, exact[differ].double())
+
+
+def giving(values: np.ndarray[Any, Any]) -> Callable[[], np.ndarray[Any, Any]]:
+    def feed() -> np.ndarray[Any, Any]:
+        return values
+
+    return feed
+
+
+def test_dalis_cast_differs_in_ties_alone() -> None:
+    """Every tie between two neighbouring float16 numbers, and what lies a float32 step beside it."""
+    bits = np.arange(0x0400, 0x7BFF, dtype=np.uint16)  # normal numbers, all with a neighbour
+    low, high = bits.view(np.float16).astype(np.float32), (bits + np.uint16(1)).view(np.float16).astype(np.float32)
+    ties = (low + high) / 2  # exact
+    for values, all_equal in ((ties, False), (np.nextafter(ties, low), True), (np.nextafter(ties, high), True), (-ties, False)):
+        decoding = Decoding.of(dp.Field(dtype="float32", shape=(1,)), None, None, torch.float16, torch.device("cpu"))
+        options = {"batch_size": 1, "num_threads": 1, "device_id": None, "prefetch_queue_depth": 1}
+        feed = values[None, :, None]
+        pipeline = sequence_graph(giving(feed), decoding=decoding, pads=False, **options)
+        pipeline.build()
+        found = torch.utils.dlpack.from_dlpack(pipeline.run()[0].as_tensor()).clone()
+        exact = torch.from_numpy(feed)
+        assert torch.equal(found, exact.half()) == all_equal
+        assert_same_but_for_ties(exact.half(), found, exact)

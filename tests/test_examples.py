@@ -99,7 +99,7 @@ def test_torchdata_resumes(stop: int | str, fresh: Callable[[], Loader[Any]], ep
     assert_same(after, epochs[2])
 
 
-@pytest.mark.parametrize("kind", [StatefulDataLoader, DataLoader])
+@pytest.mark.parametrize("kind", [StatefulDataLoader, pytest.param(DataLoader, marks=pytest.mark.slow)])
 def test_more_workers_are_refused_in_one_sentence(kind: Any, fresh: Callable[[], Loader[Any]]) -> None:
     with pytest.raises(dp.UsageError) as refused:
         next(iter(kind(fresh(), batch_size=None, num_workers=2, multiprocessing_context="fork")))

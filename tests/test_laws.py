@@ -27,7 +27,7 @@ def rows(batches: list[Any]) -> list[tuple[list[str], list[bool]]]:
 
 
 @pytest.mark.parametrize("kind", ["dali", "torch", "graphs"])
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     count=st.integers(1, 60),
     shard_bytes=st.sampled_from([1, 300, 1500, 1 << 20]),

@@ -120,6 +120,7 @@ def test_nothing_is_left_behind(make: contracts.Make, request: pytest.FixtureReq
     assert held()["files"] <= before["files"]
 
 
+@pytest.mark.slow
 def test_more_shards_than_open_files(tmp_path: Path) -> None:
     """`ulimit -n 256`, every kind of loader, a window that holds all of them; in a process of its own."""
     write(tmp_path / "set", make_records(700, ragged=False), shard_bytes=100)

@@ -16,6 +16,7 @@ from sklearn.metrics import (
 from training.config import METRICS
 from training.intervals import RESAMPLES, auroc_difference, intervals, resamples, weighted
 from training.metrics import Predictions, area_under_roc, best_threshold, measure
+from training.trainer import best_row
 
 
 def predictions(scores: Any, labels: Any) -> Predictions:
@@ -131,3 +132,14 @@ def test_intervals_hold_the_figure_and_narrow_with_more_groups() -> None:
     assert by_ten["auroc"] != wide
     gain = auroc_difference(found, found, [str(at).encode() for at in range(200)])
     assert gain == {"difference": 0.0, "interval": [0.0, 0.0]}
+
+
+def test_the_best_epoch_ranks_best_and_then_loses_least() -> None:
+    """An early epoch may rank a few records rightly and call all of them one class."""
+    rows = [
+        {"epoch": number, "val_auroc": auroc, "val_loss": loss}
+        for number, (auroc, loss) in enumerate([(0.9, 0.1), (1.0, 1.06), (1.0, 0.06), (1.0, 0.06), (np.nan, 0.0)])
+    ]
+    assert best_row(rows)["epoch"] == 2
+    assert best_row(rows[:2])["epoch"] == 1
+    assert best_row(rows[4:])["epoch"] == 4

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from conftest import make_records, write
 
 import dali_pipeline as dp
@@ -21,6 +22,7 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_two_nodes_train_as_one_process_does(tmp_path: Path) -> None:
     """At the same lanes and global batch: the same losses and scores, from shards of which each node opens its own alone."""
     data = write(tmp_path / "set", make_records(150))

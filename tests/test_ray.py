@@ -107,6 +107,7 @@ def test_what_is_wrong_is_said_as_here_and_nothing_is_left(cluster: str, src: Pa
     assert said[0] == said[1]
 
 
+@pytest.mark.slow
 def test_a_folder_that_a_node_does_not_see_is_said(cluster: str, tmp_path: Path) -> None:
     with pytest.raises(dp.UsageError, match=r"nowhere is not there on node .*; expected folders that all nodes share"):
         list(on_ray(lambda number, advance: number, range(3), lambda _: None, [tmp_path / "nowhere"], lambda _: Asks()))
@@ -114,6 +115,7 @@ def test_a_folder_that_a_node_does_not_see_is_said(cluster: str, tmp_path: Path)
         list(on_ray(lambda number, advance: number, range(3), lambda _: None, [], lambda _: Asks(cores=9)))
 
 
+@pytest.mark.slow
 def test_at_the_command_line_from_a_folder_of_its_own(
     cluster: str, src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,6 +127,7 @@ def test_at_the_command_line_from_a_folder_of_its_own(
     assert_same_bytes(tmp_path / "local", tmp_path / "ray")
 
 
+@pytest.mark.slow
 def test_errors_of_other_libraries_are_a_sentence(cluster: str) -> None:
     def fails(number: int, advance: Any) -> int:
         if number:
@@ -144,6 +147,7 @@ def test_another_file_of_the_same_name_is_said(src: Path) -> None:
         source.check_file(0)
 
 
+@pytest.mark.slow
 def test_extraction_on_many_machines_writes_what_one_does(cluster: str, tmp_path: Path) -> None:
     model, prompts = make_model(tmp_path / "model"), write_prompts(tmp_path / "prompts.csv")
     assert torch.get_num_threads() == 1

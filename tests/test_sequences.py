@@ -289,11 +289,11 @@ def test_gpu_delivers_what_the_cpu_does(data: dp.Dataset, engine: Any) -> None:
 
 
 def test_auto_is_a_thread_unless_it_would_only_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cores, short, long in ((1, 0, 0), (2, 0, 1), (3, 1, 1), (16, 1, 1)):
+    for cores, short, long, on_gpu in ((1, 0, 0, 1), (2, 0, 1, 1), (3, 1, 1, 1), (8, 1, 1, 2), (16, 1, 1, 4), (96, 1, 1, 4)):
         monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)))
         for record_bytes, threads in ((0, short), (2_000, short), (67_584, long)):
             assert ahead.background_threads(torch.device("cpu"), record_bytes) == threads
-            assert ahead.background_threads(torch.device("cuda", 0), record_bytes) == 1
+            assert ahead.background_threads(torch.device("cuda", 0), record_bytes) == on_gpu
 
 
 def test_torch_leaves_the_cores_that_others_work_on(monkeypatch: pytest.MonkeyPatch) -> None:

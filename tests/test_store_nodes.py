@@ -20,6 +20,7 @@ from dali_pipeline.upload import upload
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 def test_each_node_caches_its_own_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write(tmp_path / "set", make_records(120), shares="100/0/0")
     with s3() as server:

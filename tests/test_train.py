@@ -270,6 +270,7 @@ def test_interrupted_at_any_step_the_curve_is_the_same(make: Callable[..., dp.Da
         assert torch.equal(weight, torn.model.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_sigterm_and_sigkill_from_outside(
     make: Callable[..., dp.Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

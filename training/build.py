@@ -13,7 +13,9 @@ from dali_pipeline import Dataset, GraphBatch, GraphLoader, Schema, SequenceBatc
 from dali_pipeline.delivery import OnNan, Workers
 from dali_pipeline.layers import parse_layers
 from dali_pipeline.loader import Loader
+from dali_pipeline.sidestream import to_device
 from models import GNNLSTMDetector, GVAELSTMDetector, LSTMDetector, Output
+from models.gnn_lstm import records_of_graphs
 from models.noise import mix
 from training.config import ModelName, TrainConfig
 
@@ -71,7 +73,7 @@ def forward(model: nn.Module, batch: Batch, noise_key: int | None = None) -> Out
     elif noise_key is None:
         output = model(batch.graphs, batch.graphs_per_record, batch.last_node)
     else:
-        keys_B = mix(mix(batch.positions) + noise_key).to(batch.labels.device, non_blocking=True)
+        keys_B = to_device(mix(mix(batch.positions) + noise_key), batch.labels.device)
         output = model(batch.graphs, batch.graphs_per_record, batch.last_node, keys_B)
     return output
 
@@ -96,10 +98,9 @@ def unfit_records(batch: Batch) -> list[str]:
     if isinstance(batch, SequenceBatch):
         bad = {int(at) for at in torch.nonzero(~torch.isfinite(batch.sequences.flatten(1)).all(dim=1)).flatten()}
         return [batch.ids[at] for at in sorted(bad)]
-    graphs, counts_B = batch.graphs, batch.graphs_per_record
-    record_G = torch.arange(len(batch), device=counts_B.device).repeat_interleave(counts_B)
-    bad = set(record_G[graphs.batch[~torch.isfinite(graphs.x.unsqueeze(-1).flatten(1)).all(dim=1)]].tolist())
+    graphs, record_G = batch.graphs, records_of_graphs(batch.graphs_per_record)
+    bad = set(record_G[graphs.batch[~torch.isfinite(graphs.x.unsqueeze(-1).flatten(1)).all(dim=1)].cpu()].tolist())
     if "edge_attr" in graphs:
         graph_E = graphs.batch[graphs.edge_index[0]]
-        bad |= set(record_G[graph_E[~torch.isfinite(graphs.edge_attr.unsqueeze(-1).flatten(1)).all(dim=1)]].tolist())
+        bad |= set(record_G[graph_E[~torch.isfinite(graphs.edge_attr.unsqueeze(-1).flatten(1)).all(dim=1)].cpu()].tolist())
     return [batch.ids[at] for at in sorted(bad)]

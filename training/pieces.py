@@ -19,7 +19,7 @@ def cut(batch: SequenceBatch | GraphBatch, pieces: int) -> list[SequenceBatch | 
     spans = [slice(begin, begin + size) for begin in range(0, len(batch), size)]
     if isinstance(batch, SequenceBatch):
         return [_sequences(batch, rows) for rows in spans]
-    ends = batch.graphs_per_record.cumsum(0).tolist()  # graphs before each record's end
+    ends = batch.graphs_per_record.cumsum(0).tolist()  # graphs before each record's end; on the CPU, so nothing waits for a GPU
     return [_graphs(batch, rows, slice(ends[rows.start - 1] if rows.start else 0, ends[rows.stop - 1])) for rows in spans]
 
 
@@ -30,9 +30,9 @@ def _sequences(batch: SequenceBatch, rows: slice) -> SequenceBatch:
 
 def _graphs(batch: GraphBatch, rows: slice, own: slice) -> GraphBatch:
     """own: the records' graphs."""
-    whole, edge_ptr = batch.graphs, batch.graphs._slice_dict["edge_index"]
-    first, last = (int(node) for node in whole.ptr[[own.start, own.stop]])
-    edges = slice(*(int(edge) for edge in edge_ptr[[own.start, own.stop]]))
+    whole, cuts = batch.graphs, batch.graphs._slice_dict  # on the CPU
+    first, last = (int(cuts["x"][graph]) for graph in (own.start, own.stop))
+    edges = slice(*(int(cuts["edge_index"][graph]) for graph in (own.start, own.stop)))
     graphs = Graphs(_base_cls=Data)
     graphs.x = whole.x[first:last]
     graphs.edge_index = whole.edge_index[:, edges] - first

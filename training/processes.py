@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dali_pipeline import PipelineError, UsageError, World
+from dali_pipeline.delivery import make_current
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +39,7 @@ class Processes:
         """Meets the others where torchrun's variables name some: gloo on the CPU, NCCL between GPUs."""
         processes = cls(World.detect())
         if processes.world_size == 1:
+            make_current(device)
             yield processes
             return
         if "MASTER_ADDR" not in os.environ:
@@ -50,6 +53,8 @@ class Processes:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
         GROUPS.append(dist.group.WORLD)
         try:
+            if on_gpu:
+                processes._check_gpus()
             yield processes
         except RuntimeError as error:
             if not _is_lost_connection(error):
@@ -61,12 +66,27 @@ class Processes:
     def _take_gpu(self, device: str) -> None:
         import torch
 
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if here > torch.cuda.device_count():
-            raise UsageError(f"{here} processes share {torch.cuda.device_count()} GPUs; expected a GPU each, or --device cpu")
         if ":" in device:
             raise UsageError(f"device is {device!r}; with several processes expected cuda, and each takes a GPU of its own")
-        torch.cuda.set_device(self.local_rank)
+        # some launchers show every process all GPUs of its node, others its own alone
+        torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
+
+    def _check_gpus(self) -> None:
+        """Raises UsageError in the first process, where two share a GPU, told by its UUID; EndedElsewhere in the others."""
+        import torch
+
+        gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+        found = self.gather((socket.gethostname(), str(getattr(gpu, "uuid", self.rank))))
+
+        def check() -> None:
+            for rank, one in enumerate(found):
+                if (first := found.index(one)) != rank:
+                    raise UsageError(
+                        f"processes {first} and {rank} share GPU {one[1]} of {one[0]}; expected a GPU each: start as many "
+                        "processes as there are GPUs, or give --device cpu"
+                    )
+
+        self.first(check)
 
     @property
     def is_first(self) -> bool:

@@ -10,7 +10,7 @@ NOISE, DROPOUT, BOOTSTRAP = 1000, 2000, 3000  # purposes of a seed, beside the m
 
 def seed_of(*words: int) -> int:
     """A 63-bit seed from words: never a sum."""
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1
 
 
 def random_states() -> list[torch.Tensor]:

@@ -21,7 +21,7 @@ from training.pictures import draw_curves
 from training.processes import Processes
 from training.report import write_history, write_predictions
 from training.results import ADDS, write_metrics
-from training.trainer import HistoryRow, Trainer
+from training.trainer import HistoryRow, Trainer, best_row
 from training.watch import Watch, verdict
 
 
@@ -54,7 +54,7 @@ def carry_out(job: Job) -> None:
         trainer.load_best()
         with job.interrupts.deferred():
             found[name] = {split: trainer.predict(split) for split in ("val", "test")}
-        epochs[name] = int(max(trainer.history, key=lambda row: row["val_auroc"])["epoch"])
+        epochs[name] = int(best_row(trainer.history)["epoch"])
     if job.processes.is_first:
         report(job, histories, found, epochs)
 
@@ -94,7 +94,9 @@ def note(board: Board, row: HistoryRow, trainer: Trainer) -> None:
     """An epoch's figures for TensorBoard."""
     figures = {key: row[key] for key in ("train_loss", "val_loss", "val_auroc", "lr", "seconds")}
     figures["records_per_second"] = trainer.timer.records_per_second * trainer.processes.world_size
-    board.note(int(row["epoch"]), figures | {"share_of_time_waiting_for_data": trainer.timer.wait_share})
+    figures["share_of_time_waiting_for_data"] = trainer.timer.wait_share
+    figures["share_of_time_between_steps"] = trainer.timer.gap_share
+    board.note(int(row["epoch"]), figures)
 
 
 def keep_history(folder: Path, histories: Mapping[str, Sequence[HistoryRow]]) -> None:

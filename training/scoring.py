@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dali_pipeline.loader import Loader
-from training.build import autocast, forward, record_losses
+from training.build import Batch, autocast, forward, record_losses
 from training.metrics import Predictions
 
 
@@ -59,16 +59,35 @@ class Scored:
 def score_batches(model: nn.Module, loader: Loader[Any], precision: str, *, with_losses: bool = True) -> Iterator[Scored]:
     """Each batch's valid records, in evaluation mode. with_losses: for labels that are classes of the model."""
     model.eval()
+    coming: Callable[[], Scored] | None = None
     for batch in loader:
         with torch.inference_mode():
             with autocast(loader.device, precision):
                 output = forward(model, batch)
             losses_B = record_losses(output, batch.labels) if with_losses else torch.full_like(output.penalty_B, torch.nan)
-            valid = batch.valid.cpu()
-            yield Scored(
-                ids=[one for one, real in zip(batch.ids, valid.tolist(), strict=True) if real],
-                positions=batch.positions[valid],
-                logits=output.logits_BK.float().cpu()[valid],
-                labels=batch.labels.cpu()[valid],
-                losses=losses_B.cpu()[valid],
-            )
+            before, coming = coming, _on_the_way(batch, output.logits_BK.float(), losses_B)
+        if before is not None:  # while the GPU works on this batch
+            yield before()
+    if coming is not None:
+        yield coming()
+
+
+def _on_the_way(batch: Batch, logits_BK: torch.Tensor, losses_B: torch.Tensor) -> Callable[[], Scored]:
+    """Begin the copies of a batch's results to the CPU; what is returned waits for them, once, and gives them."""
+    ids, positions = batch.ids, batch.positions
+    copies = [one.to("cpu", non_blocking=True) for one in (batch.valid, batch.labels, logits_BK, losses_B)]
+    copied = torch.cuda.current_stream(logits_BK.device).record_event() if logits_BK.is_cuda else None
+
+    def scored() -> Scored:
+        if copied is not None:
+            copied.synchronize()
+        valid, labels, logits, losses = copies
+        return Scored(
+            ids=[one for one, real in zip(ids, valid.tolist(), strict=True) if real],
+            positions=positions[valid],
+            logits=logits[valid],
+            labels=labels[valid],
+            losses=losses[valid],
+        )
+
+    return scored

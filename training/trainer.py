@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from itertools import chain
 from operator import add
@@ -23,6 +23,7 @@ from training.checkpoint import CheckpointWriter, read_checkpoint
 from training.config import MODELS, Conduct, ModelName, TrainConfig
 from training.folder import checkpoint_path
 from training.interrupt import Interrupted, Interrupts
+from training.memory import enough_memory
 from training.metrics import Predictions, area_under_roc
 from training.processes import EndedElsewhere, Processes
 from training.randomness import DROPOUT, NOISE, random_states, seed_of, set_random_states
@@ -36,11 +37,21 @@ OnStep = Callable[[int, torch.Tensor], None]  # steps done in the epoch, the los
 CHECK_STEPS = 50  # between two looks at whether the loss still is a number
 
 
+def best_row(history: Sequence[HistoryRow]) -> HistoryRow:
+    """Return the epoch with the highest validation AUROC, among several the lowest validation loss, then the first.
+
+    On a few records an early epoch may rank them all rightly and yet call every one the same class. An AUROC that is no number,
+    of one class alone, ranks last.
+    """
+    return max(history, key=lambda row: (np.nan_to_num(row["val_auroc"], nan=-1.0), -row["val_loss"]))
+
+
 class Trainer:
     """Trains `model_name` on `data`, keeping `<model>-last.pt` and `<model>-best.pt` in `folder`.
 
     The order of records, the weights at the start and every random number depend on the configuration alone, so the same
-    configuration gives the same curve on the same machine, interrupted or not. Best is the highest validation AUROC. With
+    configuration gives the same curve on the same machine, interrupted or not; on a GPU but for the last bits, as its atomic
+    additions come in any order. Best is the highest validation AUROC, among epochs that tie the lowest validation loss. With
     several processes each has a Trainer; the first writes the files, and all of them hold the same weights and history.
     """
 
@@ -79,7 +90,7 @@ class Trainer:
         self.history: list[HistoryRow] = []
         self.best_auroc = -1.0
         self.best_weights: dict[str, torch.Tensor] = {}
-        self.timer = StepTimer()
+        self.timer = StepTimer(self.device)
         self.writer = CheckpointWriter()
         self.position = self.loaders["train"].state_dict()  # of the last step taken
         self._before = EpochDigest()  # of what an earlier process delivered of the epoch under way
@@ -105,8 +116,9 @@ class Trainer:
         started = time.perf_counter()
         with self.interrupts.deferred():
             try:
-                self._train_rest(on_step)
-                found = self.predict("val")
+                with enough_memory(self.name, self.config.batch_size // self.processes.world_size, self.device):
+                    self._train_rest(on_step)
+                    found = self.predict("val")
             except Interrupted:
                 self.save()
                 self.writer.wait()
@@ -177,7 +189,7 @@ class Trainer:
         self.loss_count = 0
         self.loaders["train"].set_epoch(self.epoch)
         self.position, self._before = self.loaders["train"].state_dict(), EpochDigest()
-        if row["val_auroc"] > self.best_auroc or not self.best_weights:
+        if best_row(self.history) is row or not self.best_weights:
             self.best_auroc = row["val_auroc"]
             self.best_weights = {name: weight.detach().cpu().clone() for name, weight in self.model.state_dict().items()}
             self._save_best()

@@ -40,7 +40,8 @@ class Watch(AbstractContextManager["Watch"]):
         self._drawn = time.monotonic()
         records, gigabytes = speed(self._timer, self._world_size)
         said = [f"loss {float(share) * self._world_size:.4f}", f"{records:,.0f} records/s", f"{gigabytes:.2f} GB/s"]
-        said.append(f"{self._timer.wait_share:.0%} waiting")
+        on_gpu = self._device.type == "cuda"
+        said.append(f"{self._timer.gap_share if on_gpu else self._timer.wait_share:.0%} waiting")
         used = gpu_use(self._device)
         said += [] if used is None else [f"GPU {used}%"]
         self._bar.update(self._task, completed=before + done, said=", ".join(said))
@@ -59,17 +60,19 @@ def speed(timer: StepTimer, world_size: int) -> tuple[float, float]:
 
 
 def verdict(timer: StepTimer, world_size: int, device: torch.device) -> str:
-    """Whether the input bounds the speed, and what to do."""
-    if timer.steady_wait_share >= INPUT_BOUND:
+    """Whether the input bounds the speed, and what to do: on a GPU by its own gaps between steps, not by the host's waits."""
+    if timer.gap_share >= INPUT_BOUND:
         advice = "input-bound: try more --workers, a larger --batch-size, fewer --layers, or a faster disk"
     elif device.type == "cuda":
         advice = "not input-bound: --precision bf16, --compile or a faster GPU would help, a faster disk would not"
     else:
         advice = "not input-bound: more cores or a GPU would help, a faster disk would not"
     records, gigabytes = speed(timer, world_size)
-    waiting = (
-        f"{timer.steady_wait_share:.0%} of the time waiting for data (the first batch, {timer.start_seconds:.1f} s, apart)"
-    )
+    apart = f"(the first batch, {timer.start_seconds:.1f} s, apart)"
+    waiting = f"{timer.gap_share:.0%} of the time waiting for data {apart}"
+    if device.type == "cuda":
+        gap, host = f"{timer.gap_share:.0%}", f"{timer.steady_wait_share:.0%}"
+        waiting = f"the GPU idle {gap} of the time between steps, the host waiting for data {host} {apart}"
     return f"{records:,.0f} records/s, {gigabytes:.2f} GB/s, {waiting}: {advice}"
 
 

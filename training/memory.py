@@ -1,0 +1,31 @@
+"""A GPU without enough memory for a step, said in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from dali_pipeline import PipelineError
+
+
+@contextmanager
+def enough_memory(name: str, batch_size: int, device: torch.device) -> Iterator[None]:
+    """Turn what torch raises inside the block, where the GPU has too little memory, into a PipelineError that says how much.
+
+    Args:
+        name: The detector.
+        batch_size: Records per step of this process.
+        device: Where it computes.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        wanted = str(error).split(". ")[1] if ". " in str(error) else str(error)
+        total, used = torch.cuda.mem_get_info(device)[1], torch.cuda.max_memory_allocated(device)
+        raise PipelineError(
+            f"{name}: a step on {batch_size} records takes more memory than {device} has: {used / 1e9:.2f} of "
+            f"{total / 1e9:.2f} GB were in use at most, and then it {wanted[:1].lower()}{wanted[1:]}; take a smaller "
+            "--batch-size, or --accumulate 2 or more to go through it in pieces"
+        ) from None
