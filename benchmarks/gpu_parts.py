@@ -11,16 +11,19 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.gpu_work import Deadline, Report, Setup, reason, run_grid
+from benchmarks.gpu_work import Deadline, Report, Setup, run_grid
 from benchmarks.limits import copy
 from dali_pipeline.container import allowed_cores, allowed_memory
+from dali_pipeline.dali import dali_cuda, import_dali
 from dali_pipeline.machine import driver_version
-from dali_pipeline.versions import check_loaders
+from dali_pipeline.versions import check_fit, check_loaders, check_training, written_records
 
 ROOT = Path(__file__).parent.parent
 PINNED, PAGEABLE = "host to device, pinned", "host to device, pageable"
@@ -28,7 +31,7 @@ READ_BYTES = 8 << 20  # in one call
 
 
 def versions(setup: Setup, deadline: Deadline, report: Report) -> None:
-    """Part: versions and machine; then the loaders' own graphs built and run once, compared with what was written."""
+    """Part: versions and machine; then every engine on the device, compared with what was written, and a step of training."""
     report.facts(
         python=platform.python_version(),
         torch=torch.__version__,
@@ -38,33 +41,26 @@ def versions(setup: Setup, deadline: Deadline, report: Report) -> None:
         cores=allowed_cores(),
         memory_gib=round(allowed_memory()[0] / 2**30),
     )
-    steps = [_tell_gpu, _tell_dali, _tell_pyg, _tell_loaders]
-    for step in steps if setup.device != "cpu" else steps[1:]:
-        try:
-            step(report)
-        except Exception as error:  # the rest is told all the same
-            report.failed("versions", step.__name__.removeprefix("_tell_"), error)
+    with written_records() as (data, values):
+        steps: dict[str, Callable[[], object]] = {
+            "gpu": lambda: report.facts(**_gpu()) if setup.device != "cpu" else None,
+            "dali": lambda: report.facts(dali=import_dali().__version__, dali_cuda=dali_cuda()),
+            "pyg": lambda: report.facts(pyg=import_module("torch_geometric").__version__),
+            "fit": check_fit,
+            "loaders": lambda: report.facts(loaders=check_loaders(data, values)),
+            "training": lambda: report.facts(training=check_training(data)),
+        }
+        for name, step in steps.items():
+            try:
+                step()
+            except Exception as error:  # the rest is told all the same
+                report.failed("versions", name, error)
 
 
-def _tell_gpu(report: Report) -> None:
+def _gpu() -> dict[str, Any]:
     gpu = torch.cuda.get_device_properties(0)
-    report.facts(gpu=gpu.name, gpu_memory_gib=round(gpu.total_memory / 2**30), compute_capability=f"{gpu.major}.{gpu.minor}")
-
-
-def _tell_dali(report: Report) -> None:
-    import nvidia.dali
-
-    report.facts(dali=nvidia.dali.__version__, dali_use_vmm=os.environ.get("DALI_USE_VMM"))
-
-
-def _tell_pyg(report: Report) -> None:
-    import torch_geometric
-
-    report.facts(pyg=torch_geometric.__version__)
-
-
-def _tell_loaders(report: Report) -> None:
-    report.facts(loaders=check_loaders())
+    memory_gib = round(gpu.total_memory / 2**30)
+    return {"gpu": gpu.name, "gpu_memory_gib": memory_gib, "compute_capability": f"{gpu.major}.{gpu.minor}"}
 
 
 def _asked_of_smi(what: str) -> str | None:

@@ -86,7 +86,7 @@ def measure(combination: Training, setup: Setup, deadline: Deadline, report: Rep
     if combination.compiled and stepper._engine is stepper.model:
         raise RuntimeError("the model cannot be compiled here, for the reason in the log")
     report.add(scenario, CEILING, "records/s", [ceiling(loader, step, batch, seconds / 3) for _ in range(3)])
-    timer, begun = step_timer(loader.device), time.perf_counter()
+    timer, begun = dp.StepTimer(device=loader.device), time.perf_counter()
     with sampled(loader) as use:
         for batch in timer(batches):
             step(batch)
@@ -96,28 +96,11 @@ def measure(combination: Training, setup: Setup, deadline: Deadline, report: Rep
         passed = time.perf_counter() - begun
     report.add(scenario, TOGETHER, "records/s", [timer.records / passed], cache="warm", beside=CEILING)
     report.add(scenario, "host waits for data", "%", [100 * timer.wait_share], cache="warm")
-    gap = gap_share(timer, loader.device)
-    if gap is not None:
-        report.add(scenario, "device idle between steps", "%", [100 * gap], cache="warm")
+    report.add(scenario, "device idle between steps", "%", [100 * timer.gap_share], cache="warm")
     if use:
         report.add(scenario, "device busy, by its driver", "%", [float(share) for share in use], cache="warm")
     if setup.device != "cpu":
         report.add(scenario, "peak memory of the device", "MB", [torch.cuda.max_memory_allocated() / 1e6])
-
-
-def step_timer(device: torch.device) -> Any:
-    """Return a `StepTimer` of the device. The one place that knows of a StepTimer without `device` and `gap_share`."""
-    timer: Any = dp.StepTimer
-    try:
-        return timer(device=device)
-    except TypeError:
-        return timer()
-
-
-def gap_share(timer: Any, device: torch.device) -> float | None:
-    """Return the device's idle share, which on a CPU is the share of waiting; None where this StepTimer cannot tell."""
-    known: float | None = getattr(timer, "gap_share", timer.wait_share if device.type == "cpu" else None)
-    return known
 
 
 def made_step(setup: Setup, combination: Training) -> tuple[Any, Stepper, Callable[[Any], torch.Tensor]]:

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from pretended_gpu import pretended_gpu
+from pretended_gpu.dali import dali_on_the_cpu
 
-from benchmarks import gpu_day, gpu_plot, gpu_training, gpu_work, harness, plot
-from benchmarks.gpu_loaders import loading_grid
+from benchmarks import gpu_day, gpu_loaders, gpu_parts, gpu_plot, gpu_training, gpu_work, harness, plot
 from benchmarks.gpu_work import Deadline, Report, Setup
 
 ROOT = Path(gpu_day.__file__).parent.parent
@@ -134,7 +135,7 @@ def test_a_lost_device_ends_the_grid(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_most_telling_combinations_come_first() -> None:
-    grid = loading_grid(quick=False)
+    grid = gpu_loaders.loading_grid(quick=False)
     assert len(set(grid)) == len(grid)
     first = grid[:10]
     assert len({(one.name, one.engine) for one in first}) == 10
@@ -156,12 +157,21 @@ def test_waits_are_counted_by_the_line_that_causes_them() -> None:
     assert next(iter(places)).startswith("test_gpu_day.py:")
 
 
-def test_the_timer_may_know_the_device_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = torch.device("cpu")
-    timer = gpu_training.step_timer(device)
-    for _ in timer(range(3)):
-        time.sleep(0.01)
-    assert 0 <= float(gpu_training.gap_share(timer, device) or 0) < 1
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real one is here")
+def test_the_parts_run_on_a_pretended_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not run by default: half a minute."""
+    for name in ("reset_peak_memory_stats", "set_sync_debug_mode", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5e8)
+    setup = Setup(device="cuda", folder=tmp_path, quick=True)
+    with pretended_gpu() as log, dali_on_the_cpu():
+        for part in (gpu_parts.limits, gpu_loaders.loaders, gpu_training.training, gpu_training.waits):
+            told: list[Any] = []
+            part(setup, Deadline(100), Report(told.append))
+            assert not [message for message in told if message.keys() & {"failed", "left_out"}]
+            assert [message for message in told if "row" in message]
+    assert log.nbytes["pinned copy"]
 
 
 def command(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -204,7 +214,7 @@ def test_a_dry_run_does_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert {part["outcome"] for part in found["parts"].values()} == {"worked"}
     assert not any(part["left_out"] for part in found["parts"].values())
     assert "tests collected" in found["parts"]["tests"]["facts"]["summary"]
-    assert len(found["parts"]["loaders"]["rows"]) == 2 * len(loading_grid(quick=True))
+    assert len(found["parts"]["loaders"]["rows"]) == 2 * len(gpu_loaders.loading_grid(quick=True))
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "out")
     panels = list(gpu_plot.gpu_panels())
     assert len(panels) == 2
