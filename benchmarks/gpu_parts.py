@@ -80,22 +80,29 @@ def tests(setup: Setup, deadline: Deadline, report: Report) -> None:
     files = sorted(
         str(path) for path in ROOT.glob("tests/test_*.py") if re.search(r"^@pytest\.mark\.gpu", path.read_text(), re.M)
     )
-    options = ["-m", "gpu", "-o", "addopts=", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-q", "-rfE"]
-    command = [sys.executable, "-m", "pytest", *options, *(["--collect-only"] if setup.quick else []), *files]
+    options = ["-m", "gpu", "-o", "addopts=", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-rfE"]
+    command = [sys.executable, "-m", "pytest", *options, *(["--collect-only", "-q"] if setup.quick else ["-v"]), *files]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # so that what is stopped has told how far it came
+    late = code = None
     try:
         done = subprocess.run(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=deadline.left_seconds
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=deadline.left_seconds,
         )
-    except subprocess.TimeoutExpired as late:
-        output = late.stdout.decode(errors="replace") if isinstance(late.stdout, bytes) else late.stdout or ""
-        report.facts(output=output.splitlines()[-30:])
-        raise RuntimeError(f"pytest was not over within {late.timeout:.0f} s") from None
-    lines = [line for line in done.stdout.splitlines() if line.strip()]
-    failing = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
-    summary = lines[-1].strip("= ") if lines else "pytest printed nothing"
-    report.facts(summary=summary, failing=failing, output=lines[-60:] if done.returncode else [])
-    if done.returncode:
-        raise RuntimeError(f"pytest ended with {done.returncode}: {summary}; {'; '.join(failing)}")
+        output, code = done.stdout, done.returncode
+    except subprocess.TimeoutExpired as error:
+        output, late = error.stdout or b"", error.timeout
+    lines = [line for line in output.decode(errors="replace").splitlines() if line.strip()]
+    last = lines[-1].strip("= ") if lines else "nothing was printed"
+    summary = last if late is None else f"stopped after {late:.0f} s, in {last}"
+    failing = [line for line in lines if re.search(r"^(FAILED|ERROR) " if late is None else r" (FAILED|ERROR) +\[", line)]
+    report.facts(summary=summary, failing=failing, output=[] if code == 0 else lines[-60:])
+    if code != 0:
+        raise RuntimeError("; ".join([f"pytest: {summary}", *failing]))
 
 
 def limits(setup: Setup, deadline: Deadline, report: Report) -> None:

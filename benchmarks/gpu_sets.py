@@ -98,7 +98,7 @@ GRAPHS = {
 }
 WRITERS: dict[str, Callable[[Path, int], None]] = {**SEQUENCES, **GRAPHS}
 # bytes of a set: an epoch long enough that its start does not count; few where a record costs more to write than its bytes
-SIZES = dict.fromkeys(SEQUENCES, 2 * GB) | {"[33, 1024] int8": GB // 2, "traces": GB, "molecules": 40 * MB}
+SIZES = dict.fromkeys(SEQUENCES, GB) | {"[33, 1024] int8": GB // 2, "traces": GB, "molecules": 40 * MB}
 QUICK_SIZES = dict.fromkeys(SEQUENCES, 8 * MB) | {"traces": 16 * MB, "molecules": MB // 2}
 
 

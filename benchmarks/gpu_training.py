@@ -26,6 +26,7 @@ from training.step import Stepper
 
 CEILING, TOGETHER = "ceiling", "with the loader"
 QUICK_STEPS = 2  # not counted
+COMPILE_SECONDS = 30.0  # that compiling may take
 ROOT = Path(__file__).parent.parent
 OWN_FOLDERS = [ROOT / name for name in ("dali_pipeline", "models", "training")]
 
@@ -61,6 +62,7 @@ def training(setup: Setup, deadline: Deadline, report: Report) -> None:
         setup,
         deadline,
         report,
+        lambda combination: COMPILE_SECONDS if combination.compiled else 0.0,
     )
 
 

@@ -116,6 +116,7 @@ def run_grid(
     setup: Setup,
     deadline: Deadline,
     report: Report,
+    least_seconds: Callable[[T], float] = lambda _: 0.0,
 ) -> None:
     """Measure one combination after the other until the deadline. A failure is told, and the others go on.
 
@@ -126,12 +127,13 @@ def run_grid(
         setup: Where they run.
         deadline: Looked at before each combination.
         report: Told of failures, and of how many were left out.
+        least_seconds: Seconds without which a combination does not begin.
 
     Raises:
         DeviceLostError: If the device cannot be used any more.
     """
     for number, combination in enumerate(combinations):
-        if deadline.passed:
+        if deadline.left_seconds <= least_seconds(combination):
             report.left_out(len(combinations) - number, len(combinations))
             return
         try:

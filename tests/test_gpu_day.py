@@ -120,6 +120,25 @@ def test_the_deadline_ends_a_grid_and_tells_what_it_left_out(tmp_path: Path) -> 
     assert (deadline.passed, deadline.left_seconds) == (True, 0)
 
 
+def test_tests_that_fail_are_named_and_those_that_hang_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_parts, "ROOT", tmp_path)
+    setup = Setup(device="cpu", folder=tmp_path, quick=False)
+    (tmp_path / "tests").mkdir()
+    text = "import time\nimport pytest\n@pytest.mark.gpu\ndef test_it() -> None:\n    "
+    for name, line in (("good", "pass"), ("bad", "raise ValueError"), ("slow", "time.sleep(60)")):
+        (tmp_path / "tests" / f"test_{name}.py").write_text(text + line)
+    (tmp_path / "tests" / "test_other.py").write_text("import nothing_such")  # not asked for: no test of it needs a GPU
+    told: list[Any] = []
+    with pytest.raises(RuntimeError, match=r"pytest: stopped after \d+ s, in tests/test_slow.py::test_it"):
+        gpu_parts.tests(setup, Deadline(8), Report(told.append))
+    (tmp_path / "tests" / "test_slow.py").unlink()
+    with pytest.raises(RuntimeError, match="1 failed, 1 passed"):
+        gpu_parts.tests(setup, Deadline(60), Report(told.append))
+    for message in told:
+        (failing,) = message["facts"]["failing"]
+        assert "tests/test_bad.py::test_it" in failing
+
+
 def test_a_lost_device_ends_the_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_work, "is_usable", lambda _: False)
     told: list[Any] = []
