@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from functools import cache
-from itertools import islice, zip_longest
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from benchmarks.gpu_work import Deadline, Report, Setup, run_grid
 from dali_pipeline.delivery import Workers
 
 WARM_STEPS = 10  # not counted
+SAMPLES = 3
 
 
 class Loading(NamedTuple):
@@ -66,9 +67,8 @@ def loaders(setup: Setup, deadline: Deadline, report: Report) -> None:
             device=setup.device,
             tail="drop",
         )
-        for _ in islice(loader, None if loading.name == "molecules" else WARM_STEPS):  # which it keeps in memory from then on
-            pass
-        rates = epoch_rates(loader, seconds, deadline)
+        warm_up(loader, seconds / 2, whole=loading.name == "molecules")  # which it keeps in memory from then on
+        rates = rates_of(loader, seconds, deadline)
         gigabytes = [rate * float(loader.selection.record_bytes) / 1e9 for rate in rates]
         report.add(*loading.labels, "GB/s", gigabytes, cache="warm")
         report.add(*loading.labels, "records/s", rates, cache="warm")
@@ -76,28 +76,43 @@ def loaders(setup: Setup, deadline: Deadline, report: Report) -> None:
     run_grid(loading_grid(quick=setup.quick), measure, lambda loading: loading.labels, setup, deadline, report)
 
 
-def epoch_rates(loader: Any, seconds: float, deadline: Deadline) -> list[float]:
-    """Return records per second of each epoch behind its first batch, of as many epochs as take so many seconds.
+def warm_up(loader: Any, seconds: float, *, whole: bool) -> None:
+    """Take batches of an epoch for so many seconds, or all of them: the first ones allocate what later ones use again."""
+    begun = time.perf_counter()
+    for step, _ in enumerate(loader):
+        if not whole and step >= WARM_STEPS and time.perf_counter() - begun > seconds:
+            return
 
-    The first batch pays for the start of an epoch, which a set of a few gigabytes would show far too often. Waits for the
-    device at the end of an epoch alone. An epoch that takes longer, or meets the deadline, is left.
+
+def rates_of(loader: Any, seconds: float, deadline: Deadline) -> list[float]:
+    """Return SAMPLES rates in records per second, of so many seconds together, or of those until the deadline.
+
+    The first batch of an epoch is left out: it pays for the epoch's start, which a set of a gigabyte would show far too often.
+    Waits for the device at the end of a sample and of an epoch alone.
+
+    Raises:
+        RuntimeError: If there was no time for a single batch behind the first one.
     """
     rates: list[float] = []
-    spent = 0.0
-    while spent < seconds and not (rates and deadline.passed):
+    records, spent = 0, 0.0
+    while len(rates) < SAMPLES and not deadline.passed:
         batches = iter(loader)
         next(batches)
         wait(loader.device)
-        records, begun = 0, time.perf_counter()
+        begun = time.perf_counter()
         for batch in batches:
             records += len(batch)
-            if time.perf_counter() - begun > seconds or deadline.passed:
-                break
+            if spent + time.perf_counter() - begun > seconds / SAMPLES or deadline.passed:
+                wait(loader.device)
+                rates.append(records / (spent + time.perf_counter() - begun))
+                if len(rates) == SAMPLES or deadline.passed:
+                    break
+                records, spent, begun = 0, 0.0, time.perf_counter()
         wait(loader.device)
-        passed = time.perf_counter() - begun
-        spent += passed
-        rates.append(records / passed)
+        spent += time.perf_counter() - begun
         del batches  # which ends its threads and processes
+    if not rates:
+        raise RuntimeError("no batch came behind an epoch's first one before the deadline")
     return rates
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,29 @@ def test_the_most_telling_combinations_come_first() -> None:
     settings = gpu_training.training_grid(quick=False)
     assert len(set(settings)) == 24
     assert [one.compiled for one in settings] == [False] * 12 + [True] * 12
+
+
+class Batches:
+    """A loader of epochs of so many batches of eight records."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __iter__(self) -> Iterator[list[int]]:
+        time.sleep(0.05)  # an epoch's start
+        for _ in range(self._count):
+            time.sleep(0.002)
+            yield [0] * 8
+
+
+def test_rates_leave_out_the_start_of_an_epoch() -> None:
+    rates = gpu_loaders.rates_of(Batches(6), 0.06, Deadline(30))
+    assert len(rates) == gpu_loaders.SAMPLES
+    assert 500 < max(rates) <= 8 / 0.002
+    with pytest.raises(RuntimeError, match="no batch came"):
+        gpu_loaders.rates_of(Batches(1), 0.06, Deadline(0.3))
 
 
 def test_waits_are_counted_by_the_line_that_causes_them() -> None:
