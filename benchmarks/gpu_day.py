@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -49,9 +48,9 @@ PARTS = (
     Part("tests", 90, "benchmarks.gpu_parts:tests"),
     Part("limits", 40, "benchmarks.gpu_parts:limits"),
     Part("sets", 40, "benchmarks.gpu_sets:make_all"),
-    Part("loaders", 150, "benchmarks.gpu_parts:loaders"),
-    Part("training", 150, "benchmarks.gpu_parts:training"),
-    Part("waits", 30, "benchmarks.gpu_parts:waits"),
+    Part("loaders", 150, "benchmarks.gpu_loaders:loaders"),
+    Part("training", 150, "benchmarks.gpu_training:training"),
+    Part("waits", 30, "benchmarks.gpu_training:waits"),
 )
 
 
@@ -61,10 +60,12 @@ class Rows(harness.Results):
     def __init__(self, theme: str, folder: Path, versions: dict[str, Any]) -> None:
         super().__init__(theme, [])
         self.path = folder / self.path.name
-        told = [f"{name} {versions[key]}" for name, key in (("torch", "torch"), ("nvidia-dali", "dali")) if key in versions]
+        names = {"torch": "torch", "numpy": "numpy", "pyg": "torch-geometric", "dali": "nvidia-dali"}
         self._common |= {
-            "command": shlex.join(["python", "-m", "benchmarks.gpu_day", *harness._told(sys.argv[1:])]),
-            "versions": ", ".join([self._common["versions"], *told]),
+            "command": self._common["command"].replace(f"benchmarks.{theme}", "benchmarks.gpu_day", 1),
+            "versions": ", ".join(
+                [self._common["versions"], *(f"{names[key]} {versions[key]}" for key in names if key in versions)]
+            ),
         }
 
 
@@ -86,8 +87,15 @@ class Findings:
     def begin(self, part: str, budget_seconds: float) -> None:
         """Open a part."""
         self.parts[part] = {
-            **{"outcome": "begun", "why": "", "budget_seconds": round(budget_seconds, 1), "seconds": None},
-            **{"facts": {}, "rows": [], "failures": [], "left_out": 0, "combinations": None},
+            "outcome": "begun",
+            "why": "",
+            "budget_seconds": round(budget_seconds, 1),
+            "seconds": None,
+            "facts": {},
+            "rows": [],
+            "failures": [],
+            "left_out": 0,
+            "combinations": None,
         }
         self.write()
 
@@ -121,17 +129,24 @@ class Findings:
         same = (row["scenario"], row["beside"], row["unit"])
         others = (other for other in self.parts[part]["rows"] if (other["scenario"], other["measured"], other["unit"]) == same)
         against = next(others, None)
-        beside = (row["beside"], against["values"]) if against else ("", None)
-        self._rows[part].add(row["scenario"], row["measured"], row["unit"], row["values"], *beside, row["cache"])
+        beside, values = (row["beside"], against["values"]) if against else ("", None)
+        self._rows[part].add(row["scenario"], row["measured"], row["unit"], row["values"], beside, values, row["cache"])
 
     def end(self, part: str, seconds: float, error: str) -> None:
         """Close a part. error: why it failed, empty if it did not; single measurements that failed make it fail, too."""
         found = self.parts[part]
         if not error and found["failures"]:
             first = found["failures"][0]
-            error = f"{len(found['failures'])} measurements failed, the first ({first['scenario']}: {first['measured']}) by {first['why']}"
+            which = f"{first['scenario']}: {first['measured']}"
+            error = f"{len(found['failures'])} measurements failed, the first one ({which}) with {first['why']}"
         found |= {"outcome": "failed" if error else "worked", "why": error, "seconds": round(seconds, 1)}
         self.write()
+
+    def line(self, part: str) -> str:
+        """Return a part's outcome in a line."""
+        found = self.parts[part]
+        left_out = f", {found['left_out']} of {found['combinations']} combinations left out" if found["left_out"] else ""
+        return f"{part}: {found['outcome']} after {found['seconds']} s{left_out}{': ' if found['why'] else ''}{found['why']}"
 
     @property
     def failed(self) -> bool:
@@ -177,8 +192,10 @@ def run_parts(parts: Sequence[Part], setup: Setup, findings: Findings, total_sec
             else:
                 error = "no time was left"
             findings.end(part.name, time.monotonic() - begun, error)
-            found = findings.parts[part.name]
-            print(f"{part.name}: {found['outcome']} after {found['seconds']} s{': ' if error else ''}{found['why']}", flush=True)
+            for name, fact in findings.parts[part.name]["facts"].items():
+                if name != "output" or error:
+                    print(f"  {name}: {fact}", flush=True)
+            print(findings.line(part.name), flush=True)
     finally:
         worker.stop()
 
@@ -211,7 +228,7 @@ def main(
     path = json_path or where / "gpu_day.json"
     with tempfile.TemporaryDirectory(dir=folder, prefix="gpu_sets-", ignore_cleanup_errors=True) as scratch:
         setup = Setup(device="cpu" if dry_run else "cuda", folder=Path(scratch), quick=dry_run)
-        about = {"begun": datetime.now(timezone.utc).isoformat(timespec="seconds"), "device": setup.device, "dry_run": dry_run}
+        about = {"begun": datetime.now(UTC).isoformat(timespec="seconds"), "device": setup.device, "dry_run": dry_run}
         findings = Findings(path, where, about)
         run_parts(chosen, setup, findings, DRY_SECONDS if dry_run else seconds)
     print(f"\n{findings.table()}\n{path}", flush=True)

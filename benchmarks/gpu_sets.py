@@ -64,9 +64,7 @@ def write_graphs(folder: Path, nbytes: int, *, layers: int, nodes: int, features
     rng = np.random.default_rng(0)
     weighted = dtype == "float16"
     pool = [_graphs(rng, layers, nodes, features, edges, dtype, weighted) for _ in range(POOL)]
-    schema = dp.Schema(
-        x=dp.Field(dtype=dtype, shape=(features,)), edge_attr=dp.Field(dtype="float16") if weighted else None
-    )
+    schema = dp.Schema(x=dp.Field(dtype=dtype, shape=(features,)), edge_attr=dp.Field(dtype="float16") if weighted else None)
     count = max(POOL, int(nbytes / (layers * nodes * features * np.dtype(dtype).itemsize)))
     with dp.ShardWriter(folder, schema, split=dp.Split.parse("100/0/0"), shard_bytes=SHARD_BYTES) as writer:
         for number in range(count):
@@ -100,8 +98,8 @@ GRAPHS = {
 }
 WRITERS: dict[str, Callable[[Path, int], None]] = {**SEQUENCES, **GRAPHS}
 # bytes of a set: an epoch long enough that its start does not count; few where a record costs more to write than its bytes
-SIZES = {name: 2 * GB for name in SEQUENCES} | {"[33, 1024] int8": GB // 2, "traces": GB, "molecules": 40 * MB}
-QUICK_SIZES = {name: 8 * MB for name in SEQUENCES} | {"traces": 16 * MB, "molecules": MB // 2}
+SIZES = dict.fromkeys(SEQUENCES, GB) | {"[33, 1024] int8": GB // 2, "traces": GB, "molecules": 40 * MB}
+QUICK_SIZES = dict.fromkeys(SEQUENCES, 8 * MB) | {"traces": 16 * MB, "molecules": MB // 2}
 
 
 def folder_of(setup: Setup, name: str) -> Path:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 Message = dict[str, Any]  # one key: what it tells
 REASON_LENGTH = 300
-STOPPED_SECONDS = 5.0  # that a killed process may take to be gone
+ENDING_SECONDS, KILLED_SECONDS = 0.5, 5.0  # that a process may take to end by itself, and to be gone once killed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +116,7 @@ def run_grid(
     setup: Setup,
     deadline: Deadline,
     report: Report,
+    least_seconds: Callable[[T], float] = lambda _: 0.0,
 ) -> None:
     """Measure one combination after the other until the deadline. A failure is told, and the others go on.
 
@@ -126,12 +127,13 @@ def run_grid(
         setup: Where they run.
         deadline: Looked at before each combination.
         report: Told of failures, and of how many were left out.
+        least_seconds: Seconds without which a combination does not begin.
 
     Raises:
         DeviceLostError: If the device cannot be used any more.
     """
     for number, combination in enumerate(combinations):
-        if deadline.passed:
+        if deadline.left_seconds <= least_seconds(combination):
             report.left_out(len(combinations) - number, len(combinations))
             return
         try:
@@ -225,13 +227,12 @@ class Worker:
         process, self._process = self._process, None
         if process is None:
             return None
-        process.join(0.5 if self._connection.closed else 0)  # the code of one that ended by itself
-        self._connection.close()
-        process.join(0.5)
+        self._connection.close()  # at which an idle one ends
+        process.join(ENDING_SECONDS)
         with suppress(ProcessLookupError, PermissionError):  # gone, or not yet a group of its own
             os.killpg(process.pid, signal.SIGKILL)
         if process.is_alive():
             process.kill()
-        process.join(STOPPED_SECONDS)
+        process.join(KILLED_SECONDS)
         code: int | None = process.exitcode
         return code

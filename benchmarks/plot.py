@@ -1,6 +1,6 @@
-"""Draws docs/speed.png and docs/growth.png from results/, and the README's tables: `python -m benchmarks.plot`.
+"""Draws docs/speed.png, docs/growth.png and docs/gpu.png from results/, and the README's tables: `python -m benchmarks.plot`.
 
-Of each theme its newest file, `<theme>_<machine>_<date>.csv`. What was not measured is left out.
+Of each theme its newest file, `<theme>_<machine>_<date>.csv`. What was not measured is left out; without a GPU, all of gpu.png.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from benchmarks.gpu_plot import gpu_panels
 from benchmarks.harness import Row, rows_of
 from benchmarks.tables import LABELS, is_ours, reach_of, spread, update_tables
 from dali_pipeline.cli import new_app, run
@@ -183,6 +184,7 @@ def main(folder: Annotated[Path, typer.Argument(help="Where the pictures go.")] 
     """Draw what results/ holds; with the pictures in docs, the README's tables too."""
     draw(list(speed_panels()), folder / "speed.png", 2, 4.2)
     draw(list(growth_panels()), folder / "growth.png", 2, 3.6)
+    draw(list(gpu_panels()), folder / "gpu.png", 2, 5.5)
     if folder == Path("docs"):
         update_tables(README)
         print(README)
