@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import cache
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -14,6 +16,7 @@ from dali_pipeline.machine import unusable_gpu
 from dali_pipeline.schema import UsageError
 from dali_pipeline.world import World
 
+log = logging.getLogger("dali_pipeline")
 Workers = int | Literal["auto"]
 OnError = Literal["raise", "skip"]
 OnNan = Literal["keep", "raise", "skip"]
@@ -44,13 +47,16 @@ def check_options(
 
 
 def resolve_device(device: str | torch.device, world: World) -> torch.device:
-    """`auto`: this process's own GPU where there is one, else the CPU. Raises UsageError for a GPU that is not there."""
+    """`auto`: this process's own GPU where there is one, else the CPU. Raises UsageError for a GPU that is not there.
+
+    With `auto`, a GPU that torch cannot use is told in the log named dali_pipeline, once.
+    """
     if isinstance(device, str) and device == "auto":
-        return (
-            torch.device("cuda", world.local_rank % torch.cuda.device_count())
-            if torch.cuda.is_available()
-            else torch.device("cpu")
-        )
+        if torch.cuda.is_available():
+            return torch.device("cuda", world.local_rank % torch.cuda.device_count())
+        if why := unusable_gpu():
+            _warn_of_cpu(why)
+        return torch.device("cpu")
     try:
         found = torch.device(device if isinstance(device, str | torch.device) else "meta")
     except (RuntimeError, TypeError, ValueError):
@@ -62,6 +68,11 @@ def resolve_device(device: str | torch.device, world: World) -> torch.device:
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device is {str(device)!r}, but torch sees {torch.cuda.device_count()} GPUs")
     return torch.device("cuda", torch.cuda.current_device()) if found.type == "cuda" and found.index is None else found
+
+
+@cache
+def _warn_of_cpu(why: str) -> None:
+    log.warning("device='auto' is the CPU, although %s", why)
 
 
 def make_current(device: str) -> None:
