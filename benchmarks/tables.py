@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from benchmarks.harness import Row, results_path, rows_of
-from dali_pipeline.schema import UsageError
+from dali_pipeline.errors import UsageError
 from dali_pipeline.whole import write_whole
 
 LABELS = {

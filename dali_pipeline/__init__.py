@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from dali_pipeline.dataset import Dataset, open_dataset
 from dali_pipeline.digest import EpochDigest
+from dali_pipeline.errors import DataError, FormatError, PipelineError, UsageError
 from dali_pipeline.mix import mix
 from dali_pipeline.record import Graphs, Record
-from dali_pipeline.schema import DataError, Field, FormatError, PipelineError, Schema, UsageError
+from dali_pipeline.schema import Field, Schema
 from dali_pipeline.split import Split
 from dali_pipeline.state import StateError
 from dali_pipeline.timing import StepTimer, replay

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dali_pipeline.schema import UsageError
+from dali_pipeline.errors import UsageError
 
 CACHE_DIR = "Of what is read of a URL. [default: dali_pipeline in the user's cache folder]"
 CACHE_BYTES = "That it takes at most. [default: 32GiB]"

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dali_pipeline.order import Ints
+from dali_pipeline.errors import DataError, PipelineError
 from dali_pipeline.plan import EpochPlan, Shares
-from dali_pipeline.schema import DataError, PipelineError
+from dali_pipeline.types import Ints
 
 Places = tuple[int, ...]  # of each lane, how many of its records lie behind; () at the start of an epoch
 LEAST_LOOK, MOST_LOOK = 256, 8192  # records whose sizes are asked for at a time

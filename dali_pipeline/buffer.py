@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dali_pipeline.order import Ints
+from dali_pipeline.types import Ints
 
 
 def replay_buffer(num_records: int, capacity: int, rng: np.random.Generator) -> Ints:

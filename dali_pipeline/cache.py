@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dali_pipeline.checks import whole
-from dali_pipeline.schema import DataError, PipelineError, UsageError
+from dali_pipeline.errors import DataError, PipelineError, UsageError
 
 # need: when the plan asks for the block next, an epoch and its part; what is needed last goes first
 SLOT = np.dtype([("stamp", "<u4"), ("nbytes", "<u4"), ("begin", "<u8"), ("need", "<f8")])

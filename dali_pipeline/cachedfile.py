@@ -12,8 +12,8 @@ import numpy as np
 import xxhash
 
 from dali_pipeline.cache import ABSENT, COMING, FIRST_STAMP, SLOT, Cache, locked_slots, map_slots, punch
+from dali_pipeline.errors import FormatError
 from dali_pipeline.openfile import OpenFile, Piece
-from dali_pipeline.schema import FormatError
 from dali_pipeline.stores import GoneError, Store
 
 REQUEST_BYTES = 4 << 20  # neighbouring blocks are asked for together: at 100 MB/s and 20 ms a request, half as long again

@@ -12,8 +12,9 @@ from rich.table import Table
 
 from dali_pipeline.arguments import CacheBytes, CacheDir, SetArgument, parse_cache_bytes, parse_workers
 from dali_pipeline.describe import plain_console
+from dali_pipeline.errors import DataError, PipelineError
 from dali_pipeline.progress import progress_bar
-from dali_pipeline.schema import DataError, Kind, PipelineError
+from dali_pipeline.types import Kind
 
 if TYPE_CHECKING:
     from dali_pipeline.loader import Loader

@@ -13,11 +13,11 @@ import typer
 
 from dali_pipeline.arguments import SetArgument, parse_blocks, parse_size, parse_workers
 from dali_pipeline.checkup import doctor_command
+from dali_pipeline.errors import PipelineError, UsageError
 from dali_pipeline.inspection import inspect_command
 from dali_pipeline.numpyversion import check_numpy
 from dali_pipeline.outside import Terminated, broken_pipes, check_outside, drained, reason_of, say, terminable
 from dali_pipeline.predict import predict_command
-from dali_pipeline.schema import PipelineError, UsageError
 from dali_pipeline.split import Split
 from dali_pipeline.threads import wait_passively
 from dali_pipeline.versions import versions_command

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch_geometric.data import Batch, Data
 
-from dali_pipeline.digest import Mask
 from dali_pipeline.encoding import BFLOAT16
 from dali_pipeline.graphrows import GraphRows, ends_of
 from dali_pipeline.memory import Buffers
-from dali_pipeline.schema import Array, Field, Schema, level_of
+from dali_pipeline.schema import Field, Schema, level_of
 from dali_pipeline.sidestream import to_device
 from dali_pipeline.trace import span
+from dali_pipeline.types import Array, Mask
 
 _EMPTY = Batch(_base_cls=Data)  # making one takes PyG a fifth of a millisecond, copying it none
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dali_pipeline.order import Ints
+from dali_pipeline.errors import PipelineError
 from dali_pipeline.plan import Shares
-from dali_pipeline.schema import PipelineError
+from dali_pipeline.types import Ints
 
 TRIED = 64  # records of the split, where none of a batch can be read
 TOLD = 10  # records left out that are named in the log, an epoch

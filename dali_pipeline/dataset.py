@@ -14,12 +14,13 @@ import numpy as np
 from dali_pipeline.cache import CACHE_BYTES, Cache
 from dali_pipeline.cachedfile import RemotePath
 from dali_pipeline.checks import path, shown, whole
+from dali_pipeline.errors import DataError, FormatError, UsageError
 from dali_pipeline.manifest import Manifest, ShardTable, shard_path
-from dali_pipeline.order import Ints
-from dali_pipeline.schema import SPLITS, DataError, FormatError, Kind, Schema, UsageError
+from dali_pipeline.schema import SPLITS, Schema
 from dali_pipeline.selection import Selection, Shards, derived_digest
 from dali_pipeline.shard import hash_texts
 from dali_pipeline.stores import Store, is_url
+from dali_pipeline.types import Ints, Kind
 
 
 @dataclass(frozen=True, eq=False)

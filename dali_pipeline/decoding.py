@@ -13,8 +13,9 @@ import torch
 from dali_pipeline.encoding import BFLOAT16
 from dali_pipeline.layers import Layers, select
 from dali_pipeline.manifest import FeatureStatistics
-from dali_pipeline.schema import Array, Field
+from dali_pipeline.schema import Field
 from dali_pipeline.sidestream import to_device
+from dali_pipeline.types import Array
 
 SPREAD_BYTES = 4 << 20
 DALI_DTYPES = {torch.float16: "FLOAT16", torch.float32: "FLOAT"}

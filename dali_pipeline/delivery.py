@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from dali_pipeline.checks import MOST, one_of, shown, truth, whole
+from dali_pipeline.errors import UsageError
 from dali_pipeline.layers import Layers
 from dali_pipeline.machine import unusable_gpu
-from dali_pipeline.schema import UsageError
 from dali_pipeline.world import World
 
 log = logging.getLogger("dali_pipeline")

@@ -15,9 +15,9 @@ from dali_pipeline.graphrows import GraphRows
 from dali_pipeline.graphsource import GraphSource
 from dali_pipeline.outside import readable
 from dali_pipeline.rows import SequenceRows
-from dali_pipeline.schema import Array, Kind
 from dali_pipeline.shard import Shard
 from dali_pipeline.source import SequenceSource
+from dali_pipeline.types import Array, Kind
 
 BINS = 20
 SAMPLES = 3

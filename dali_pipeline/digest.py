@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from dali_pipeline.schema import DataError, UsageError
+from dali_pipeline.errors import DataError, UsageError
+from dali_pipeline.types import Mask
 
-Mask = npt.NDArray[np.bool_]
 _MASK = (1 << 64) - 1
 
 

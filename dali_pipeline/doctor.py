@@ -10,13 +10,14 @@ import torch
 
 from dali_pipeline.cachedfile import RemotePath
 from dali_pipeline.dataset import Dataset
+from dali_pipeline.errors import DataError
 from dali_pipeline.knobs import Knob, Setup, knobs_of, predict
 from dali_pipeline.loader import Loader
 from dali_pipeline.machine import describe_machine, warnings_about
 from dali_pipeline.outside import readable
-from dali_pipeline.schema import DataError, Kind
 from dali_pipeline.stages import Tell, Train, measure_stages, measure_together, model_rate
 from dali_pipeline.threads import default_threads
+from dali_pipeline.types import Kind
 
 SECONDS = 3.0  # a stage
 WAITING = 0.1  # share of the time: more is input-bound

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dali_pipeline.lane import Lane
-from dali_pipeline.order import TURNS, Ints, Order, purpose_key
+from dali_pipeline.order import TURNS, Order, purpose_key
+from dali_pipeline.types import Ints
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,13 @@ from typing import Protocol
 
 import numpy as np
 
+from dali_pipeline.errors import DataError
 from dali_pipeline.manifest import ShardTable, empty_splits, shard_path
 from dali_pipeline.moments import Moments
 from dali_pipeline.pending import STREAMED, Pending, Stack, as_bytes, record_arrays, whole_label
 from dali_pipeline.record import Record
-from dali_pipeline.schema import KINDS, Array, DataError, Kind, Schema
+from dali_pipeline.schema import Schema
+from dali_pipeline.types import KINDS, Array, Kind
 
 
 class Dealer(Protocol):

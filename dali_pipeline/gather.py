@@ -7,13 +7,13 @@ import math
 import numpy as np
 
 from dali_pipeline.cache import FIRST_STAMP
+from dali_pipeline.errors import FormatError
 from dali_pipeline.header import BLOCK_BYTES
 from dali_pipeline.openfile import OpenFile
-from dali_pipeline.order import Ints
 from dali_pipeline.reads import read_many
 from dali_pipeline.records import Found, IndexPart
-from dali_pipeline.schema import Array, FormatError
 from dali_pipeline.shard import Shard
+from dali_pipeline.types import Array, Ints
 
 
 def gather(found: Found, name: str, records: Ints, begins: Ints, ends: Ints, out: Array, at: Ints) -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dali_pipeline.order import Ints
-from dali_pipeline.schema import Array, level_of
+from dali_pipeline.schema import level_of
+from dali_pipeline.types import Array, Ints
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

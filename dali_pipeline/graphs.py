@@ -16,6 +16,7 @@ from dali_pipeline.checks import one_of, real
 from dali_pipeline.collate import Collator, GraphBatch
 from dali_pipeline.dataset import Dataset
 from dali_pipeline.delivery import OnError, OnNan, Workers, check_delivery, check_memory
+from dali_pipeline.errors import PipelineError, UsageError
 from dali_pipeline.graphsource import GraphSource
 from dali_pipeline.graphstretch import GraphGatherer, Loaded, gather_into
 from dali_pipeline.layers import Layers
@@ -23,7 +24,7 @@ from dali_pipeline.loader import Loader, Made, Position
 from dali_pipeline.order import WINDOW_BYTES, Tail
 from dali_pipeline.plan import EpochPlan
 from dali_pipeline.processes import map_in_processes
-from dali_pipeline.schema import PipelineError, Schema, UsageError, level_of
+from dali_pipeline.schema import Schema, level_of
 from dali_pipeline.sidestream import a_batch_ahead
 from dali_pipeline.state import LoaderState, StateError
 from dali_pipeline.stretch import stretches

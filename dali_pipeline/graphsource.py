@@ -9,15 +9,17 @@ from dataclasses import replace
 import numpy as np
 
 from dali_pipeline.encoding import all_finite
+from dali_pipeline.errors import FormatError
 from dali_pipeline.gather import gather
 from dali_pipeline.graphrows import GraphRows, spread, wrong_graphs
 from dali_pipeline.held import HeldGraphs
 from dali_pipeline.layers import Layers
-from dali_pipeline.order import WINDOW_BYTES, Ints
+from dali_pipeline.order import WINDOW_BYTES
 from dali_pipeline.records import Found
-from dali_pipeline.schema import LEVELS, Array, Field, FormatError, Schema, level_of
+from dali_pipeline.schema import LEVELS, Field, Schema, level_of
 from dali_pipeline.selection import Selection
 from dali_pipeline.source import BatchSource
+from dali_pipeline.types import Array, Ints
 
 
 class GraphSource(BatchSource):

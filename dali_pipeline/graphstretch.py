@@ -10,12 +10,12 @@ import numpy as np
 
 from dali_pipeline.budget import BudgetPlan, Packed, Places, Portion
 from dali_pipeline.damage import without_damaged, without_padding
-from dali_pipeline.digest import Mask
+from dali_pipeline.errors import PipelineError
 from dali_pipeline.graphrows import GraphRows
 from dali_pipeline.graphsource import GraphSource
 from dali_pipeline.memory import Buffers
 from dali_pipeline.plan import EpochPlan
-from dali_pipeline.schema import PipelineError
+from dali_pipeline.types import Mask
 from dali_pipeline.world import World
 
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from dali_pipeline.cachedfile import Place
 from dali_pipeline.encoding import BFLOAT16, storage
-from dali_pipeline.schema import Array, FormatError
+from dali_pipeline.errors import FormatError
+from dali_pipeline.types import Array
 
 VERSION = 1
 BLOCK_BYTES = 1 << 20

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dali_pipeline.errors import PipelineError
 from dali_pipeline.gather import read_rows
 from dali_pipeline.graphrows import GraphRows, ends_of, spread, wrong_graphs
 from dali_pipeline.memory import Buffers
-from dali_pipeline.order import Ints
 from dali_pipeline.records import RecordIndex
-from dali_pipeline.schema import LEVELS, Array, Field, PipelineError, level_of
+from dali_pipeline.schema import LEVELS, Field, level_of
 from dali_pipeline.selection import Selection
+from dali_pipeline.types import Array, Ints
 
 HELD_RECORD_BYTES = 4 << 10  # longer records are read about as fast
 TABLE_BYTES = 200, 60  # of memory for a record, with its id, and for a graph, beside their values

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import msgspec
 
+from dali_pipeline.errors import FormatError, UsageError
 from dali_pipeline.filler import Contents
 from dali_pipeline.manifest import MANIFEST_NAME, shard_path
-from dali_pipeline.schema import SPLITS, FormatError, UsageError
+from dali_pipeline.schema import SPLITS
 from dali_pipeline.whole import lock, sync_folder, write_whole
 
 JOURNAL_NAME = "journal.json"

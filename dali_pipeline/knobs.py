@@ -15,8 +15,9 @@ from dali_pipeline.encoding import BFLOAT16
 from dali_pipeline.graphs import GraphLoader
 from dali_pipeline.loader import Loader
 from dali_pipeline.order import WINDOW_BYTES
-from dali_pipeline.schema import Field, Kind, Schema
+from dali_pipeline.schema import Field, Schema
 from dali_pipeline.sequences import SequenceLoader
+from dali_pipeline.types import Kind
 from dali_pipeline.world import World
 
 FASTER_DISK = 2.0  # times as fast

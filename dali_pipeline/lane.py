@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dali_pipeline.header import BLOCK_BYTES
-from dali_pipeline.order import ACROSS_GROUPS, RUNS, WITHIN_GROUPS, Ints, Order, hashed_keys, purpose_key
+from dali_pipeline.order import ACROSS_GROUPS, RUNS, WITHIN_GROUPS, Order, hashed_keys, purpose_key
+from dali_pipeline.types import Ints
 
 RUNS_PER_WINDOW, RUNS_PER_SHARD = 64, 8
 MAX_RUN_BYTES = 4 << 20  # longer ones are read no faster, and mix less

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from dali_pipeline.schema import DataError, UsageError
+from dali_pipeline.errors import DataError, UsageError
 
 Layers: TypeAlias = "slice | Sequence[int] | None"
 

@@ -15,15 +15,16 @@ from dali_pipeline.checks import shown, whole
 from dali_pipeline.damage import TOLD, log, tell
 from dali_pipeline.dataset import Dataset
 from dali_pipeline.delivery import OnError, OnNan, Workers, check_options, resolve_device
-from dali_pipeline.digest import Delivered, EpochDigest, Mask
+from dali_pipeline.digest import Delivered, EpochDigest
+from dali_pipeline.errors import DataError, FormatError, PipelineError, UsageError
 from dali_pipeline.layers import Layers, to_positions
 from dali_pipeline.mix import reweighed
-from dali_pipeline.order import Ints, Order, Tail
+from dali_pipeline.order import Order, Tail
 from dali_pipeline.plan import EpochPlan
 from dali_pipeline.readahead import ReadAhead
-from dali_pipeline.schema import DataError, FormatError, Kind, PipelineError, UsageError
 from dali_pipeline.source import BatchSource, NotFiniteError
 from dali_pipeline.state import LoaderState, StateError
+from dali_pipeline.types import Ints, Kind, Mask
 from dali_pipeline.world import FORKED, WorkersRefused, World
 
 Batch = TypeVar("Batch", covariant=True)

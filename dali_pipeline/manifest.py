@@ -12,10 +12,12 @@ import msgspec
 import xxhash
 
 from dali_pipeline.cachedfile import Place, RemotePath
+from dali_pipeline.errors import FormatError, UsageError
 from dali_pipeline.files import Files
-from dali_pipeline.schema import KINDS, SPLITS, FormatError, Kind, Schema, UsageError
+from dali_pipeline.schema import SPLITS, Schema
 from dali_pipeline.shard import Shard, ShardInfo, SoundMap
 from dali_pipeline.stores import GoneError, NoBucketError
+from dali_pipeline.types import KINDS, Kind
 from dali_pipeline.whole import write_whole
 
 P = TypeVar("P", Path, RemotePath, Place)

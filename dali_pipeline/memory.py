@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from dali_pipeline.schema import Array
+from dali_pipeline.types import Array
 
 _UNIT = 2 << 20  # a huge page
 _PAGE = 4096

@@ -12,8 +12,9 @@ import numpy.typing as npt
 from dali_pipeline.checks import mapping, one_of, real
 from dali_pipeline.dataset import Dataset, View
 from dali_pipeline.draws import Draws
-from dali_pipeline.schema import DataError, Kind, UsageError
+from dali_pipeline.errors import DataError, UsageError
 from dali_pipeline.selection import Selection, derived_digest
+from dali_pipeline.types import Kind
 
 MAX_WEIGHTS = 64  # that differ; each is a part with a window of its own
 

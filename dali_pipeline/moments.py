@@ -8,7 +8,7 @@ import numpy as np
 
 from dali_pipeline.encoding import all_finite
 from dali_pipeline.manifest import FeatureStatistics
-from dali_pipeline.schema import Array
+from dali_pipeline.types import Array
 
 CHUNK_BYTES = 1 << 18  # of rows in float32 at a time: within a core's cache
 SUMMED_TOGETHER = 512  # values: less is slow to add

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dali_pipeline.schema import Array, FormatError, PipelineError
+from dali_pipeline.errors import FormatError, PipelineError
+from dali_pipeline.types import Array
 
 _MAX_HEADER_BYTES = 100 << 20  # as the safetensors library
 

@@ -10,12 +10,12 @@ import numpy.typing as npt
 import xxhash
 
 from dali_pipeline.checks import one_of, whole
-from dali_pipeline.schema import UsageError
+from dali_pipeline.errors import UsageError
+from dali_pipeline.types import Ints
 
 Tail = Literal["pad", "drop"]
 TAILS: tuple[Tail, ...] = get_args(Tail)
 WINDOW_BYTES = 256 << 20
-Ints = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.uint64]
 RUNS, WITHIN_GROUPS, ACROSS_GROUPS, TURNS, BUCKETS = range(5)  # purposes of a key
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, NoReturn
 
-from dali_pipeline.schema import UsageError
+from dali_pipeline.errors import UsageError
 
 
 class Terminated(BaseException):

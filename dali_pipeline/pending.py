@@ -9,10 +9,12 @@ from typing import NamedTuple
 import numpy as np
 
 from dali_pipeline.digest import EpochDigest
+from dali_pipeline.errors import DataError
 from dali_pipeline.record import Record, graph_rows, masked_values, sequence_rows
-from dali_pipeline.schema import Array, DataError, Kind, Schema
+from dali_pipeline.schema import Schema
 from dali_pipeline.shard import ShardInfo
 from dali_pipeline.shardfile import ShardFile
+from dali_pipeline.types import Array, Kind
 
 STREAMED: dict[Kind, str] = {"sequences": "sequence", "graphs": "x"}  # goes to the disk as it comes; the rest is small
 

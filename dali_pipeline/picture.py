@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dali_pipeline.errors import UsageError
 from dali_pipeline.outside import as_output
-from dali_pipeline.schema import Kind, UsageError
 from dali_pipeline.shuffle import METHODS, Quality
+from dali_pipeline.types import Kind
 from dali_pipeline.whole import write_whole
 
 if TYPE_CHECKING:

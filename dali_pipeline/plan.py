@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dali_pipeline.draws import DrawnLane, Draws, Part, apportion
+from dali_pipeline.errors import DataError
 from dali_pipeline.lane import Lane
-from dali_pipeline.order import BUCKETS, Ints, Order, hashed_keys, purpose_key
-from dali_pipeline.schema import DataError
+from dali_pipeline.order import BUCKETS, Order, hashed_keys, purpose_key
+from dali_pipeline.types import Ints
 
 POOL_STEPS = 64  # batches that exchange records to be of like length, at most
 

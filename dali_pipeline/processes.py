@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dali_pipeline import trace
+from dali_pipeline.errors import PipelineError
 from dali_pipeline.memory import Buffers
-from dali_pipeline.schema import Array, PipelineError
+from dali_pipeline.types import Array
 from dali_pipeline.workerprocess import SharedBytes, WorkerProcess, as_sent, end_workers, start_workers
 
 T = TypeVar("T")

@@ -7,8 +7,8 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from dali_pipeline.errors import PipelineError
 from dali_pipeline.plan import EpochPlan
-from dali_pipeline.schema import PipelineError
 from dali_pipeline.source import BatchSource
 from dali_pipeline.trace import span
 from dali_pipeline.world import World

@@ -11,7 +11,7 @@ from collections import deque
 
 import numpy as np
 
-from dali_pipeline.schema import Array
+from dali_pipeline.types import Array
 
 READS_AT_ONCE = 256
 _ADVISED_BYTES = 128 << 10  # the system takes this much a call at least, and may leave out what is more

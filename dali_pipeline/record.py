@@ -11,7 +11,9 @@ import numpy as np
 
 from dali_pipeline.checks import shown
 from dali_pipeline.encoding import BFLOAT16, encode
-from dali_pipeline.schema import LEVELS, Array, DataError, Field, Schema, UsageError, a_or_an, level_of
+from dali_pipeline.errors import DataError, UsageError
+from dali_pipeline.schema import LEVELS, Field, Schema, a_or_an, level_of
+from dali_pipeline.types import Array
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dali_pipeline.errors import FormatError
 from dali_pipeline.files import Files, Recent
-from dali_pipeline.order import Ints
-from dali_pipeline.schema import Array, FormatError
 from dali_pipeline.selection import Selection
 from dali_pipeline.shard import Shard
+from dali_pipeline.types import Array, Ints
 from dali_pipeline.workerprocess import SharedBytes
 
 INDEX_ROWS = 1024  # records of an index part

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dali_pipeline.order import Ints
-from dali_pipeline.schema import Array
+from dali_pipeline.types import Array, Ints
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -7,7 +7,7 @@ import keyword
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -15,15 +15,10 @@ import numpy.typing as npt
 
 from dali_pipeline.checks import MOST, shown, whole
 from dali_pipeline.encoding import BFLOAT16, Scale, decode, scale_for, storage
-from dali_pipeline.errors import DataError as DataError
-from dali_pipeline.errors import FormatError as FormatError
-from dali_pipeline.errors import PipelineError as PipelineError
-from dali_pipeline.errors import UsageError as UsageError
+from dali_pipeline.errors import UsageError
 from dali_pipeline.layout import ByLayer
+from dali_pipeline.types import KINDS, Array, Kind
 
-Array = npt.NDArray[Any]
-Kind = Literal["sequences", "graphs"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 SPLITS = ("train", "val", "test")
 LEVELS = ("node", "edge", "graph")
 # a PyG batch gives these a meaning of its own, and joins in another way what has such parts in its name; shards name arrays so

@@ -11,11 +11,11 @@ import xxhash
 from dali_pipeline.cachedfile import Place, RemotePath
 from dali_pipeline.digest import EpochDigest
 from dali_pipeline.draws import Draws
+from dali_pipeline.errors import FormatError
 from dali_pipeline.files import Files
 from dali_pipeline.manifest import ShardTable, shard_path
-from dali_pipeline.order import Ints
-from dali_pipeline.schema import Array, FormatError, Kind
 from dali_pipeline.shard import Shard, SoundMap
+from dali_pipeline.types import Array, Ints, Kind
 
 SPARE_BYTES = 16 << 20  # of a cache, for headers, names, and blocks that runs share
 

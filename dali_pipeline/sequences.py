@@ -18,16 +18,17 @@ from dali_pipeline.dali import check_dali, device_id, import_dali, iterate
 from dali_pipeline.dataset import Dataset, View
 from dali_pipeline.decoding import Decoding, sequence_graph
 from dali_pipeline.delivery import OnError, OnNan, Workers, check_delivery, check_memory
+from dali_pipeline.errors import DataError, FormatError, UsageError
 from dali_pipeline.layers import Layers, select
 from dali_pipeline.loader import Loader, Made, Position
 from dali_pipeline.memory import Buffers
-from dali_pipeline.order import WINDOW_BYTES, Ints, Tail
+from dali_pipeline.order import WINDOW_BYTES, Tail
 from dali_pipeline.plan import EpochPlan
-from dali_pipeline.schema import Array, DataError, FormatError, UsageError
 from dali_pipeline.sidestream import UnderWay, a_batch_ahead, to_device
 from dali_pipeline.source import Padded, SequenceSource
 from dali_pipeline.stretch import STRETCH_BYTES, Part, Stretch, StretchGatherer, stretches
 from dali_pipeline.trace import span, spans
+from dali_pipeline.types import Array, Ints
 
 Engine = Literal["dali", "torch"]
 PREFETCH_STRETCHES = 2  # that DALI runs ahead

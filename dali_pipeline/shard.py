@@ -18,11 +18,12 @@ import xxhash
 
 from dali_pipeline.cache import FIRST_STAMP
 from dali_pipeline.cachedfile import Place
+from dali_pipeline.errors import DataError, FormatError
 from dali_pipeline.files import Files
 from dali_pipeline.header import BLOCK_BYTES, Layout, parse_header
 from dali_pipeline.openfile import OpenFile, Piece, kind_of
 from dali_pipeline.reads import bring
-from dali_pipeline.schema import Array, DataError, FormatError
+from dali_pipeline.types import Array
 
 SoundMap: TypeAlias = "memoryview | bytearray"
 Hashes: TypeAlias = npt.NDArray[np.uint64]

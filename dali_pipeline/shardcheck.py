@@ -12,10 +12,12 @@ import numpy.typing as npt
 
 from dali_pipeline.dataset import Dataset
 from dali_pipeline.encoding import BFLOAT16, decode
+from dali_pipeline.errors import FormatError
 from dali_pipeline.files import Files
-from dali_pipeline.schema import Array, Field, FormatError, Kind, a_or_an, level_of
+from dali_pipeline.schema import Field, a_or_an, level_of
 from dali_pipeline.selection import Shards
 from dali_pipeline.shard import Hashes, Shard, hash_texts
+from dali_pipeline.types import Array, Kind
 
 EXPONENTS = {
     "float16": ("<u2", 0x7C00),

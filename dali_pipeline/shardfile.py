@@ -13,9 +13,10 @@ import numpy as np
 import xxhash
 
 from dali_pipeline.encoding import storage
+from dali_pipeline.errors import PipelineError
 from dali_pipeline.header import BLOCK_BYTES, DTYPES, METADATA_KEY, VERSION
-from dali_pipeline.schema import Array, Kind, PipelineError
 from dali_pipeline.shard import ShardInfo
+from dali_pipeline.types import Array, Kind
 from dali_pipeline.whole import sync_folder
 
 BUFFER_BYTES = 2 << 20  # of values on their way to the disk: within a core's cache

@@ -20,9 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dali_pipeline.buffer import replay_buffer, sample_buffer
-from dali_pipeline.order import Ints, Order
+from dali_pipeline.errors import DataError, UsageError
+from dali_pipeline.order import Order
 from dali_pipeline.plan import EpochPlan
-from dali_pipeline.schema import DataError, UsageError
+from dali_pipeline.types import Ints
 
 Floats = npt.NDArray[np.float64]
 Method = Literal["buffer, file order", "buffer, shuffled shards", "dali_pipeline", "full permutation"]

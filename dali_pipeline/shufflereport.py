@@ -11,11 +11,12 @@ from rich.table import Table
 
 from dali_pipeline.dataset import Dataset
 from dali_pipeline.describe import plain_console
+from dali_pipeline.errors import DataError
 from dali_pipeline.manifest import ShardTable
 from dali_pipeline.order import WINDOW_BYTES
 from dali_pipeline.outside import readable
-from dali_pipeline.schema import DataError, Kind
 from dali_pipeline.shuffle import WINDOW_SHARES, Quality, measure
+from dali_pipeline.types import Kind
 
 
 def describe_shuffle(

@@ -10,15 +10,17 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from dali_pipeline.encoding import all_finite
+from dali_pipeline.errors import DataError
 from dali_pipeline.gather import gather
 from dali_pipeline.layers import Layers, select
 from dali_pipeline.memory import Buffers
-from dali_pipeline.order import WINDOW_BYTES, Ints
+from dali_pipeline.order import WINDOW_BYTES
 from dali_pipeline.records import Found, RecordIndex
 from dali_pipeline.rows import SequenceRows
-from dali_pipeline.schema import Array, DataError, Field, Kind, Schema
+from dali_pipeline.schema import Field, Schema
 from dali_pipeline.selection import Selection
 from dali_pipeline.shard import Shard
+from dali_pipeline.types import Array, Ints, Kind
 
 Padded: TypeAlias = Literal["batch"] | None
 

@@ -10,7 +10,8 @@ import numpy.typing as npt
 import xxhash
 
 from dali_pipeline.checks import real, shown, whole
-from dali_pipeline.schema import SPLITS, DataError, UsageError
+from dali_pipeline.errors import DataError, UsageError
+from dali_pipeline.schema import SPLITS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,10 +20,10 @@ from dali_pipeline.graphs import GraphLoader
 from dali_pipeline.loader import Loader
 from dali_pipeline.plan import EpochPlan
 from dali_pipeline.readahead import REQUESTS_IN_FLIGHT
-from dali_pipeline.schema import Kind
 from dali_pipeline.sequences import SequenceLoader
 from dali_pipeline.stretch import Part, StretchGatherer
 from dali_pipeline.timing import StepTimer
+from dali_pipeline.types import Kind
 
 READ_BYTES = 256 << 20
 LOOKED_AT = 4  # batches

@@ -9,8 +9,9 @@ from typing import Any
 
 import msgspec
 
+from dali_pipeline.errors import PipelineError
 from dali_pipeline.order import Order
-from dali_pipeline.schema import Kind, PipelineError
+from dali_pipeline.types import Kind
 
 VERSION = 2  # 1: before batches were kept within two groups of the shuffle
 

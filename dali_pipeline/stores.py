@@ -13,7 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import xxhash
 
-from dali_pipeline.schema import DataError, FormatError, PipelineError, UsageError
+from dali_pipeline.errors import DataError, FormatError, PipelineError, UsageError
 
 T = TypeVar("T")
 TRIES, FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 7, 0.1, 5.0  # some 10 seconds before a request is given up

@@ -10,12 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 from dali_pipeline.damage import without_damaged
-from dali_pipeline.digest import Mask
-from dali_pipeline.order import Ints
+from dali_pipeline.errors import PipelineError
 from dali_pipeline.plan import EpochPlan, Shares
 from dali_pipeline.rows import SequenceRows
-from dali_pipeline.schema import Array, PipelineError
 from dali_pipeline.source import Located, Padded, SequenceSource
+from dali_pipeline.types import Array, Ints, Mask
 from dali_pipeline.world import World
 
 STRETCH_BYTES = 16 << 20

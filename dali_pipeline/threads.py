@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from dali_pipeline.container import allowed_cores
-from dali_pipeline.schema import UsageError
+from dali_pipeline.errors import UsageError
 
 CORES_PER_THREAD, MOST_THREADS = 4, 4  # measured: docs/log.md, 2026-11-28
 

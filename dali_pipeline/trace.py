@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from dali_pipeline.schema import UsageError
+from dali_pipeline.errors import UsageError
 
 T = TypeVar("T")
 MOST_EVENTS = 500_000  # some 50 MB, about what the viewers take

@@ -6,11 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dali_pipeline.dataset import Dataset, open_dataset
+from dali_pipeline.errors import UsageError
 from dali_pipeline.files import Files
 from dali_pipeline.manifest import MANIFEST_NAME
 from dali_pipeline.progress import progress_bar
-from dali_pipeline.schema import Kind, UsageError
 from dali_pipeline.stores import GoneError, NoBucketError, Store
+from dali_pipeline.types import Kind
 
 UPLOADS_IN_FLIGHT = 8
 

@@ -15,11 +15,12 @@ import numpy as np
 
 from dali_pipeline.cachedfile import RemotePath
 from dali_pipeline.dataset import Dataset, open_dataset
+from dali_pipeline.errors import FormatError
 from dali_pipeline.progress import progress_bar
-from dali_pipeline.schema import FormatError, Kind
 from dali_pipeline.shard import Hashes
 from dali_pipeline.shardcheck import ShardCheck
 from dali_pipeline.stores import is_url
+from dali_pipeline.types import Kind
 
 CACHE_BYTES = 4 << 30  # of a URL's shards, which are met once
 

@@ -15,8 +15,9 @@ import numpy as np
 import typer
 
 from dali_pipeline.dali import check_dali, describe_dali, not_imported
+from dali_pipeline.errors import PipelineError
 from dali_pipeline.machine import unusable_gpu
-from dali_pipeline.schema import Array, PipelineError
+from dali_pipeline.types import Array
 
 if TYPE_CHECKING:
     from dali_pipeline.dataset import Dataset

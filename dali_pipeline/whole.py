@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from dali_pipeline.schema import PipelineError, UsageError
+from dali_pipeline.errors import PipelineError, UsageError
 
 
 def write_whole(path: Path, data: bytes) -> None:

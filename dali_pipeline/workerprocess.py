@@ -24,7 +24,7 @@ from multiprocessing.spawn import get_executable
 from pathlib import Path
 from typing import Any
 
-from dali_pipeline.schema import PipelineError
+from dali_pipeline.errors import PipelineError
 
 LOOK_SECONDS = 0.5  # between two looks at whether the parent is still there
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from dali_pipeline.workerprocess import main; main(*sys.argv[2:])"

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 
 from dali_pipeline.checks import MOST, whole
-from dali_pipeline.schema import UsageError
+from dali_pipeline.errors import UsageError
 
 FORKED = (
     "this loader was in use before the process forked, and threads do not survive a fork; "

@@ -13,14 +13,16 @@ import msgspec
 import numpy as np
 
 from dali_pipeline.checks import path, shown, whole
+from dali_pipeline.errors import DataError, UsageError
 from dali_pipeline.files import Files
 from dali_pipeline.filler import Contents, Dealer, ShardFiller
 from dali_pipeline.journal import WorkFolder
 from dali_pipeline.manifest import Manifest, shard_path
 from dali_pipeline.record import Record
-from dali_pipeline.schema import DataError, Kind, Schema, UsageError
+from dali_pipeline.schema import Schema
 from dali_pipeline.shard import Hashes, hash_texts
 from dali_pipeline.split import Split
+from dali_pipeline.types import Kind
 
 SHARD_BYTES = 256 << 20
 

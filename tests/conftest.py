@@ -15,9 +15,9 @@ from pretended_gpu.dali import dali_on_the_cpu
 import dali_pipeline as dp
 from dali_pipeline.numpyversion import check_numpy
 from dali_pipeline.pending import STREAMED
-from dali_pipeline.schema import Array, Kind
 from dali_pipeline.shard import ShardInfo
 from dali_pipeline.shardfile import ShardFile
+from dali_pipeline.types import Array, Kind
 
 torch.set_num_threads(1)
 # all but AMX: virtual machines that tell of it and end a process with "illegal instruction" are about

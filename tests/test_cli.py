@@ -16,7 +16,7 @@ from test_convert import make_folder
 import dali_pipeline as dp
 from dali_pipeline.arguments import parse_blocks, parse_size
 from dali_pipeline.cli import app, run
-from dali_pipeline.schema import UsageError
+from dali_pipeline.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
 

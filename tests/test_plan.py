@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from dali_pipeline import plan as plan_module
 from dali_pipeline.draws import Draws
+from dali_pipeline.errors import DataError, UsageError
 from dali_pipeline.lane import Lane
 from dali_pipeline.order import Order, hashed_keys
 from dali_pipeline.plan import EpochPlan, deal_shards
-from dali_pipeline.schema import DataError, UsageError
 
 
 def order(**options: Any) -> Order:

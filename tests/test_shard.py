@@ -12,9 +12,9 @@ import xxhash
 from conftest import write_shard
 from safetensors.numpy import load_file
 
+from dali_pipeline.errors import FormatError, PipelineError
 from dali_pipeline.files import Files
 from dali_pipeline.header import BLOCK_BYTES, parse_header
-from dali_pipeline.schema import FormatError, PipelineError
 from dali_pipeline.shard import Shard, ShardInfo
 from dali_pipeline.shardfile import ShardFile
 

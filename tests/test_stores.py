@@ -22,9 +22,9 @@ from dali_pipeline import stores
 from dali_pipeline.cache import FIRST_STAMP, locked_slots, map_slots
 from dali_pipeline.cachedfile import CachedFile
 from dali_pipeline.dataset import Dataset
+from dali_pipeline.errors import PipelineError
 from dali_pipeline.files import Files
 from dali_pipeline.readahead import ReadAhead
-from dali_pipeline.schema import PipelineError
 from dali_pipeline.upload import upload
 from dali_pipeline.verify import verify
 

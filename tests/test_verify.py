@@ -17,7 +17,7 @@ import dali_pipeline as dp
 from dali_pipeline.cli import app, run
 from dali_pipeline.files import Files
 from dali_pipeline.manifest import ShardTable
-from dali_pipeline.schema import Kind
+from dali_pipeline.types import Kind
 from dali_pipeline.verify import verify
 
 ARRAYS = {

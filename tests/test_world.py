@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from dali_pipeline.schema import UsageError
+from dali_pipeline.errors import UsageError
 from dali_pipeline.world import World
 
 

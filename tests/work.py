@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from dali_pipeline.schema import DataError
+from dali_pipeline.errors import DataError
 
 
 def square(number: int, advance: object) -> int:

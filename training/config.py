@@ -12,7 +12,7 @@ import xxhash
 from dali_pipeline import Dataset, UsageError
 from dali_pipeline.layers import parse_layers
 from dali_pipeline.outside import readable
-from dali_pipeline.schema import Kind
+from dali_pipeline.types import Kind
 
 ModelName = Literal["lstm", "gnn_lstm", "gvae_lstm"]
 MODELS: tuple[ModelName, ...] = get_args(ModelName)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dali_pipeline.schema import Array
+from dali_pipeline.types import Array
 
 
 def attention_edges(attention: Array, threshold: float) -> tuple[Array, Array, Array]:

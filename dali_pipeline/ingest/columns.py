@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import compute, parquet
 
+from dali_pipeline.errors import FormatError
 from dali_pipeline.ingest.foreign import (
     LENGTHS,
     MASKS,
@@ -30,7 +31,7 @@ from dali_pipeline.ingest.foreign import (
     without_padding,
 )
 from dali_pipeline.record import Graphs
-from dali_pipeline.schema import Array, FormatError, Kind
+from dali_pipeline.types import Array, Kind
 
 NAMES = {
     "label": ("label", "labels", "y"),

@@ -8,13 +8,14 @@ from typing import Literal, get_args
 import msgspec
 import xxhash
 
+from dali_pipeline.errors import UsageError
 from dali_pipeline.ingest.dealing import splits_in_names
 from dali_pipeline.ingest.own import OWN
 from dali_pipeline.ingest.sources import Source
 from dali_pipeline.ingest.traces import TraceOptions
 from dali_pipeline.ingest.workers import Engine, Workers
 from dali_pipeline.layers import Layers
-from dali_pipeline.schema import LEVELS, UsageError, level_of
+from dali_pipeline.schema import LEVELS, level_of
 from dali_pipeline.split import Split
 from dali_pipeline.writer import SHARD_BYTES
 

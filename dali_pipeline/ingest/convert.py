@@ -17,6 +17,7 @@ import xxhash
 from dali_pipeline.damage import log
 from dali_pipeline.dataset import Dataset, default_cache, open_dataset
 from dali_pipeline.encoding import BFLOAT16
+from dali_pipeline.errors import DataError, FormatError, PipelineError, UsageError
 from dali_pipeline.filler import Contents, ShardFiller
 from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.foreign import Block, Values
@@ -32,9 +33,10 @@ from dali_pipeline.manifest import MANIFEST_NAME
 from dali_pipeline.pending import Stack
 from dali_pipeline.progress import progress_bar, shown
 from dali_pipeline.record import Record
-from dali_pipeline.schema import Array, DataError, Field, FormatError, PipelineError, UsageError
+from dali_pipeline.schema import Field
 from dali_pipeline.split import FileSplit
 from dali_pipeline.stores import Store, is_url
+from dali_pipeline.types import Array
 from dali_pipeline.upload import finished, upload
 from dali_pipeline.writer import ShardWriter
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dali_pipeline.errors import UsageError
 from dali_pipeline.filler import Dealer
-from dali_pipeline.schema import SPLITS, UsageError
+from dali_pipeline.schema import SPLITS
 from dali_pipeline.shard import Hashes
 from dali_pipeline.split import Split
 

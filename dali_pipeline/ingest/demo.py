@@ -11,8 +11,8 @@ import shutil
 from pathlib import Path
 
 from dali_pipeline.dataset import Dataset, open_dataset
+from dali_pipeline.errors import UsageError
 from dali_pipeline.manifest import MANIFEST_NAME
-from dali_pipeline.schema import UsageError
 from dali_pipeline.whole import lock
 
 GRAPH_LAYERS = (12, 16, 20)  # of 8/16/24, 12/16/20: the better validation AUROC (docs/log.md)

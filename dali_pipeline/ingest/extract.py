@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from dali_pipeline.damage import log
 from dali_pipeline.dataset import Dataset, open_dataset
 from dali_pipeline.delivery import resolve_device
+from dali_pipeline.errors import UsageError
 from dali_pipeline.filler import Contents, ShardFiller
 from dali_pipeline.ingest.anatomy import Anatomy, examine
 from dali_pipeline.ingest.onray import Asks, deal
@@ -37,7 +38,7 @@ from dali_pipeline.journal import remove_leftovers
 from dali_pipeline.manifest import MANIFEST_NAME
 from dali_pipeline.progress import progress_bar, shown
 from dali_pipeline.record import Record
-from dali_pipeline.schema import Field, Schema, UsageError
+from dali_pipeline.schema import Field, Schema
 from dali_pipeline.world import World
 from dali_pipeline.writer import ShardWriter
 

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dali_pipeline.errors import FormatError
 from dali_pipeline.record import Graphs
-from dali_pipeline.schema import Array, FormatError, Kind
+from dali_pipeline.types import Array, Kind
 
 
 class Values(NamedTuple):

@@ -14,7 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import IO, Any
 
-from dali_pipeline.schema import FormatError
+from dali_pipeline.errors import FormatError
 
 
 class _Sealed(type):

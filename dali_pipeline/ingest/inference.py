@@ -12,6 +12,7 @@ import msgspec
 
 from dali_pipeline.dataset import Dataset
 from dali_pipeline.encoding import BFLOAT16
+from dali_pipeline.errors import DataError, FormatError, UsageError
 from dali_pipeline.ingest.config import FIELDS, ConvertConfig
 from dali_pipeline.ingest.foreign import Block
 from dali_pipeline.ingest.names import FileNames
@@ -21,7 +22,8 @@ from dali_pipeline.ingest.traces import TRACES
 from dali_pipeline.layers import Layers, select, to_positions
 from dali_pipeline.layout import ByLayer
 from dali_pipeline.record import Graphs
-from dali_pipeline.schema import Array, DataError, Field, FormatError, Kind, Schema, UsageError, level_of
+from dali_pipeline.schema import Field, Schema, level_of
+from dali_pipeline.types import Array, Kind
 
 MEASURED_RECORDS, MEASURED_BYTES, NAME_BYTES = 64, 8 << 20, 40  # by which the space that is needed is estimated
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from dali_pipeline.errors import DataError, FormatError
 from dali_pipeline.filler import Dealer
 from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.dealing import OwnSplits, splits_in_names
@@ -15,7 +16,7 @@ from dali_pipeline.ingest.pt import FOLDERS
 from dali_pipeline.ingest.scales import greatest_values
 from dali_pipeline.ingest.sources import Source
 from dali_pipeline.progress import progress_bar, shown
-from dali_pipeline.schema import DataError, Field, FormatError, Schema
+from dali_pipeline.schema import Field, Schema
 from dali_pipeline.split import FileSplit, Split
 
 NAMED = 5  # files that are named, of many

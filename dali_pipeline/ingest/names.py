@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
+from dali_pipeline.errors import DataError
 from dali_pipeline.ingest.foreign import ForeignFile
-from dali_pipeline.schema import KINDS, DataError, Kind
 from dali_pipeline.shard import Hashes, hash_texts
+from dali_pipeline.types import KINDS, Ints, Kind
 
-Ints = npt.NDArray[np.int64]
 _NUMBERED = re.compile(r"(.*)#(0|[1-9][0-9]{0,17})", re.DOTALL)
 
 

@@ -18,6 +18,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.lib import format as npy
 
+from dali_pipeline.errors import FormatError
 from dali_pipeline.ingest.foreign import (
     LENGTHS,
     MASKS,
@@ -34,7 +35,7 @@ from dali_pipeline.ingest.foreign import (
     without_padding,
 )
 from dali_pipeline.ingest.storedzip import Bytes, StoredZip
-from dali_pipeline.schema import Array, FormatError
+from dali_pipeline.types import Array
 
 _HEADER_BYTES = 1 << 16  # of an array, more than its shape ever needs
 

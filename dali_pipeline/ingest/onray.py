@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from dali_pipeline.errors import PipelineError, UsageError
 from dali_pipeline.ingest.workers import Advance, Engine, Work, Workers, in_order
-from dali_pipeline.schema import PipelineError, UsageError
 
 T = TypeVar("T")
 RETRIES = 3  # of a task whose worker or node was lost

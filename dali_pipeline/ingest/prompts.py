@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dali_pipeline.schema import UsageError
+from dali_pipeline.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dali_pipeline.errors import FormatError
 from dali_pipeline.ingest.foreign import (
     LENGTHS,
     MASKS,
@@ -31,7 +32,7 @@ from dali_pipeline.ingest.foreign import (
 from dali_pipeline.ingest.inert import Bag
 from dali_pipeline.ingest.tensors import BFLOAT16, Tensor, TorchFile
 from dali_pipeline.record import Graphs
-from dali_pipeline.schema import FormatError, Kind
+from dali_pipeline.types import Kind
 
 FOLDERS: dict[str, Kind] = {"lstm_solo": "sequences", "gnn": "graphs"}
 PATTERNS = ("batch_*.pt", "preprocessed_*.pt")

@@ -16,8 +16,8 @@ from pathlib import Path
 import xxhash
 
 from dali_pipeline.dataset import default_cache
+from dali_pipeline.errors import DataError, FormatError, PipelineError, UsageError
 from dali_pipeline.manifest import MANIFEST_NAME
-from dali_pipeline.schema import DataError, FormatError, PipelineError, UsageError
 from dali_pipeline.stores import GoneError, Store, is_url
 from dali_pipeline.whole import lock
 

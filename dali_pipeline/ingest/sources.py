@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
+from dali_pipeline.errors import FormatError, PipelineError, UsageError
 from dali_pipeline.ingest.foreign import Block, ForeignFile, Reader, Values, files_named, list_files
 from dali_pipeline.ingest.npz import NPZ
 from dali_pipeline.ingest.own import OWN
 from dali_pipeline.ingest.pt import PT
 from dali_pipeline.ingest.remote import Fetched, Remote
 from dali_pipeline.ingest.traces import TraceOptions, traces_reader
-from dali_pipeline.schema import FormatError, PipelineError, UsageError
 
 COMPANIONS = {"dataset_info.json", "dataset_dict.json", "state.json"}
 STRETCH_BYTES = 512 << 20  # of source files that are final together, and that one worker takes

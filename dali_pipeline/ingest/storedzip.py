@@ -8,8 +8,8 @@ import zipfile
 from pathlib import Path
 from typing import IO
 
+from dali_pipeline.errors import FormatError
 from dali_pipeline.openfile import OpenFile
-from dali_pipeline.schema import FormatError
 
 
 class Bytes:

@@ -13,9 +13,10 @@ from typing import IO, Any
 
 import numpy as np
 
+from dali_pipeline.errors import FormatError
 from dali_pipeline.ingest.inert import Bag, InertUnpickler
 from dali_pipeline.ingest.storedzip import Bytes, StoredZip
-from dali_pipeline.schema import Array, FormatError
+from dali_pipeline.types import Array
 
 BFLOAT16 = "bfloat16"
 DENSE_BYTES = 4096  # that are read as they lie, whosever they are

@@ -13,11 +13,12 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dali_pipeline.delivery import resolve_device
+from dali_pipeline.errors import DataError, UsageError
 from dali_pipeline.ingest.anatomy import call, examine
 from dali_pipeline.ingest.attention import attention_edges
 from dali_pipeline.ingest.prompts import Prompt
 from dali_pipeline.record import Graphs, Record
-from dali_pipeline.schema import DataError, Schema, UsageError
+from dali_pipeline.schema import Schema
 from dali_pipeline.split import Split
 from dali_pipeline.world import World
 from dali_pipeline.writer import SHARD_BYTES

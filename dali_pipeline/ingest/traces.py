@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
+from dali_pipeline.errors import FormatError, UsageError
 from dali_pipeline.ingest.attention import attention_edges
 from dali_pipeline.ingest.foreign import ForeignFile, Reader, Values, as_text, files_named, whole_numbers
 from dali_pipeline.ingest.inert import Bag, InertUnpickler
 from dali_pipeline.ingest.prompts import any_length
 from dali_pipeline.record import Graphs
-from dali_pipeline.schema import Array, FormatError, UsageError
+from dali_pipeline.types import Array
 
 TRACES = "*.pkl or *.pkl.gz"
 TAKEN = {"question_id", "hidden_states", "attentions"}

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from dali_pipeline.container import allowed_cores
-from dali_pipeline.schema import PipelineError
+from dali_pipeline.errors import PipelineError
 from dali_pipeline.workerprocess import WorkerProcess, as_sent, end_workers, start_workers
 
 Workers = int | Literal["auto"]
