@@ -30,7 +30,7 @@ results: fit         ## the README's table: three seeds of every detector, and t
 
 # a ready environment may have got another NumPy since; half a second
 fit: $(READY)
-	@$(BIN)/python -m dali_pipeline.numpyversion
+	@$(BIN)/python -m dali_pipeline.runtime.numpyversion
 
 # FULL=1: what the README's figures are of; QUICK=1: a look without peers, into a folder of its own
 bench: fit $(if $(QUICK),,.venv-peers/.ready)  ## speed and memory beside the limits and the peers, into benchmarks/results; FULL=1 longer, QUICK=1 without peers

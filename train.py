@@ -23,11 +23,11 @@ from typing import Annotated, Literal
 import typer
 
 from dali_pipeline import Dataset, World
-from dali_pipeline.arguments import CACHE_BYTES, CACHE_DIR, parse_cache_bytes, parse_workers
-from dali_pipeline.cachedfile import Place
-from dali_pipeline.cli import new_app
-from dali_pipeline.cli import run as run_command_line
-from dali_pipeline.threads import parse_threads
+from dali_pipeline.cli.app import new_app
+from dali_pipeline.cli.app import run as run_command_line
+from dali_pipeline.cli.arguments import CACHE_BYTES, CACHE_DIR, parse_cache_bytes, parse_workers
+from dali_pipeline.runtime.threads import parse_threads
+from dali_pipeline.storage.cachedfile import Place
 from training.commandline import GroupedCommand, flag, print_config, take_config
 from training.config import MODELS, Conduct, ModelName, TrainConfig
 from training.folder import METRICS_NAME, FolderLock, claim_folder, lacks

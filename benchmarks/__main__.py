@@ -17,7 +17,7 @@ from typing import Annotated, NamedTuple
 
 import typer
 
-from dali_pipeline.cli import new_app, run
+from dali_pipeline.cli.app import new_app, run
 
 QUICK = Path(__file__).parent / "results" / "quick"
 

@@ -21,7 +21,7 @@ from torch_geometric.nn.models import GIN
 
 import dali_pipeline as dp
 from benchmarks.harness import Results
-from dali_pipeline.cli import new_app, run
+from dali_pipeline.cli.app import new_app, run
 
 FEATURES = 16
 app = new_app()

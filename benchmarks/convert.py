@@ -28,9 +28,9 @@ from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
 from torch_geometric.data.storage import GlobalStorage
 
 from benchmarks.harness import Results, evict, peak_memory, read_in_order, seconds
-from dali_pipeline.cli import new_app, run
-from dali_pipeline.ingest.traces import attention_graphs
-from dali_pipeline.verify import verify
+from dali_pipeline.cli.app import new_app, run
+from dali_pipeline.ingest.readers.traces import attention_graphs
+from dali_pipeline.tools.verify import verify
 
 LAYERS, HIDDEN = 33, 1024  # of sequences: 67,584 bytes a record in float16
 GRAPH_LAYERS, GRAPH_HIDDEN = 30, 576

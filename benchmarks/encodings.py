@@ -17,7 +17,7 @@ import typer
 
 import dali_pipeline as dp
 from benchmarks.harness import Results
-from dali_pipeline.cli import new_app, run
+from dali_pipeline.cli.app import new_app, run
 from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.convert import convert
 from training.results import read_metrics

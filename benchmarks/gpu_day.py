@@ -26,9 +26,9 @@ import typer
 
 from benchmarks import harness
 from benchmarks.gpu_work import Message, Setup, Worker, reason
-from dali_pipeline.cli import new_app, run
+from dali_pipeline.cli.app import new_app, run
 from dali_pipeline.errors import UsageError
-from dali_pipeline.whole import write_whole
+from dali_pipeline.storage.whole import write_whole
 
 GRACE_SECONDS = 20.0  # behind a deadline, for the measurement under way
 DRY_SECONDS = 600.0  # small sets, not short budgets, make a dry run short

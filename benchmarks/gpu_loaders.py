@@ -16,7 +16,7 @@ import torch
 import dali_pipeline as dp
 from benchmarks.gpu_sets import GRAPHS, SEQUENCES, opened
 from benchmarks.gpu_work import Deadline, Report, Setup, run_grid
-from dali_pipeline.delivery import Workers
+from dali_pipeline.loaders.delivery import Workers
 
 WARM_STEPS = 10  # not counted
 SAMPLES = 3

@@ -20,10 +20,10 @@ import torch
 
 from benchmarks.gpu_work import Deadline, Report, Setup, run_grid
 from benchmarks.limits import copy
-from dali_pipeline.container import allowed_cores, allowed_memory
-from dali_pipeline.dali import dali_cuda, import_dali
-from dali_pipeline.machine import driver_version
-from dali_pipeline.versions import check_fit, check_loaders, check_training, written_records
+from dali_pipeline.cli.versions import check_fit, check_loaders, check_training, written_records
+from dali_pipeline.loaders.dali import dali_cuda, import_dali
+from dali_pipeline.runtime.container import allowed_cores, allowed_memory
+from dali_pipeline.runtime.machine import driver_version
 
 ROOT = Path(__file__).parent.parent
 PINNED, PAGEABLE = "host to device, pinned", "host to device, pageable"

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
 from benchmarks.harness import Row, rows_of
-from dali_pipeline.picture import COLOURS
+from dali_pipeline.tools.picture import COLOURS
 
 LINES = (*COLOURS, "#009E73", "#CC79A7")  # two more of Okabe and Ito's
 LIMITS = {"host to device, pinned": "--", "host to device, pageable": ":"}

@@ -19,7 +19,7 @@ import numpy as np
 
 import dali_pipeline as dp
 from benchmarks.gpu_work import Deadline, Report, Setup
-from dali_pipeline.container import allowed_cores
+from dali_pipeline.runtime.container import allowed_cores
 
 STEPS, POOL = 33, 64  # of a sequence; different records
 SHARD_BYTES = 64 << 20

@@ -24,7 +24,7 @@ import dali_pipeline as dp
 from benchmarks.harness import Results, alternately, rate, read_rows
 from benchmarks.peers import report, running
 from benchmarks.peers_graphs import IN_MEMORY, PEERS, Records, write_graphs
-from dali_pipeline.cli import new_app, run
+from dali_pipeline.cli.app import new_app, run
 
 LIMIT, PAGE_CACHE = "slice and concatenate", "preadv of x, and cast"
 app = new_app()

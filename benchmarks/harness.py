@@ -160,7 +160,10 @@ def _memory(process: subprocess.Popen[bytes]) -> float:
 
 def machine() -> tuple[str, str]:
     """Its cores, memory and GPU in words, and what of them a file's name tells."""
-    from dali_pipeline.container import allowed_cores, allowed_memory  # here, as the peers' environment lacks what it needs
+    from dali_pipeline.runtime.container import (  # here, as the peers' environment lacks what it needs
+        allowed_cores,
+        allowed_memory,
+    )
 
     with Path("/proc/cpuinfo").open() as file:
         model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
@@ -210,7 +213,7 @@ def _version(package: str) -> str:
     """The package's version; DALI's by import, as its wheels have a name for each version of CUDA."""
     if package != "nvidia-dali":
         return version(package)
-    from dali_pipeline.dali import describe_dali  # here, as the peers' environment lacks what it needs
+    from dali_pipeline.loaders.dali import describe_dali  # here, as the peers' environment lacks what it needs
 
     return describe_dali()
 

@@ -23,8 +23,8 @@ import dali_pipeline as dp
 from benchmarks.graphs import made as made_graphs
 from benchmarks.graphs import written
 from benchmarks.harness import Results, evict, seconds, shards
-from dali_pipeline.cli import new_app, run
-from dali_pipeline.layout import ByLayer
+from dali_pipeline.cli.app import new_app, run
+from dali_pipeline.format.layout import ByLayer
 
 LAYERS, FEATURES, GRAPH_LAYERS = 32, 1024, 8
 Chosen = slice | None

@@ -20,7 +20,7 @@ import torch
 import typer
 
 from benchmarks.harness import Results, alternately, rate, read_in_order, wait_for_gpu
-from dali_pipeline.cli import new_app, run
+from dali_pipeline.cli.app import new_app, run
 
 app = new_app()
 

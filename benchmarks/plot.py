@@ -19,8 +19,8 @@ from matplotlib.ticker import EngFormatter
 from benchmarks.gpu_plot import gpu_panels
 from benchmarks.harness import Row, rows_of
 from benchmarks.tables import LABELS, is_ours, reach_of, spread, update_tables
-from dali_pipeline.cli import new_app, run
-from dali_pipeline.picture import COLOURS, save
+from dali_pipeline.cli.app import new_app, run
+from dali_pipeline.tools.picture import COLOURS, save
 
 OURS, PEER, LIMIT = COLOURS[2], COLOURS[3], COLOURS[1]
 STYLES = {"torch engine": (COLOURS[2], "o"), "dali engine": (COLOURS[0], "s"), "GraphLoader": (COLOURS[1], "^")}

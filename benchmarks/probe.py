@@ -22,7 +22,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 
 import dali_pipeline as dp
-from dali_pipeline.cli import new_app, run
+from dali_pipeline.cli.app import new_app, run
 from training.layers import probe_layers
 
 Floats = npt.NDArray[Any]

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import dali_pipeline as dp
 from benchmarks.probe import load
-from dali_pipeline.cli import new_app, run
+from dali_pipeline.cli.app import new_app, run
 from models import LSTMDetector, set_statistics
 from training.config import MODELS, Conduct, TrainConfig
 from training.interrupt import Interrupts

@@ -22,9 +22,9 @@ import typer
 
 import dali_pipeline as dp
 from benchmarks.harness import Results, evict, growth, read_in_order, seconds, shards
-from dali_pipeline.cli import new_app, run
-from dali_pipeline.order import WINDOW_BYTES
-from dali_pipeline.sequences import Engine
+from dali_pipeline.cli.app import new_app, run
+from dali_pipeline.loaders.sequences import Engine
+from dali_pipeline.sampling.order import WINDOW_BYTES
 
 SHAPE, BATCH_SIZE = (33, 1024), 32
 IMPORTS = "import sys, time, torch, dali_pipeline as dp; from nvidia.dali.plugin import pytorch; dp.SequenceLoader; "

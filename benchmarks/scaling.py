@@ -23,7 +23,7 @@ from benchmarks.graphs import made as made_graphs
 from benchmarks.graphs import written
 from benchmarks.harness import Results, alternately, evict, growth, rate, seconds, shards
 from benchmarks.sequences import epoch, gather, made
-from dali_pipeline.cli import new_app, run
+from dali_pipeline.cli.app import new_app, run
 
 WORKERS = (0, 2, 4)
 SHAPES = ((4, 64), (30, 64), (33, 256), (33, 1024), (33, 8192), (64, 32768))

@@ -27,11 +27,11 @@ from benchmarks.harness import Results, alternately, rate, read_rows, wait_for_g
 from benchmarks.peers import Peer, report, running
 from benchmarks.peers_sequences import PEERS
 from benchmarks.peers_torch import VALUES, write_values
-from dali_pipeline.cli import new_app, run
-from dali_pipeline.dali import device_id, iterate
-from dali_pipeline.decoding import sequence_graph
-from dali_pipeline.sequences import Engine
-from dali_pipeline.stretch import STRETCH_BYTES
+from dali_pipeline.cli.app import new_app, run
+from dali_pipeline.loaders.dali import device_id, iterate
+from dali_pipeline.loaders.decoding import sequence_graph
+from dali_pipeline.loaders.sequences import Engine
+from dali_pipeline.reading.stretch import STRETCH_BYTES
 
 CAST, CONSTANT, PAGE_CACHE = "gather and cast", "DALI, a constant batch", "preadv from the page cache"
 app = new_app()

@@ -17,9 +17,9 @@ import numpy as np
 import typer
 
 from benchmarks.harness import Results
-from dali_pipeline.cli import new_app, run
-from dali_pipeline.picture import draw_shuffle
-from dali_pipeline.shuffle import WINDOW_SHARES, Quality, measure
+from dali_pipeline.cli.app import new_app, run
+from dali_pipeline.tools.picture import draw_shuffle
+from dali_pipeline.tools.shuffle import WINDOW_SHARES, Quality, measure
 
 METHODS = {
     "buffer, file order": "buffer, files in order",

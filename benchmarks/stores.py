@@ -31,8 +31,8 @@ import typer
 
 import dali_pipeline as dp
 from benchmarks.harness import Results, alternately, seconds, shards
-from dali_pipeline.cli import new_app, run
-from dali_pipeline.layout import ByLayer
+from dali_pipeline.cli.app import new_app, run
+from dali_pipeline.format.layout import ByLayer
 
 SHAPE, CHOSEN = (33, 1024), slice(12, 20)
 CONNECTIONS, RANGE_BYTES, CACHE_BYTES = 16, 4 << 20, 4 << 30

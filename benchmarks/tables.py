@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.harness import Row, results_path, rows_of
 from dali_pipeline.errors import UsageError
-from dali_pipeline.whole import write_whole
+from dali_pipeline.storage.whole import write_whole
 
 LABELS = {
     "gather": "numpy copies rows that lie in memory: the limit",

@@ -3,23 +3,23 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dali_pipeline.dataset import Dataset, open_dataset
-from dali_pipeline.digest import EpochDigest
+from dali_pipeline.dataset.dataset import Dataset, open_dataset
+from dali_pipeline.dataset.mix import mix
 from dali_pipeline.errors import DataError, FormatError, PipelineError, UsageError
-from dali_pipeline.mix import mix
-from dali_pipeline.record import Graphs, Record
-from dali_pipeline.schema import Field, Schema
-from dali_pipeline.split import Split
-from dali_pipeline.state import StateError
-from dali_pipeline.timing import StepTimer, replay
-from dali_pipeline.trace import Trace, span
-from dali_pipeline.world import World
-from dali_pipeline.writer import ShardWriter
+from dali_pipeline.format.digest import EpochDigest
+from dali_pipeline.format.record import Graphs, Record
+from dali_pipeline.format.schema import Field, Schema
+from dali_pipeline.loaders.state import StateError
+from dali_pipeline.runtime.timing import StepTimer, replay
+from dali_pipeline.runtime.trace import Trace, span
+from dali_pipeline.runtime.world import World
+from dali_pipeline.writing.split import Split
+from dali_pipeline.writing.writer import ShardWriter
 
 if TYPE_CHECKING:
-    from dali_pipeline.collate import GraphBatch
-    from dali_pipeline.graphs import GraphLoader
-    from dali_pipeline.sequences import SequenceBatch, SequenceLoader
+    from dali_pipeline.loaders.collate import GraphBatch
+    from dali_pipeline.loaders.graphs import GraphLoader
+    from dali_pipeline.loaders.sequences import SequenceBatch, SequenceLoader
 
 __version__ = "0.1.0"
 __all__ = [
@@ -54,5 +54,5 @@ _LAZY = {"GraphBatch": "collate", "GraphLoader": "graphs", "SequenceBatch": "seq
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(f"dali_pipeline.{_LAZY[name]}"), name)
+        return getattr(import_module(f"dali_pipeline.loaders.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'dali_pipeline' has no attribute {name!r}")

@@ -1,5 +1,5 @@
 """`python -m dali_pipeline`."""
 
-from dali_pipeline.cli import main
+from dali_pipeline.cli.app import main
 
 main()

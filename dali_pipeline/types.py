@@ -12,3 +12,4 @@ Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 Kind = Literal["sequences", "graphs"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+BLOCK_BYTES = 1 << 20

@@ -13,11 +13,11 @@ from pretended_gpu import Log, pretended_gpu
 from pretended_gpu.dali import dali_on_the_cpu
 
 import dali_pipeline as dp
-from dali_pipeline.numpyversion import check_numpy
-from dali_pipeline.pending import STREAMED
-from dali_pipeline.shard import ShardInfo
-from dali_pipeline.shardfile import ShardFile
+from dali_pipeline.format.shard import ShardInfo
+from dali_pipeline.format.shardfile import ShardFile
+from dali_pipeline.runtime.numpyversion import check_numpy
 from dali_pipeline.types import Array, Kind
+from dali_pipeline.writing.pending import STREAMED
 
 torch.set_num_threads(1)
 # all but AMX: virtual machines that tell of it and end a process with "illegal instruction" are about

@@ -16,7 +16,7 @@ import torch
 import xxhash
 
 import dali_pipeline as dp
-from dali_pipeline.loader import Loader
+from dali_pipeline.loaders.loader import Loader
 
 Make = Callable[..., Loader[Any]]
 

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dali_pipeline.filler import ShardFiller
 from dali_pipeline.ingest import convert
+from dali_pipeline.writing.filler import ShardFiller
 
 _write_record, _write_files = ShardFiller.write, convert._write
 

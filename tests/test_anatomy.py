@@ -12,12 +12,12 @@ import transformers
 from test_extract import CONFIG, WORDS, make_model, write_prompts
 
 import dali_pipeline as dp
-from dali_pipeline.ingest import extract as extract_module
-from dali_pipeline.ingest.anatomy import examine
-from dali_pipeline.ingest.extract import extract
-from dali_pipeline.ingest.prompts import Prompt, read_prompts
-from dali_pipeline.ingest.tracer import ExtractConfig, load_model, load_tokenizer, tokens_of
-from dali_pipeline.ingest.traces import read_scores
+from dali_pipeline.ingest.extract import extract as extract_module
+from dali_pipeline.ingest.extract.anatomy import examine
+from dali_pipeline.ingest.extract.extract import extract
+from dali_pipeline.ingest.extract.prompts import Prompt, read_prompts
+from dali_pipeline.ingest.extract.tracer import ExtractConfig, load_model, load_tokenizer, tokens_of
+from dali_pipeline.ingest.readers.traces import read_scores
 
 SMALL: dict[str, Any] = {"vocab_size": len(WORDS) + 1, "hidden_size": 16, "intermediate_size": 32}
 HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1}

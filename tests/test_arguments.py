@@ -12,7 +12,7 @@ import torch
 from conftest import SCHEMA, make_records
 
 import dali_pipeline as dp
-from dali_pipeline.checks import real, whole
+from dali_pipeline.runtime.checks import real, whole
 
 NONSENSE: list[Any] = [
     None, True, -1, 2.5, float("nan"), "x", b"x", [], ["a"], [None], {}, {"a": 1}, (), slice(0, 3, 0), slice("a"), object(),

@@ -19,8 +19,8 @@ import dali_pipeline as dp
 from benchmarks import graphs, harness, link, peers, peers_graphs, peers_torch, plot, tables
 from benchmarks.peer import Batch, Epochs, Way, checked
 from benchmarks.sequences import through_dali
-from dali_pipeline.decoding import sequence_graph
-from dali_pipeline.stores import GoneError, Store
+from dali_pipeline.loaders.decoding import sequence_graph
+from dali_pipeline.storage.stores import GoneError, Store
 
 COUNT, BATCH = 300, 32  # more than the deques hold
 PLAIN = [peers_torch.PtFiles, peers_torch.MemoryMap, peers_torch.MemoryMapBatches]

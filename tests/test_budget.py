@@ -13,7 +13,7 @@ import pytest
 from conftest import make_records, write
 
 import dali_pipeline as dp
-from dali_pipeline.graphstretch import GraphGatherer
+from dali_pipeline.reading.graphstretch import GraphGatherer
 
 NODES, EDGES = 60, 70  # a record of the fixture has up to 4 graphs of up to a dozen nodes
 
@@ -216,7 +216,7 @@ def test_a_budget_that_makes_no_sense_is_refused(plain: contracts.Make) -> None:
 
 def test_planning_ahead_reads_no_more_than_delivery(plain: contracts.Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch is planned from the sizes of records near it: nothing of the rest of the epoch is looked at."""
-    from dali_pipeline.graphsource import GraphSource
+    from dali_pipeline.reading.graphsource import GraphSource
 
     asked: list[int] = []
     sizes_of = GraphSource.sizes

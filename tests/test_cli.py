@@ -14,8 +14,8 @@ from conftest import make_records, write
 from test_convert import make_folder
 
 import dali_pipeline as dp
-from dali_pipeline.arguments import parse_blocks, parse_size
-from dali_pipeline.cli import app, run
+from dali_pipeline.cli.app import app, run
+from dali_pipeline.cli.arguments import parse_blocks, parse_size
 from dali_pipeline.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -68,7 +68,7 @@ def test_what_the_user_can_mend_is_one_sentence(
 def test_help_teaches_by_example_and_imports_nothing_heavy() -> None:
     code = (
         "import sys; sys.argv = ['dali_pipeline', 'convert', '--help']\n"
-        "from dali_pipeline.cli import app, run\n"
+        "from dali_pipeline.cli.app import app, run\n"
         "code = run(app, 'dali_pipeline')\n"
         "assert not {'torch', 'transformers', 'nvidia'} & set(sys.modules)\n"
         "sys.exit(code)"

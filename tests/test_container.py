@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dali_pipeline.container import allowed_cores, allowed_memory
+from dali_pipeline.runtime.container import allowed_cores, allowed_memory
 
 GB = 1 << 30
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dali_pipeline import PipelineError, versions
+from dali_pipeline import PipelineError
+from dali_pipeline.cli import versions
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -49,7 +50,7 @@ def test_every_source_is_there_and_sent(stage: str) -> None:
         assert (ROOT / source).exists(), source
         assert source == "." or not ignored(source), source
     for needed in (
-        "dali_pipeline/schema.py",
+        "dali_pipeline/format/schema.py",
         "models/lstm.py",
         "training/run.py",
         "train.py",
@@ -106,7 +107,7 @@ def test_compose_starts_a_process_for_each_gpu_in_the_project_environment(tmp_pa
 def test_the_health_check_is_cheap_and_looks_at_no_data() -> None:
     """Seconds with a wide margin, as other tests run beside it; what it does not import is what would take them."""
     code = (
-        "import sys, resource\nfrom dali_pipeline.cli import app, run\n"
+        "import sys, resource\nfrom dali_pipeline.cli.app import app, run\n"
         "sys.argv[1:] = ['versions', '--quick']\ncode = run(app, 'dali_pipeline')\n"
         "print(code, sorted({'torch_geometric', 'sklearn', 'pyarrow', 'training.build'} & set(sys.modules)))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_utime)\n"

@@ -23,9 +23,9 @@ from dali_pipeline.ingest import sources
 from dali_pipeline.ingest import workers as workers_module
 from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.foreign import list_files
-from dali_pipeline.ingest.pt import PT
-from dali_pipeline.verify import verify
-from dali_pipeline.workerprocess import start_workers
+from dali_pipeline.ingest.readers.pt import PT
+from dali_pipeline.runtime.workerprocess import start_workers
+from dali_pipeline.tools.verify import verify
 
 LAYERS, HIDDEN = 4, 6
 
@@ -356,7 +356,7 @@ def test_an_impatient_ctrl_c_still_ends_it(tmp_path: Path) -> None:
     src = make_folder(tmp_path / "src", per_file=40, files=4)
     code = (
         f"{HEARS_CTRL_C}import sys\nsys.path.append({str(Path(__file__).parent)!r})\nimport slowly\n"
-        "from dali_pipeline import cli\nfrom dali_pipeline.ingest import convert, sources\n"
+        "from dali_pipeline.cli import app as cli\nfrom dali_pipeline.ingest import convert, sources\n"
         "sources.STRETCH_BYTES = 1\nconvert._write = slowly.write\n"
         "sys.argv = ['dali_pipeline', 'convert', *sys.argv[1:], '--workers', '2']\ncli.main()\n"
     )

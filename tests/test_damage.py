@@ -15,7 +15,7 @@ import pytest
 from conftest import SCHEMA, make_records, write
 
 import dali_pipeline as dp
-from dali_pipeline.loader import Loader
+from dali_pipeline.loaders.loader import Loader
 
 LOADERS: dict[str, Callable[..., Loader[Any]]] = {
     "torch": lambda data, **options: dp.SequenceLoader(data, engine="torch", **options),

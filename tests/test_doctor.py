@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 import dali_pipeline as dp
-from dali_pipeline import doctor, knobs, machine
-from dali_pipeline.cli import app, run
-from dali_pipeline.collate import Collator
-from dali_pipeline.decoding import Decoding
-from dali_pipeline.graphstretch import GraphGatherer
-from dali_pipeline.knobs import Knob, Setup, knobs_of, predict
-from dali_pipeline.stretch import StretchGatherer
+from dali_pipeline.cli.app import app, run
+from dali_pipeline.loaders.collate import Collator
+from dali_pipeline.loaders.decoding import Decoding
+from dali_pipeline.reading.graphstretch import GraphGatherer
+from dali_pipeline.reading.stretch import StretchGatherer
+from dali_pipeline.runtime import machine
+from dali_pipeline.tools import doctor, knobs
+from dali_pipeline.tools.knobs import Knob, Setup, knobs_of, predict
 
 PAUSE = 0.05
 TRIED = ("workers", "dtype", "batch_size", "engine", "window_bytes")  # the others take more than options

@@ -13,10 +13,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import dali_pipeline as dp
-from dali_pipeline.decoding import Decoding, sequence_graph
-from dali_pipeline.encoding import all_finite, decode, encode, scale_for
-from dali_pipeline.manifest import FeatureStatistics
-from dali_pipeline.verify import verify
+from dali_pipeline.format.encoding import all_finite, decode, encode, scale_for
+from dali_pipeline.format.manifest import FeatureStatistics
+from dali_pipeline.loaders.decoding import Decoding, sequence_graph
+from dali_pipeline.tools.verify import verify
 
 STEPS, FEATURES = 5, 6
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import dali_pipeline as dp
-from dali_pipeline.loader import Loader
+from dali_pipeline.loaders.loader import Loader
 
 ROOT = Path(__file__).parents[1]
 Contents = list[dict[str, Any]]

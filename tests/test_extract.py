@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import dali_pipeline as dp
-from dali_pipeline.ingest.attention import attention_edges
-from dali_pipeline.ingest.extract import extract
-from dali_pipeline.ingest.prompts import read_prompts
-from dali_pipeline.ingest.tracer import ExtractConfig, Tracer
+from dali_pipeline.ingest.extract.extract import extract
+from dali_pipeline.ingest.extract.prompts import read_prompts
+from dali_pipeline.ingest.extract.tracer import ExtractConfig, Tracer
+from dali_pipeline.ingest.readers.attention import attention_edges
 
 WORDS = ["what", "is", "the", "right", "answer", "to", "this", "question", "a", "wrong", "one"]
 
@@ -182,7 +182,7 @@ def test_bad_models_and_settings_are_named(model: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_demonstration_is_made_of_real_questions(tmp_path: Path) -> None:
     """The packaged model on 64 of the packaged questions: the states are finite, and differ from question to question."""
-    from dali_pipeline.ingest.demo import unpack_model, write_prompts
+    from dali_pipeline.ingest.extract.demo import unpack_model, write_prompts
 
     lines = write_prompts(tmp_path / "all.csv").read_text().splitlines()
     assert sum(line.startswith("answer-") for line in lines) == 4020

@@ -22,7 +22,7 @@ from torch_geometric.data import Batch, Data
 
 import dali_pipeline as dp
 import train as train_module
-from dali_pipeline import threads as default_module
+from dali_pipeline.runtime import threads as default_module
 from models import FeatureViews, GNNLSTMDetector, set_statistics
 from training import threads as threads_module
 from training.build import unfit_records

@@ -287,7 +287,7 @@ def test_older_sets_keep_their_digest(tmp_path: Path) -> None:
 
 def test_layers_read_their_own_bytes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of records with wide layers, of which a quarter is asked for, a quarter is read."""
-    from dali_pipeline.reads import read_many
+    from dali_pipeline.storage.reads import read_many
 
     rng = np.random.default_rng(0)
     schema = dp.Schema(x=dp.Field(dtype="float32", shape=(512,)), edge_attr=dp.Field(dtype="float32"))
@@ -309,7 +309,7 @@ def test_layers_read_their_own_bytes_alone(tmp_path: Path, monkeypatch: pytest.M
         read.append(int(np.sum(sizes)))
         return read_many(fds, offsets, addresses, sizes)
 
-    monkeypatch.setattr("dali_pipeline.gather.read_many", counted)
+    monkeypatch.setattr("dali_pipeline.reading.gather.read_many", counted)
     found = {}
     for name, layers in (("all", None), ("some", slice(2, 4)), ("apart", [1, 6])):
         loader = dp.GraphLoader(data, batch_size=4, layers=layers, workers=0)
@@ -326,7 +326,7 @@ def test_layers_read_their_own_bytes_alone(tmp_path: Path, monkeypatch: pytest.M
         asked.append(nbytes)
         return True
 
-    monkeypatch.setattr("dali_pipeline.shard.bring", noted)
+    monkeypatch.setattr("dali_pipeline.format.shard.bring", noted)
     for layers, expected in ((slice(2, 4), 2), ([1, 6], 2), (None, 8)):
         loader = dp.GraphLoader(data, batch_size=4, layers=layers, workers=0)
         list(loader)
@@ -359,10 +359,10 @@ class _Fake:
 
 def test_a_batch_is_on_its_way_before_the_one_before_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of calls, with streams that are none; on a GPU the test below runs it."""
-    from dali_pipeline.sidestream import a_batch_ahead
+    from dali_pipeline.loaders.sidestream import a_batch_ahead
 
     log: list[str] = []
-    monkeypatch.setattr("dali_pipeline.sidestream._side_stream", lambda device: _Fake(log))
+    monkeypatch.setattr("dali_pipeline.loaders.sidestream._side_stream", lambda device: _Fake(log))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Fake(log))
 
@@ -387,9 +387,9 @@ def test_a_batch_is_on_its_way_before_the_one_before_is_used(monkeypatch: pytest
 
 def test_a_batch_that_was_let_go_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     """While one is used, the next alone is held beside it."""
-    from dali_pipeline.sidestream import a_batch_ahead
+    from dali_pipeline.loaders.sidestream import a_batch_ahead
 
-    monkeypatch.setattr("dali_pipeline.sidestream._side_stream", lambda device: _Fake([]))
+    monkeypatch.setattr("dali_pipeline.loaders.sidestream._side_stream", lambda device: _Fake([]))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Fake([]))
     made: list[weakref.ref[torch.Tensor]] = []

@@ -19,10 +19,10 @@ from pretended_gpu import Log
 from pretended_gpu.cuda import PretendedEvent
 
 import dali_pipeline as dp
-from dali_pipeline.decoding import Decoding, sequence_graph
-from dali_pipeline.manifest import FeatureStatistics
-from dali_pipeline.memory import Buffers
-from dali_pipeline.sidestream import UnderWay, to_device
+from dali_pipeline.format.manifest import FeatureStatistics
+from dali_pipeline.loaders.decoding import Decoding, sequence_graph
+from dali_pipeline.loaders.sidestream import UnderWay, to_device
+from dali_pipeline.runtime.memory import Buffers
 from models import GNNLSTMDetector, LSTMDetector
 from training.build import build_model, forward, make_loader, unfit_records
 from training.config import MODELS, Conduct, TrainConfig

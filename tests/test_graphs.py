@@ -16,7 +16,7 @@ from conftest import SCHEMA, make_records, write
 from torch_geometric.data import Batch, Data
 
 import dali_pipeline as dp
-from dali_pipeline.collate import first_nodes
+from dali_pipeline.loaders.collate import first_nodes
 
 
 @pytest.fixture(params=[0, 2, "auto"])
@@ -264,7 +264,7 @@ def test_wrong_content_with_a_right_hash_is_named(
         )
         for name, node_counts in zip("ab", counts, strict=True)
     ]
-    monkeypatch.setattr("dali_pipeline.pending.graph_rows", lambda record, _: record.graphs)
+    monkeypatch.setattr("dali_pipeline.writing.pending.graph_rows", lambda record, _: record.graphs)
     data = write(tmp_path / "set", records, shares="100/0/0")
     good = 0
     with pytest.raises(dp.FormatError, match=rf"^[^\n]*graphs-00000\.safetensors: {words}$"):

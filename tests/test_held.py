@@ -13,9 +13,9 @@ from conftest import make_records, write
 from test_fields import FIELDS, molecules
 
 import dali_pipeline as dp
-from dali_pipeline.graphrows import GraphRows
-from dali_pipeline.graphsource import GraphSource
-from dali_pipeline.source import BatchSource
+from dali_pipeline.reading.graphrows import GraphRows
+from dali_pipeline.reading.graphsource import GraphSource
+from dali_pipeline.reading.source import BatchSource
 
 
 def sources(data: dp.Dataset, **options: Any) -> tuple[GraphSource, GraphSource]:
@@ -95,7 +95,7 @@ def test_others_are_read(data: dp.Dataset, options: dict[str, Any]) -> None:
 
 def test_long_records_and_folds_are_read(data: dp.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not holds(dp.GraphLoader(data.folds(2)[0], batch_size=16))
-    monkeypatch.setattr("dali_pipeline.held.HELD_RECORD_BYTES", 50)
+    monkeypatch.setattr("dali_pipeline.reading.held.HELD_RECORD_BYTES", 50)
     assert not holds(dp.GraphLoader(data, batch_size=16))
 
 

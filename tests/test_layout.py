@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dali_pipeline as dp
-from dali_pipeline import gather as gather_module
-from dali_pipeline import reads
-from dali_pipeline import shard as shard_module
+from dali_pipeline.format import shard as shard_module
+from dali_pipeline.format.layout import ByLayer
 from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.convert import convert
-from dali_pipeline.layout import ByLayer
-from dali_pipeline.verify import verify
+from dali_pipeline.reading import gather as gather_module
+from dali_pipeline.storage import reads
+from dali_pipeline.tools.verify import verify
 
 
 @given(steps=st.integers(1, 6), together=st.integers(1, 9), records=st.integers(1, 40))

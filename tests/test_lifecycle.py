@@ -22,8 +22,8 @@ import pytest
 from conftest import HEARS_CTRL_C, make_records, write
 
 import dali_pipeline as dp
-from dali_pipeline import files as files_module
-from dali_pipeline.openfile import OpenFile
+from dali_pipeline.storage import files as files_module
+from dali_pipeline.storage.openfile import OpenFile
 
 KINDS: dict[str, dict[str, Any]] = {
     "dali": {"loader": dp.SequenceLoader},

@@ -13,10 +13,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import dali_pipeline as dp
-from dali_pipeline import ahead, memory
-from dali_pipeline import stretch as stretches
-from dali_pipeline.memory import Buffers
-from dali_pipeline.stretch import cuts
+from dali_pipeline.reading import stretch as stretches
+from dali_pipeline.reading.stretch import cuts
+from dali_pipeline.runtime import ahead, memory
+from dali_pipeline.runtime.memory import Buffers
 
 FEATURES, LONG, BATCH = 8, 4000, 4
 LIMIT = 64 << 10

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dali_pipeline as dp
-from dali_pipeline.draws import Draws, apportion
-from dali_pipeline.order import Order
-from dali_pipeline.plan import EpochPlan
+from dali_pipeline.sampling.draws import Draws, apportion
+from dali_pipeline.sampling.order import Order
+from dali_pipeline.sampling.plan import EpochPlan
 
 KINDS: dict[str, dict[str, Any]] = {
     "dali": {"loader": dp.SequenceLoader},

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dali_pipeline import plan as plan_module
-from dali_pipeline.draws import Draws
 from dali_pipeline.errors import DataError, UsageError
-from dali_pipeline.lane import Lane
-from dali_pipeline.order import Order, hashed_keys
-from dali_pipeline.plan import EpochPlan, deal_shards
+from dali_pipeline.sampling import plan as plan_module
+from dali_pipeline.sampling.draws import Draws
+from dali_pipeline.sampling.lane import Lane
+from dali_pipeline.sampling.order import Order, hashed_keys
+from dali_pipeline.sampling.plan import EpochPlan, deal_shards
 
 
 def order(**options: Any) -> Order:

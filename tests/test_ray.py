@@ -17,12 +17,12 @@ from test_convert import assert_same_bytes, break_file, make_folder
 from test_extract import CONFIG, make_model, write_prompts
 
 import dali_pipeline as dp
-from dali_pipeline.cli import app, run
+from dali_pipeline.cli.app import app, run
 from dali_pipeline.ingest import convert as convert_module
 from dali_pipeline.ingest import sources
 from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.convert import convert
-from dali_pipeline.ingest.extract import extract
+from dali_pipeline.ingest.extract.extract import extract
 from dali_pipeline.ingest.onray import Asks, on_ray
 
 pytestmark = [

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 import dali_pipeline as dp
-from dali_pipeline import reads, shard
-from dali_pipeline.files import Recent
-from dali_pipeline.order import Order
-from dali_pipeline.plan import EpochPlan
+from dali_pipeline.format import shard
+from dali_pipeline.sampling.order import Order
+from dali_pipeline.sampling.plan import EpochPlan
+from dali_pipeline.storage import reads
+from dali_pipeline.storage.files import Recent
 
 WIDTH = 2048
 

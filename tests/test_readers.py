@@ -18,8 +18,8 @@ from torch_geometric.data import Data
 import dali_pipeline as dp
 from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.convert import convert
-from dali_pipeline.ingest.traces import TraceOptions, read_scores
-from dali_pipeline.verify import verify
+from dali_pipeline.ingest.readers.traces import TraceOptions, read_scores
+from dali_pipeline.tools.verify import verify
 
 rng = np.random.default_rng(0)
 

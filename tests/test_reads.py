@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from dali_pipeline import reads
-from dali_pipeline.memory import Buffers
+from dali_pipeline.runtime.memory import Buffers
+from dali_pipeline.storage import reads
 
 
 @pytest.fixture(params=["together", "one by one"])

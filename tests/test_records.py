@@ -18,13 +18,13 @@ from torch.nn.utils.rnn import pad_sequence
 from torch_geometric.data import Batch
 
 import dali_pipeline as dp
-from dali_pipeline import files as files_module
-from dali_pipeline import header as header_module
-from dali_pipeline import lane as lane_module
-from dali_pipeline import records as records_module
-from dali_pipeline import shard as shard_module
-from dali_pipeline import shardfile as shardfile_module
-from dali_pipeline.files import Recent
+from dali_pipeline.format import header as header_module
+from dali_pipeline.format import shard as shard_module
+from dali_pipeline.format import shardfile as shardfile_module
+from dali_pipeline.reading import records as records_module
+from dali_pipeline.sampling import lane as lane_module
+from dali_pipeline.storage import files as files_module
+from dali_pipeline.storage.files import Recent
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from conftest import SCHEMA, make_records, write
 import dali_pipeline as dp
 from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.convert import convert
-from dali_pipeline.verify import verify
+from dali_pipeline.tools.verify import verify
 
 
 def contents(root: Path) -> dict[str, bytes]:

@@ -13,11 +13,11 @@ import pytest
 from test_convert import make_folder
 
 import dali_pipeline as dp
-from dali_pipeline import stores
-from dali_pipeline.cli import app, run
+from dali_pipeline.cli.app import app, run
 from dali_pipeline.ingest import remote, sources
 from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.convert import convert, convert_to
+from dali_pipeline.storage import stores
 
 URL = "memory://raw/src"
 

@@ -26,9 +26,9 @@ from typer.testing import CliRunner
 
 import dali_pipeline as dp
 import train as train_module
-from dali_pipeline.cli import app as pipeline_app
-from dali_pipeline.cli import run
-from dali_pipeline.whole import replacing
+from dali_pipeline.cli.app import app as pipeline_app
+from dali_pipeline.cli.app import run
+from dali_pipeline.storage.whole import replacing
 from models.noise import keyed_normal
 from training.checkpoint import CheckpointWriter, load_checkpoint
 from training.config import METRICS, Conduct, TrainConfig

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dali_pipeline.errors import DataError, UsageError
-from dali_pipeline.record import Graphs, Record, graph_rows, sequence_rows
-from dali_pipeline.schema import Field, Schema
+from dali_pipeline.format.record import Graphs, Record, graph_rows, sequence_rows
+from dali_pipeline.format.schema import Field, Schema
 
 GRAPH_SCHEMA = Schema(x=Field(dtype="float16", shape=(2,)), edge_attr=Field(dtype="float16"))
 

@@ -14,9 +14,9 @@ from conftest import make_records, write
 from torch.nn.utils.rnn import pad_sequence
 
 import dali_pipeline as dp
-from dali_pipeline import ahead
-from dali_pipeline.decoding import Decoding, sequence_graph
-from dali_pipeline.schema import FIELD_DTYPES
+from dali_pipeline.format.schema import FIELD_DTYPES
+from dali_pipeline.loaders.decoding import Decoding, sequence_graph
+from dali_pipeline.runtime import ahead
 
 ENGINES = ["torch", "dali"]
 
@@ -298,7 +298,7 @@ def test_auto_is_a_thread_unless_it_would_only_cost(monkeypatch: pytest.MonkeyPa
 
 def test_torch_leaves_the_cores_that_others_work_on(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
-    monkeypatch.setattr("dali_pipeline.ahead.allowed_cores", lambda: 8.0)
+    monkeypatch.setattr("dali_pipeline.runtime.ahead.allowed_cores", lambda: 8.0)
     assert [ahead.cores_beside(busy) for busy in (0, 1, 3, 8, 20)] == [8, 7, 5, 1, 1]
     seen: list[int] = []
     try:
@@ -316,7 +316,7 @@ def test_torch_leaves_the_cores_that_others_work_on(monkeypatch: pytest.MonkeyPa
 
 
 def test_decodes_on_the_cores_that_are_left(data: dp.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dali_pipeline.ahead.allowed_cores", lambda: 8.0)
+    monkeypatch.setattr("dali_pipeline.runtime.ahead.allowed_cores", lambda: 8.0)
     options: list[dict[str, Any]] = [{"workers": 0}, {"workers": 2}, {"workers": 2, "dtype": torch.float16}]
     cores = [dp.SequenceLoader(data, engine=engine, **each).cores for engine in ("torch", "dali") for each in options]
     assert cores == [8, 6, 8, 6, 4, 8]
@@ -328,7 +328,7 @@ def test_decodes_on_the_cores_that_are_left(data: dp.Dataset, monkeypatch: pytes
         return run(*arguments)
 
     monkeypatch.setattr(Decoding, "run", seen)
-    monkeypatch.setattr("dali_pipeline.ahead.allowed_cores", lambda: 2.0)
+    monkeypatch.setattr("dali_pipeline.runtime.ahead.allowed_cores", lambda: 2.0)
     every = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -13,10 +13,11 @@ from conftest import write_shard
 from safetensors.numpy import load_file
 
 from dali_pipeline.errors import FormatError, PipelineError
-from dali_pipeline.files import Files
-from dali_pipeline.header import BLOCK_BYTES, parse_header
-from dali_pipeline.shard import Shard, ShardInfo
-from dali_pipeline.shardfile import ShardFile
+from dali_pipeline.format.header import parse_header
+from dali_pipeline.format.shard import Shard, ShardInfo
+from dali_pipeline.format.shardfile import ShardFile
+from dali_pipeline.storage.files import Files
+from dali_pipeline.types import BLOCK_BYTES
 
 ARRAYS: dict[str, Any] = {
     "sequence": np.arange(3 * 700 * 300, dtype=np.float32).reshape(-1, 300),  # 2.5 MB: three blocks

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dali_pipeline as dp
-from dali_pipeline.buffer import replay_buffer, sample_buffer
-from dali_pipeline.cli import app, run
-from dali_pipeline.shuffle import (
+from dali_pipeline.cli.app import app, run
+from dali_pipeline.tools.buffer import replay_buffer, sample_buffer
+from dali_pipeline.tools.shuffle import (
     METHODS,
     Measured,
     Quality,

@@ -14,9 +14,9 @@ from stores import Proxy, s3
 from test_convert import make_folder
 
 import dali_pipeline as dp
-from dali_pipeline import stores
-from dali_pipeline import upload as upload_module
-from dali_pipeline.cli import app, run
+from dali_pipeline.cli.app import app, run
+from dali_pipeline.ingest import upload as upload_module
+from dali_pipeline.storage import stores
 
 KEY, SECRET = "AKIDSECRET", "hush"
 SET, RAW = "s3://bucket/set", "s3://bucket/raw"

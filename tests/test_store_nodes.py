@@ -14,8 +14,8 @@ import pytest
 from conftest import make_records, write
 from stores import s3
 
-from dali_pipeline.plan import deal_shards
-from dali_pipeline.upload import upload
+from dali_pipeline.ingest.upload import upload
+from dali_pipeline.sampling.plan import deal_shards
 
 HERE = Path(__file__).parent
 

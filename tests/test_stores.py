@@ -17,16 +17,16 @@ from contracts import fingerprint
 from stores import Proxy, s3
 
 import dali_pipeline as dp
-from dali_pipeline import cache as cache_module
-from dali_pipeline import stores
-from dali_pipeline.cache import FIRST_STAMP, locked_slots, map_slots
-from dali_pipeline.cachedfile import CachedFile
-from dali_pipeline.dataset import Dataset
+from dali_pipeline.dataset.dataset import Dataset
 from dali_pipeline.errors import PipelineError
-from dali_pipeline.files import Files
-from dali_pipeline.readahead import ReadAhead
-from dali_pipeline.upload import upload
-from dali_pipeline.verify import verify
+from dali_pipeline.ingest.upload import upload
+from dali_pipeline.reading.readahead import ReadAhead
+from dali_pipeline.storage import cache as cache_module
+from dali_pipeline.storage import stores
+from dali_pipeline.storage.cache import FIRST_STAMP, locked_slots, map_slots
+from dali_pipeline.storage.cachedfile import CachedFile
+from dali_pipeline.storage.files import Files
+from dali_pipeline.tools.verify import verify
 
 WIDTH = 1024
 WINDOW = 2 << 20
@@ -51,7 +51,7 @@ def server() -> Iterator[Proxy]:
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """400 records of [33, 1024] float16, 66 KiB each, 27 MB in shards of 8 MiB, by layer."""
-    from dali_pipeline.layout import ByLayer
+    from dali_pipeline.format.layout import ByLayer
 
     layout = ByLayer.of(33, 2 * WIDTH)
     schema = dp.Schema(sequence=dp.Field(dtype="float16", shape=(WIDTH,), by_layer=layout))

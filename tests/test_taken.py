@@ -16,12 +16,12 @@ from conftest import SCHEMA, make_records, write
 from torch_geometric.data import Data
 
 import dali_pipeline as dp
-from dali_pipeline import cli
+from dali_pipeline.cli import app as cli
+from dali_pipeline.format.layers import to_positions
 from dali_pipeline.ingest import convert as convert_module
 from dali_pipeline.ingest.config import ConvertConfig
-from dali_pipeline.ingest.tensors import Tensor, TorchFile
-from dali_pipeline.layers import to_positions
-from dali_pipeline.verify import verify
+from dali_pipeline.ingest.readers.tensors import Tensor, TorchFile
+from dali_pipeline.tools.verify import verify
 
 ALL = dp.Split.parse("100/0/0")
 

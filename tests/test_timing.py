@@ -3,7 +3,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from dali_pipeline.timing import StepTimer, peak_rss_bytes
+from dali_pipeline.runtime.timing import StepTimer, peak_rss_bytes
 
 
 def slow(count: int, seconds: float) -> Iterator[bytes]:

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 import dali_pipeline as dp
-from dali_pipeline import trace
-from dali_pipeline.trace import span
+from dali_pipeline.runtime import trace
+from dali_pipeline.runtime.trace import span
 
 Event = dict[str, Any]
 

@@ -25,9 +25,9 @@ from test_trace import within
 import dali_pipeline as dp
 import train as train_module
 import training.prepare as prepare_module
-from dali_pipeline.cli import app as pipeline_app
-from dali_pipeline.cli import run
-from dali_pipeline.layers import parse_layers
+from dali_pipeline.cli.app import app as pipeline_app
+from dali_pipeline.cli.app import run
+from dali_pipeline.format.layers import parse_layers
 from training import ceiling
 from training.config import METRICS, MODELS, Conduct, TrainConfig
 from training.interrupt import Interrupted, Interrupts

@@ -18,8 +18,8 @@ from conftest import make_records, write
 import dali_pipeline as dp
 import train as train_module
 from benchmarks import link
-from dali_pipeline.cli import app, run
-from dali_pipeline.upload import upload
+from dali_pipeline.cli.app import app, run
+from dali_pipeline.ingest.upload import upload
 
 URL = "memory://commands/set"
 

@@ -14,11 +14,11 @@ import pytest
 from conftest import make_records, write, write_shard
 
 import dali_pipeline as dp
-from dali_pipeline.cli import app, run
-from dali_pipeline.files import Files
-from dali_pipeline.manifest import ShardTable
+from dali_pipeline.cli.app import app, run
+from dali_pipeline.format.manifest import ShardTable
+from dali_pipeline.storage.files import Files
+from dali_pipeline.tools.verify import verify
 from dali_pipeline.types import Kind
-from dali_pipeline.verify import verify
 
 ARRAYS = {
     "sequences": ("labels", "ids", "ids.offsets", "groups", "groups.offsets", "sequence", "sequence.offsets"),

@@ -20,9 +20,12 @@ from nvidia.dali import pipeline
 
 import dali_pipeline as dp
 from benchmarks import harness
-from dali_pipeline import PipelineError, UsageError, dali, machine, versions
-from dali_pipeline.decoding import sequence_graph
-from dali_pipeline.numpyversion import check_numpy
+from dali_pipeline import PipelineError, UsageError
+from dali_pipeline.cli import versions
+from dali_pipeline.loaders import dali
+from dali_pipeline.loaders.decoding import sequence_graph
+from dali_pipeline.runtime import machine
+from dali_pipeline.runtime.numpyversion import check_numpy
 from training.randomness import seed_of
 
 backend: Any = typed_backend  # DALI's own stubs leave out what it checks
@@ -43,7 +46,7 @@ def old_numpy(tmp_path: Path) -> dict[str, str]:
     [
         (["-m", "dali_pipeline", "versions"], "dali_pipeline"),
         (["-m", "dali_pipeline", "inspect", "data/none"], "dali_pipeline"),
-        (["-m", "dali_pipeline.numpyversion"], "dali_pipeline"),
+        (["-m", "dali_pipeline.runtime.numpyversion"], "dali_pipeline"),
         (["train.py", "--data", "data/none"], "train.py"),
     ],
 )
@@ -77,7 +80,7 @@ def test_make_looks_at_numpy_in_a_ready_environment_first(target: str) -> None:
     command = ["make", "--dry-run", "QUICK=1", target]
     steps = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     own = [step for step in steps if step.startswith(".venv/bin/") and "pip install" not in step]
-    assert own[0] == ".venv/bin/python -m dali_pipeline.numpyversion"
+    assert own[0] == ".venv/bin/python -m dali_pipeline.runtime.numpyversion"
     assert len(own) > 1
 
 
@@ -176,7 +179,7 @@ def test_dali_is_for_the_cuda_that_torch_is_for(
     monkeypatch.setattr(nvidia.dali, "__cuda_version__", cuda)
     monkeypatch.setattr(nvidia.dali, "__version__", "2.4.0")
     assert len(list(dp.SequenceLoader(data, device="cpu"))) == 1  # there a mismatch does no harm
-    monkeypatch.setattr("dali_pipeline.loader.resolve_device", lambda *_: torch.device("cuda", 0))
+    monkeypatch.setattr("dali_pipeline.loaders.loader.resolve_device", lambda *_: torch.device("cuda", 0))
     on_torch = {"batch_size": 4, "engine": "torch"}
     assert len(dp.SequenceLoader(data, device="cuda", **on_torch)) > 1  # type: ignore[arg-type]
     if said is None:

@@ -16,7 +16,7 @@ from work import fails_at_three, imports_torch, square
 
 import dali_pipeline as dp
 from dali_pipeline.ingest.workers import in_order
-from dali_pipeline.workerprocess import SharedBytes
+from dali_pipeline.runtime.workerprocess import SharedBytes
 
 ROOT = Path(__file__).parent.parent
 THREADS = "import torch\ntorch.set_num_threads(4)\nassert torch.rand(2000, 2000).matmul(torch.rand(2000, 2000)).sum() > 0\n"

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from dali_pipeline.errors import UsageError
-from dali_pipeline.world import World
+from dali_pipeline.runtime.world import World
 
 
 def test_one_process_by_default(monkeypatch: pytest.MonkeyPatch) -> None:

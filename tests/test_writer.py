@@ -18,14 +18,14 @@ import xxhash
 from conftest import FEATURES, SCHEMA, make_records, write
 
 import dali_pipeline as dp
-from dali_pipeline import moments as moments_module
-from dali_pipeline.filler import Contents, ShardFiller
-from dali_pipeline.journal import JOURNAL_NAME
-from dali_pipeline.loader import Loader
-from dali_pipeline.moments import Moments
-from dali_pipeline.pending import Stack
-from dali_pipeline.verify import verify
-from dali_pipeline.whole import replacing, write_whole
+from dali_pipeline.loaders.loader import Loader
+from dali_pipeline.storage.whole import replacing, write_whole
+from dali_pipeline.tools.verify import verify
+from dali_pipeline.writing import moments as moments_module
+from dali_pipeline.writing.filler import Contents, ShardFiller
+from dali_pipeline.writing.journal import JOURNAL_NAME
+from dali_pipeline.writing.moments import Moments
+from dali_pipeline.writing.pending import Stack
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -88,7 +88,7 @@ def test_moments_are_those_of_all_rows_however_they_are_cut(
 def test_moments_are_the_same_bits_on_every_processor(features: int) -> None:
     script = f"""
 import numpy as np
-from dali_pipeline.moments import Moments
+from dali_pipeline.writing.moments import Moments
 moments = Moments()
 moments.update(np.random.default_rng(0).random((3001, {features}), np.float32))
 print(moments)

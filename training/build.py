@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional
 
 from dali_pipeline import Dataset, GraphBatch, GraphLoader, Schema, SequenceBatch, SequenceLoader
-from dali_pipeline.delivery import OnNan, Workers
-from dali_pipeline.layers import parse_layers
-from dali_pipeline.loader import Loader
-from dali_pipeline.sidestream import to_device
+from dali_pipeline.format.layers import parse_layers
+from dali_pipeline.loaders.delivery import OnNan, Workers
+from dali_pipeline.loaders.loader import Loader
+from dali_pipeline.loaders.sidestream import to_device
 from models import GNNLSTMDetector, GVAELSTMDetector, LSTMDetector, Output
 from models.gnn_lstm import records_of_graphs
 from models.noise import mix

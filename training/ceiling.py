@@ -7,7 +7,7 @@ import time
 import torch
 
 from dali_pipeline import DataError, Dataset, replay
-from dali_pipeline.threads import default_threads
+from dali_pipeline.runtime.threads import default_threads
 from training.build import build_model, make_loader
 from training.config import ModelName, TrainConfig
 from training.prepare import Options, check_classes, check_trace, find_data, models_for

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from dali_pipeline import UsageError
-from dali_pipeline.trace import span
-from dali_pipeline.whole import write_whole
+from dali_pipeline.runtime.trace import span
+from dali_pipeline.storage.whole import write_whole
 
 IDENTITY = {"name", "config", "schema", "classes"}
 # what `Trainer.save` writes beside, and of which type

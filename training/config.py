@@ -10,8 +10,8 @@ import msgspec
 import xxhash
 
 from dali_pipeline import Dataset, UsageError
-from dali_pipeline.layers import parse_layers
-from dali_pipeline.outside import readable
+from dali_pipeline.format.layers import parse_layers
+from dali_pipeline.runtime.outside import readable
 from dali_pipeline.types import Kind
 
 ModelName = Literal["lstm", "gnn_lstm", "gvae_lstm"]

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from dali_pipeline import UsageError
-from dali_pipeline.whole import lock, write_whole
+from dali_pipeline.storage.whole import lock, write_whole
 from training.config import MODELS, ModelName
 from training.provenance import note_start
 

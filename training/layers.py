@@ -20,8 +20,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from dali_pipeline import DataError, Dataset, SequenceLoader
-from dali_pipeline.layers import parse_layers, select, to_positions
-from dali_pipeline.whole import write_whole
+from dali_pipeline.format.layers import parse_layers, select, to_positions
+from dali_pipeline.storage.whole import write_whole
 from training.intervals import auroc_interval
 from training.metrics import Floats, Predictions, area_under_roc
 

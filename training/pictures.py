@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from dali_pipeline.picture import entitle
-from dali_pipeline.whole import write_whole
+from dali_pipeline.storage.whole import write_whole
+from dali_pipeline.tools.picture import entitle
 from training.layers import LayerScores
 from training.metrics import Predictions, calibration_bins
 from training.trainer import HistoryRow

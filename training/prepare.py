@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dali_pipeline import DataError, Dataset, UsageError, open_dataset
-from dali_pipeline.cachedfile import Place
+from dali_pipeline.storage.cachedfile import Place
 from training.config import MODELS, Conduct, ModelName, TrainConfig, kind_of
 from training.folder import check_folder, check_resume, find_checkpoint
 
@@ -58,7 +58,7 @@ def find_data(options: Options) -> Dataset:
         return open_dataset(options.data, options.cache_dir, options.cache_bytes)
     if options.preprocessed_dir:
         return _converted(options.preprocessed_dir, options.converted_dir)
-    from dali_pipeline.ingest.demo import demo_dataset
+    from dali_pipeline.ingest.extract.demo import demo_dataset
 
     if not (DATA_FOLDER / "sciq" / "manifest.json").exists():
         print(f"making the demonstration's data in {DATA_FOLDER / 'sciq'}: some 3 minutes on two cores, once", flush=True)

@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dali_pipeline import PipelineError, UsageError, World
-from dali_pipeline.delivery import make_current
+from dali_pipeline.loaders.delivery import make_current
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import dali_pipeline
-from dali_pipeline.whole import write_whole
+from dali_pipeline.storage.whole import write_whole
 
 PACKAGES = ("torch", "torch-geometric", "numpy", "scikit-learn")
 

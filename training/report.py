@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dali_pipeline.whole import write_whole
+from dali_pipeline.storage.whole import write_whole
 from training.metrics import Predictions
 from training.trainer import HistoryRow
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dali_pipeline import UsageError
-from dali_pipeline.whole import write_whole
+from dali_pipeline.storage.whole import write_whole
 from training.config import METRICS
 from training.folder import METRICS_NAME
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dali_pipeline import Dataset
-from dali_pipeline.outside import readable
+from dali_pipeline.runtime.outside import readable
 from training.config import Conduct, ModelName, TrainConfig, kind_of
 from training.extras import Board, extra
 from training.folder import CURVES_NAME, HISTORY_NAME, METRICS_NAME, PREDICTIONS_NAME, find_checkpoint

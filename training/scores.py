@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 from dali_pipeline import DataError, Dataset, Schema, UsageError
-from dali_pipeline.damage import TRIED
-from dali_pipeline.delivery import OnNan
-from dali_pipeline.loader import Loader
-from dali_pipeline.outside import as_output
-from dali_pipeline.progress import progress_bar
-from dali_pipeline.source import NotFiniteError
-from dali_pipeline.threads import default_threads
-from dali_pipeline.whole import replacing
+from dali_pipeline.loaders.delivery import OnNan
+from dali_pipeline.loaders.loader import Loader
+from dali_pipeline.reading.damage import TRIED
+from dali_pipeline.reading.source import NotFiniteError
+from dali_pipeline.runtime.outside import as_output
+from dali_pipeline.runtime.progress import progress_bar
+from dali_pipeline.runtime.threads import default_threads
+from dali_pipeline.storage.whole import replacing
 from training.build import build_model, make_loader
 from training.checkpoint import load_checkpoint
 from training.config import MODELS, TrainConfig, kind_of

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dali_pipeline.loader import Loader
+from dali_pipeline.loaders.loader import Loader
 from training.build import Batch, autocast, forward, record_losses
 from training.metrics import Predictions
 

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 
 from dali_pipeline import Dataset, GraphLoader, SequenceBatch, SequenceLoader
-from dali_pipeline.dataset import View
-from dali_pipeline.layers import parse_layers
-from dali_pipeline.loader import Loader
-from dali_pipeline.moments import Moments
+from dali_pipeline.dataset.dataset import View
+from dali_pipeline.format.layers import parse_layers
+from dali_pipeline.loaders.loader import Loader
+from dali_pipeline.writing.moments import Moments
 from training.build import Batch
 from training.config import ModelName, TrainConfig, kind_of
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException  # what torch.compile raises, which has no public name
 
-from dali_pipeline.damage import log
-from dali_pipeline.trace import span
+from dali_pipeline.reading.damage import log
+from dali_pipeline.runtime.trace import span
 from training.build import Batch, autocast, forward, record_losses
 from training.config import TrainConfig
 from training.pieces import cut

@@ -9,7 +9,7 @@ from statistics import median
 import torch
 from torch import nn
 
-from dali_pipeline.threads import thread_counts
+from dali_pipeline.runtime.threads import thread_counts
 from training.build import Batch, autocast, forward, record_losses
 from training.processes import Processes
 from training.randomness import random_states, set_random_states

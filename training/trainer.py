@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from dali_pipeline import Dataset, EpochDigest, PipelineError, StepTimer, UsageError
-from dali_pipeline.damage import log
-from dali_pipeline.threads import default_threads
+from dali_pipeline.reading.damage import log
+from dali_pipeline.runtime.threads import default_threads
 from models import set_statistics
 from training.build import build_model, make_loader, unfit_records
 from training.checkpoint import CheckpointWriter, read_checkpoint

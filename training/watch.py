@@ -12,7 +12,7 @@ import torch
 from rich.progress import TextColumn
 
 from dali_pipeline import StepTimer, Trace
-from dali_pipeline.progress import progress_bar
+from dali_pipeline.runtime.progress import progress_bar
 
 DRAW_SECONDS = 0.5
 INPUT_BOUND = 0.2  # share of the time waiting for data from which we say so

@@ -1,1 +1,2 @@
-"""What brings foreign data in: a reader a format, `convert` for files, `extract` for language models."""
+"""What brings foreign data in: `convert` for files, in worker processes or on Ray; formats are in `readers`, language models in
+`extract`."""

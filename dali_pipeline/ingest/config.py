@@ -9,15 +9,15 @@ import msgspec
 import xxhash
 
 from dali_pipeline.errors import UsageError
+from dali_pipeline.format.layers import Layers
+from dali_pipeline.format.schema import LEVELS, level_of
 from dali_pipeline.ingest.dealing import splits_in_names
 from dali_pipeline.ingest.own import OWN
+from dali_pipeline.ingest.readers.traces import TraceOptions
 from dali_pipeline.ingest.sources import Source
-from dali_pipeline.ingest.traces import TraceOptions
 from dali_pipeline.ingest.workers import Engine, Workers
-from dali_pipeline.layers import Layers
-from dali_pipeline.schema import LEVELS, level_of
-from dali_pipeline.split import Split
-from dali_pipeline.writer import SHARD_BYTES
+from dali_pipeline.writing.split import Split
+from dali_pipeline.writing.writer import SHARD_BYTES
 
 FIELDS = ("sequence", "x", "edge_attr")
 DTYPES = ("float16", "bfloat16", "float32", "int8")

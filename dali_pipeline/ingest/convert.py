@@ -14,31 +14,31 @@ import msgspec
 import numpy as np
 import xxhash
 
-from dali_pipeline.damage import log
-from dali_pipeline.dataset import Dataset, default_cache, open_dataset
-from dali_pipeline.encoding import BFLOAT16
+from dali_pipeline.dataset.dataset import Dataset, default_cache, open_dataset
 from dali_pipeline.errors import DataError, FormatError, PipelineError, UsageError
-from dali_pipeline.filler import Contents, ShardFiller
+from dali_pipeline.format.encoding import BFLOAT16
+from dali_pipeline.format.manifest import MANIFEST_NAME
+from dali_pipeline.format.record import Record
+from dali_pipeline.format.schema import Field
 from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.foreign import Block, Values
 from dali_pipeline.ingest.job import Job, prepare
 from dali_pipeline.ingest.onray import deal
 from dali_pipeline.ingest.own import OWN, opened
+from dali_pipeline.ingest.readers.traces import TRACES
 from dali_pipeline.ingest.remote import Remote, raw_files
 from dali_pipeline.ingest.sources import Source
-from dali_pipeline.ingest.traces import TRACES
+from dali_pipeline.ingest.upload import finished, upload
 from dali_pipeline.ingest.workers import Advance
-from dali_pipeline.journal import remove_leftovers
-from dali_pipeline.manifest import MANIFEST_NAME
-from dali_pipeline.pending import Stack
-from dali_pipeline.progress import progress_bar, shown
-from dali_pipeline.record import Record
-from dali_pipeline.schema import Field
-from dali_pipeline.split import FileSplit
-from dali_pipeline.stores import Store, is_url
+from dali_pipeline.reading.damage import log
+from dali_pipeline.runtime.progress import progress_bar, shown
+from dali_pipeline.storage.stores import Store, is_url
 from dali_pipeline.types import Array
-from dali_pipeline.upload import finished, upload
-from dali_pipeline.writer import ShardWriter
+from dali_pipeline.writing.filler import Contents, ShardFiller
+from dali_pipeline.writing.journal import remove_leftovers
+from dali_pipeline.writing.pending import Stack
+from dali_pipeline.writing.split import FileSplit
+from dali_pipeline.writing.writer import ShardWriter
 
 TELL_EVERY = 50  # records between two moves of the progress bar, and two looks at whether to stop
 

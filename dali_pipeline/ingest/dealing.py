@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from dali_pipeline.errors import UsageError
-from dali_pipeline.filler import Dealer
-from dali_pipeline.schema import SPLITS
-from dali_pipeline.shard import Hashes
-from dali_pipeline.split import Split
+from dali_pipeline.format.schema import SPLITS
+from dali_pipeline.format.shard import Hashes
+from dali_pipeline.writing.filler import Dealer
+from dali_pipeline.writing.split import Split
 
 WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 EVAL = "eval"  # validation to most, and the test where there is a validation split beside it

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dali_pipeline.errors import FormatError
-from dali_pipeline.record import Graphs
+from dali_pipeline.format.record import Graphs
 from dali_pipeline.types import Array, Kind
 
 

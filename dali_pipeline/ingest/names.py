@@ -10,8 +10,8 @@ import numpy as np
 import xxhash
 
 from dali_pipeline.errors import DataError
+from dali_pipeline.format.shard import Hashes, hash_texts
 from dali_pipeline.ingest.foreign import ForeignFile
-from dali_pipeline.shard import Hashes, hash_texts
 from dali_pipeline.types import KINDS, Ints, Kind
 
 _NUMBERED = re.compile(r"(.*)#(0|[1-9][0-9]{0,17})", re.DOTALL)

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from dali_pipeline.dataset import Dataset, open_dataset
-from dali_pipeline.encoding import BFLOAT16
-from dali_pipeline.files import Files
+from dali_pipeline.dataset.dataset import Dataset, open_dataset
+from dali_pipeline.dataset.selection import Shards
+from dali_pipeline.format.encoding import BFLOAT16
+from dali_pipeline.format.manifest import MANIFEST_NAME
+from dali_pipeline.format.record import Graphs
+from dali_pipeline.format.schema import level_of
+from dali_pipeline.format.shard import Shard
 from dali_pipeline.ingest.foreign import Block, ForeignFile, Reader, Values, rows_at_a_time
-from dali_pipeline.manifest import MANIFEST_NAME
-from dali_pipeline.record import Graphs
-from dali_pipeline.schema import level_of
-from dali_pipeline.selection import Shards
-from dali_pipeline.shard import Shard
+from dali_pipeline.storage.files import Files
 from dali_pipeline.types import KINDS
 
 _open_once = lru_cache(maxsize=1)(open_dataset)

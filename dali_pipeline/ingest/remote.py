@@ -15,11 +15,11 @@ from pathlib import Path
 
 import xxhash
 
-from dali_pipeline.dataset import default_cache
+from dali_pipeline.dataset.dataset import default_cache
 from dali_pipeline.errors import DataError, FormatError, PipelineError, UsageError
-from dali_pipeline.manifest import MANIFEST_NAME
-from dali_pipeline.stores import GoneError, Store, is_url
-from dali_pipeline.whole import lock
+from dali_pipeline.format.manifest import MANIFEST_NAME
+from dali_pipeline.storage.stores import GoneError, Store, is_url
+from dali_pipeline.storage.whole import lock
 
 RANGE_BYTES, RANGES_IN_FLIGHT = 8 << 20, 8  # of a file on its way
 

@@ -10,11 +10,11 @@ from typing import Protocol
 import numpy as np
 
 from dali_pipeline.errors import DataError, FormatError
+from dali_pipeline.format.layers import Layers
 from dali_pipeline.ingest.foreign import Block
 from dali_pipeline.ingest.onray import deal
 from dali_pipeline.ingest.sources import Source
 from dali_pipeline.ingest.workers import Advance, Engine, Workers
-from dali_pipeline.layers import Layers
 from dali_pipeline.types import Array, Kind
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from dali_pipeline.errors import FormatError, PipelineError, UsageError
 from dali_pipeline.ingest.foreign import Block, ForeignFile, Reader, Values, files_named, list_files
-from dali_pipeline.ingest.npz import NPZ
 from dali_pipeline.ingest.own import OWN
-from dali_pipeline.ingest.pt import PT
+from dali_pipeline.ingest.readers.npz import NPZ
+from dali_pipeline.ingest.readers.pt import PT
+from dali_pipeline.ingest.readers.traces import TraceOptions, traces_reader
 from dali_pipeline.ingest.remote import Fetched, Remote
-from dali_pipeline.ingest.traces import TraceOptions, traces_reader
 
 COMPANIONS = {"dataset_info.json", "dataset_dict.json", "state.json"}
 STRETCH_BYTES = 512 << 20  # of source files that are final together, and that one worker takes
@@ -177,6 +177,6 @@ def _readers(traces: TraceOptions) -> tuple[Reader, ...]:
 
 
 def _open_columns(path: Path, name: str) -> ForeignFile:
-    from dali_pipeline.ingest.columns import open_file  # pyarrow takes a quarter of a second to import
+    from dali_pipeline.ingest.readers.columns import open_file  # pyarrow takes a quarter of a second to import
 
     return open_file(path, name)

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal, TypeAlias, TypeVar
 
-from dali_pipeline.container import allowed_cores
 from dali_pipeline.errors import PipelineError
-from dali_pipeline.workerprocess import WorkerProcess, as_sent, end_workers, start_workers
+from dali_pipeline.runtime.container import allowed_cores
+from dali_pipeline.runtime.workerprocess import WorkerProcess, as_sent, end_workers, start_workers
 
 Workers = int | Literal["auto"]
 Engine = Literal["local", "ray"]

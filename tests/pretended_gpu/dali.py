@@ -15,7 +15,7 @@ def dali_on_the_cpu() -> Iterator[None]:
     """Build the loaders' graphs for the CPU inside the block."""
     import nvidia.dali.plugin.pytorch as plugin
 
-    import dali_pipeline.sequences as sequences
+    import dali_pipeline.loaders.sequences as sequences
 
     graph, iterator = sequences.sequence_graph, plugin.DALIGenericIterator
     for_gpu: set[int] = set()

@@ -1,0 +1,266 @@
+"""The command line: `python -m dali_pipeline convert|verify|inspect|extract|doctor|predict|versions`. Heavy imports wait."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dali_pipeline.cli.arguments import SetArgument, parse_blocks, parse_size, parse_workers
+from dali_pipeline.cli.checkup import doctor_command
+from dali_pipeline.cli.inspection import inspect_command
+from dali_pipeline.cli.predict import predict_command
+from dali_pipeline.cli.versions import versions_command
+from dali_pipeline.errors import PipelineError, UsageError
+from dali_pipeline.runtime.numpyversion import check_numpy
+from dali_pipeline.runtime.outside import Terminated, broken_pipes, check_outside, drained, reason_of, say, terminable
+from dali_pipeline.runtime.threads import wait_passively
+from dali_pipeline.writing.split import Split
+
+
+def new_app(**options: Any) -> typer.Typer:
+    """A command line as all of ours are: -h as well as --help, in plain text, not folded to a terminal's width where piped."""
+    context = {"help_option_names": ["-h", "--help"]} | (
+        {} if sys.stdout and sys.stdout.isatty() else {"terminal_width": 10_000}
+    )
+    return typer.Typer(
+        add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=context, **options
+    )
+
+
+app = new_app(help="Streams sequences and graphs from data sets far larger than memory.", no_args_is_help=True)
+
+SplitOption = Annotated[str, typer.Option("--split", metavar="TRAIN/VAL/TEST", help="Shares in per cent, dealt by group.")]
+SplitSeed = Annotated[int, typer.Option("--split-seed", help="Another seed, another split.")]
+EngineOption = Annotated[
+    str, typer.Option(metavar="local|ray", help="ray: on a cluster, RAY_ADDRESS or this machine's; all nodes see the folders.")
+]
+ShardSize = Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="Bytes a shard at most, such as 64MiB or 4KiB.")]
+
+
+@app.command("convert")
+def convert_command(
+    src: Annotated[str, typer.Argument(help="Folder or URL of .pt, .pkl, .npz, .parquet or .arrow files.", show_default=False)],
+    dst: Annotated[str, typer.Argument(help="Folder or URL of the data set, new or unfinished.", show_default=False)],
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TRAIN/VAL/TEST",
+            help="Shares in per cent, dealt by group. [default: SRC's own, by files' names or as a data set, else 70/15/15]",
+            show_default=False,
+        ),
+    ] = None,
+    split_seed: Annotated[
+        int | None, typer.Option(help="Another seed, another split. [default: 0]", show_default=False)
+    ] = None,
+    split_by: Annotated[str, typer.Option(metavar="group|file", help="Deal each group, or whole files.")] = "group",
+    shard_size: ShardSize = "256MiB",
+    dtype: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="float16, bfloat16, float32, int8, or by field. [default: as they come]")
+    ] = None,
+    by_layer: Annotated[
+        bool | None,
+        typer.Option("--by-layer/--by-record", help="Store sequences layer by layer, if few are read. [default: as SRC does]"),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST", help="Layers (0: embeddings, l: block l), or steps, to keep: 12:20 or 8,16. [default: all]"
+        ),
+    ] = None,
+    workers: Annotated[str, typer.Option(metavar="auto|N", help="Processes, without Ray; auto is one a core.")] = "auto",
+    engine: EngineOption = "local",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out a file that cannot be taken in, and say so.")] = False,
+    scores: Annotated[
+        Path | None, typer.Option(metavar="FILE.csv", help="For .pkl traces: scores by question_id, which become labels.")
+    ] = None,
+    score_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Column of scores. [default: the only one]", show_default=False)
+    ] = None,
+    score_threshold: Annotated[float, typer.Option(help="Label 1 where the score is below.")] = 0.5,
+    attn_threshold: Annotated[float, typer.Option(help="For .pkl traces: mean attention above which an edge runs.")] = 0.01,
+) -> None:
+    """Turn somebody's files into a data set, once. Stopped, the same command goes on where it was.
+
+    \b
+    Taken in: lstm_solo/*.pt and gnn/*.pt; traces in *.pkl or *.pkl.gz; *.npz; *.parquet, *.arrow and Hugging Face folders.
+    docs/migrate.md has the layouts.
+    Examples:
+      python -m dali_pipeline convert preprocessed_data data/traces --split 80/10/10
+      python -m dali_pipeline convert raw_traces data/traces --scores scores.csv --score-column bleurt
+      python -m dali_pipeline convert preprocessed_data s3://bucket/traces
+      RAY_ADDRESS=head:6379 python -m dali_pipeline convert /shared/raw /shared/traces --engine ray
+      python -m dali_pipeline convert data/traces data/traces8 --dtype sequence=int8,x=bfloat16
+    """
+    from dali_pipeline.format.layers import parse_layers
+    from dali_pipeline.ingest.config import ConvertConfig
+    from dali_pipeline.ingest.convert import convert_to, gigabytes
+    from dali_pipeline.ingest.readers.traces import TraceOptions, read_scores
+    from dali_pipeline.tools.describe import describe_rounding, summary
+
+    if scores is None and score_column is not None:
+        raise UsageError("--score-column names a column of --scores; give both")
+    config = ConvertConfig(
+        split=None if split is None and split_seed is None else Split.parse(split or str(Split()), split_seed or 0),
+        split_by=split_by,  # type: ignore[arg-type]
+        shard_bytes=parse_size(shard_size),
+        dtype=dtype,
+        by_layer=by_layer,
+        layers=parse_layers(layers),
+        workers=parse_workers(workers),
+        skip_bad=skip_bad,
+        engine=engine,  # type: ignore[arg-type]
+        traces=TraceOptions(
+            scores=None if scores is None else read_scores(scores, score_column),
+            score_threshold=score_threshold,
+            attention_threshold=attn_threshold,
+        ),
+    )
+    with _going_on():
+        data = convert_to(src, dst, config)
+    print(f"{data.root}: {summary(data)}, {gigabytes(data.nbytes)}")
+    if rounding := describe_rounding(data):
+        print(rounding)
+    source = data.manifest.source
+    if source.get("in_one_half"):
+        print(f"{source['in_one_half']:,} records are in one half alone")
+    if "moved" in source:
+        print(f"{source['moved']:,} groups are in files of several splits, and went with their first file")
+    for reason in source.get("left_out", {}).values():
+        print(f"left out: {reason}")
+
+
+@app.command("verify")
+def verify_command(
+    dst: SetArgument,
+    quick: Annotated[bool, typer.Option("--quick", help="Structure alone: headers, offsets, names, labels.")] = False,
+) -> None:
+    """Check every byte of a data set. Exits 0 where it is sound, 1 where it is not, 2 where there is none.
+
+    \b
+    Each damage is one line: the file, the field, what is wrong.
+    Examples:
+      python -m dali_pipeline verify data/traces
+      python -m dali_pipeline verify s3://bucket/traces --quick
+    """
+    from dali_pipeline.tools.verify import verify
+
+    report = verify(dst, quick=quick)
+    for damage in report.damages:
+        print(damage)
+    print(report.summary)
+    raise typer.Exit(1 if report.damages else 0)
+
+
+@app.command("extract")
+def extract_command(
+    out: Annotated[Path, typer.Argument(help="Folder of the data set, new or unfinished.", show_default=False)],
+    model: Annotated[str, typer.Option(metavar="PATH_OR_NAME", help="A causal Hugging Face model.", show_default=False)],
+    prompts: Annotated[
+        Path, typer.Option(metavar="FILE.csv", help="Columns prompt and label; perhaps id and group.", show_default=False)
+    ],
+    layers: Annotated[
+        str, typer.Option(metavar="LIST", help="Hidden states of the sequences: all, a list 8,16,24, or a range 8:25.")
+    ] = "all",
+    graph_layers: Annotated[
+        str, typer.Option(metavar="LIST", help="Layers that become graphs: all that have attention, none, or as --layers.")
+    ] = "all",
+    attention_threshold: Annotated[float, typer.Option(help="Mean attention over heads above which an edge runs.")] = 0.01,
+    dtype: Annotated[str, typer.Option(metavar="TYPE", help="Stored type: float16 or float32.")] = "float16",
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a forward pass, padding counted.")] = 1024,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut prompts that the model has no positions for; their ends are kept.")
+    ] = False,
+    engine: EngineOption = "local",
+    split: SplitOption = "70/15/15",
+    split_seed: SplitSeed = 0,
+    shard_size: ShardSize = "256MiB",
+) -> None:
+    """Run prompts through a language model and keep its traces. Stopped, the same command goes on where it was.
+
+    \b
+    Layers are counted as transformers does: 0 is the embeddings, l the output of block l.
+    Examples:
+      python -m dali_pipeline extract --model ./SmolLM2-135M --prompts questions.csv data/traces
+      python -m dali_pipeline extract --model ./SmolLM2-135M --prompts questions.csv data/traces --graph-layers 8,16,24
+    """
+    from dali_pipeline.ingest.convert import gigabytes
+    from dali_pipeline.ingest.extract.extract import extract
+    from dali_pipeline.ingest.extract.tracer import ExtractConfig
+    from dali_pipeline.tools.describe import summary
+
+    config = ExtractConfig(
+        layers=parse_blocks(layers),
+        graph_layers=parse_blocks(graph_layers),
+        truncate=truncate,
+        attention_threshold=attention_threshold,
+        dtype=dtype,
+        batch_tokens=batch_tokens,
+        shard_bytes=parse_size(shard_size),
+        split=Split.parse(split, split_seed),
+    )
+    with _going_on():
+        data = extract(model, prompts, out, config, device, engine)  # type: ignore[arg-type]
+    print(f"{out}: {summary(data)}, {gigabytes(data.nbytes)}")
+
+
+app.command("inspect")(inspect_command)
+app.command("doctor")(doctor_command)
+app.command("predict")(predict_command)
+app.command("versions")(versions_command)
+
+
+@contextmanager
+def _going_on() -> Iterator[None]:
+    """Says, where Ctrl-C or SIGTERM ends a job, that it need not begin anew."""
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated) as stop:
+        say("dali_pipeline: stopped; the same command goes on from what is final")
+        raise typer.Exit(stop.exit_code if isinstance(stop, Terminated) else 130) from None
+
+
+def run(application: typer.Typer, name: str) -> int:
+    """Runs a command line and returns its exit code.
+
+    2 for what the user can mend, standard output too, with one sentence on standard error; 130 for Ctrl-C; 143 for SIGTERM; 141
+    where the reader of a pipe went.
+    """
+    try:
+        check_outside()
+        check_numpy()
+        with terminable(), broken_pipes():
+            code = application(prog_name=name, standalone_mode=False)
+            sys.stdout.flush()
+            return code if isinstance(code, int) else 0
+    except typer.TyperException as error:
+        message = error.format_message()
+        say(message if "\n" in message else f"{name}: {message}")  # several lines: no command, so the help
+    except PipelineError as error:
+        say(f"{name}: {error}")
+    except UnicodeEncodeError as error:  # a path, as all other texts were checked
+        say(f"{name}: {error.object!r} cannot be written in {error.encoding} ({error.reason}); expected a path in UTF-8")
+    except BrokenPipeError:  # as `head` leaves one; what is still to be flushed goes nowhere
+        drained(sys.stdout)
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        say(f"{name}: {reason_of(error)}")
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Terminated as stop:
+        return stop.exit_code
+    finally:
+        drained(sys.stdout)
+    return 2
+
+
+def main() -> None:
+    """The entry point."""
+    wait_passively()
+    sys.exit(run(app, "dali_pipeline"))

@@ -1,0 +1,199 @@
+"""checkup: the command `doctor`, what it prints and draws of an examination."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich import box
+from rich.table import Table
+
+from dali_pipeline.cli.arguments import CacheBytes, CacheDir, SetArgument, parse_cache_bytes, parse_workers
+from dali_pipeline.errors import DataError, PipelineError
+from dali_pipeline.runtime.progress import progress_bar
+from dali_pipeline.tools.describe import plain_console
+from dali_pipeline.types import Kind
+
+if TYPE_CHECKING:
+    from dali_pipeline.loaders.loader import Loader
+    from dali_pipeline.tools.stages import Train
+
+ModelName = Literal["lstm", "gnn_lstm", "gvae_lstm"]
+ADVICE = {
+    "disk": "a faster or local disk, fewer layers (`layers=`), or smaller values (`convert --dtype int8`)",
+    "store": "a cache that holds the set (`--cache-bytes`), a faster link, fewer layers, or smaller values",
+    "page cache": "faster memory, or smaller values (`convert --dtype int8`)",
+    "gather": "more background threads (`workers=`), fewer layers, or smaller values",
+    "decode": "`dtype=torch.float16`, or a GPU to decode on",
+    "collate": "smaller batches of graphs, fewer layers (`layers=`), or a GPU to collate on",
+    "host to device": "float16 all the way (`dtype=torch.float16`), or smaller values",
+    "model": "nothing: the data come faster than the model takes them",
+}
+
+
+def doctor_command(
+    data: SetArgument,
+    model: Annotated[
+        ModelName | None, typer.Option(help="Detector to feed. [default: lstm, or gnn_lstm without sequences]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Records a step.")] = 32,
+    workers: Annotated[str, typer.Option(metavar="auto|N", help="Background threads, or processes of graphs.")] = "auto",
+    engine: Annotated[Literal["dali", "torch"], typer.Option(help="For sequences.")] = "dali",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seconds: Annotated[float, typer.Option(min=0.01, help="For each stage.")] = 3.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the stages.", show_default=False)] = None,
+    cache_dir: CacheDir = None,
+    cache_bytes: CacheBytes = None,
+) -> None:
+    """Tell whether training waits for data, why, and what to change. Exits 0 (fed), 1 (input-bound) or 2 (cannot run).
+
+    \b
+    Measures every stage alone (disk or store, page cache, gather, decode, collate, copy to the GPU, model step on one batch
+    again and again) and all of them together, predicts what changes would bring, and tries the best of those that need no
+    conversion and no other machine. Takes under a minute.
+    Examples:
+      python -m dali_pipeline doctor data/sciq
+      python -m dali_pipeline doctor data/traces --model gnn_lstm --batch-size 64 --json
+    """
+    from dali_pipeline.dataset.dataset import open_dataset
+    from dali_pipeline.tools.doctor import examine
+    from dali_pipeline.tools.knobs import Setup
+    from dali_pipeline.tools.picture import check_picture
+    from training.prepare import check_classes
+
+    check_picture(plot)
+    opened = open_dataset(data, cache_dir, parse_cache_bytes(cache_bytes))
+    kinds = opened.schema.kinds
+    kind: Kind = ("sequences" if model == "lstm" else "graphs") if model else kinds[0]
+    if kind not in kinds:
+        raise DataError(f"{opened.root} holds no {kind}, which {model} trains on; it has {' and '.join(kinds)}")
+    check_classes(opened)
+    name: ModelName = model or ("lstm" if kind == "sequences" else "gnn_lstm")
+    setup = Setup(batch_size=batch_size, workers=parse_workers(workers), engine=engine, device=device)
+    with progress_bar() as bar:
+        task = bar.add_task("examine", total=8 + (kind == "graphs"))
+
+        def tell(stage: str) -> None:
+            bar.update(task, advance=1, description=stage)
+
+        try:
+            found = examine(opened, kind, setup, lambda loader: train_step(name, loader), tell, seconds)
+        except (ValueError, RuntimeError, TypeError, OSError) as error:  # exit 2, for 1 says input-bound
+            if isinstance(error, PipelineError):
+                raise
+            raise PipelineError(f"{opened.root}: {name} cannot be trained on it ({type(error).__name__}: {error})") from error
+    advice = ADVICE[found["narrowest"]]
+    if found["verdict"] == "input-bound" and found["narrowest"] == "model":
+        advice = "reading while the model computes (`workers=1`), as one waits for the other"
+    found |= {"model": name, "batch_size": batch_size, "advice": advice}
+    if plot is not None:
+        draw_stages(found, plot)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        print_checkup(found)
+    raise typer.Exit(0 if found["verdict"] == "fed" else 1)
+
+
+def train_step(name: ModelName, loader: Loader[Any]) -> Train:
+    """A step of training that model: forward, backward, optimizer."""
+    import torch
+
+    from training.build import build_model, forward
+    from training.config import TrainConfig
+
+    model = build_model(name, loader.data.schema, loader.data.num_classes, TrainConfig()).to(loader.device)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step(batch: Any) -> None:
+        with torch.autocast(loader.device.type, enabled=False):
+            output = forward(model, batch)
+        loss = output.logits_BK.float().square().mean() + output.penalty_B.mean()  # its value does not matter, its cost does
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+
+    return step
+
+
+def print_checkup(found: dict[str, Any]) -> None:
+    """As text; piped output is never folded."""
+    console, machine, together = plain_console(), found["machine"], found["together"]
+    where = ", ".join(machine["gpus"]) or "no GPU"
+    console.print(
+        f"{found['root']}: {found['records']} of {found['bytes_per_record']:,.0f} bytes, batches of {found['batch_size']}, "
+        f"{found['model']} on {machine['cores']:g} cores and {where}"
+    )
+    table = Table("stage", "records/s", "GB/s", "", box=box.SIMPLE_HEAD)
+    slowest = found["stages"][found["narrowest"]]["records_per_second"]
+    for name, one in found["stages"].items():
+        fits = "the cache holds the data" if name == "store" else "the data fit in memory"
+        told = "narrowest" if name == found["narrowest"] else "" if one["counted"] else f"not counted: {fits}"
+        bar = "█" * max(1, min(40, round(4 * one["records_per_second"] / slowest)))
+        rate, speed = f"{one['records_per_second']:,.0f}", f"{one['bytes_per_second'] / 1e9:.2f}"
+        table.add_row(name, rate, speed, f"{bar} {told}")
+    console.print(table)
+    share = f"{together['wait_share']:.0%} of the time waits for data"
+    console.print(f"{found['verdict']}: all together {together['records_per_second']:,.0f} records/s, {share}")
+    console.print(f"the narrowest stage is {found['narrowest']}; what helps: {found['advice']}")
+    table = Table("change", "records/s predicted", "", "measured", box=box.SIMPLE_HEAD)
+    for name, one in sorted(found["knobs"].items(), key=lambda item: -item[1]["predicted"]):
+        gain = one["predicted"] / together["records_per_second"] - 1
+        measured = "" if one["measured"] is None else f"{one['measured']:,.0f}"
+        table.add_row(name, f"{one['predicted']:,.0f}", f"{gain:+.0%}", measured)
+    console.print(table)
+    if found["next"] is None:
+        console.print("no change of options promises a tenth more, so none was tried")
+    console.print(machine_line(machine))
+    for warning in found["warnings"]:
+        console.print(f"warning: {warning}")
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    """Its facts."""
+    shared = machine["shared_memory"]
+    facts = [
+        f"{machine['memory_available'] / 1e9:.1f} of {machine['memory'] / 1e9:.1f} GB of memory to be had",
+        f"{'no' if shared is None else f'{shared / 1e9:.1f} GB of'} /dev/shm",
+        f"{machine['open_files']:,} open files",
+        f"{machine['free_disk'] / 1e9:.1f} GB free on {machine['file_system'] or 'a file system of unknown kind'}",
+        f"torch {machine['torch']} with {machine['threads']} threads",
+        f"CUDA {machine['cuda'] or 'none'}",
+        f"driver {machine['driver'] or 'none'}",
+    ]
+    return f"machine: {', '.join(facts)}"
+
+
+def draw_stages(found: dict[str, Any], path: Path) -> None:
+    """Records a second of every stage, all together as a line; and what changes promise, the one tried as measured."""
+    from matplotlib.figure import Figure
+
+    from dali_pipeline.tools.picture import COLOURS, entitle, save
+
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    stages, knobs = figure.subplots(1, 2)
+    together = found["together"]["records_per_second"]
+    names = list(found["stages"])[::-1]
+    for name in names:
+        one = found["stages"][name]
+        colour = COLOURS[1] if name == found["narrowest"] else COLOURS[2] if one["counted"] else COLOURS[3]
+        stages.barh(name if one["counted"] else f"{name}\n(not counted)", one["records_per_second"], color=colour)
+    lowest = min(one["records_per_second"] for one in found["stages"].values())
+    stages.set(xscale="log", xlabel="records a second, log scale", title="each stage alone", xlim=(lowest / 4, None))
+    told = sorted(found["knobs"].items(), key=lambda item: item[1]["predicted"])
+    for name, one in told:
+        knobs.barh(name, one["predicted"], color=COLOURS[2])
+        if one["measured"] is not None:
+            knobs.plot(one["measured"], name, "D", color=COLOURS[0], markeredgecolor="black", label="as measured")
+    knobs.set(xlabel="records a second", title="each change, as predicted")
+    knobs.tick_params(axis="y", labelsize=8)
+    for axes in (stages, knobs):
+        axes.axvline(together, color="black", linestyle="--", label=f"all together, now: {together:,.0f}")
+        axes.legend(fontsize=8, loc="lower right")
+    share = f"{found['together']['wait_share']:.0%} of the time waits for data"
+    narrowest = f"narrowest: {found['narrowest']}"
+    entitle(figure, f"{Path(found['root']).name}, {found['model']}: {found['verdict']}, {share}; {narrowest}", fontsize=11)
+    save(figure, path)

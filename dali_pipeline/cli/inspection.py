@@ -1,0 +1,55 @@
+"""The command `inspect`: what a data set holds, and how well it is shuffled, as text, JSON or a picture."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from dali_pipeline.cli.arguments import CacheBytes, CacheDir, SetArgument, parse_cache_bytes, parse_sizes
+
+
+def inspect_command(
+    dst: SetArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, nothing else.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="OUT.png", help="Draw what is printed.", show_default=False)] = None,
+    shuffle: Annotated[bool, typer.Option("--shuffle", help="How near an epoch's order comes to a full permutation.")] = False,
+    window: Annotated[str | None, typer.Option(metavar="SIZE,…", help="[default: 1, 5, 20 % of the split; 256MiB]")] = None,
+    batch_size: Annotated[int, typer.Option(help="With --shuffle.")] = 32,
+    split: Annotated[str, typer.Option(help="With --shuffle.")] = "train",
+    cache_dir: CacheDir = None,
+    cache_bytes: CacheBytes = None,
+) -> None:
+    """Print what a data set holds: records, labels, lengths, nodes and edges, bytes, types, a sample.
+
+    \b
+    Examples:
+      python -m dali_pipeline inspect data/traces
+      python -m dali_pipeline inspect data/traces --plot traces.png
+      python -m dali_pipeline inspect data/traces --json | jq .splits
+      python -m dali_pipeline inspect data/traces --shuffle --window 64MiB,1GiB --plot shuffle.png
+    """
+    from dali_pipeline.dataset.dataset import open_dataset
+    from dali_pipeline.tools.describe import describe, print_description
+    from dali_pipeline.tools.picture import check_picture, draw_description, draw_shuffle
+    from dali_pipeline.tools.shufflereport import describe_shuffle, print_shuffle
+
+    check_picture(plot)
+    data = open_dataset(dst, cache_dir, parse_cache_bytes(cache_bytes))
+    if shuffle:
+        description, measured = describe_shuffle(data, split, parse_sizes(window), batch_size)
+        show, draw = partial(print_shuffle, description, measured), partial(draw_shuffle, description, measured)
+    else:
+        description = describe(data)
+        show, draw = partial(print_description, description), partial(draw_description, description)
+    if plot is not None:
+        draw(plot)
+    if as_json:
+        plain = msgspec.json.decode(msgspec.json.encode(description))  # null for what is no number
+        typer.echo(json.dumps(plain, indent=2))  # in ASCII, which every terminal has
+    else:
+        show()

@@ -1,0 +1,173 @@
+"""Versions: which packages are here that an image may bring of its own, and whether loading and training serve on them."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+
+from dali_pipeline.errors import PipelineError
+from dali_pipeline.loaders.dali import check_dali, describe_dali, not_imported
+from dali_pipeline.runtime.machine import unusable_gpu
+from dali_pipeline.types import Array
+
+if TYPE_CHECKING:
+    from dali_pipeline.dataset.dataset import Dataset
+    from training.config import ModelName
+
+FRAMEWORKS = ("numpy", "torch", "nvidia-dali", "torch-geometric")
+QUICK = FRAMEWORKS[:3]  # PyG alone takes four seconds to import
+IMPORTED = (  # by training, most of it when it is needed, hours after the start
+    *("matplotlib.axes", "matplotlib.figure", "matplotlib.ticker", "msgspec", "numpy", "numpy.typing"),
+    *("pyarrow", "pyarrow.csv", "pyarrow.parquet", "rich", "rich.console", "rich.progress", "rich.table"),
+    *("sklearn.decomposition", "sklearn.linear_model", "sklearn.metrics", "sklearn.pipeline", "sklearn.preprocessing"),
+    *("tensorboard.compat.proto.event_pb2", "tensorboard.compat.proto.summary_pb2", "tensorboard.summary.writer.record_writer"),
+    *("torch", "torch._dynamo.exc", "torch.distributed", "torch.nn", "torch.nn.parallel", "torch.nn.utils.rnn"),
+    *("torch_geometric.data", "torch_geometric.nn", "typer", "typer.core", "xxhash", "yaml"),
+)
+TRIED: tuple[ModelName, ...] = ("lstm", "gnn_lstm")
+RECORDS, STEPS, FEATURES = 8, 3, 4
+
+
+def versions_command(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only whether packages and driver fit: under 5 s, nothing computed on a GPU.")
+    ] = False,
+) -> None:
+    """Say which NumPy, torch, DALI and PyG are here, and whether loading and training serve on them.
+
+    \b
+    Writes a handful of records, reads them through every engine, compares, imports all that training imports, and takes a step
+    of training on the best device. Exits 0 where all is well, else 2 with a sentence.
+    Examples:
+      python -m dali_pipeline versions
+      python -m dali_pipeline versions --quick
+    """
+    for name, found, tried in versions(QUICK if quick else FRAMEWORKS):
+        print(f"{name:<16} {found:<24} tried with {tried}")
+    check_fit()
+    if quick:
+        print("fits: NumPy, torch, DALI and the driver; nothing was run")
+        return
+    with written_records() as (data, values):
+        print(check_loaders(data, values))
+        print(check_training(data))
+
+
+def versions(names: tuple[str, ...] = FRAMEWORKS) -> Iterator[tuple[str, str, str]]:
+    """Name, version here and version that the project is tried with. Raises PipelineError for one that cannot be imported."""
+    tried = pinned()
+    for name in names:
+        yield name, _found(name), next((version for pin, version in tried.items() if pin.startswith(name)), "?")
+
+
+def pinned() -> dict[str, str]:
+    """Versions by the names that the project is installed with."""
+    try:
+        lines = requires("dali-pipeline") or []
+    except PackageNotFoundError:  # run from a folder that was not installed
+        return {}
+    return dict(re.findall(r"^([\w.-]+)==([^\s;]+)", "\n".join(lines), re.MULTILINE))
+
+
+def _found(name: str) -> str:
+    return describe_dali() if name == "nvidia-dali" else str(_imported(name.replace("-", "_")).__version__)
+
+
+def _imported(name: str) -> Any:
+    try:
+        return import_module(name)
+    except Exception as error:  # a library built for another one fails in ways of its own
+        raise not_imported(name.replace("_", "-"), error) from error
+
+
+def check_fit() -> None:
+    """Raise PipelineError if DALI and torch are for different versions of CUDA, or torch cannot use the GPU that is here."""
+    check_dali()
+    if why := unusable_gpu():
+        raise PipelineError(why)
+
+
+@contextmanager
+def written_records() -> Iterator[tuple[Dataset, Array]]:
+    """A data set of sequences and graphs for the time of the block, and the values of both, (RECORDS, STEPS, FEATURES)."""
+    import dali_pipeline as dp
+
+    field = dp.Field(dtype="float16", shape=(FEATURES,))
+    values = np.random.default_rng(0).standard_normal((RECORDS, STEPS, FEATURES), np.float32).astype(np.float16)
+    edges, nodes = np.array([[0, 1], [1, 2]]), np.array([STEPS])
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch) / "set"
+        with dp.ShardWriter(root, dp.Schema(sequence=field, x=field), split=dp.Split.parse("100/0/0")) as writer:
+            for number, rows in enumerate(values):
+                graphs = dp.Graphs(x=rows, edge_index=edges, edge_attr=None, node_counts=nodes, edge_counts=nodes - 1)
+                writer.write({"id": number, "label": number % 2, "sequence": rows, "graphs": graphs})
+        yield dp.open_dataset(root), values
+
+
+def check_loaders(data: Dataset, values: Array) -> str:
+    """A sentence on what agreed; raises PipelineError where an engine, or the graph loader, gives anything else."""
+    import torch
+
+    import dali_pipeline as dp
+    from dali_pipeline.loaders.loader import Loader
+
+    loaders: dict[str, Loader[Any]] = {
+        "SequenceLoader with engine='torch'": dp.SequenceLoader(data, batch_size=RECORDS, engine="torch"),
+        "SequenceLoader with engine='dali'": dp.SequenceLoader(data, batch_size=RECORDS),
+        "GraphLoader": dp.GraphLoader(data, batch_size=RECORDS),
+    }
+    for name, loader in loaders.items():
+        with _one_sentence(f"{name} on {loader.device}"):
+            batch = next(iter(loader))
+            found = batch.graphs.x if isinstance(batch, dp.GraphBatch) else batch.sequences
+            expected = torch.from_numpy(values[[int(id_) for id_ in batch.ids]]).float().reshape(found.shape)
+            same = torch.equal(found.cpu(), expected)
+        if not same:
+            raise PipelineError(f"{name} on {found.device} does not give what was written; expected the same {RECORDS} records")
+    where = "a GPU" if torch.cuda.is_available() else "the CPU"
+    return f"serves: both engines and the graph loader gave the same {RECORDS} records on {where}"
+
+
+def check_training(data: Dataset) -> str:
+    """A sentence on what was trained; raises PipelineError if a package of training's cannot be imported, or a step fails."""
+    for name in IMPORTED:
+        _imported(name)
+    from training.build import build_model, make_loader
+    from training.config import TrainConfig
+    from training.processes import Processes
+    from training.step import Stepper
+
+    config = TrainConfig(batch_size=RECORDS)
+    for model in TRIED:
+        loader = make_loader(model, data, config, "train", "auto", workers=0)
+        with _one_sentence(f"a step of {model} on {loader.device}"):
+            detector = build_model(model, data.schema, data.num_classes, config).to(loader.device)
+            stepper = Stepper(detector, config, 4, loader.device, Processes(loader.world))
+            loss = float(stepper.step(next(iter(loader)), 0, RECORDS, None))
+        if not np.isfinite(loss):
+            raise PipelineError(f"a step of {model} on {loader.device} has a loss of {loss}; expected a finite number")
+    where = "a GPU" if loader.device.type == "cuda" else "the CPU"
+    return f"trains: {' and '.join(TRIED)} took a step on {where}, and all that training imports is here"
+
+
+@contextmanager
+def _one_sentence(what: str) -> Iterator[None]:
+    """Turn what libraries raise within the block, if they do not fit each other, into a PipelineError."""
+    try:
+        yield
+    except PipelineError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else ""
+        raise PipelineError(
+            f"{what} fails ({type(error).__name__}: {reason}); expected packages that fit each other"
+        ) from error

@@ -1,0 +1,185 @@
+"""The manifest: what a data set holds, in one JSON file that is written last."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import xxhash
+
+from dali_pipeline.errors import FormatError, UsageError
+from dali_pipeline.format.schema import SPLITS, Schema
+from dali_pipeline.format.shard import Shard, ShardInfo, SoundMap
+from dali_pipeline.storage.cachedfile import Place, RemotePath
+from dali_pipeline.storage.files import Files
+from dali_pipeline.storage.stores import GoneError, NoBucketError
+from dali_pipeline.storage.whole import write_whole
+from dali_pipeline.types import KINDS, Kind
+
+P = TypeVar("P", Path, RemotePath, Place)
+MANIFEST_NAME = "manifest.json"
+FORMAT_NAME = "dali_pipeline"
+FORMAT_VERSION = 1
+
+
+@dataclass(kw_only=True)
+class ShardTable:
+    """The shards of one split and kind, column by column, so that a million of them parse quickly.
+
+    records, bytes (file sizes), blocks: one entry a shard · digests: 32 hex digits a shard, in one string · labels: records
+    of each label · rows: fewest and most rows of a record, by axis (`step`; or `graph`, `node` and `edge`) · ids: sum of the
+    XXH3-64 of all ids modulo 2**64, 16 hex digits; empty where that is not known (written before it was kept).
+    """
+
+    records: list[int] = field(default_factory=list)
+    bytes: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    digests: str = ""
+    labels: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, tuple[int, int]] = field(default_factory=dict)
+    ids: str = ""
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def append(self, info: ShardInfo) -> None:
+        """Adds a shard behind the others."""
+        self._add_ids(f"{info.ids:016x}")
+        self.records.append(info.records)
+        self.bytes.append(info.bytes)
+        self.blocks.append(info.blocks)
+        self.digests += info.digest
+
+    def extend(self, other: ShardTable) -> None:
+        """Adds another table's shards behind these."""
+        if len(other):
+            self._add_ids(other.ids)
+        self.records += other.records
+        self.bytes += other.bytes
+        self.blocks += other.blocks
+        self.digests += other.digests
+        for label, count in other.labels.items():
+            self.labels[label] = self.labels.get(label, 0) + count
+        self._widen(other.rows)
+
+    def _add_ids(self, ids: str) -> None:
+        known = ids and (self.ids or not len(self))
+        self.ids = f"{(int(self.ids or '0', 16) + int(ids, 16)) % 2**64:016x}" if known else ""
+
+    def _widen(self, rows: dict[str, tuple[int, int]]) -> None:
+        for axis, (fewest, most) in rows.items():
+            ours = self.rows.get(axis, (fewest, most))
+            if fewest < ours[0] or most > ours[1] or axis not in self.rows:
+                self.rows[axis] = (min(fewest, ours[0]), max(most, ours[1]))
+
+    def digest(self, shard: int) -> str:
+        """The header digest of one shard."""
+        return self.digests[32 * shard : 32 * shard + 32]
+
+    def open(self, path: Place, shard: int, files: Files, sound: SoundMap | None = None) -> Shard:
+        """One shard, held against what the table says of it."""
+        sound = bytearray(self.blocks[shard]) if sound is None else sound
+        if isinstance(path, RemotePath):
+            path = dataclasses.replace(path, digest=self.digest(shard), nbytes=self.bytes[shard], blocks=self.blocks[shard])
+        return Shard(path, nbytes=self.bytes[shard], digest=self.digest(shard), sound=sound, files=files)
+
+    def count(self, label: int, rows: dict[str, int], times: int = 1) -> None:
+        """Takes the label and row counts of a record, or of so many alike, into `labels` and `rows`."""
+        self.labels[str(label)] = self.labels.get(str(label), 0) + times
+        self._widen({axis: (count, count) for axis, count in rows.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureStatistics:
+    """Mean and standard deviation of every feature of a sequence's rows, over the training split."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything that is known of a data set without opening a shard.
+
+    digest: 32 hex digits over all the rest; the order of every epoch depends on it. source: where the data came from,
+    for people (model, threshold, files left out); it names no path, as a data set may be moved.
+    """
+
+    schema: Schema
+    splits: dict[str, dict[Kind, ShardTable]]
+    statistics: FeatureStatistics | None = None
+    source: dict[str, Any] = field(default_factory=dict)
+    format: str = FORMAT_NAME
+    version: int = FORMAT_VERSION
+    digest: str = ""
+
+    def compute_digest(self) -> str:
+        """XXH3-128 over the canonical JSON of everything but the digest."""
+        return xxhash.xxh3_128_hexdigest(msgspec.json.encode(dataclasses.replace(self, digest=""), order="sorted"))
+
+    def save(self, root: Path) -> Manifest:
+        """Writes `manifest.json` with its digest, whole or not at all, on the disk before this returns; gives it back."""
+        whole = dataclasses.replace(self, digest=self.compute_digest())
+        data = whole.to_bytes()
+        found = self._parse(root / MANIFEST_NAME, data)  # what cannot be read back is never written
+        write_whole(root / MANIFEST_NAME, data)
+        return found
+
+    def to_bytes(self) -> bytes:
+        """The canonical JSON that stands in the file."""
+        return msgspec.json.encode(self, order="sorted") + b"\n"
+
+    @classmethod
+    def load(cls, root: Place) -> Manifest:
+        """Reads and checks `manifest.json`; raises FormatError with the reason where it is none."""
+        path = root / MANIFEST_NAME
+        try:
+            data = path.store.read(path.key) if isinstance(path, RemotePath) else path.read_bytes()
+        except FileNotFoundError:
+            raise FormatError(f"{root} has no {MANIFEST_NAME}: not a data set, or one that was never finished") from None
+        except NoBucketError:
+            raise
+        except GoneError:
+            raise FormatError(f"{root} has no {MANIFEST_NAME}: not a data set, or one that was half uploaded") from None
+        except OSError as error:
+            raise FormatError(f"{path} cannot be read ({error.strerror})") from error
+        return cls._parse(path, data)
+
+    @classmethod
+    def _parse(cls, path: Place, data: bytes) -> Manifest:
+        try:
+            manifest = msgspec.json.decode(data, type=cls)
+        except (msgspec.DecodeError, UsageError, UnicodeDecodeError, RecursionError) as error:
+            raise FormatError(f"{path} is not a {FORMAT_NAME} manifest ({error})") from None
+        if (manifest.format, manifest.version) != (FORMAT_NAME, FORMAT_VERSION):
+            raise FormatError(
+                f"{path} is {manifest.format!r} version {manifest.version}; expected {FORMAT_NAME!r} version {FORMAT_VERSION}"
+            )
+        # of the bytes as they stand: a field that a later version adds changes nothing
+        head = b'{"digest":"%s"' % manifest.digest.encode()
+        found = xxhash.xxh3_128_hexdigest(b'{"digest":""' + data[len(head) : -1])
+        if found != manifest.digest or not (data.startswith(head) and data.endswith(b"\n")):
+            raise FormatError(f"{path} does not have the digest that it names: edited or damaged; restore it or convert again")
+        for split, tables in manifest.splits.items():
+            for kind, table in tables.items():
+                if not len(table.records) == len(table.bytes) == len(table.blocks) == len(table.digests) / 32:
+                    raise FormatError(f"{path}, {split}/{kind}: columns of unequal length")
+                if not re.fullmatch("([0-9a-f]{16})?", table.ids):
+                    raise FormatError(f"{path}, {split}/{kind}: ids are {table.ids!r}; expected 16 hex digits")
+                if (labels := sum(table.labels.values())) != (records := sum(table.records)):
+                    raise FormatError(f"{path}, {split}/{kind}: {labels} labels for {records} records")
+        return manifest
+
+
+def shard_path(root: P, split: str, kind: Kind, shard: int) -> P:
+    """`train/sequences-00000.safetensors` and so on."""
+    return root / split / f"{kind}-{shard:05d}.safetensors"
+
+
+def empty_splits(kinds: tuple[Kind, ...] = KINDS) -> dict[str, dict[Kind, ShardTable]]:
+    """Tables without a shard for every split and kind."""
+    return {split: {kind: ShardTable() for kind in kinds} for split in SPLITS}

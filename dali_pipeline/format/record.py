@@ -1,0 +1,273 @@
+"""One record: its sequence, its graphs, and what is checked before they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from dataclasses import field as dataclass_field
+from typing import Any
+
+import numpy as np
+
+from dali_pipeline.errors import DataError, UsageError
+from dali_pipeline.format.encoding import BFLOAT16, encode
+from dali_pipeline.format.schema import LEVELS, Field, Schema, a_or_an, level_of
+from dali_pipeline.runtime.checks import shown
+from dali_pipeline.types import Array
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Graphs:
+    """The graphs of one record, flat: what PyG would call a batch, without its offsets.
+
+    x: (N, F) nodes of all graphs, one graph after the other · edge_index: (2, E) integer, local to each graph ·
+    edge_attr: (E,) or (E, D), or None · node_counts, edge_counts: (G,) integers that sum to N and E · fields: further arrays,
+    by the schema's names (`node.pos`), with N, E or G rows.
+    """
+
+    x: Array
+    edge_index: Array
+    edge_attr: Array | None
+    node_counts: Array
+    edge_counts: Array
+    fields: Mapping[str, Array] = dataclass_field(default_factory=dict)
+
+    @classmethod
+    def stack(cls, graphs: Iterable[Any], fields: Iterable[str] = ()) -> Graphs:
+        """From graphs one by one: anything with `x`, `edge_index` and perhaps `edge_attr` (PyG `Data`, for one).
+
+        fields: names such as `node.pos`, of which each graph has the attribute `pos`; one of `graph.` may lack its first axis.
+        """
+        try:
+            names: list[Any] = [] if isinstance(fields, str) else list(fields)
+        except (TypeError, RuntimeError):  # of a tensor without values, RuntimeError
+            names = [None]
+        if isinstance(fields, str) or not all(isinstance(name, str) and level_of(name) in LEVELS for name in names):
+            raise UsageError(f"fields are {shown(fields)}; expected names such as node.pos")
+        try:
+            parts = list(graphs)
+        except (TypeError, RuntimeError):  # of a tensor without values, RuntimeError
+            raise DataError(f"a record's graphs are {shown(graphs)}; expected Graphs, or a list of graphs") from None
+        if not parts:
+            raise DataError("a record has no graphs; expected at least one")
+        xs = [as_array("x", getattr(part, "x", None)) for part in parts]
+        edges = [as_array("edge_index", getattr(part, "edge_index", None)) for part in parts]
+        for edge_index in edges:
+            if edge_index.ndim != 2 or edge_index.shape[0] != 2:
+                raise DataError(f"edge_index has shape {edge_index.shape}; expected (2, edges)")
+        shapes = sorted({x.shape[1:] for x in xs})
+        if len(shapes) > 1 or xs[0].ndim == 0:
+            raise DataError(f"a record's graphs have nodes of shapes {shapes}; expected rows of one shape")
+        attrs = [getattr(part, "edge_attr", None) for part in parts]
+        present = [as_array("edge_attr", attr) for attr in attrs if attr is not None]
+        if present and (len(present) != len(parts) or len({attr.shape[1:] for attr in present}) > 1 or not present[0].ndim):
+            raise DataError(
+                f"{len(present)} of a record's {len(parts)} graphs have edge_attr; expected all or none, of one width"
+            )
+        rows = {"node": [len(x) for x in xs], "edge": [edge.shape[1] for edge in edges], "graph": [1] * len(parts)}
+        return cls(
+            x=np.concatenate(xs),
+            edge_index=np.concatenate(edges, axis=1),
+            edge_attr=_joined("edge_attr", parts, rows["edge"]) if present else None,
+            node_counts=np.array(rows["node"], dtype=np.int64),
+            edge_counts=np.array(rows["edge"], dtype=np.int64),
+            fields={name: _joined(name, parts, rows[level_of(name)]) for name in names},
+        )
+
+    def select(self, layers: Sequence[int]) -> Graphs:
+        """The graphs of these numbers, in this order."""
+        nodes, edges = np.cumsum([0, *self.node_counts]), np.cumsum([0, *self.edge_counts])
+        node_rows = np.concatenate([np.arange(nodes[at], nodes[at + 1]) for at in layers])
+        edge_rows = np.concatenate([np.arange(edges[at], edges[at + 1]) for at in layers])
+        rows = {"node": node_rows, "edge": edge_rows, "graph": np.array(layers)}
+        return Graphs(
+            x=self.x[node_rows],
+            edge_index=self.edge_index[:, edge_rows],
+            edge_attr=None if self.edge_attr is None else self.edge_attr[edge_rows],
+            node_counts=self.node_counts[list(layers)],
+            edge_counts=self.edge_counts[list(layers)],
+            fields={name: array[rows[level_of(name)]] for name, array in self.fields.items()},
+        )
+
+
+def _joined(name: str, graphs: list[Any], counts: Sequence[int]) -> Array:
+    """One attribute of all graphs, which has so many rows in each."""
+    level, attribute = level_of(name), name.rpartition(".")[2]
+    parts = [as_array(name, getattr(graph, attribute, None)) for graph in graphs]
+    if level == "graph":  # (1, *row), as PyG has it, or (*row,)
+        parts = [part if part.ndim and len(part) == 1 else part[None] for part in parts]
+    if len({part.shape[1:] for part in parts}) > 1 or not all(part.ndim for part in parts):
+        raise DataError(f"{name} has rows of different shapes in a record's graphs; expected rows of one shape")
+    for graph, (part, count) in enumerate(zip(parts, counts, strict=True)):
+        if len(part) != count:
+            raise DataError(f"graph {graph}, {name}: {len(part)} rows; expected {count}, one {a_or_an(level)}")
+    return np.concatenate(parts)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Record:
+    """One example: an id, a class label, and a sequence (T, F), graphs, or both.
+
+    group: what must not be torn apart by a split (a question id); the id itself where it is None.
+    graphs: a `Graphs`, or a list of objects with `x`, `edge_index`, `edge_attr`.
+    """
+
+    id: str
+    label: int
+    group: str | None = None
+    sequence: Any = None
+    graphs: Any = None
+
+    def __post_init__(self) -> None:
+        for name in ("id", "group"):
+            value = getattr(self, name)
+            if isinstance(value, int | np.integer) and not isinstance(value, bool):
+                object.__setattr__(self, name, str(value))  # question ids are often numbers
+            elif not isinstance(value, str) and (name == "id" or value is not None):
+                raise DataError(f"record {self.id!r} has the {name} {value!r}; expected a text or a whole number")
+
+    @classmethod
+    def of(cls, value: Record | Mapping[str, Any]) -> Record:
+        """A record from itself or from a mapping with the same names."""
+        if isinstance(value, Record):
+            return value
+        try:
+            return cls(**value)
+        except (TypeError, RuntimeError) as error:
+            fields = f"has the fields {shown(sorted(map(str, value)))}" if isinstance(value, Mapping) else f"is {shown(value)}"
+            raise DataError(f"a record {fields}; expected id, label, group, sequence, graphs") from error
+
+    def stored(self, schema: Schema) -> Record:
+        """The same record, checked and in the schema's types; raises DataError where it does not fit."""
+        sequence, graphs = self.sequence, self.graphs
+        if sequence is not None and schema.sequence is not None:
+            sequence = sequence_rows(self, schema.sequence)
+        if graphs is not None and schema.x is not None:
+            graphs = graph_rows(self, schema)
+        return replace(self, sequence=sequence, graphs=graphs)
+
+
+def sequence_rows(record: Record, field: Field) -> Array:
+    """The record's sequence in the schema's type, (T, *shape), T >= 1; raises DataError where it does not fit."""
+    return _rows(record, "sequence", record.sequence, field)
+
+
+def graph_rows(record: Record, schema: Schema) -> Graphs:
+    """The record's graphs in the schema's types, checked: every edge between nodes of its own graph, no empty graph."""
+    assert schema.x is not None
+    where = f"record {record.id!r}"
+    try:
+        graphs = record.graphs if isinstance(record.graphs, Graphs) else Graphs.stack(record.graphs, schema.named)
+        edge_index, nodes, edges = (
+            as_array(name, getattr(graphs, name)) for name in ("edge_index", "node_counts", "edge_counts")
+        )
+        given = _given_edge_attr(graphs, schema)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    x = _rows(record, "x", graphs.x, schema.x)
+    if nodes.dtype.kind not in "iu" or edges.dtype.kind not in "iu":
+        raise DataError(f"{where}: node_counts are {nodes.dtype}, edge_counts {edges.dtype}; expected integers")
+    nodes, edges = nodes.astype(np.int64), edges.astype(np.int64)
+    if nodes.ndim != 1 or nodes.shape != edges.shape or nodes.sum() != len(x) or (edges < 0).any():
+        raise DataError(f"{where}: node_counts and edge_counts do not describe {len(x)} nodes; expected one of each a graph")
+    if (nodes < 1).any():
+        raise DataError(f"{where}, graph {int(np.argmax(nodes < 1))} has no nodes; expected at least one")
+    _check_edges(where, edge_index, nodes, edges)
+    attr = None
+    if schema.edge_attr is not None:
+        if given.ndim == 2 and given.shape[1] == 1 and schema.edge_attr.shape == ():
+            given = given[:, 0]
+        if len(given) != edge_index.shape[1]:
+            raise DataError(f"{where}: {len(given)} rows of edge_attr for {edge_index.shape[1]} edges; expected one an edge")
+        attr = _cast(where, "edge_attr", given, schema.edge_attr)
+    sizes = {"node": len(x), "edge": edge_index.shape[1], "graph": len(nodes)}
+    fields = {name: _further(where, name, graphs.fields, field, sizes) for name, field in schema.named.items()}
+    return Graphs(x=x, edge_index=edge_index, edge_attr=attr, node_counts=nodes, edge_counts=edges, fields=fields)
+
+
+def _given_edge_attr(graphs: Graphs, schema: Schema) -> Array:
+    """What stands for edge_attr: no row where there is none."""
+    if graphs.edge_attr is None:
+        return np.zeros((0, *(schema.edge_attr.shape if schema.edge_attr else ())))
+    given = as_array("edge_attr", graphs.edge_attr)
+    if not given.ndim:
+        raise DataError("edge_attr is a single number; expected one row an edge")
+    return given
+
+
+def _check_edges(where: str, edge_index: Array, nodes: Array, edges: Array) -> None:
+    """Raise DataError for an edge that leaves its graph. nodes, edges: (G,) how many each has."""
+    if edge_index.shape != (2, edges.sum()) or (edge_index.size and edge_index.dtype.kind not in "iu"):
+        raise DataError(f"{where}, edge_index is {edge_index.dtype} {edge_index.shape}; expected integers (2, {edges.sum()})")
+    limit = np.repeat(nodes, edges)  # (E,)
+    wrong = ((edge_index < 0) | (edge_index >= limit)).any(axis=0)
+    if wrong.any():
+        edge = int(np.argmax(wrong))
+        graph = int(np.searchsorted(np.cumsum(edges), edge, side="right"))
+        raise DataError(
+            f"{where}, graph {graph}: edge {tuple(int(node) for node in edge_index[:, edge])} leaves the graph's "
+            f"{nodes[graph]} nodes; expected indices 0 to {nodes[graph] - 1}"
+        )
+
+
+def _further(where: str, name: str, fields: Mapping[str, Array], field: Field, sizes: Mapping[str, int]) -> Array:
+    """A named field's rows in the schema's type, as many as there are of its level."""
+    level, rows = level_of(name), _array(where, name, fields.get(name) if isinstance(fields, Mapping) else fields)
+    if rows.ndim == 0 or len(rows) != sizes[level]:
+        raise DataError(f"{where}, {name} has shape {rows.shape}; expected {sizes[level]} rows, one {a_or_an(level)}")
+    return _cast(where, name, rows, field)
+
+
+def as_array(name: str, value: Any) -> Array:
+    """An array of real numbers, float32 for a bfloat16 tensor; raises DataError, naming the field, for ragged lists, texts,
+    masked values …"""
+    if count := masked_values(value):
+        raise DataError(f"{name} has {count} masked values, and a data set holds no masks; expected them filled or left out")
+    try:
+        array = np.asarray(value.float() if str(getattr(value, "dtype", "")) == "torch.bfloat16" else value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{name} cannot be taken as a NumPy array ({str(error).splitlines()[0]})") from None
+    if array.dtype.kind not in "fiub":
+        raise DataError(f"{name} is {array.dtype}; expected real numbers")
+    return array
+
+
+def masked_values(value: Any) -> int:
+    """Number of values that a masked NumPy array, or a list of some, hides; `np.asarray` would give what lies beneath."""
+    if isinstance(value, np.ma.MaskedArray):
+        return int(np.ma.getmaskarray(value).sum())
+    return sum(map(masked_values, value)) if isinstance(value, list | tuple) else 0
+
+
+def _array(where: str, name: str, value: Any) -> Array:
+    """`as_array`, its errors naming the record."""
+    try:
+        return as_array(name, value)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+
+
+def _rows(record: Record, name: str, value: Any, field: Field) -> Array:
+    rows = _array(f"record {record.id!r}", name, value)
+    if rows.ndim == 0 or len(rows) == 0:
+        raise DataError(f"record {record.id!r}, {name} has shape {rows.shape}; expected at least one row")
+    return _cast(f"record {record.id!r}", name, rows, field)
+
+
+def _cast(where: str, name: str, rows: Array, field: Field) -> Array:
+    """`rows` in the field's stored type; a value the type cannot hold is an error, never an infinity or a wrapped number."""
+    if rows.shape[1:] != field.shape:
+        raise DataError(f"{where}, {name} has rows of shape {rows.shape[1:]}; expected {field.shape} as in the schema")
+    if field.layout and len(rows) != field.layout.steps:
+        raise DataError(f"{where}, {name} has {len(rows)} steps; expected {field.layout.steps}, as rows are stored by layer")
+    if rows.dtype == field.storage and field.dtype != BFLOAT16 and not field.scales:
+        return rows
+    if field.scales and len(field.scales) not in (1, len(rows)):
+        raise DataError(f"{where}, {name} has {len(rows)} steps; expected {len(field.scales)}, one for each row of the scale")
+    stored, lost = encode(rows, field.dtype, field.scale_rows)
+    if lost:
+        raise DataError(
+            f"{where}, {name} holds {rows.dtype} values that {field.dtype}{' with its scale' if field.scales else ''} cannot; "
+            "expected a wider dtype in the schema"
+        )
+    return stored

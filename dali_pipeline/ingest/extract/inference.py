@@ -1,0 +1,213 @@
+"""Inference: the schema of a source, the numbers of its layers, and how much will be written, from its first records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from dali_pipeline.dataset.dataset import Dataset
+from dali_pipeline.errors import DataError, FormatError, UsageError
+from dali_pipeline.format.encoding import BFLOAT16
+from dali_pipeline.format.layers import Layers, select, to_positions
+from dali_pipeline.format.layout import ByLayer
+from dali_pipeline.format.record import Graphs
+from dali_pipeline.format.schema import Field, Schema, level_of
+from dali_pipeline.ingest.config import FIELDS, ConvertConfig
+from dali_pipeline.ingest.foreign import Block
+from dali_pipeline.ingest.names import FileNames
+from dali_pipeline.ingest.own import OWN, opened
+from dali_pipeline.ingest.readers.traces import TRACES
+from dali_pipeline.ingest.sources import Source
+from dali_pipeline.types import Array, Kind
+
+MEASURED_RECORDS, MEASURED_BYTES, NAME_BYTES = 64, 8 << 20, 40  # by which the space that is needed is estimated
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerChoice:
+    """The layers of each record that are kept. numbers: of each step and each graph of a record, where layers have numbers."""
+
+    layers: Layers
+    numbers: dict[Kind, list[int]]
+
+    def of(self, kind: Kind, count: int) -> list[int]:
+        """Return where they stand among the `count` steps or graphs of a record. Raises DataError for layers not there."""
+        numbers = self.numbers.get(kind)
+        if numbers is None or len(numbers) != count:
+            return select(self.layers, count)
+        return to_positions(self.layers, numbers)
+
+    @property
+    def kept_numbers(self) -> dict[str, list[int]]:
+        """The numbers of the layers that are kept, as a manifest's source names them."""
+        names: dict[Kind, str] = {"sequences": "layers", "graphs": "graph_layers"}
+        return {
+            names[kind]: [numbers[at] for at in to_positions(self.layers, numbers)] for kind, numbers in self.numbers.items()
+        }
+
+
+def infer_schema(
+    source: Source, found: Sequence[FileNames], config: ConvertConfig, told: list[str]
+) -> tuple[Schema, LayerChoice]:
+    """From the first sequence, and the first record whose graphs have edges; the writer checks that all others agree.
+
+    A data set of ours keeps its own, but for what the settings ask.
+    """
+    if source.reader is OWN:
+        return _own_schema(opened(source.root), config)
+    sequence, graphs = _first_records(source, found, config)
+    if sequence is None and graphs is None:
+        raise DataError(f"{source.root} holds no records that can be taken in; expected at least one")
+    counts = {
+        "sequences": 0 if sequence is None else len(sequence.rows),
+        "graphs": 0 if graphs is None else len(graphs.graphs.node_counts),
+    }
+    choice = LayerChoice(layers=config.layers, numbers=_layer_numbers(source, counts, told))
+    fields: dict[str, Field] = {}
+    if sequence is not None:
+        rows = sequence.rows
+        dtype = BFLOAT16 if "sequence" in sequence.bfloat16 else rows.dtype.name
+        steps = len(choice.of("sequences", len(rows))) if config.by_layer else 0
+        fields["sequence"] = _field(sequence.path, "sequence", dtype, rows.shape[1:], config, steps)
+    if graphs is not None:
+        arrays = {"x": graphs.graphs.x, "edge_attr": graphs.graphs.edge_attr, **graphs.graphs.fields}
+        for name, array in arrays.items():
+            if array is not None:
+                dtype = BFLOAT16 if name in graphs.bfloat16 else array.dtype.name
+                fields[name] = _field(graphs.path, name, dtype, array.shape[1:], config)
+    own = {name: fields.pop(name, None) for name in FIELDS}
+    return Schema(**own, fields=fields or msgspec.UNSET), choice
+
+
+class _FirstSequence(NamedTuple):
+    """A sequence, the file that it is in, and the names of its arrays that are bfloat16 there."""
+
+    path: Path
+    rows: Array
+    bfloat16: tuple[str, ...]
+
+
+class _FirstGraphs(NamedTuple):
+    """Graphs, likewise."""
+
+    path: Path
+    graphs: Graphs
+    bfloat16: tuple[str, ...]
+
+
+def _first_records(
+    source: Source, found: Sequence[FileNames], config: ConvertConfig
+) -> tuple[_FirstSequence | None, _FirstGraphs | None]:
+    """The first sequence, and the first graphs that have edges, or the first ones where none has."""
+    sequence: _FirstSequence | None = None
+    graphs: _FirstGraphs | None = None
+    for number, names in enumerate(found):
+        missing = {"sequences": sequence is None, "graphs": graphs is None or not graphs.graphs.edge_index.size}
+        if not len(names.labels) or not any(missing[kind] for kind in names.kinds):
+            continue
+        path = source.files[number]
+        try:
+            for values in source.open(number).values():
+                rows, first = (values.sequences[0], None) if isinstance(values, Block) else values[:2]
+                if rows is not None and sequence is None:
+                    sequence = _FirstSequence(path, rows, values.bfloat16)
+                if first is not None and (graphs is None or first.edge_index.size):
+                    graphs = _FirstGraphs(path, first, values.bfloat16)
+                if first is None or first.edge_index.size:
+                    break
+        except (FormatError, DataError):
+            if not config.skip_bad:
+                raise
+    return sequence, graphs
+
+
+def _own_schema(data: Dataset, config: ConvertConfig) -> tuple[Schema, LayerChoice]:
+    """The schema of a data set of ours, in the types that are asked for."""
+    numbers = {kind: found for kind in data.schema.kinds if (found := data.layer_numbers(kind)) is not None}
+    choice = LayerChoice(layers=config.layers, numbers=numbers)
+    retyped = {
+        name: field if name not in config.dtypes else Field(dtype=config.dtypes[name], shape=field.shape)
+        for name, field in data.schema.of_graphs.items()
+    }
+    sequence = data.schema.sequence
+    if sequence is not None:
+        lengths = [table.rows["step"] for split in data.splits if len(table := data.table(split, "sequences"))]
+        steps = max((most for _, most in lengths), default=0)
+        kept = len(choice.of("sequences", steps)) if steps else 0
+        scale = sequence.scales
+        if scale is not None and len(scale) > 1:
+            scale = tuple(scale[at] for at in choice.of("sequences", len(scale)))
+        by_layer = bool(sequence.layout) if config.by_layer is None else config.by_layer
+        dtype = config.dtypes.get("sequence", sequence.dtype)
+        plain = Field(dtype=dtype, shape=sequence.shape)
+        sequence = Field(
+            dtype=dtype,
+            shape=sequence.shape,
+            scale=scale if scale is not None and "sequence" not in config.dtypes else msgspec.UNSET,
+            by_layer=ByLayer.of(kept, plain.row_bytes) if by_layer and kept else msgspec.UNSET,
+        )
+    own = {name: retyped.pop(name, None) for name in FIELDS[1:]}
+    return Schema(sequence=sequence, **own, fields=retyped or msgspec.UNSET), choice
+
+
+def _layer_numbers(source: Source, counts: dict[str, int], told: list[str]) -> dict[Kind, list[int]]:
+    """Number of each step of a sequence and of each graph, where they are layers of a language model, as far as one can tell.
+
+    Traces have a hidden state for the embeddings, 0, and one per block, or those of the blocks alone; graphs are of blocks.
+    Other sources are taken to be so where a record has one step more than graphs.
+    """
+    steps, graphs = counts["sequences"], counts["graphs"]
+    traces = source.reader.what == TRACES
+    if not graphs or steps - graphs not in ((0, 1) if traces else (1,)):
+        return {}
+    if not traces:
+        told.append(f"records have {steps} steps and {graphs} graphs: taken as layers 0 to {graphs}, and 1 to {graphs}")
+    return {"sequences": list(range(graphs + 1 - steps, graphs + 1)), "graphs": list(range(1, graphs + 1))}
+
+
+def written_bytes(source: Source, found: Sequence[FileNames], schema: Schema, choice: LayerChoice) -> int:
+    """About the bytes that will be written: of each kind's files by the first records of the first one; of a store's as many as
+    are read, since opening one means fetching it."""
+    total = 0.0
+    for kind in schema.kinds:
+        files = [number for number, names in enumerate(found) if len(names.labels) and kind in names.kinds]
+        share = 1.0
+        with suppress(FormatError, DataError):  # whoever reads it says so
+            share = _share(source, files[0], schema, choice, kind) if files and source.remote is None else 1.0
+        total += share * sum(max(0, source.sizes[number]) for number in files)
+    return int(total)
+
+
+def _share(source: Source, number: int, schema: Schema, choice: LayerChoice, kind: Kind) -> float:
+    """Bytes written for each byte of a file."""
+    file, records, written = source.open(number), 0, 0
+    for values in file.values():
+        stacked = isinstance(values, Block)
+        many = len(values.sequences) if isinstance(values, Block) else 1
+        sequence = values.sequences[0] if isinstance(values, Block) else values.sequence
+        graphs = None if stacked or isinstance(values, Block) else values.graphs
+        if kind == "sequences" and sequence is not None and schema.sequence is not None:
+            written += many * (len(choice.of(kind, len(sequence))) * schema.sequence.row_bytes + NAME_BYTES)
+        if kind == "graphs" and graphs is not None:
+            kept = graphs if choice.layers is None else graphs.select(choice.of(kind, len(graphs.node_counts)))
+            rows = {"node": len(kept.x), "edge": kept.edge_index.shape[1], "graph": len(kept.node_counts)}
+            written += sum(field.row_bytes * rows[level_of(name)] for name, field in schema.of_graphs.items())
+            written += 4 * rows["edge"] + 16 * rows["graph"] + NAME_BYTES
+        records += many
+        if records >= MEASURED_RECORDS or written >= MEASURED_BYTES:
+            break
+    return written / max(1, records) * len(file) / max(1, source.sizes[number])
+
+
+def _field(path: Path, name: str, dtype: str, shape: tuple[int, ...], config: ConvertConfig, steps: int = 0) -> Field:
+    """A field as stored. steps: of each record that is stored layer by layer; 0 for none."""
+    try:
+        field = Field(dtype=config.dtypes.get(name, dtype), shape=shape)
+        return replace(field, by_layer=ByLayer.of(steps, field.row_bytes)) if steps else field
+    except UsageError as error:
+        raise FormatError(f"{path}: {error}") from None

@@ -1,0 +1,173 @@
+"""Tracer: a causal Hugging Face model that gives records for batches of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dali_pipeline.errors import DataError, UsageError
+from dali_pipeline.format.record import Graphs, Record
+from dali_pipeline.format.schema import Schema
+from dali_pipeline.ingest.extract.anatomy import call, examine
+from dali_pipeline.ingest.extract.prompts import Prompt
+from dali_pipeline.ingest.readers.attention import attention_edges
+from dali_pipeline.loaders.delivery import resolve_device
+from dali_pipeline.runtime.world import World
+from dali_pipeline.writing.split import Split
+from dali_pipeline.writing.writer import SHARD_BYTES
+
+STRETCH_BYTES = 1 << 30  # of records in memory
+
+
+Tokens = tuple[Prompt, list[int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """What to take out of the model.
+
+    layers, graph_layers: numbers of hidden states, 0 for the embeddings, l for the output of block l; None for every block, and
+    for graphs every one that has attention; () for no graphs. A graph of layer l has the hidden states l as nodes and the
+    attention of block l as edges, where its mean over heads is above `attention_threshold`. truncate: cut prompts with more
+    tokens than the model has positions, at their begin, as it is the end that is read. batch_tokens: padded tokens a forward
+    pass. commit_every: prompts after which work is final and a restart goes on.
+    """
+
+    layers: tuple[int, ...] | None = None
+    graph_layers: tuple[int, ...] | None = None
+    truncate: bool = False
+    attention_threshold: float = 0.01
+    dtype: str = "float16"
+    batch_tokens: int = 1024
+    commit_every: int = 512
+    shard_bytes: int = SHARD_BYTES
+    split: Split = field(default_factory=Split)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float16", "float32"):
+            raise UsageError(f"dtype is {self.dtype!r}; expected 'float16' or 'float32'")
+        if self.batch_tokens < 1 or self.commit_every < 1:
+            raise UsageError("batch tokens and prompts a commit must be at least 1")
+        if not 0 <= self.attention_threshold < 1:
+            raise UsageError(f"attention threshold is {self.attention_threshold}; expected 0 or more and less than 1")
+
+
+@lru_cache(maxsize=1)
+def load_tokenizer(model_name: str) -> Any:
+    """The model's; raises what transformers does."""
+    return AutoTokenizer.from_pretrained(model_name)
+
+
+@lru_cache(maxsize=1)
+def load_model(model_name: str, device: str) -> tuple[Any, Any, torch.device]:
+    """Tokenizer, model without its language-model head, and where it is."""
+    found = resolve_device(device, World())
+    try:
+        dtype = torch.float32 if found.type == "cpu" else "auto"
+        model = AutoModelForCausalLM.from_pretrained(model_name, attn_implementation="eager", dtype=dtype)
+        return load_tokenizer(model_name), model.base_model.to(found).eval(), found
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UsageError(f"{model_name} cannot be loaded on {device} as a causal model ({first_line(error)})") from error
+
+
+class Tracer:
+    """A model that gives records for batches of prompts."""
+
+    def __init__(self, model_name: str, schema: Schema, config: ExtractConfig, device: str) -> None:
+        self.config, self.schema = config, schema
+        self._tokenizer, self._model, self.device = load_model(model_name, device)
+        self._attention = examine(self._model, self.device).attention if config.graph_layers else {}
+        self._limit = positions_of(self._model.config) if config.truncate else None
+
+    def stretches(self, prompts: Sequence[Prompt]) -> Iterator[list[Tokens]]:
+        """Prompts with their tokens, cut where their records come to STRETCH_BYTES."""
+        assert self.schema.sequence is not None
+        assert self.config.layers is not None
+        layers, graph_layers = len(self.config.layers), len(self.config.graph_layers or ())
+        tokens = tokens_of(self._tokenizer, prompts, self._limit)
+        nbytes = [self.schema.sequence.row_bytes * (layers + graph_layers * len(each)) for each in tokens]
+        begin = 0
+        while begin < len(prompts):
+            count = max(1, int(np.searchsorted(np.cumsum(nbytes[begin:]), STRETCH_BYTES, side="right")))
+            yield list(zip(prompts[begin : begin + count], tokens[begin : begin + count], strict=True))
+            begin += count
+
+    def batches(self, stretch: Sequence[Tokens]) -> Iterator[list[Tokens]]:
+        """The stretch sorted by length, as many prompts a batch as `batch_tokens` holds with padding."""
+        by_length = sorted(stretch, key=lambda pair: len(pair[1]))
+        batch: list[Tokens] = []
+        for pair in by_length:
+            if not pair[1]:
+                raise DataError(f"prompt {pair[0].id!r} has no tokens")
+            if batch and (len(batch) + 1) * len(pair[1]) > self.config.batch_tokens:
+                yield batch
+                batch = []
+            batch.append(pair)
+        if batch:
+            yield batch
+
+    @torch.inference_mode()
+    def records(self, batch: Sequence[Tokens]) -> Iterator[Record]:
+        """One forward pass. Padding stands on the right, where a causal model's real tokens never look."""
+        lengths = torch.tensor([len(tokens) for _, tokens in batch])
+        width = int(lengths.max())
+        mask = torch.arange(width) < lengths[:, None]
+        input_ids = torch.zeros(len(batch), width, dtype=torch.int64)
+        input_ids[mask] = torch.tensor([token for _, tokens in batch for token in tokens])
+        graph_layers = self.config.graph_layers or ()
+        on_device = input_ids.to(self.device), mask.to(self.device, torch.int64)
+        out = call(self._model, *on_device, attentions=bool(graph_layers))
+        rows, last = torch.arange(len(batch)), lengths - 1
+        assert self.config.layers is not None
+        # sequences: (B, layers, hidden) · nodes: (B, graph layers, width, hidden) · attention: (B, graph layers, width, width)
+        sequences = torch.stack([out.hidden_states[layer][rows, last] for layer in self.config.layers], dim=1).float().cpu()
+        if graph_layers:
+            nodes = torch.stack([out.hidden_states[layer] for layer in graph_layers], dim=1).float().cpu()
+            attention = torch.stack([self._mean_attention(out, layer) for layer in graph_layers], dim=1).cpu()
+        for row, (prompt, tokens) in enumerate(batch):
+            record = Record(id=prompt.id, group=prompt.group, label=prompt.label, sequence=sequences[row].numpy())
+            graphs = _graphs(nodes[row], attention[row], len(tokens), self.config.attention_threshold) if graph_layers else None
+            yield replace(record, graphs=graphs).stored(self.schema)
+
+    def _mean_attention(self, out: Any, layer: int) -> torch.Tensor:
+        """The attention of a block, mean over its heads, (B, width, width)."""
+        mean: torch.Tensor = out.attentions[self._attention[layer]].float().mean(1)
+        return mean
+
+
+def tokens_of(tokenizer: Any, prompts: Sequence[Prompt], limit: int | None = None) -> list[list[int]]:
+    """Return each prompt's tokens; those beyond `limit` are cut at the begin, behind the tokenizer's own special token."""
+    tokenizer.truncation_side = "left"
+    options = {"truncation": limit is not None, "max_length": limit, "verbose": False}
+    found: list[list[int]] = tokenizer([prompt.text for prompt in prompts], **options)["input_ids"]
+    return found
+
+
+def positions_of(model_config: Any) -> int | None:
+    """Return the most tokens that a model has positions for; None where it has no such limit."""
+    found = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def _graphs(nodes: torch.Tensor, attention: torch.Tensor, count: int, threshold: float) -> Graphs:
+    """One record's graphs. nodes: (layers, width, hidden) · attention: (layers, width, width) · count: tokens, <= width."""
+    edge_index, weights, edge_counts = attention_edges(attention[:, :count, :count].numpy(), threshold)
+    return Graphs(
+        x=nodes[:, :count].reshape(-1, nodes.shape[-1]).numpy(),
+        edge_index=edge_index,
+        edge_attr=weights,
+        node_counts=np.full(len(nodes), count),
+        edge_counts=edge_counts,
+    )
+
+
+def first_line(error: Exception) -> str:
+    """Of what a library says."""
+    return str(error).strip().split("\n")[0].rstrip(".")

@@ -1,0 +1,1 @@
+"""One module per format that `convert` reads, and what formats share: zip files, tensors, pickles that are never run."""

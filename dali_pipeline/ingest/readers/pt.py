@@ -1,0 +1,227 @@
+"""Reader of `.pt` folders: `lstm_solo/` with sequences, `gnn/` with PyG graphs, as `torch.save` left them.
+
+Stacked tensors are read row by row; nothing that the pickles name is run, PyG's own classes included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dali_pipeline.errors import FormatError
+from dali_pipeline.format.record import Graphs
+from dali_pipeline.ingest.foreign import (
+    LENGTHS,
+    MASKS,
+    Block,
+    ForeignFile,
+    Reader,
+    Values,
+    as_text,
+    check_counts,
+    edges_of,
+    files_named,
+    real_steps,
+    rows_at_a_time,
+    whole_numbers,
+    without_padding,
+)
+from dali_pipeline.ingest.readers.inert import Bag
+from dali_pipeline.ingest.readers.tensors import BFLOAT16, Tensor, TorchFile
+from dali_pipeline.types import Kind
+
+FOLDERS: dict[str, Kind] = {"lstm_solo": "sequences", "gnn": "graphs"}
+PATTERNS = ("batch_*.pt", "preprocessed_*.pt")
+WEIGHTS = ("edge_attr", "edge_weight")  # what becomes edge_attr, the first one that is there
+STRIDED_BLOCKS = 64
+_STORAGES = ("BaseStorage", "GlobalStorage", "NodeStorage", "EdgeStorage")
+PYG_NAMES = (
+    *(f"torch_geometric.data.data.{name}" for name in ("Data", "DataEdgeAttr", "DataTensorAttr")),
+    *(f"torch_geometric.data.storage.{name}" for name in _STORAGES),
+)
+
+
+def find_files(root: Path, files: list[Path]) -> list[Path]:
+    """The files of both halves, sequences first."""
+    found = []
+    for folder in FOLDERS:
+        found += files_named(root, [path for path in files if path.parent == root / folder], PATTERNS)
+    if root.is_file() and root.suffix == ".pt" and root.parent.name in FOLDERS:
+        found = [root]
+    return found
+
+
+def open_file(path: Path, name: str) -> ForeignFile:
+    """Opens a file as far as names and labels. Raises FormatError for anything but the layout that its half has."""
+    kind = FOLDERS[path.parent.name]
+    file = TorchFile(path, PYG_NAMES if kind == "graphs" else ())
+    content = file.content
+    if isinstance(content, list) and kind == "graphs":  # a flat list of Data, one graph a record, y its label
+        every = [_fields(file, row, data) for row, data in enumerate(content)]
+        labels = [_one_number(file, "y", fields.get("y")) for fields in every]
+        ids = [f"{path.stem}-{row}" for row in range(len(content))]
+        return ForeignFile(
+            path=path,
+            kinds=(kind,),
+            ids=ids,
+            groups=ids,
+            labels=whole_numbers(path, "y", labels),
+            values=_graphs(file, content),
+            not_taken=_attributes_not_taken(every, {"y"}),
+        )
+    if not isinstance(content, dict) or not {kind, "labels", "question_ids"} <= content.keys():
+        has = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        if isinstance(content, Bag):
+            has = "one tensor"
+        raise FormatError(f"{path} holds {has}; expected a dict with {kind}, labels and question_ids")
+    labels_, questions = (_flat_list(file, field, content[field]) for field in ("labels", "question_ids"))
+    values: Any = content[kind] if isinstance(content[kind], list | tuple) else file.tensor(content[kind])
+    check_counts(path, **{kind: len(values), "labels": len(labels_), "question_ids": len(questions)})
+    read: Callable[[], Iterator[Values | Block]]
+    if kind == "sequences":
+        length, mask = (next((name for name in names if name in content), None) for names in (LENGTHS, MASKS))
+        taken = {kind, "labels", "question_ids", length, mask}
+        given = [None if name is None else _numbers(file, name, content[name]) for name in (length, mask)]
+        real, sequences = real_steps(path, len(labels_), *given), _sequences(file, values)
+        read, not_taken = lambda: without_padding(path, sequences(), real), tuple[str, ...]()
+    else:
+        taken, read = {kind, "labels", "question_ids"}, _graphs(file, values)
+        layers = ((row, layer) for row, record in enumerate(values) for layer in _layers_of(record))
+        not_taken = _attributes_not_taken((_fields(file, row, layer) for row, layer in layers), set())
+    return ForeignFile(
+        path=path,
+        kinds=(kind,),
+        ids=None,
+        groups=[as_text(path, "question_ids", one) for one in questions],
+        labels=whole_numbers(path, "labels", labels_),
+        values=read,
+        not_taken=(*sorted(str(name) for name in content.keys() - taken), *not_taken),
+    )
+
+
+PT = Reader(what=" or ".join(f"{name}/{pattern}" for name in FOLDERS for pattern in PATTERNS), find=find_files, open=open_file)
+
+
+def _sequences(file: TorchFile, values: Tensor | Sequence[Any]) -> Callable[[], Iterator[Values | Block]]:
+    def read() -> Iterator[Values | Block]:
+        if not isinstance(values, Tensor):
+            for value in values:
+                tensor = file.tensor(value)
+                yield Values(tensor.read(), None, ("sequence",) if tensor.dtype == BFLOAT16 else ())
+            return
+        narrow = ("sequence",) if values.dtype == BFLOAT16 else ()
+        step = rows_at_a_time(math.prod(values.shape[1:]) * values.itemsize)
+        if not values.rows(0, min(step, len(values))).dense:  # rows that lie apart: more of them at a time are longer reads
+            step *= STRIDED_BLOCKS
+        for begin in range(0, len(values), step):
+            yield Block(values.rows(begin, min(begin + step, len(values))).read(), narrow)
+
+    return read
+
+
+def _graphs(file: TorchFile, values: Any) -> Callable[[], Iterator[Values]]:
+    def read() -> Iterator[Values]:
+        for row, record in enumerate(values):
+            layers = [_fields(file, row, layer) for layer in _layers_of(record)]
+            if not layers:
+                raise FormatError(f"{file.path}, record {row}: no graphs; expected a list of PyG Data, one a layer")
+            with_attr = any(_has_attr(file, layer) for layer in layers)
+            parts = [_Layer(file, layer, with_attr) for layer in layers]
+            narrow = [name for name in ("x", "edge_attr") if all(name in part.bfloat16 for part in parts)]
+            yield Values(None, Graphs.stack(parts), tuple(narrow))
+
+    return read
+
+
+def _layers_of(record: Any) -> Sequence[Any]:
+    """The graphs of one record: a list of them, or one alone."""
+    return record if isinstance(record, list | tuple) else [record]
+
+
+def _attributes_not_taken(every: Iterable[dict[str, Any]], taken: set[str]) -> tuple[str, ...]:
+    """Names of the attributes of PyG `Data` that are left there; of two that say the same thing, the second one."""
+    left: set[str] = set()
+    for fields in every:
+        has = {name for name, value in fields.items() if value is not None}
+        used = {"x", "edge_index" if "edge_index" in has else "adj", next((name for name in WEIGHTS if name in has), "")}
+        left |= has - used - taken - {"num_nodes"}
+    return tuple(sorted(left))
+
+
+def _fields(file: TorchFile, row: int, data: Any) -> dict[str, Any]:
+    """The attributes of a pickled `Data`: in its store since PyG 2.0, in the object itself before."""
+    state = data.state if isinstance(data, Bag) and data.path == PYG_NAMES[0] else None
+    store = state.get("_store") if isinstance(state, dict) else None
+    fields = (store.state or {}).get("_mapping") if isinstance(store, Bag) and isinstance(store.state, dict) else state
+    if not isinstance(fields, dict) or fields.get("x") is None:
+        raise FormatError(f"{file.path}, record {row}: expected a list of PyG Data with x, one a layer")
+    return fields
+
+
+class _Layer:
+    """One `Data` as arrays. edge_attr (e, 1) becomes (e,), and a graph without edges needs none; `edge_weight` stands for it if
+    there is none, and so do the values of a dense `adj` of real numbers. bfloat16: as in `Values`."""
+
+    def __init__(self, file: TorchFile, fields: dict[str, Any], with_attr: bool) -> None:
+        x = file.tensor(fields["x"])
+        self.x, self.edge_attr, self.bfloat16 = x.read(), None, {"x"} if x.dtype == BFLOAT16 else set()
+        attr = next((file.tensor(fields[name]) for name in WEIGHTS if fields.get(name) is not None), None)
+        self.edge_index, values = np.zeros((2, 0), np.int64), None
+        if fields.get("edge_index") is not None:
+            self.edge_index = file.tensor(fields["edge_index"]).read()
+        elif fields.get("adj") is not None:
+            adjacency = file.tensor(fields["adj"])
+            self.edge_index, values = edges_of(file.path, adjacency.read(), len(self.x))
+            values = None if attr is not None or values is None else values
+            if values is not None and adjacency.dtype == BFLOAT16:
+                self.bfloat16.add("edge_attr")
+        if with_attr and attr is not None:
+            values = attr.read()
+            if attr.dtype == BFLOAT16:
+                self.bfloat16.add("edge_attr")
+        if with_attr and values is not None:
+            self.edge_attr = values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
+        elif with_attr and not self.edge_index.shape[1]:
+            self.edge_attr = np.zeros(0, np.float16)
+            self.bfloat16.add("edge_attr")  # of no value, so of any type
+
+
+def _has_attr(file: TorchFile, fields: dict[str, Any]) -> bool:
+    """Whether a `Data` says something of each edge."""
+    if any(fields.get(name) is not None for name in WEIGHTS):
+        return True
+    if fields.get("edge_index") is not None or fields.get("adj") is None:
+        return False
+    return file.tensor(fields["adj"]).dtype in (BFLOAT16, "<f2", "<f4", "<f8")
+
+
+def _numbers(file: TorchFile, name: str, value: Any) -> Any:
+    """An array, or a list of numbers or arrays, from a tensor, or a list of numbers or tensors."""
+    if isinstance(value, Bag):
+        return file.tensor(value).read()
+    if isinstance(value, list | tuple):
+        return [_numbers(file, name, one) for one in value]
+    return value
+
+
+def _flat_list(file: TorchFile, name: str, value: Any) -> list[Any]:
+    """A list of numbers or texts, from a list (of tensors, perhaps) or a tensor."""
+    if isinstance(value, Bag):
+        return list(file.tensor(value).read().reshape(-1).tolist())
+    if isinstance(value, list | tuple):
+        return [_one_number(file, name, one) for one in value]
+    raise FormatError(f"{file.path}, {name} is a {type(value).__name__}; expected a list or a tensor")
+
+
+def _one_number(file: TorchFile, name: str, value: Any) -> Any:
+    """What a tensor of one element holds; anything but a tensor as it is."""
+    if not isinstance(value, Bag):
+        return value
+    found = file.tensor(value).read().reshape(-1).tolist()
+    if len(found) != 1:
+        raise FormatError(f"{file.path}, {name} holds a tensor of {len(found)} numbers; expected one a record")
+    return found[0]

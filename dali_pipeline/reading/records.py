@@ -1,0 +1,204 @@
+"""RecordIndex: which shard and row a position is, with the labels, ids and offsets of the rows around it."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dali_pipeline.errors import FormatError
+from dali_pipeline.format.shard import Shard
+from dali_pipeline.runtime.workerprocess import SharedBytes
+from dali_pipeline.storage.files import Files, Recent
+from dali_pipeline.types import Array, Ints
+
+if TYPE_CHECKING:
+    from dali_pipeline.dataset.selection import Selection
+
+INDEX_ROWS = 1024  # records of an index part
+LEAST_INDEX_BYTES = 64 << 20
+MAX_SHARDS = 1024  # parsed headers kept
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class IndexPart:
+    """Labels, ids and offsets of up to INDEX_ROWS consecutive records of a shard.
+
+    table: (n, 3) int64 label, and where the rows of the first ragged array begin and end · ids: (n,) texts, as objects ·
+    spans: (rows of the first, 2 each) where they begin and end in every other ragged array · first_block: the shard's first
+    among all blocks of the index.
+    """
+
+    shard: Shard
+    first_block: int
+    table: Ints
+    ids: Array
+    spans: Ints
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory, about."""
+        texts = sum(map(len, self.ids))
+        return 100 * len(self.ids) + texts + self.spans.nbytes
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Found:
+    """N records. parts: the different ones they lie in · which: (N,) each record's among `parts`.
+
+    labels, begins, ends: (N,) int64, as IndexPart's table has them · ids: N texts · sound: (blocks,) uint8 of the whole index,
+    1 once a block's hash was right · files_at_once: that may be held open.
+    """
+
+    parts: list[IndexPart]
+    which: Ints
+    labels: Ints
+    begins: Ints
+    ends: Ints
+    ids: list[str]
+    sound: Array
+    files_at_once: int
+
+    def shard(self, record: int) -> Shard:
+        """Where that record lies."""
+        return self.parts[int(self.which[record])].shard
+
+    def cut(self, begin: int, end: int) -> Found:
+        """Records `begin` to `end` of these."""
+        part = slice(begin, end)
+        chosen, which = np.unique(self.which[part], return_inverse=True)
+        return replace(
+            self,
+            parts=[self.parts[number] for number in chosen.tolist()],
+            which=which,
+            labels=self.labels[part],
+            begins=self.begins[part],
+            ends=self.ends[part],
+            ids=self.ids[part],
+        )
+
+
+class RecordIndex:
+    """The records of a selection by position.
+
+    ragged: the arrays whose offsets are read, the first with an entry a record, the others with one a row of the first.
+    window_bytes: the index kept is of about its size at most. Several threads may share it; a pickled one begins anew, with
+    nothing kept but, in a worker, what is known to be sound. Raises FormatError for damage.
+    """
+
+    def __init__(
+        self, selection: Selection, ragged: Sequence[str], window_bytes: int, sound: SharedBytes | None = None
+    ) -> None:
+        self._selection, self._ragged = selection, ragged
+        # shards are numbered through all tables, and so are blocks
+        tables = [shards.table for shards in selection.shards]
+        self._first_shards = np.cumsum([0, *map(len, tables)]).tolist()
+        blocks = [np.asarray(each.blocks, np.int64) for each in tables]
+        self._block_ends = np.cumsum(np.concatenate([np.zeros(1, np.int64), *blocks]))
+        # a byte a block, 1 once its hash was right; shared memory, so workers tell each other
+        shared = SharedBytes(max(1, int(self._block_ends[-1]))) if sound is None else sound
+        self._arguments = selection, ragged, window_bytes, shared
+        self._memory = shared.memory
+        self._sound = np.frombuffer(self._memory, np.uint8)
+        self._numbers = np.asarray(self._first_shards)[selection.table] + selection.number  # (entries,)
+        self._ends = np.cumsum(selection.records)  # (entries,) position behind each entry's last record
+        self._starts = self._ends - selection.records
+        self._files = Files()
+        self._shards: Recent[int, Shard] = Recent(MAX_SHARDS)
+        self._parts: Recent[tuple[int, int], IndexPart] = Recent(max(window_bytes, LEAST_INDEX_BYTES))
+
+    def __reduce__(self) -> tuple[type[RecordIndex], tuple[Selection, Sequence[str], int, SharedBytes]]:
+        return RecordIndex, self._arguments
+
+    def locate(self, positions: Ints) -> Found:
+        """Where the records at `positions` (N,) lie."""
+        entries = np.searchsorted(self._ends, positions, side="right")
+        every = self._selection.rows
+        rows = positions - self._starts[entries] if every is None else every[positions]
+        numbers, pieces = self._numbers[entries], rows // INDEX_ROWS
+        order = np.lexsort((pieces, numbers))  # records of a part one behind the other
+        numbers, pieces, rows = numbers[order], pieces[order], rows[order] % INDEX_ROWS
+        heads = np.flatnonzero(np.append(True, (numbers[1:] != numbers[:-1]) | (pieces[1:] != pieces[:-1])))
+        parts = [self._part(*key) for key in zip(numbers[heads].tolist(), pieces[heads].tolist(), strict=True)]
+        each = [rows[begin:end] for begin, end in itertools.pairwise([*heads.tolist(), len(rows)])]
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        table = np.concatenate([part.table[some] for part, some in zip(parts, each, strict=True)])[back]
+        labels, begins, ends = np.ascontiguousarray(table.T)
+        return Found(
+            parts=parts,
+            which=np.repeat(np.arange(len(parts)), [len(some) for some in each])[back],
+            labels=labels,
+            begins=begins,
+            ends=ends,
+            ids=np.concatenate([part.ids[some] for part, some in zip(parts, each, strict=True)])[back].tolist(),
+            sound=self._sound,
+            files_at_once=self._files.limit,
+        )
+
+    def place(self, position: int, count: int) -> tuple[Shard, int, int]:
+        """The shard of so many records from `position` on, all in one entry; their first row there, and behind their last."""
+        entry = int(np.searchsorted(self._ends, position, side="right"))
+        every = self._selection.rows
+        first, last = position - int(self._starts[entry]), position + count - 1 - int(self._starts[entry])
+        if every is not None:
+            first, last = int(every[position]), int(every[position + count - 1])
+        return self._shard(int(self._numbers[entry])), first, last + 1
+
+    def parts(self) -> Iterator[IndexPart]:
+        """Those of a whole split, in order."""
+        for number, records in zip(self._numbers.tolist(), self._selection.records.tolist(), strict=True):
+            yield from (self._part(number, which) for which in range(-(-records // INDEX_ROWS)))
+
+    def _part(self, number: int, which: int) -> IndexPart:
+        part = self._parts.get((number, which))
+        if part is None:
+            part = self._read_part(number, which * INDEX_ROWS)
+            part = self._parts.put((number, which), part, part.nbytes)
+        return part
+
+    def _shard(self, number: int) -> Shard:
+        shard = self._shards.get(number)
+        if shard is None:
+            table = bisect.bisect_right(self._first_shards, number) - 1
+            sound = memoryview(self._memory)[self._block_ends[number] : self._block_ends[number + 1]]
+            shard = self._selection.shards[table].open(number - self._first_shards[table], self._files, sound)
+            shard = self._shards.put(number, shard)
+        return shard
+
+    def _read_part(self, number: int, first: int) -> IndexPart:
+        shard = self._shard(number)
+        end = min(first + INDEX_ROWS, shard.records)
+        leading, *following = self._ragged
+        offsets = {name: shard.read(f"{name}.offsets", first, end + 1) for name in ("ids", leading)}
+        begin_row, end_row = int(offsets[leading][0]), int(offsets[leading][-1])
+        offsets |= {name: shard.read(f"{name}.offsets", begin_row, end_row + 1) for name in following}
+        for name, array in offsets.items():
+            if (np.diff(array) < 0).any() or (first == 0 and array[0] != 0):
+                raise FormatError(
+                    f"{shard.path}, {name}.offsets do not begin with 0 or go backward between records {first} and {end}"
+                )
+        cuts = offsets.pop("ids")
+        ids = shard.read("ids", int(cuts[0]), int(cuts[-1])).tobytes()
+        rows = offsets.pop(leading)
+        return IndexPart(
+            shard=shard,
+            first_block=int(self._block_ends[number]),
+            table=np.stack([shard.read("labels", first, end), rows[:-1], rows[1:]], axis=1, dtype=np.int64),
+            ids=np.array(_texts(shard, ids, (cuts - cuts[0]).tolist()), object),
+            spans=np.stack([cut for each in offsets.values() for cut in (each[:-1], each[1:])] or [cuts[:0]], axis=1),
+        )
+
+
+def _texts(shard: Shard, texts: bytes, cuts: list[int]) -> list[str]:
+    try:
+        if texts.isascii():
+            every = texts.decode()
+            return [every[a:b] for a, b in itertools.pairwise(cuts)]
+        return [texts[a:b].decode() for a, b in itertools.pairwise(cuts)]
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{shard.path}, ids: the bytes of a record's id are not UTF-8 ({error.reason})") from None

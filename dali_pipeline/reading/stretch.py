@@ -1,0 +1,191 @@
+"""Stretch: several batches on their way together, for what gathering and DALI cost a time, whatever they carry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from dali_pipeline.errors import PipelineError
+from dali_pipeline.reading.damage import without_damaged
+from dali_pipeline.reading.rows import SequenceRows
+from dali_pipeline.reading.source import Located, Padded, SequenceSource
+from dali_pipeline.runtime.world import World
+from dali_pipeline.sampling.plan import EpochPlan, Shares
+from dali_pipeline.types import Array, Ints, Mask
+
+STRETCH_BYTES = 16 << 20
+
+
+class Part(NamedTuple):
+    """Neighbouring batches that are gathered at once: their steps, what the index says of them, and the bytes that they take.
+
+    shares, located: None where the index could not be read; gathering says why. sparse: one batch, most of which would be
+    padding, is gathered without. lone: one batch that takes more than STRETCH_BYTES.
+    """
+
+    steps: range
+    nbytes: int = 0
+    shares: Shares | None = None
+    located: Located | None = None
+    sparse: bool = False
+    lone: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stretch:
+    """Several batches that are gathered, and go through DALI, at once: what either costs a time is shared by them.
+
+    rows: of all of them · valid: (N,) bool · batch_size: rows of one · left_out: why, of every record that was. A batch that
+    looks into `rows` keeps all of them. sparse, lone: as in `Part`.
+    """
+
+    rows: SequenceRows
+    valid: Mask
+    batch_size: int
+    left_out: tuple[str, ...] = ()
+    sparse: bool = False
+    lone: bool = False
+
+    @property
+    def begins(self) -> range:
+        """The first row of each batch."""
+        return range(0, len(self.valid), self.batch_size)
+
+    @property
+    def longest(self) -> list[int]:
+        """Steps of each batch's longest sequence."""
+        longest: list[int] = np.maximum.reduceat(self.rows.lengths, self.begins).tolist()
+        return longest
+
+    def records(self) -> list[Array]:
+        """A view (T_i, *row) of each record; DALI takes about a microsecond for every sample."""
+        values, starts = self.rows.values, self.rows.starts
+        return [values[begin : begin + length] for begin, length in zip(starts, self.rows.lengths, strict=True)]
+
+    def batches(self) -> Array:
+        """(batches, B, T, *row), where all records are of one length."""
+        values = self.rows.values
+        return values.reshape(len(self.begins), self.batch_size, -1, *values.shape[1:])
+
+
+def stretches(steps: range, longest: int) -> Iterator[range]:
+    """The steps in stretches of 1, 2, 4 ... up to `longest`: the first batch comes soon, and the others cheaply."""
+    length = 1
+    while steps:
+        yield steps[:length]
+        steps, length = steps[length:], min(2 * length, longest)
+
+
+def cuts(longest: Ints, most: int, *, alike: bool) -> Iterator[tuple[int, int]]:
+    """Cut batches (N,), of so many steps each, where more would come to over `most` steps together; one alone may.
+
+    alike: each counts as many as the longest that it goes with.
+    """
+    begin = 0
+    while begin < len(longest):
+        left = longest[begin:]
+        steps = np.maximum.accumulate(left) * np.arange(1, len(left) + 1) if alike else np.cumsum(left)
+        end = begin + max(1, int(np.searchsorted(steps, most, side="right")))
+        yield begin, end
+        begin = end
+
+
+class StretchGatherer:
+    """Gathers one rank's stretches; several threads may. padded: each record to the longest of its "batch", or None where DALI
+    pads to the longest of the stretch · bits: whether values are those of bfloat16 · skips: errors for which a record is left
+    out."""
+
+    def __init__(
+        self,
+        source: SequenceSource,
+        world: World,
+        batch_size: int,
+        padded: Padded,
+        *,
+        bits: bool,
+        skips: tuple[type[PipelineError], ...],
+    ) -> None:
+        self._source, self._world, self._batch_size, self._padded = source, world, batch_size, padded
+        self._bits, self._skips = bits, skips
+
+    def parts(self, plan: EpochPlan, steps: range) -> list[Part]:
+        """Cut the batches of these steps where they would take more than STRETCH_BYTES with their padding; reads the index."""
+        try:
+            shares = plan.batches(steps, self._world.rank, self._world.world_size)
+            located = self._source.locate(shares.positions)
+        except PipelineError:
+            if len(steps) == 1:
+                return [Part(steps)]
+            return [part for step in steps for part in self.parts(plan, range(step, step + 1))]
+        size, row_bytes = self._batch_size, self._source.row_bytes
+        longest = np.maximum.reduceat(located.lengths, np.arange(0, len(located.lengths), size))  # of each batch
+        most = STRETCH_BYTES // max(1, size * row_bytes)
+        found: list[Part] = []
+        for begin, end in cuts(longest, most, alike=self._padded is None):
+            rows = slice(begin * size, end * size)
+            stored = int(located.lengths[rows].sum()) * row_bytes
+            padded = int(longest[begin:end].sum()) * size * row_bytes
+            lone = padded > STRETCH_BYTES and self._padded is not None
+            sparse = lone and 2 * stored <= padded
+            one = Part(
+                steps=steps[begin:end],
+                nbytes=stored if sparse or self._padded is None else padded,
+                shares=Shares(positions=shares.positions[rows], valid=shares.valid[rows]),
+                located=located if len(longest) == end - begin else located.cut(rows.start, rows.stop),
+                sparse=sparse,
+                lone=lone,
+            )
+            found.append(one)
+        return found
+
+    def gather(self, plan: EpochPlan, part: Part) -> tuple[list[Stretch], PipelineError | None]:
+        """The batches of a part; where one is damaged, those before it, one by one, and the error."""
+        steps = part.steps
+        try:
+            shares = part.shares or plan.batches(steps, self._world.rank, self._world.world_size)
+            try:
+                return [self._gather(shares, part)], None
+            except self._skips:
+                if len(steps) == 1:
+                    one_by_one = partial(self._source.gather, batch_size=1, padded=None)
+                    sound, left_out = without_damaged(shares, one_by_one, self._skips, self._source.num_records)
+                    return [self._gather(sound, part._replace(located=None), left_out)], None
+        except PipelineError as error:
+            if len(steps) == 1:
+                return [], error
+        loaded: list[Stretch] = []
+        for step in steps:
+            one, failure = self.gather(plan, Part(range(step, step + 1)))
+            loaded += one
+            if failure is not None:
+                return loaded, failure
+        return loaded, None
+
+    def _gather(self, shares: Shares, part: Part, left_out: tuple[str, ...] = ()) -> Stretch:
+        located = part.located or self._source.locate(shares.positions)
+        rows = _signed(self._source.read(located, self._batch_size, None if part.sparse else self._padded), self._bits)
+        return Stretch(
+            rows=rows,
+            valid=shares.valid,
+            batch_size=self._batch_size,
+            left_out=left_out,
+            sparse=part.sparse,
+            lone=part.lone,
+        )
+
+    def lengths(self, positions: Ints) -> Ints:
+        """Steps of records (N,), as stored."""
+        return self._source.lengths(positions)
+
+
+def _signed(rows: SequenceRows, bits: bool) -> SequenceRows:
+    """uint16 and uint32 in the next wider signed type, or, where they are `bits`, in their own: neither DALI nor torch does
+    much with them."""
+    if bits:
+        return replace(rows, values=rows.values.view(np.int16))
+    wider = {"uint16": np.int32, "uint32": np.int64}.get(rows.values.dtype.name)
+    return rows if wider is None else replace(rows, values=rows.values.astype(wider))

@@ -1,0 +1,74 @@
+"""World: the one place that finds out which process of how many this is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from dali_pipeline.errors import UsageError
+from dali_pipeline.runtime.checks import MOST, whole
+
+FORKED = (
+    "this loader was in use before the process forked, and threads do not survive a fork; "
+    "go on in the process that began, or make a loader in the new one"
+)
+
+
+class WorkersRefused(UsageError):
+    """The loader was iterated inside a torch worker.
+
+    It says its one sentence whatever it is made with: torch makes a worker's error anew in the main process, and hands it
+    the worker's whole traceback for a message.
+    """
+
+    def __init__(self, *_: object) -> None:
+        super().__init__("this loader has workers of its own; wrap it with DataLoader(loader, batch_size=None, num_workers=0)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among all that train together.
+
+    rank: 0 to world_size - 1 over all nodes. local_rank: the same within the node; picks the GPU of `device="auto"`. alone:
+    whether no other process of these is on this node, as far as is known.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    alone: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "world_size"):
+            object.__setattr__(self, name, whole(name, getattr(self, name), -MOST, expected="a whole number"))
+        if self.world_size < 1:
+            raise UsageError(f"world_size is {self.world_size}; expected at least 1")
+        if not 0 <= self.rank < self.world_size:
+            raise UsageError(f"rank is {self.rank}; expected 0 to {self.world_size - 1} for a world size of {self.world_size}")
+
+    @classmethod
+    def detect(cls, rank: int | None = None, world_size: int | None = None) -> World:
+        """What the arguments say; else an initialised process group; else torchrun's variables; else one process.
+
+        Raises UsageError where only one of `rank` and `world_size` is given, or a variable is not a number.
+        """
+        if (rank is None) != (world_size is None):
+            raise UsageError("give both rank and world_size, or neither")
+        if rank is None or world_size is None:
+            import torch.distributed as dist
+
+            if dist.is_available() and dist.is_initialized():
+                rank, world_size = dist.get_rank(), dist.get_world_size()
+            else:
+                rank, world_size = _variable("RANK", 0), _variable("WORLD_SIZE", 1)
+        world_size = whole("world_size", world_size, -MOST, expected="a whole number")
+        alone = _variable("LOCAL_WORLD_SIZE", world_size) == 1
+        return cls(rank=rank, world_size=world_size, local_rank=_variable("LOCAL_RANK", 0), alone=alone)
+
+
+def _variable(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"environment variable {name} is {text!r}; expected a whole number") from None

@@ -1,0 +1,188 @@
+"""CachedFile: a shard in a store as a local file, of which those blocks are there that were asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import xxhash
+
+from dali_pipeline.errors import FormatError
+from dali_pipeline.storage.cache import ABSENT, COMING, FIRST_STAMP, SLOT, Cache, locked_slots, map_slots, punch
+from dali_pipeline.storage.openfile import OpenFile, Piece
+from dali_pipeline.storage.stores import GoneError, Store
+
+REQUEST_BYTES = 4 << 20  # neighbouring blocks are asked for together: at 100 MB/s and 20 ms a request, half as long again
+ARRIVALS = 4  # of a block with a wrong hash, before it is called damaged where it lies
+WRONG = "restore the file in the store or convert again"
+
+
+@dataclass(frozen=True)
+class RemotePath:
+    """The place of an object, as a `Path` is that of a file. digest, nbytes, blocks: of a shard, as its manifest has them."""
+
+    store: Store
+    cache: Cache
+    key: str = ""
+    digest: str = ""
+    nbytes: int = 0
+    blocks: int = 0
+
+    def __truediv__(self, name: str) -> RemotePath:
+        return replace(self, key=f"{self.key}/{name}" if self.key else name)
+
+    def __str__(self) -> str:
+        return f"{self.store}/{self.key}" if self.key else str(self.store)
+
+    @property
+    def name(self) -> str:
+        """The last part."""
+        return str(self).rpartition("/")[2]
+
+    def resolve(self) -> RemotePath:
+        """Itself."""
+        return self
+
+
+Place: TypeAlias = Path | RemotePath
+
+
+class CachedFile(OpenFile):
+    """The local file of a shard. fd, size, identity: as of any file · stamps: (blocks,) shared by all processes; a block whose
+    stamp is 2 or more, and the same after a read of it, was there all the while."""
+
+    def __init__(self, place: RemotePath) -> None:
+        self._place, self._cache = place, place.cache
+        super().__init__(self._cache.file(place.digest, place.nbytes, place.blocks), os.O_RDWR)
+        self.size, self.identity = place.nbytes, self.identity[:2]
+        self._slots = map_slots(self.path)
+        self._stamps, self._needs = self._slots["stamp"], self._slots["need"]
+        self.stamps = self._stamps[1:]
+
+    def header(self) -> bytes:
+        """The 8-byte length and the JSON behind it, with the digest that the manifest names. Raises FormatError for another."""
+        if (data := self._header_here()) is not None:
+            return data
+        with locked_slots(self.path, 0, 1):
+            if (data := self._header_here()) is not None:  # another had the lock
+                return data
+            data = self._read_header()
+            kept = len(data) if self._stamps[0] == ABSENT else 0
+            self._cache.reserve(kept)
+            self._write(data, 0)
+            self._slots[0] = np.array((FIRST_STAMP, len(data), 0, 0.0), SLOT)
+        return data
+
+    def _header_here(self) -> bytes | None:
+        if self._stamps[0] < FIRST_STAMP:
+            return None
+        data = os.pread(self.fd, int(self._slots["nbytes"][0]), 0)
+        return data if xxhash.xxh3_128_hexdigest(data) == self._place.digest else None
+
+    def _read_header(self) -> bytes:
+        guess = min(self.size, 4096 + 17 * self._place.blocks)
+        for _ in range(ARRIVALS):
+            data = self._read(0, guess)
+            length = 8 + int.from_bytes(data[:8], "little")
+            if length <= self.size:
+                data = data[:length] + (self._read(guess, length) if length > guess else b"")
+                if xxhash.xxh3_128_hexdigest(data) == self._place.digest:
+                    return data
+        raise FormatError(f"{self._place}: the header does not have the digest that the manifest names; {WRONG}")
+
+    def _read(self, begin: int, end: int) -> bytes:
+        try:
+            return self._place.store.read(self._place.key, begin, end)
+        except GoneError as error:
+            raise FormatError(f"{error}; the manifest names it: restore it or convert again") from None
+
+    def _write(self, data: bytes | memoryview, begin: int) -> None:
+        view, done = memoryview(data), 0
+        try:
+            while done < len(view):
+                done += os.pwrite(self.fd, view[done:], begin + done)
+        except OSError as error:
+            raise self._cache.failed(error) from None
+
+    def bring(self, pieces: Sequence[Piece], *, wait: bool = True) -> bool:
+        """Has these blocks here, in the order of the file; whether one was not. Those that another has in hand are waited for,
+        or, as reading ahead has better to do, left to that other.
+
+        Raises FormatError for one that is damaged where it lies; DataError for a store, or a disk, that does not do.
+        """
+        missing = self._missing(pieces)
+        for run in _runs(missing):
+            if not self._bring_run(run, wait) and len(run) > 1:
+                for piece in run:
+                    self._bring_run([piece], wait)
+        return bool(missing)
+
+    def _bring_run(self, run: Sequence[Piece], wait: bool) -> bool:
+        """Whether the locks of these neighbours were had."""
+        with locked_slots(self.path, run[0].slot, len(run), wait=wait) as had:
+            for rest in _runs(self._missing(run)) if had else ():
+                self._download(rest)
+        return had
+
+    def wanted(self, pieces: Sequence[Piece], need: float) -> None:
+        """Notes when the plan asks for these blocks next."""
+        self._needs[[piece.slot for piece in pieces]] = need
+
+    def forget(self, piece: Piece) -> bool:
+        """Of a block whose bytes are not what they were: it is brought again."""
+        with locked_slots(self.path, piece.slot, 1):
+            if self._stamps[piece.slot] >= FIRST_STAMP:
+                self._stamps[piece.slot] = ABSENT
+                self._cache.release(piece.nbytes)
+        return True
+
+    def _missing(self, pieces: Sequence[Piece]) -> list[Piece]:
+        return [piece for piece in pieces if self._stamps[piece.slot] < FIRST_STAMP]
+
+    def _download(self, run: Sequence[Piece]) -> None:
+        """One request for blocks that are neighbours, whose slots this thread has locked."""
+        begin, end = run[0].begin, run[-1].begin + run[-1].nbytes
+        slots = [piece.slot for piece in run]
+        self._cache.reserve(end - begin)
+        try:
+            self._slots["begin"][slots] = [piece.begin for piece in run]
+            self._slots["nbytes"][slots] = [piece.nbytes for piece in run]
+            self._stamps[slots] = COMING
+            data = memoryview(self._read(begin, end))
+            for piece in run:
+                part = data[piece.begin - begin : piece.begin - begin + piece.nbytes]
+                self._write(self._checked(piece, part), piece.begin)
+            self._stamps[slots] = self._cache.stamps(len(slots))
+        except BaseException:
+            self._stamps[slots] = ABSENT
+            punch(self.fd, begin, end - begin)
+            self._cache.release(end - begin)
+            raise
+
+    def _checked(self, piece: Piece, data: bytes | memoryview) -> bytes | memoryview:
+        for _ in range(ARRIVALS):
+            if xxhash.xxh3_64_intdigest(data) == piece.hash:
+                return data
+            data = self._read(piece.begin, piece.begin + piece.nbytes)
+        raise FormatError(
+            f"{self._place}: bytes {piece.begin} to {piece.begin + piece.nbytes} of the file are damaged (wrong hash); {WRONG}"
+        )
+
+
+def _runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Neighbours together, up to REQUEST_BYTES."""
+    run: list[Piece] = []
+    for piece in pieces:
+        if run and (
+            (run[-1].slot + 1, run[-1].begin + run[-1].nbytes) != (piece.slot, piece.begin)
+            or piece.begin + piece.nbytes - run[0].begin > REQUEST_BYTES
+        ):
+            yield run
+            run = []
+        run.append(piece)
+    if run:
+        yield run

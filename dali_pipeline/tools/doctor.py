@@ -1,0 +1,122 @@
+"""doctor: is this run input-bound, and what to do. Every stage alone, all of them together, then the most promising change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from dali_pipeline.dataset.dataset import Dataset
+from dali_pipeline.errors import DataError
+from dali_pipeline.loaders.loader import Loader
+from dali_pipeline.runtime.machine import describe_machine, warnings_about
+from dali_pipeline.runtime.outside import readable
+from dali_pipeline.runtime.threads import default_threads
+from dali_pipeline.storage.cachedfile import RemotePath
+from dali_pipeline.tools.knobs import Knob, Setup, knobs_of, predict
+from dali_pipeline.tools.stages import Tell, Train, measure_stages, measure_together, model_rate
+from dali_pipeline.types import Kind
+
+SECONDS = 3.0  # a stage
+WAITING = 0.1  # share of the time: more is input-bound
+FASTER_ALONE = 1.1  # times as many records a second: more, and threads are said to wait for each other
+WORTH_TRYING = 1.1  # times as many records a second
+MakeStep = Callable[[Loader[Any]], Train]
+
+
+def examine(
+    data: Dataset, kind: Kind, setup: Setup, make_step: MakeStep, tell: Tell, seconds: float = SECONDS
+) -> dict[str, Any]:
+    """Keys: root, records, stages (name -> records and bytes a second), narrowest, together (records a second, share waiting),
+    verdict, knobs (change -> predicted, and measured or None, records a second), next (the change tried, or None), machine,
+    warnings; JSON types.
+
+    make_step: gives what trains on a batch of the loader · tell: told what is measured · seconds: for each stage. Raises
+    DataError for an empty training split.
+    """
+    torch.set_num_threads(default_threads())  # as train.py does
+    loader = setup.loader(data, kind)
+    if not loader.num_records:
+        raise DataError(f"the training split of {data.root} has no {kind}; expected some to measure with")
+    machine = describe_machine(data.root.cache.folder if isinstance(data.root, RemotePath) else data.root)
+    record_bytes = loader.selection.record_bytes
+    setup = replace(setup, record_bytes=record_bytes)
+    step = make_step(loader)
+    rates = measure_stages(data, kind, loader, step, record_bytes, tell, seconds)
+    warnings = [*warnings_about(machine), *_about_threads(loader, step, seconds)]
+    source, room = "store", loader.selection.room
+    if room is None:
+        source, room = "disk", int(0.8 * machine["memory_available"])
+    # else the cache soon has all of it
+    from_source = loader.selection.nbytes.sum() > room
+    counted = {name: rate for name, rate in rates.items() if name != source or from_source}
+    narrowest = min(counted, key=lambda name: counted[name])
+    tell("together")
+    together, share = measure_together(loader, step, 2 * seconds)
+    tell("twice the batch")
+    larger = _larger_batch(data, kind, setup, make_step, seconds) / rates["model"]
+    knobs = knobs_of(data.schema, kind, setup, larger)
+    now = predict(counted, kind, setup, Knob())
+    promised = {name: together * predict(counted, kind, setup, knob) / now for name, knob in knobs.items()}
+    told: dict[str, dict[str, float | None]] = {name: {"predicted": rate, "measured": None} for name, rate in promised.items()}
+    tell("a change")
+    best = max((name for name in promised if knobs[name].setup), key=lambda name: promised[name])
+    tried = None
+    if promised[best] >= WORTH_TRYING * together:
+        told[best]["measured"] = _try(data, kind, knobs[best], make_step, seconds)
+        tried = {"change": best, **told[best]}
+    # what cannot be seen in a short run, as the page cache serves it
+    starved = from_source and rates[source] < rates["model"]
+    return {
+        "root": readable(data.root),
+        "records": kind,
+        "bytes_per_record": record_bytes,
+        "from_disk": bool(from_source),
+        "stages": {
+            name: {"records_per_second": rate, "bytes_per_second": rate * record_bytes, "counted": name in counted}
+            for name, rate in rates.items()
+        },
+        "narrowest": narrowest,
+        "together": {"records_per_second": together, "wait_share": share},
+        "verdict": "input-bound" if share > WAITING or starved else "fed",
+        "knobs": told,
+        "next": tried,
+        "machine": machine,
+        "warnings": warnings,
+    }
+
+
+def _about_threads(loader: Loader[Any], step: Train, seconds: float) -> list[str]:
+    """A sentence where torch's threads wait for each other: one thread alone trains faster."""
+    count = torch.get_num_threads()
+    if loader.device.type != "cpu" or count == 1:
+        return []
+    rates = {}
+    for threads in (count, 1):  # one right behind the other, as what else runs comes and goes
+        torch.set_num_threads(threads)
+        rates[threads] = model_rate(loader, step, seconds / 2)
+    torch.set_num_threads(count)
+    if rates[1] < FASTER_ALONE * rates[count]:
+        return []
+    return [
+        f"torch's {count} threads wait for each other: the model takes {rates[count]:,.0f} records/s with them and "
+        f"{rates[1]:,.0f} with one; set --threads 1, or OMP_NUM_THREADS=1"
+    ]
+
+
+def _larger_batch(data: Dataset, kind: Kind, setup: Setup, make_step: MakeStep, seconds: float) -> float:
+    """Records a second of the model alone, in batches twice as large; next to none where they do not fit on the GPU."""
+    loader = replace(setup, batch_size=2 * setup.batch_size).loader(data, kind)
+    try:
+        return model_rate(loader, make_step(loader), seconds)
+    except torch.OutOfMemoryError:
+        return 1e-9
+
+
+def _try(data: Dataset, kind: Kind, knob: Knob, make_step: MakeStep, seconds: float) -> float:
+    """Records a second of all together, with the knob turned."""
+    assert knob.setup is not None
+    loader = knob.setup.loader(data, kind)
+    return measure_together(loader, make_step(loader), 2 * seconds)[0]

@@ -1,0 +1,111 @@
+"""Knobs: what can be changed about a loader, and what the stages, measured alone, promise of each change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from dali_pipeline.dataset.dataset import Dataset
+from dali_pipeline.format.encoding import BFLOAT16
+from dali_pipeline.format.schema import Field, Schema
+from dali_pipeline.loaders.delivery import resolve_device
+from dali_pipeline.loaders.graphs import GraphLoader
+from dali_pipeline.loaders.loader import Loader
+from dali_pipeline.loaders.sequences import SequenceLoader
+from dali_pipeline.runtime.ahead import background_threads
+from dali_pipeline.runtime.container import allowed_cores
+from dali_pipeline.runtime.world import World
+from dali_pipeline.sampling.order import WINDOW_BYTES
+from dali_pipeline.types import Kind
+
+FASTER_DISK = 2.0  # times as fast
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A loader's options, as far as doctor changes them. record_bytes: of the data, which workers="auto" goes by."""
+
+    batch_size: int
+    workers: int | Literal["auto"] = "auto"
+    engine: Literal["dali", "torch"] = "dali"
+    dtype: torch.dtype = torch.float32
+    device: str = "auto"
+    window_bytes: int = WINDOW_BYTES
+    record_bytes: float = 0.0
+
+    def loader(self, data: Dataset, kind: Kind) -> Loader[Any]:
+        """Of the training split."""
+        names = ("batch_size", "workers", "dtype", "device", "window_bytes")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return SequenceLoader(data, engine=self.engine, **options) if kind == "sequences" else GraphLoader(data, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knob:
+    """A change: the options with it, or, where it takes more than options, None; and what it does to the stages.
+
+    stored: bytes of a record as stored, as a share of now · model, disk: how many times as fast.
+    """
+
+    setup: Setup | None = None
+    stored: float = 1.0
+    model: float = 1.0
+    disk: float = 1.0
+
+
+def knobs_of(schema: Schema, kind: Kind, setup: Setup, larger_batch: float) -> dict[str, Knob]:
+    """By name. larger_batch: how many times as many records a second the model takes in batches twice as large."""
+    counts = [number for number in (0, 1, 2, 4) if number != _threads(setup) and number <= max(1, allowed_cores())]
+    found = {f"workers={number}": Knob(setup=replace(setup, workers=number)) for number in counts}
+    if setup.dtype != torch.float16:
+        found["dtype=torch.float16"] = Knob(setup=replace(setup, dtype=torch.float16))
+    twice = replace(setup, batch_size=2 * setup.batch_size)
+    found[f"batch_size={twice.batch_size}"] = Knob(setup=twice, model=larger_batch)
+    if kind == "sequences":
+        other: Literal["dali", "torch"] = "torch" if setup.engine == "dali" else "dali"
+        found[f"engine='{other}'"] = Knob(setup=replace(setup, engine=other))
+    # runs are cut finer for a smaller window, but reading ahead hides that: it promises nothing
+    window = 2 * setup.window_bytes
+    found[f"window_bytes={window >> 20} << 20"] = Knob(setup=replace(setup, window_bytes=window))
+    found["layers=, half of them"] = Knob(stored=0.5, model=2.0)
+    if kind == "sequences" and (field := schema.sequence) is not None and not field.scales:
+        found["convert --dtype sequence=int8"] = Knob(stored=1 / _width(field))
+    if kind == "graphs" and (field := schema.x) is not None and _width(field) > 2:
+        found["convert --dtype x=bfloat16"] = Knob(stored=2 / _width(field))
+    found["a disk twice as fast"] = Knob(disk=FASTER_DISK)
+    return found
+
+
+def _threads(setup: Setup) -> int:
+    return background_threads(resolve_device(setup.device, World()), setup.record_bytes, setup.workers)
+
+
+def _width(field: Field) -> int:
+    return 2 if field.dtype == BFLOAT16 else torch.empty(0, dtype=getattr(torch, field.dtype)).itemsize
+
+
+def predict(rates: dict[str, float], kind: Kind, now: Setup, knob: Knob) -> float:
+    """Records a second with the knob turned, of the stages that are counted.
+
+    In one thread times add up; with background threads the slowest of gathering, all else, and the cores counts; the disk works
+    beside all of them. DALI copies once more on the CPU, about as long as a gather; half the type is half of the decoding.
+    """
+    setup = knob.setup or now
+    device = resolve_device(setup.device, World())
+    seconds = {name: 1 / rate for name, rate in rates.items()}
+    gather = seconds["gather"] * knob.stored
+    decode = seconds["decode"] * torch.finfo(setup.dtype).bits / torch.finfo(now.dtype).bits
+    if knob.setup is None and knob.model > 1:  # fewer layers are fewer values everywhere
+        decode *= knob.stored
+    rest = decode + seconds.get("collate", 0) + seconds["model"] / knob.model + seconds.get("host to device", 0) * knob.stored
+    if setup.engine == "dali" and kind == "sequences" and device.type == "cpu":
+        rest += gather
+    threads = _threads(setup)
+    if threads:
+        whole = max(gather / threads, rest, (gather + rest) / max(1.0, allowed_cores()) if device.type == "cpu" else 0.0)
+    else:
+        whole = gather + rest
+    disk, store = seconds.get("disk", 0) / knob.disk, seconds.get("store", 0)
+    return 1 / max(whole, (disk + store) * knob.stored)

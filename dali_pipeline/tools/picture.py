@@ -1,0 +1,148 @@
+"""picture: what `inspect` draws, the distributions of a data set and the orders of its epochs."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dali_pipeline.errors import UsageError
+from dali_pipeline.runtime.outside import as_output
+from dali_pipeline.storage.whole import write_whole
+from dali_pipeline.tools.shuffle import METHODS, Quality
+from dali_pipeline.types import Kind
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, FigureBase
+
+COLOURS = ("#E69F00", "#D55E00", "#0072B2", "#777777")  # Okabe and Ito 2008: told apart without red and green
+HATCHES = ("//", "..", "", "xx")  # and without any colour
+
+
+def draw_description(found: dict[str, Any], path: Path) -> None:
+    """A histogram of each distribution, the label balance of each split, and the features' spread, as a picture."""
+    from matplotlib.figure import Figure
+
+    panels = [*found["distributions"].items()]
+    extra = 1 + bool(found["statistics"])
+    columns = min(3, len(panels) + extra)
+    lines = -(-(len(panels) + extra) // columns)
+    figure = Figure(figsize=(4.5 * columns, 3.4 * lines), layout="constrained")
+    entitle(figure, f"{Path(found['root']).name}: {found['bytes'] / 1e9:.3f} GB")
+    every = figure.subplots(lines, columns, squeeze=False).flatten().tolist()
+    for axes, (name, one) in zip(every, panels, strict=False):
+        axes.bar(
+            np.array(one["edges"][:-1]) - 0.5,
+            one["counts"],
+            width=np.diff(one["edges"]),
+            align="edge",
+            edgecolor="white",
+            linewidth=0.5,
+        )
+        axes.axvline(one["median"], color="C1", label=f"median {one['median']:g}")
+        axes.set(title=name, ylabel="records" if name in ("steps", "graphs") else "graphs")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(fontsize=8)
+    balance = every[len(panels)]
+    classes = sorted({label for counts in found["labels"].values() for label in counts}, key=int)
+    below = np.zeros(len(found["labels"]))
+    for label in classes:
+        counts = np.array([one.get(label, 0) for one in found["labels"].values()])
+        balance.bar(list(found["labels"]), counts, bottom=below, label=f"label {label}")
+        below += counts
+    balance.set(title="records by split and label")
+    balance.legend(fontsize=8)
+    if found["statistics"]:
+        axes = every[len(panels) + 1]
+        axes.plot(np.sort(found["statistics"]["std"])[::-1])
+        axes.set(
+            title="spread of the features (training split)",
+            xlabel="feature, by spread",
+            ylabel="standard deviation",
+            yscale="log",
+        )
+    for axes in every[len(panels) + extra :]:
+        axes.set_axis_off()
+    save(figure, path, dpi=110)
+
+
+def draw_shuffle(found: dict[str, Any], measured: dict[Kind, list[Quality]], path: Path) -> None:
+    """Of the first kind: delivered place against file position by window and method; below, both measures as bars."""
+    from matplotlib.figure import Figure
+
+    kind, several = next(iter(measured.items()))
+    rows = len(several)
+    figure = Figure(figsize=(11, 2.35 * rows + 3.6), layout="constrained")
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[2.35 * rows, 3.3]).flatten().tolist()
+    entitle(
+        above,
+        f"{Path(found['root']).name}, {found['split']}: order of {found['splits'][found['split']][kind]:,} {kind} in "
+        f"{found['shards'][kind]:,} shards, batches of {several[0].batch_size}",
+        fontsize=11,
+    )
+    every = above.subplots(rows, len(METHODS), squeeze=False, sharex=True, sharey=True)
+    for row, quality in enumerate(several):
+        for column, one in enumerate(quality.methods):
+            axes, points = every[row, column], np.array(one.points)
+            axes.scatter(*points.T, s=3, color=COLOURS[column], linewidths=0, rasterized=True)
+            axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
+            if row == 0:
+                axes.set_title(one.method, fontsize=10)
+            if row == rows - 1:
+                axes.set_xlabel("delivered at (share of the epoch)", fontsize=8)
+        every[row, 0].set_ylabel(f"window {quality.window_share * 100:.3g} % of the data\nposition in the files", fontsize=8)
+    left, right = below.subplots(1, 2)
+    _bars(left, several, [[one.same_shard for one in quality.methods] for quality in several])
+    left.set(title="same-shard pairs within a batch", ylabel="share (log scale)", yscale="log")
+    _bars(right, several, [[one.displacement for one in quality.methods] for quality in several])
+    right.set(title="mean displacement", ylabel="share of the epoch")
+    for axes, exact in ((left, several[0].full_same_shard), (right, several[0].full_displacement)):
+        axes.axhline(exact, color="black", linestyle="--", linewidth=1, label="full permutation, exactly")
+    handles, labels = right.get_legend_handles_labels()
+    below.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)
+    save(figure, path, dpi=90)
+
+
+def _bars(axes: Axes, several: list[Quality], values: list[list[tuple[float, ...]]]) -> None:
+    """values: by window, method and epoch; a line through a bar's end goes from the lowest epoch to the highest."""
+    at, width = np.arange(len(several)), 0.8 / len(METHODS)
+    for number, method in enumerate(METHODS):
+        epochs = np.array([one[number] for one in values])
+        means = epochs.mean(axis=1)
+        # equal epochs have a mean that rounding can put beside them
+        reach = np.maximum(0, np.stack([means - epochs.min(axis=1), epochs.max(axis=1) - means]))
+        places = at + (number - (len(METHODS) - 1) / 2) * width
+        style: dict[str, Any] = {"color": COLOURS[number], "hatch": HATCHES[number], "edgecolor": "white", "linewidth": 0}
+        axes.bar(places, means, width * 0.92, label=method, yerr=reach, error_kw={"linewidth": 1}, **style)
+    axes.set_xticks(at, [f"{one.window_share * 100:.3g} %" for one in several])
+    axes.set_xlabel("window (of the data)", fontsize=9)
+
+
+def entitle(figure: FigureBase, title: str, **style: Any) -> None:
+    """A title as it is written: dollars in a name begin no formula."""
+    figure.suptitle(title, parse_math=False, **style)
+
+
+def check_picture(path: Path | None) -> None:
+    """Raises UsageError where no picture could be written, before anything is measured for it: another ending, no folder."""
+    if path is None:
+        return
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if not path.suffix:
+        raise UsageError(f"{path} has no suffix; expected a name such as out.png")
+    if path.suffix[1:].lower() not in known:
+        raise UsageError(f"{path} cannot be drawn; expected a name such as out.png, with one of {', '.join(sorted(known))}")
+    if not as_output(path).parent.is_dir():
+        raise UsageError(f"{path} cannot be written; expected the name of a file in a folder that is there")
+
+
+def save(figure: Figure, path: Path, dpi: int = 120) -> None:
+    """The picture, whole or not at all, in the format of the name. Raises PipelineError where it cannot be written."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=dpi, format=path.suffix[1:].lower())
+    write_whole(as_output(path), content.getvalue())

@@ -1,0 +1,225 @@
+"""ShardCheck: everything that can be wrong with one shard, and what has to be compared over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from dataclasses import field as made
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dali_pipeline.dataset.dataset import Dataset
+from dali_pipeline.dataset.selection import Shards
+from dali_pipeline.errors import FormatError
+from dali_pipeline.format.encoding import BFLOAT16, decode
+from dali_pipeline.format.schema import Field, a_or_an, level_of
+from dali_pipeline.format.shard import Hashes, Shard, hash_texts
+from dali_pipeline.storage.files import Files
+from dali_pipeline.types import Array, Kind
+
+EXPONENTS = {
+    "float16": ("<u2", 0x7C00),
+    BFLOAT16: ("<u2", 0x7F80),
+    "float32": ("<u4", 0x7F800000),
+    "float64": ("<u8", 0x7FF0000000000000),
+}
+# ragged arrays, each after the one that it counts its rows in, with the manifest's name of what they hold
+RAGGED: dict[Kind, tuple[tuple[str, str, str], ...]] = {
+    "sequences": (("sequence", "labels", "step"),),
+    "graphs": (("graphs", "labels", "graph"), ("x", "graphs", "node"), ("edge_index", "graphs", "edge")),
+}
+COUNTED = {"node": "x", "edge": "edge_index", "graph": "graphs"}  # whose offsets end with their number
+
+
+@dataclass(eq=False)
+class ShardCheck:
+    """One shard: split, kind and number. damages: a line each · the rest is None, or empty, where damage hides it.
+
+    ids, groups: hashes, one a record · labels: (records,) · rows: fewest and most of a record, by axis · bytes: read.
+    """
+
+    data: Dataset
+    split: str
+    kind: Kind
+    number: int
+    damages: list[str] = made(default_factory=list)
+    ids: Hashes = made(default_factory=lambda: np.zeros(0, np.uint64))
+    groups: Hashes = made(default_factory=lambda: np.zeros(0, np.uint64))
+    labels: npt.NDArray[np.int64] | None = None
+    rows: dict[str, tuple[int, int]] = made(default_factory=dict)
+    bytes: int = 0
+    _offsets: dict[str, npt.NDArray[np.int64]] = made(default_factory=dict)
+
+    @property
+    def path(self) -> Any:
+        """The shard's file."""
+        return self.data.shard_path(self.split, self.kind, self.number)
+
+    def open(self) -> Shard:
+        """The shard; raises FormatError where it is not what the manifest says."""
+        table = self.data.table(self.split, self.kind)
+        return Shards(root=self.data.root, split=self.split, kind=self.kind, table=table).open(self.number, Files(1))
+
+    def run(self, quick: bool, advance: Callable[[int], None]) -> None:
+        """Checks the whole shard, or with `quick` all but its values. advance: told the bytes that were read."""
+        try:
+            shard = self.open()
+        except FormatError as error:
+            self.damages.append(str(error))
+            return
+        schema = self.data.schema
+        fields = {"sequence": schema.sequence} if self.kind == "sequences" else {**schema.of_graphs}
+        self._step(self._check_labels, shard)
+        self._step(self._check_texts, shard, "ids")
+        self._step(self._check_texts, shard, "groups")
+        for name, counted_in, axis in RAGGED[self.kind]:
+            self._step(self._check_offsets, shard, name, counted_in, axis)
+        for name, one in fields.items():
+            if one is not None:
+                self._check_field(shard, name, one, quick, advance)
+        if self.kind == "graphs":
+            self._step(self._check_type, shard, "edge_index", ("uint8", "uint16", "uint32"), (2,))
+            if not quick:
+                self._step(self._check_edges, shard)
+        known = {"labels", "ids", "groups", "edge_index", *fields, *(name for name, _, _ in RAGGED[self.kind])}
+        for name in shard.arrays:
+            if name.removesuffix(".offsets") not in known and not quick:
+                self._step(self._check_values, shard, name, advance)
+        self._offsets.clear()
+
+    def _check_field(self, shard: Shard, name: str, field: Field, quick: bool, advance: Callable[[int], None]) -> None:
+        self._step(self._check_type, shard, name, (field.storage.name,), field.shape)
+        if self.kind == "graphs":
+            self._step(self._check_rows, shard, name)
+        if not quick:
+            self._step(self._check_values, shard, name, advance, field)
+
+    def _step(self, check: Callable[..., None], *arguments: object) -> None:
+        """Runs one check; damage becomes a line, and the others go on."""
+        try:
+            check(*arguments)
+        except FormatError as error:
+            if str(error) not in self.damages:
+                self.damages.append(str(error))
+
+    def _fail(self, name: str, words: str) -> FormatError:
+        return FormatError(f"{self.path}, {name}: {words}")
+
+    def _read(self, shard: Shard, name: str) -> Array:
+        self.bytes += shard.array(name).nbytes
+        return shard.read(name)
+
+    def _check_type(self, shard: Shard, name: str, dtypes: tuple[str, ...], row: tuple[int, ...]) -> None:
+        layout = shard.array(name)
+        if layout.dtype.name not in dtypes or layout.shape[1:] != row or not layout.shape:
+            raise self._fail(name, f"{layout.dtype} {layout.shape}; expected {' or '.join(dtypes)} in rows of {row}")
+
+    def _check_labels(self, shard: Shard) -> None:
+        self._check_type(shard, "labels", ("int64",), ())
+        labels = self._read(shard, "labels")
+        if len(labels) != shard.records or (labels < 0).any():
+            raise self._fail(
+                "labels", f"{len(labels)}, the least {labels.min(initial=0)}; expected {shard.records} of 0 or more"
+            )
+        self.labels = labels
+
+    def _check_texts(self, shard: Shard, name: str) -> None:
+        self._check_type(shard, name, ("uint8",), ())
+        self._offsets_of(shard, name, shard.records)
+        self.bytes += shard.array(name).nbytes
+        texts = shard.texts(name)
+        for row, text in enumerate(texts):
+            try:
+                text.decode()
+            except UnicodeDecodeError as error:
+                raise self._fail(name, f"record {row} is not UTF-8 ({error.reason})") from None
+        setattr(self, name, hash_texts(texts))
+
+    def _check_offsets(self, shard: Shard, name: str, counted_in: str, axis: str) -> None:
+        outer = np.arange(shard.records + 1) if counted_in == "labels" else self._offsets.get(counted_in)
+        if outer is None:
+            return  # damaged, and said so
+        offsets = self._offsets_of(shard, name, int(outer[-1]))
+        self._offsets[name] = offsets
+        each = np.diff(offsets)
+        if name != "edge_index" and len(each) and each.min() < 1:
+            raise self._fail(f"{name}.offsets", f"row {int(each.argmin())} is empty; expected at least one {axis} in each")
+        counts = np.diff(offsets[outer])
+        self.rows[axis] = (int(counts.min()), int(counts.max()))
+
+    def _offsets_of(self, shard: Shard, name: str, rows: int) -> npt.NDArray[np.int64]:
+        self._check_type(shard, f"{name}.offsets", ("int64",), ())
+        offsets: npt.NDArray[np.int64] = self._read(shard, f"{name}.offsets")
+        if len(offsets) != rows + 1 or offsets[0] != 0 or (np.diff(offsets) < 0).any():
+            raise self._fail(f"{name}.offsets", f"{len(offsets)} that do not rise from 0; expected {rows + 1} that do")
+        length = int(offsets[-1]) if name == "graphs" else shard.array(name).shape[0]
+        if offsets[-1] != length:
+            raise self._fail(f"{name}.offsets", f"end at {offsets[-1]} of {length} rows; expected them to end with the array")
+        return offsets
+
+    def _check_values(self, shard: Shard, name: str, advance: Callable[[int], None], field: Field | None = None) -> None:
+        """Every block's hash, and whether its numbers are finite, where they are a field's."""
+        layout, dtype = shard.array(name), "" if field is None else field.dtype
+        view, mask = EXPONENTS.get(dtype, ("u1", 0))
+        exponent = np.array(mask, view)[()]
+        bad_blocks: list[int] = []
+        strange: list[Array] = []  # numbers of elements that are not finite, and which of them are NaN
+        for start, data, sound in shard.blocks(name):
+            self.bytes += len(data)
+            advance(len(data))
+            if not sound:
+                bad_blocks.append(start)
+            elif mask:
+                bits = data.view(view)
+                masked = bits & exponent
+                if int(masked.max(initial=0)) == exponent:
+                    at = np.flatnonzero(masked == exponent)
+                    nan = np.isnan(decode(data.view(layout.dtype)[at], dtype, None))
+                    strange.append(np.stack([at + start // layout.dtype.itemsize, nan]))
+        if strange:
+            elements, nan = np.concatenate(strange, axis=1)
+            rows = elements // max(1, int(np.prod(layout.shape[1:])))
+            if field is not None and field.layout is not None:
+                rows = field.layout.numbered(rows, layout.shape[0])
+            self._step(self._tell_strange, name, rows, nan)
+        if bad_blocks:
+            raise self._fail(name, f"{len(bad_blocks)} blocks are damaged, the first at byte {bad_blocks[0]} (wrong hash)")
+
+    def _tell_strange(self, name: str, rows: Array, nan: Array) -> None:
+        """Counts values that are not finite, by layer: the step, or graph, of a record."""
+        level = level_of(name)
+        outer, inner = self._offsets.get("graphs"), self._offsets.get(COUNTED.get(level, name))
+        outer = None if level == "graph" else outer
+        where = ""
+        if inner is not None:
+            each = np.searchsorted(inner, rows, side="right") - 1  # record, or graph
+            layers = rows - inner[each]
+            if outer is not None:
+                layers = each - outer[np.searchsorted(outer, each, side="right") - 1]
+            layer, counts = np.unique(layers, return_counts=True)
+            listed = [f"{at}: {count}" for at, count in zip(layer[:8].tolist(), counts[:8].tolist(), strict=True)]
+            where = f"; by layer {', '.join(listed)}{' …' if len(layer) > 8 else ''}"
+        raise self._fail(name, f"{int(nan.sum())} NaN and {int((1 - nan).sum())} infinite values{where}")
+
+    def _check_rows(self, shard: Shard, name: str) -> None:
+        """A row of a field for every node, edge or graph."""
+        level = level_of(name)
+        offsets, rows = self._offsets.get(COUNTED[level]), shard.array(name).shape[0]
+        if offsets is not None and rows != offsets[-1]:
+            raise self._fail(name, f"{rows} rows for {offsets[-1]} {level}s; expected one {a_or_an(level)}")
+
+    def _check_edges(self, shard: Shard) -> None:
+        """Every edge between nodes of its own graph."""
+        nodes, edges = self._offsets.get("x"), self._offsets.get("edge_index")
+        edge_index = self._read(shard, "edge_index")
+        if nodes is None or edges is None:
+            return
+        limit = np.repeat(np.diff(nodes), np.diff(edges))
+        wrong = np.flatnonzero((edge_index >= limit[:, None]).any(axis=1))
+        if len(wrong):
+            graph = int(np.searchsorted(edges, wrong[0], side="right")) - 1
+            raise self._fail(
+                "edge_index", f"{len(wrong)} edges leave their graph, the first in graph {graph} of {limit[wrong[0]]} nodes"
+            )

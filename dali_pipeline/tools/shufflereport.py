@@ -1,0 +1,106 @@
+"""shufflereport: what `inspect --shuffle` tells of a data set, as plain values and as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from dali_pipeline.dataset.dataset import Dataset
+from dali_pipeline.errors import DataError
+from dali_pipeline.format.manifest import ShardTable
+from dali_pipeline.runtime.outside import readable
+from dali_pipeline.sampling.order import WINDOW_BYTES
+from dali_pipeline.tools.describe import plain_console
+from dali_pipeline.tools.shuffle import WINDOW_SHARES, Quality, measure
+from dali_pipeline.types import Kind
+
+
+def describe_shuffle(
+    data: Dataset, split: str, windows: Sequence[int], batch_size: int, epochs: int = 5
+) -> tuple[dict[str, Any], dict[Kind, list[Quality]]]:
+    """How well epochs of a split are shuffled: in JSON types, and as measured, by kind and window.
+
+    windows: bytes; none for 1 %, 5 % and 20 % of the split and the loaders' default. Reads the manifest and nothing else.
+    Raises as `measure` does, and UsageError for a split that is not there.
+    """
+    tables = {kind: data.table(split, kind) for kind in data.schema.kinds}
+    if not any(sum(table.records) for table in tables.values()):
+        raise DataError(f"split {split!r} of {data.root} has no records, so no order to measure")
+    measured = {
+        kind: [
+            measure(
+                np.array(table.records, np.int64),
+                np.array(table.bytes, np.int64),
+                window_bytes=window,
+                batch_size=batch_size,
+                epochs=epochs,
+                digest=data.digest,
+                split=split,
+            )
+            for window in windows or usual_windows(table)
+        ]
+        for kind, table in tables.items()
+        if sum(table.records)
+    }
+    found = {
+        "root": readable(data.root),
+        "digest": data.digest,
+        "split": split,
+        "epochs": epochs,
+        "splits": {split: {kind: sum(table.records) for kind, table in tables.items()}},
+        "shards": {kind: len(table) for kind, table in tables.items()},
+        "shuffle": {kind: [one.to_json() for one in several] for kind, several in measured.items()},
+    }
+    return found, measured
+
+
+def usual_windows(table: ShardTable) -> list[int]:
+    """1 %, 5 % and 20 % of the shards, and what a loader takes where it is told nothing; ascending."""
+    return sorted({*(max(1, round(share * sum(table.bytes))) for share in WINDOW_SHARES), WINDOW_BYTES})
+
+
+def print_shuffle(found: dict[str, Any], measured: dict[Kind, list[Quality]]) -> None:
+    """As a table a kind; piped output is never folded."""
+    console = plain_console()
+    for kind, several in measured.items():
+        console.print(
+            f"{found['root']}, {found['split']}: {found['splits'][found['split']][kind]:,} {kind} in "
+            f"{found['shards'][kind]:,} shards, batches of {several[0].batch_size}, {found['epochs']} epochs"
+        )
+        table = Table("window", "order", "same shard in a batch", "off by", "displacement", "off by", box=box.SIMPLE_HEAD)
+        for quality in several:
+            window = f"{quality.window_bytes / 1e6:,.6g} MB ({quality.window_share:.3g} of all, {quality.capacity:,} records)"
+            for one in quality.methods:
+                off = one.distances(quality)
+                table.add_row(
+                    window,
+                    one.method,
+                    spread_text(one.same_shard, percent=True),
+                    f"{off[0]:.4%}",
+                    spread_text(one.displacement),
+                    f"{off[1]:.4f}",
+                )
+                window = ""
+            exact = f"{quality.full_same_shard:.4%}", "", f"{quality.full_displacement:.4f}", ""
+            table.add_row("", "full permutation, exactly", *exact, end_section=True)
+        console.print(table)
+        for quality in several:
+            window = f"window {quality.window_bytes / 1e6:,.6g} MB:"
+            if quality.batches < quality.all_batches:
+                console.print(f"{window} {quality.batches:,} batches of {quality.all_batches:,} measured in each epoch")
+            if quality.joined > 1:
+                console.print(
+                    f"{window} scaled down: {quality.joined:,} records taken as one, in the same shards and windows of bytes"
+                )
+            if behind := quality.behind():
+                console.print(f"{window} a shuffle buffer is nearer to the full permutation by {' and by '.join(behind)}")
+
+
+def spread_text(values: Sequence[float], *, percent: bool = False) -> str:
+    """Mean and standard deviation over the epochs."""
+    mean, spread = float(np.mean(values)), float(np.std(values))
+    return f"{mean:.4%} ± {spread:.4%}" if percent else f"{mean:.4f} ± {spread:.4f}"

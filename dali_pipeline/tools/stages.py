@@ -1,0 +1,207 @@
+"""stages: how fast each part of the way is alone, from the disk to the model, and all of them together."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dali_pipeline.dataset.dataset import Dataset
+from dali_pipeline.loaders.graphs import GraphLoader
+from dali_pipeline.loaders.loader import Loader
+from dali_pipeline.loaders.sequences import SequenceLoader
+from dali_pipeline.reading.readahead import REQUESTS_IN_FLIGHT
+from dali_pipeline.reading.stretch import Part, StretchGatherer
+from dali_pipeline.runtime.ahead import on_threads
+from dali_pipeline.runtime.timing import StepTimer
+from dali_pipeline.sampling.plan import EpochPlan
+from dali_pipeline.storage.cachedfile import REQUEST_BYTES, RemotePath
+from dali_pipeline.types import Kind
+
+READ_BYTES = 256 << 20
+LOOKED_AT = 4  # batches
+Train = Callable[[Any], None]  # one step on a batch
+Tell = Callable[[str], None]  # what is measured now
+
+
+def measure_stages(
+    data: Dataset, kind: Kind, loader: Loader[Any], step: Train, record_bytes: float, tell: Tell, seconds: float
+) -> dict[str, float]:
+    """Records a second of every stage alone, in the order that a record goes through them."""
+    files = [data.shard_path("train", kind, number) for number in range(len(data.table("train", kind)))]
+    plan = loader._plan(0)
+    rates: dict[str, float] = {}
+    if isinstance(data.root, RemotePath):
+        tell("store")
+        rates["store"] = store_rate(list(zip(files, data.table("train", kind).bytes, strict=True)), seconds) / record_bytes
+        steps = len(list(islice(loader, LOOKED_AT)))  # whose blocks are in the cache now
+    else:
+        tell("disk")
+        rates["disk"] = read_rate(files, direct=True, seconds=seconds) / record_bytes
+        tell("page cache")
+        read_rate(files, direct=False, seconds=seconds)  # so that it has them
+        rates["page cache"] = read_rate(files, direct=False, seconds=seconds) / record_bytes
+        steps = plan.num_steps
+    tell("gather")
+    gathered = list(islice(gathers(loader, plan, steps), LOOKED_AT))  # hashed, and in memory
+    rates["gather"] = rate_of(gathers(loader, plan, steps), loader.batch_size, seconds, loader.device)
+    tell("decode")
+    rates["decode"] = rate_of((decode(loader, one) for one in _for_ever(gathered)), loader.batch_size, seconds, loader.device)
+    if isinstance(loader, GraphLoader):
+        tell("collate")
+        whole = rate_of((collate(loader, one) for one in _for_ever(gathered)), loader.batch_size, seconds, loader.device)
+        rates["collate"] = 1 / max(1 / whole - 1 / rates["decode"], 0.01 / whole)  # what it does beside decoding
+    if loader.device.type == "cuda":
+        tell("host to device")
+        rates["host to device"] = copy_rate(loader.device) / record_bytes
+    tell("model")
+    rates["model"] = model_rate(loader, step, seconds)
+    return rates
+
+
+def model_rate(loader: Loader[Any], step: Train, seconds: float) -> float:
+    """Records a second of steps on one batch again and again: the model's ceiling."""
+    batch = next(iter(loader))
+    step(batch)
+    return rate_of(map(step, _for_ever([batch])), loader.batch_size, seconds, loader.device)
+
+
+def gathers(loader: Loader[Any], plan: EpochPlan, steps: int) -> Iterator[Any]:
+    """Batches as stored, gathered one by one in the caller's thread; the plan's first steps again and again."""
+    if isinstance(loader, SequenceLoader):  # padded, for torch to decode, wherever the loader itself pads
+        bits, source = loader._decoding.bfloat16, loader._source
+        padded = StretchGatherer(source, loader.world, loader.batch_size, "batch", bits=bits, skips=loader.skips)
+    found: Sequence[Any]
+    while True:
+        for step in range(steps):
+            if isinstance(loader, SequenceLoader):
+                found, error = padded.gather(plan, Part(range(step, step + 1)))
+            else:
+                assert isinstance(loader, GraphLoader)
+                found, error = loader._gatherer.gather(plan, range(step, step + 1))
+            if error is not None:
+                raise error
+            yield found[0]
+
+
+def decode(loader: Loader[Any], gathered: Any) -> Any:
+    """A gathered batch's values in the type that is delivered, on the device."""
+    if isinstance(loader, SequenceLoader):
+        rows = gathered.rows
+        values = torch.from_numpy(rows.values).view(loader.batch_size, -1, *rows.values.shape[1:])
+        with on_threads(loader.cores):
+            return loader._decoding.run(values.to(loader.device), rows.lengths)
+    assert isinstance(loader, GraphLoader)
+    ((rows, _, _),) = gathered.batches()
+    with on_threads(loader.cores):
+        return loader._collator.values(rows)
+
+
+def collate(loader: GraphLoader, gathered: Any) -> Any:
+    """A gathered batch as it is delivered: decoded, numbered through, a PyG batch."""
+    ((rows, valid, _),) = gathered.batches()
+    with on_threads(loader.cores):
+        return loader._collator.batch(rows, valid)
+
+
+def rate_of(work: Iterator[Any], records: int, seconds: float, device: torch.device) -> float:
+    """Records a second of an endless iterator that does `records` an item; a GPU is waited for once, at the end."""
+    next(work)
+    wait_for(device)
+    begun, done = time.perf_counter(), 0
+    while done < 3 or time.perf_counter() - begun < seconds:
+        next(work)
+        done += 1
+    wait_for(device)
+    return done * records / (time.perf_counter() - begun)
+
+
+def read_rate(files: list[Path], *, direct: bool, seconds: float) -> float:
+    """Bytes a second of reading the files in order, READ_BYTES of them, or so long: from the disk, past the page cache, or as
+    it has them."""
+    buffer, read, spent = mmap.mmap(-1, 8 << 20), 0, 0.0
+    for path in files:
+        flags = getattr(os, "O_DIRECT", 0) if direct else 0
+        try:
+            fd = os.open(path, os.O_RDONLY | flags)
+        except OSError:  # a file system without it: whatever comes
+            fd = os.open(path, os.O_RDONLY)
+        try:
+            at, begun = 0, time.perf_counter()
+            while (
+                read < READ_BYTES and spent + time.perf_counter() - begun < seconds and (got := os.preadv(fd, [buffer], at)) > 0
+            ):
+                at, read = at + got, read + got
+                if got < len(buffer):
+                    break
+            spent += time.perf_counter() - begun
+        finally:
+            os.close(fd)
+        if read >= READ_BYTES or spent >= seconds:
+            break
+    return read / max(spent, 1e-9)
+
+
+def store_rate(shards: list[tuple[RemotePath, int]], seconds: float) -> float:
+    """Bytes a second of shards in a store, as many requests in flight as a loader has; READ_BYTES of them, or so long."""
+    spans = ((place, at, min(at + REQUEST_BYTES, nbytes)) for place, nbytes in shards for at in range(0, nbytes, REQUEST_BYTES))
+    begun = time.perf_counter()
+
+    def fetch(number: int, place: RemotePath, begin: int, end: int) -> int:
+        if number >= REQUESTS_IN_FLIGHT and time.perf_counter() - begun > seconds:
+            return 0
+        return len(place.store.read(place.key, begin, end))
+
+    with ThreadPoolExecutor(REQUESTS_IN_FLIGHT) as pool:
+        asked = [pool.submit(fetch, number, *one) for number, one in enumerate(islice(spans, READ_BYTES // REQUEST_BYTES))]
+        read = sum(one.result() for one in asked)
+    return read / max(time.perf_counter() - begun, 1e-9)
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second of pinned memory to the device."""
+    source = torch.empty(64 << 20, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device=device)
+    target.copy_(source)
+    torch.cuda.synchronize(device)
+    begun = time.perf_counter()
+    for _ in range(8):
+        target.copy_(source, non_blocking=True)
+    torch.cuda.synchronize(device)
+    return 8 * source.nbytes / (time.perf_counter() - begun)
+
+
+def measure_together(loader: Loader[Any], step: Train, seconds: float) -> tuple[float, float]:
+    """Records a second of loader and model together, and the share of the time in which the device has no step to work on; the
+    first steps apart. No step waits for a GPU, as in training."""
+    timer = StepTimer(loader.device)
+    batches = (batch for _ in _for_ever([0]) for batch in loader)
+    for batch in islice(batches, 3):
+        step(batch)
+    wait_for(loader.device)
+    begun = time.perf_counter()
+    for done, batch in enumerate(timer(batches)):
+        step(batch)
+        if done > 2 and time.perf_counter() - begun > seconds:
+            break
+    wait_for(loader.device)
+    share = timer.gap_share if loader.device.type == "cuda" else timer.wait_share
+    return timer.records / (time.perf_counter() - begun), share
+
+
+def wait_for(device: torch.device) -> None:
+    """Return once a GPU has done what it was asked for; at once for a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _for_ever(items: list[Any]) -> Iterator[Any]:
+    while True:
+        yield from items

@@ -1,0 +1,175 @@
+"""verify: every hash, offset, shape, id, label and value of a data set; each damage in one line."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from dali_pipeline.dataset.dataset import Dataset, open_dataset
+from dali_pipeline.errors import FormatError
+from dali_pipeline.format.shard import Hashes
+from dali_pipeline.runtime.progress import progress_bar
+from dali_pipeline.storage.cachedfile import RemotePath
+from dali_pipeline.storage.stores import is_url
+from dali_pipeline.tools.shardcheck import ShardCheck
+from dali_pipeline.types import Kind
+
+CACHE_BYTES = 4 << 30  # of a URL's shards, which are met once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """damages: a line each, file, field, what."""
+
+    damages: list[str]
+    records: int
+    shards: int
+    bytes: int
+    seconds: float
+
+    @property
+    def summary(self) -> str:
+        """One line, for people."""
+        found = f"{len(self.damages)} damages" if self.damages else "sound"
+        rate = f"{self.bytes / 1e9:.2f} GB in {self.seconds:.1f} s, {self.bytes / 1e9 / max(self.seconds, 1e-9):.2f} GB/s"
+        return f"{found}: {self.records:,} records, {self.shards:,} shards, {rate}"
+
+
+def verify(root: str | os.PathLike[str], *, quick: bool = False) -> Report:
+    """Checks the data set at `root`, a shard a core at a time; `quick` reads headers, names, labels and offsets, no values.
+
+    Finds wrong sizes, headers, hashes, shapes, types and offsets, edges that leave their graph, values that are not finite
+    (counted by layer), ids given twice, labels or rows that the manifest counts otherwise, halves that disagree, groups in
+    several splits, shards that the manifest does not name. Raises FormatError where `root` is no data set. Memory: the offsets
+    and edges of a shard a core, and 24 bytes a record. A URL's shards come through a cache of its own, gone at the end.
+    """
+    started = time.perf_counter()
+    if is_url(root):
+        with tempfile.TemporaryDirectory(prefix="verify-") as cache:
+            return _verify(open_dataset(root, cache_dir=cache, cache_bytes=CACHE_BYTES), quick, started)
+    return _verify(open_dataset(root), quick, started)
+
+
+def _verify(data: Dataset, quick: bool, started: float) -> Report:
+    checks = [
+        ShardCheck(data, split, kind, number)
+        for split in data.splits
+        for kind in data.schema.kinds
+        for number in range(len(data.table(split, kind)))
+    ]
+    with progress_bar() as bar, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        task = bar.add_task("verify, MB", total=None if quick else data.nbytes / 1e6)
+        try:
+            list(pool.map(lambda check: check.run(quick, lambda nbytes: bar.advance(task, nbytes / 1e6)), checks))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    damages = [line for check in checks for line in check.damages]
+    damages += [
+        line for split in data.splits for kind in data.schema.kinds for line in _against_manifest(data, split, kind, checks)
+    ]
+    damages += [
+        *_ids_twice(checks),
+        *_halves(checks),
+        *_leaks(checks, data.manifest.source.get("torn", 0)),
+        *_strangers(data, checks),
+    ]
+    return Report(
+        damages=damages,
+        records=sum(data.num_records(split, kind) for split in data.splits for kind in data.schema.kinds),
+        shards=len(checks),
+        bytes=sum(check.bytes for check in checks),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _against_manifest(data: Dataset, split: str, kind: Kind, checks: Sequence[ShardCheck]) -> Iterator[str]:
+    """Labels and rows as the manifest counts them, where no damage hides them."""
+    table, own = data.table(split, kind), [check for check in checks if (check.split, check.kind) == (split, kind)]
+    where = f"{data.root / 'manifest.json'}, {split}/{kind}"
+    if any(check.damages for check in own):
+        return
+    total = sum(int(check.ids.sum(dtype=np.uint64)) for check in own) % 2**64
+    if table.ids and table.ids != f"{total:016x}":
+        yield f"{where}, ids: their hashes sum to {table.ids} in the manifest, to {total:016x} in the shards"
+    labels: Counter[str] = Counter()
+    rows: dict[str, tuple[int, int]] = {}
+    for check in own:
+        labels.update(str(label) for label in (check.labels.tolist() if check.labels is not None else []))
+        for axis, (fewest, most) in check.rows.items():
+            rows[axis] = (min(fewest, rows.get(axis, (fewest, 0))[0]), max(most, rows.get(axis, (0, most))[1]))
+    if dict(labels) != table.labels:
+        yield f"{where}, labels: {table.labels} in the manifest, {dict(labels)} in the shards"
+    if rows != table.rows:
+        yield f"{where}, rows: {table.rows} in the manifest, {rows} in the shards"
+
+
+def _ids_twice(checks: Sequence[ShardCheck]) -> Iterator[str]:
+    for kind in {check.kind: None for check in checks}:
+        own = [check for check in checks if check.kind == kind]
+        every, counts = np.unique(np.concatenate([check.ids for check in own]), return_counts=True)
+        for hashed, count in zip(every[counts > 1][:10], counts[counts > 1], strict=False):
+            first = next(check for check in own if hashed in check.ids)
+            yield f"{first.path}, ids: {_text(first, 'ids', hashed)} is given to {count} {kind} records"
+
+
+def _halves(checks: Sequence[ShardCheck]) -> Iterator[str]:
+    """A record has the same label in both halves."""
+    sides = [[check for check in checks if check.kind == kind and check.labels is not None] for kind in ("sequences", "graphs")]
+    if not all(sides):
+        return
+    (ids, labels), (other_ids, other_labels) = (
+        [np.concatenate([getattr(check, name) for check in own]) for name in ("ids", "labels")] for own in sides
+    )
+    if len(ids) != len(labels) or len(other_ids) != len(other_labels):
+        return  # damaged, and said so
+    shared, here, there = np.intersect1d(ids, other_ids, return_indices=True)
+    different = np.flatnonzero(labels[here] != other_labels[there])
+    if len(different):
+        first = next(check for check in sides[0] if shared[different[0]] in check.ids)
+        record = _text(first, "ids", shared[different[0]])
+        yield f"{first.path}, labels: {len(different)} records have another label as graphs, the first {record}"
+
+
+def _leaks(checks: Sequence[ShardCheck], torn: object) -> Iterator[str]:
+    """No group in two splits. torn: as many as are, in a set whose owner made the splits, are as they should be."""
+    groups: dict[str, Hashes] = {}
+    for check in checks:
+        groups[check.split] = np.union1d(groups.get(check.split, check.groups), check.groups)
+    if groups and torn == int((np.unique(np.concatenate(list(groups.values())), return_counts=True)[1] > 1).sum()):
+        return
+    for one, other in combinations(groups, 2):
+        shared = np.intersect1d(groups[one], groups[other])
+        if len(shared):
+            first = next(check for check in checks if check.split == one and shared[0] in check.groups)
+            group = _text(first, "groups", shared[0])
+            yield f"{first.path}, groups: {len(shared)} groups are in {one} and in {other}, the first {group}"
+
+
+def _strangers(data: Dataset, checks: Sequence[ShardCheck]) -> Iterator[str]:
+    """Shards that lie in the folder, and that the manifest does not name."""
+    named = {check.path for check in checks}
+    if isinstance(data.root, RemotePath):
+        found = [data.root / name for name in data.root.store.names() if ".safetensors" in name]
+    else:
+        found = sorted(data.root.rglob("*.safetensors*"))
+    for path in found:
+        if path not in named:
+            yield f"{path}: the manifest does not name this file; remove it"
+
+
+def _text(check: ShardCheck, name: str, hashed: np.uint64) -> str:
+    """The id or group with this hash."""
+    row = int(np.flatnonzero(getattr(check, name) == hashed)[0])
+    try:
+        return repr(check.open().texts(name)[row].decode())
+    except FormatError:
+        return f"record {row}"
