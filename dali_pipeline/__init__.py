@@ -1,4 +1,4 @@
-"""dali_pipeline: streams sequences and graphs from data sets far larger than memory. README.md lists the modules in order."""
+"""dali_pipeline: streams sequences and graphs from data sets far larger than memory. Each folder says what it is for."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

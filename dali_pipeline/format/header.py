@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dali_pipeline.errors import FormatError
 from dali_pipeline.format.encoding import BFLOAT16, storage
-from dali_pipeline.storage.cachedfile import Place
 from dali_pipeline.types import BLOCK_BYTES, Array
+
+if TYPE_CHECKING:
+    from dali_pipeline.storage.cachedfile import Place
 
 VERSION = 1
 METADATA_KEY = "dali_pipeline"

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import xxhash
@@ -15,10 +15,12 @@ from dali_pipeline.errors import FormatError, UsageError
 from dali_pipeline.format.schema import SPLITS, Schema
 from dali_pipeline.format.shard import Shard, ShardInfo, SoundMap
 from dali_pipeline.storage.cachedfile import Place, RemotePath
-from dali_pipeline.storage.files import Files
 from dali_pipeline.storage.stores import GoneError, NoBucketError
 from dali_pipeline.storage.whole import write_whole
 from dali_pipeline.types import KINDS, Kind
+
+if TYPE_CHECKING:
+    from dali_pipeline.storage.files import Files
 
 P = TypeVar("P", Path, RemotePath, Place)
 MANIFEST_NAME = "manifest.json"

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +19,13 @@ import xxhash
 from dali_pipeline.errors import DataError, FormatError
 from dali_pipeline.format.header import Layout, parse_header
 from dali_pipeline.storage.cache import FIRST_STAMP
-from dali_pipeline.storage.cachedfile import Place
-from dali_pipeline.storage.files import Files
 from dali_pipeline.storage.openfile import OpenFile, Piece, kind_of
 from dali_pipeline.storage.reads import bring
 from dali_pipeline.types import BLOCK_BYTES, Array
+
+if TYPE_CHECKING:
+    from dali_pipeline.storage.cachedfile import Place
+    from dali_pipeline.storage.files import Files
 
 SoundMap: TypeAlias = "memoryview | bytearray"
 Hashes: TypeAlias = npt.NDArray[np.uint64]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import msgspec
 import xxhash
@@ -14,10 +14,12 @@ from dali_pipeline.format.schema import LEVELS, level_of
 from dali_pipeline.ingest.dealing import splits_in_names
 from dali_pipeline.ingest.own import OWN
 from dali_pipeline.ingest.readers.traces import TraceOptions
-from dali_pipeline.ingest.sources import Source
 from dali_pipeline.ingest.workers import Engine, Workers
 from dali_pipeline.writing.split import Split
 from dali_pipeline.writing.writer import SHARD_BYTES
+
+if TYPE_CHECKING:
+    from dali_pipeline.ingest.sources import Source
 
 FIELDS = ("sequence", "x", "edge_attr")
 DTYPES = ("float16", "bfloat16", "float32", "int8")

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from dali_pipeline.errors import DataError, FormatError
 from dali_pipeline.format.schema import Field, Schema
-from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.dealing import OwnSplits, splits_in_names
-from dali_pipeline.ingest.extract.inference import LayerChoice, infer_schema, written_bytes
+from dali_pipeline.ingest.inference import LayerChoice, infer_schema, written_bytes
 from dali_pipeline.ingest.names import Disagreement, FileNames, Names
 from dali_pipeline.ingest.own import OWN
 from dali_pipeline.ingest.readers.pt import FOLDERS
 from dali_pipeline.ingest.scales import greatest_values
-from dali_pipeline.ingest.sources import Source
 from dali_pipeline.runtime.progress import progress_bar, shown
 from dali_pipeline.writing.filler import Dealer
 from dali_pipeline.writing.split import FileSplit, Split
+
+if TYPE_CHECKING:
+    from dali_pipeline.ingest.config import ConvertConfig
+    from dali_pipeline.ingest.sources import Source
 
 NAMED = 5  # files that are named, of many
 

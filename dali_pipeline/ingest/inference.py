@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -22,8 +22,10 @@ from dali_pipeline.ingest.foreign import Block
 from dali_pipeline.ingest.names import FileNames
 from dali_pipeline.ingest.own import OWN, opened
 from dali_pipeline.ingest.readers.traces import TRACES
-from dali_pipeline.ingest.sources import Source
 from dali_pipeline.types import Array, Kind
+
+if TYPE_CHECKING:
+    from dali_pipeline.ingest.sources import Source
 
 MEASURED_RECORDS, MEASURED_BYTES, NAME_BYTES = 64, 8 << 20, 40  # by which the space that is needed is estimated
 
