@@ -177,6 +177,7 @@ def test_dali_is_for_the_cuda_that_torch_is_for(
     monkeypatch.setattr(nvidia.dali, "__version__", "2.4.0")
     assert len(list(dp.SequenceLoader(data, device="cpu"))) == 1  # there a mismatch does no harm
     monkeypatch.setattr("dali_pipeline.loader.resolve_device", lambda *_: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 30, 1 << 30))
     on_torch = {"batch_size": 4, "engine": "torch"}
     assert len(dp.SequenceLoader(data, device="cuda", **on_torch)) > 1  # type: ignore[arg-type]
     if said is None:
@@ -252,6 +253,7 @@ def test_without_dali_its_engine_is_refused(make: Any, monkeypatch: pytest.Monke
     assert str(refused.value) == NOT_INSTALLED
 
 
+@pytest.mark.slow
 def test_without_dali_all_else_works(make: Any, tmp_path: Path) -> None:
     data = make(20)
     root, count = data.root, data.num_records("train", "sequences")
