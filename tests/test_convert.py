@@ -174,6 +174,7 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path, monkeypatch:
     assert not list(tmp_path.rglob(".parts"))
 
 
+@pytest.mark.slow
 def test_killed_with_its_workers_and_gone_on_gives_the_same_bytes(tmp_path: Path) -> None:
     """SIGKILL to the parent alone: the workers die too, the folder is free, and the same command ends as if undisturbed."""
     src = make_folder(tmp_path / "src", per_file=400, files=6)

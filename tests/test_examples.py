@@ -47,6 +47,7 @@ def same_or_both_empty(ours: Contents, theirs: Contents) -> None:
         assert_same(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["with_torchdata", "with_lightning", "with_accelerate"])
 def test_example(name: str, tmp_path: Path) -> None:
     done = subprocess.run(

@@ -260,7 +260,9 @@ def test_the_default_is_a_function_of_the_cores(
     assert default_module.default_threads() == threads
 
 
-@pytest.mark.parametrize(("program", "told"), [("train.py", None), ("-m dali_pipeline", "ACTIVE")])
+@pytest.mark.parametrize(
+    ("program", "told"), [("train.py", None), pytest.param("-m dali_pipeline", "ACTIVE", marks=pytest.mark.slow)]
+)
 def test_openmp_waits_passively_unless_the_user_says_otherwise(program: str, told: str | None) -> None:
     """Ask OpenMP itself, which reads the variable once, as torch loads."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}

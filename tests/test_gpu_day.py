@@ -68,6 +68,7 @@ def test_rows_are_those_of_every_benchmark(tmp_path: Path, monkeypatch: pytest.M
     assert ceiling["command"] == "python -m benchmarks.gpu_day --dry-run"
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_is_killed_with_all_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_day, "GRACE_SECONDS", 1.0)
     begun = time.monotonic()
@@ -79,6 +80,7 @@ def test_a_part_that_hangs_is_killed_with_all_it_started(tmp_path: Path, monkeyp
     assert not child.exists() or child.read_text().split()[2] == "Z"
 
 
+@pytest.mark.slow
 def test_no_part_goes_on_behind_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_day, "GRACE_SECONDS", 0.0)
     found = ran(tmp_path, "works", seconds=-1).parts
@@ -121,6 +123,7 @@ def test_the_deadline_ends_a_grid_and_tells_what_it_left_out(tmp_path: Path) -> 
     assert (deadline.passed, deadline.left_seconds) == (True, 0)
 
 
+@pytest.mark.slow
 def test_tests_that_fail_are_named_and_those_that_hang_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_parts, "ROOT", tmp_path)
     setup = Setup(device="cpu", folder=tmp_path, quick=False)

@@ -64,6 +64,7 @@ RAY = ConvertConfig(engine="ray", shard_bytes=4000)
 HERE = ConvertConfig(workers=1, shard_bytes=4000)
 
 
+@pytest.mark.slow
 def test_many_machines_write_what_one_does(cluster: str, src: Path, tmp_path: Path) -> None:
     convert(src, tmp_path / "here", HERE)
     convert(src, tmp_path / "ray", RAY)
@@ -73,6 +74,7 @@ def test_many_machines_write_what_one_does(cluster: str, src: Path, tmp_path: Pa
     assert_same_bytes(tmp_path / "here8", tmp_path / "ray8")
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_its_task_alone(cluster: str, src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert(src, tmp_path / "here", HERE)
     real, turns = convert_module.write_stretch, tmp_path / "turns"
@@ -96,6 +98,7 @@ def test_a_killed_worker_costs_its_task_alone(cluster: str, src: Path, tmp_path:
     assert sorted(path.name for path in turns.iterdir()) == sorted(["1-1", *(f"{number}-0" for number in range(8))])
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_said_as_here_and_nothing_is_left(cluster: str, src: Path, tmp_path: Path) -> None:
     break_file(src, "code")
     said = []

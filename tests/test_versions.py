@@ -57,7 +57,7 @@ def test_numpy_1_is_refused_in_one_sentence(old_numpy: dict[str, str], arguments
 
 
 def test_numpy_1_is_refused_before_any_test(old_numpy: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_rooms.py"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_structure.py"]
     done = subprocess.run(command, capture_output=True, text=True, env=old_numpy, cwd=ROOT)
     assert done.returncode == 2
     assert REFUSAL.format(folder=Path(np.__file__).parent) in done.stdout + done.stderr
@@ -180,6 +180,7 @@ def test_dali_is_for_the_cuda_that_torch_is_for(
     monkeypatch.setattr(nvidia.dali, "__version__", "2.4.0")
     assert len(list(dp.SequenceLoader(data, device="cpu"))) == 1  # there a mismatch does no harm
     monkeypatch.setattr("dali_pipeline.loaders.loader.resolve_device", lambda *_: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 30, 1 << 30))
     on_torch = {"batch_size": 4, "engine": "torch"}
     assert len(dp.SequenceLoader(data, device="cuda", **on_torch)) > 1  # type: ignore[arg-type]
     if said is None:
@@ -255,6 +256,7 @@ def test_without_dali_its_engine_is_refused(make: Any, monkeypatch: pytest.Monke
     assert str(refused.value) == NOT_INSTALLED
 
 
+@pytest.mark.slow
 def test_without_dali_all_else_works(make: Any, tmp_path: Path) -> None:
     data = make(20)
     root, count = data.root, data.num_records("train", "sequences")

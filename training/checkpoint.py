@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections import deque
 from collections.abc import Mapping
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,9 @@ class CheckpointWriter:
             self._under_way.popleft().result()
 
     def wait(self) -> None:
-        """Until all are on the disk."""
-        while self._under_way:
-            self._under_way.popleft().result()
+        """Until all are on the disk, or have failed; then raises as `check`: nothing is written behind the error's back."""
+        futures.wait(self._under_way)
+        self.check()
 
 
 def snapshot(value: Any) -> Any:
