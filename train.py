@@ -51,6 +51,10 @@ class Prepared:
 def main(options: Options, config: TrainConfig) -> None:
     """The whole run, step by step."""
     with Processes.join(options.conduct.device) as processes, FolderLock() as lock:
+        if options.doctor:
+            from training.checkup import examine_training
+
+            raise typer.Exit(examine_training(options, config, processes, as_json=options.as_json))
         if options.replay:
             from training.ceiling import tell_ceilings
 
@@ -195,6 +199,18 @@ def command_line(
     replay: Annotated[
         bool, flag("Speed", "Only measure how fast the model is on one batch again and again.", "--replay", "--replay")
     ] = False,
+    doctor: Annotated[
+        bool,
+        flag(
+            "Speed",
+            "Only tell whether training waits for data, and what to change; exits 0 (fed), 1 (input-bound).",
+            "--doctor",
+            "--doctor",
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, flag("Speed", "What --doctor finds, as JSON and nothing else.", "--doctor --json", "--json")
+    ] = False,
     trace: Annotated[
         Path | None,
         flag("Speed", "What the run does when, for ui.perfetto.dev.", "--trace trace.json", metavar="FILE"),
@@ -244,6 +260,8 @@ def command_line(
         seeds=seeds,
         folds=folds,
         replay=replay,
+        doctor=doctor,
+        as_json=as_json,
         trace=trace,
         conduct=Conduct(
             device=device,

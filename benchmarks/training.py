@@ -23,8 +23,9 @@ from benchmarks.graphs import written
 from benchmarks.harness import Results, alternately
 from benchmarks.sequences import made
 from dali_pipeline.cli.app import new_app, run
-from dali_pipeline.cli.checkup import ModelName, train_step
 from dali_pipeline.tools.stages import measure_together, model_rate
+from training.checkup import train_step
+from training.config import ModelName
 from training.watch import gpu_use
 
 BATCH_SIZE, SAMPLE_SECONDS = 32, 0.2

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import dali_pipeline as dp
+import train as train_module
 from dali_pipeline.cli.app import app, run
 from dali_pipeline.loaders.collate import Collator
 from dali_pipeline.loaders.decoding import Decoding
@@ -119,17 +120,21 @@ def test_a_slow_disk_counts_where_the_data_do_not_fit(data: dp.Dataset, monkeypa
     assert faster > 1.5 * now
 
 
-def test_scripts_can_trust_it(data: dp.Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["doctor", str(data.root), "--seconds", "0.05", "--batch-size", "8"]
+def called(patch: pytest.MonkeyPatch, name: str, *arguments: object) -> int:
+    patch.setattr("sys.argv", [name, *map(str, arguments)])
+    return run(train_module.app if name == "train.py" else app, name)
+
+
+def test_scripts_can_trust_it(data: dp.Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    training = ["--data", data.root, "--batch-size", 8, "--doctor"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["dali_pipeline", *arguments, "--json", "--plot", str(tmp_path / "stages.png")])
-        code = run(app, "dali_pipeline")
+        patch.setattr(doctor, "SECONDS", 0.05)
+        code = called(patch, "train.py", *training, "--json")
         found = json.loads(capsys.readouterr().out)  # and nothing else
         assert code == {"fed": 0, "input-bound": 1}[found["verdict"]]
         assert {"disk", "gather", "model"} <= found["stages"].keys()
-        assert (tmp_path / "stages.png").read_bytes().startswith(b"\x89PNG")
-        patch.setattr("sys.argv", ["dali_pipeline", *arguments, "--model", "gnn_lstm"])
-        assert run(app, "dali_pipeline") in (0, 1)
+        assert (found["model"], found["batch_size"]) == ("lstm", 8)
+        assert called(patch, "train.py", *training, "--model", "gnn_lstm", "--layers", "0:2") in (0, 1)
         told = capsys.readouterr().out
         assert "narrowest" in told
         assert "machine: " in told
@@ -137,13 +142,55 @@ def test_scripts_can_trust_it(data: dp.Dataset, tmp_path: Path, capsys: pytest.C
         assert "a disk twice as fast" in told
         assert "gnn_lstm on" in told
         for wrong, words in (
-            (["doctor", str(tmp_path)], "not a data set"),
-            (["doctor", str(data.root), "--workers", "many"], "expected auto or a whole number"),
-            (["doctor", str(data.root), "--device", "tpu"], "device is 'tpu'"),
+            ((*training, "--workers", "many"), "expected auto or a whole number"),
+            ((*training, "--device", "tpu"), "device is 'tpu'"),
+            (("--data", data.root, "--json"), "--json prints what --doctor finds"),
         ):
-            patch.setattr("sys.argv", ["dali_pipeline", *wrong])
-            assert run(app, "dali_pipeline") == 2
+            assert called(patch, "train.py", *wrong) == 2
             assert words in capsys.readouterr().err
+
+
+STEP = """
+import time
+
+def make_step(loader):
+    assert loader.batch_size in (8, 16)
+    return lambda batch: time.sleep(0.05)
+
+nothing = 3
+"""
+
+
+def test_the_loader_alone_and_beside_a_step_of_ones_own(
+    data: dp.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "steps_of_mine.py").write_text(STEP)
+    monkeypatch.chdir(tmp_path)
+    options = ["doctor", data.root, "--seconds", "0.05", "--batch-size", 8]
+    picture = tmp_path / "stages.png"
+    assert called(monkeypatch, "dali_pipeline", *options, "--json", "--plot", picture) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["verdict"], found["model"]) == ("no model", "no model")
+    assert "model" not in found["stages"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert called(monkeypatch, "dali_pipeline", *options, "--records", "graphs") == 0
+    assert "train.py --doctor, holds that against a model" in capsys.readouterr().out
+    assert called(monkeypatch, "dali_pipeline", *options, "--json", "--step", "steps_of_mine:make_step") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["narrowest"], found["verdict"], found["model"]) == ("model", "fed", "steps_of_mine:make_step")
+    for wrong, words in (
+        (["doctor", tmp_path], "not a data set"),
+        ([*options, "--step", "steps_of_mine"], "expected MODULE:FUNCTION"),
+        ([*options, "--step", "steps_of_mine:absent"], "has no attribute 'absent'"),
+        ([*options, "--step", "no_such_module:step"], "No module named 'no_such_module'"),
+        ([*options, "--step", "steps_of_mine:nothing"], "is no function"),
+        ([*options, "--device", "tpu"], "device is 'tpu'"),
+        (["predict", data.root, "--checkpoint", "x.pt"], "python predict.py --checkpoint FILE.pt --data SET"),
+    ):
+        assert called(monkeypatch, "dali_pipeline", *wrong) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
 
 
 def test_what_is_likely_a_mistake_is_said(tmp_path: Path) -> None:

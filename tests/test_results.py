@@ -25,8 +25,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from typer.testing import CliRunner
 
 import dali_pipeline as dp
+import predict as predict_module
 import train as train_module
-from dali_pipeline.cli.app import app as pipeline_app
 from dali_pipeline.cli.app import run
 from dali_pipeline.storage.whole import replacing
 from models.noise import keyed_normal
@@ -57,8 +57,8 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 
 def predict(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["dali_pipeline", "predict", *map(str, arguments)])
-    return run(pipeline_app, "dali_pipeline")
+    monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
+    return run(predict_module.app, "predict.py")
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -294,7 +294,7 @@ def test_a_damaged_checkpoint_is_one_sentence(
     arguments = ("--checkpoint", tmp_path / "lstm.pt", trained / "set", "--output", tmp_path / "scores.csv", "--device", "cpu")
     assert predict(monkeypatch, *arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"dali_pipeline: {tmp_path / 'lstm.pt'} holds")
+    assert error.startswith(f"predict.py: {tmp_path / 'lstm.pt'} holds")
     assert error.count("\n") == 1
 
 

@@ -53,6 +53,7 @@ TRAINING = [
     "trainer",
     "watch",
     "ceiling",
+    "checkup",
     "layers",
     "report",
     "scores",
@@ -100,6 +101,11 @@ def test_folders_import_from_those_above_them() -> None:
         allowed = FOLDERS[: FOLDERS.index(folder_of(name)) + 1]
         theirs = imports(path) & MODULES.keys()
         assert {folder_of(one) for one in theirs} <= set(allowed), f"{name} imports {sorted(theirs)}"
+
+
+def test_the_library_knows_nothing_of_the_application() -> None:
+    for name, path in MODULES.items():
+        assert not {one.split(".")[0] for one in imports(path)} & {"train", "predict", "training", "models"}, name
 
 
 def test_imports_are_a_tree_of_little_depth() -> None:

@@ -13,8 +13,8 @@ import pytest
 
 from benchmarks import convert, graphs, harness, layers, limits, scale, scaling, sequences, stores, training
 from benchmarks.harness import Row
-from dali_pipeline.cli.checkup import ModelName
 from dali_pipeline.loaders.sequences import Engine
+from training.config import ModelName
 
 pytestmark = [pytest.mark.throughput, pytest.mark.timeout(600)]
 Rows = dict[tuple[str, str], list[Row]]

@@ -140,8 +140,10 @@ def test_what_training_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         def broken(*_: object, **__: object) -> None:
             raise RuntimeError("Numpy is not available\nand more")
 
-        monkeypatch.setattr("training.step.forward", broken)
-        said = r"a step of lstm on cpu fails \(RuntimeError: Numpy is not available\); expected packages that fit each other$"
+        monkeypatch.setattr(torch.nn, "LSTM", broken)
+        said = (
+            r"a step of an LSTM on cpu fails \(RuntimeError: Numpy is not available\); expected packages that fit each other$"
+        )
         with pytest.raises(PipelineError, match=said):
             versions.check_training(data)
         monkeypatch.setattr(torch, "from_numpy", broken)

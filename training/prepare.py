@@ -32,6 +32,8 @@ class Options:
     folds: int
     conduct: Conduct
     replay: bool = False
+    doctor: bool = False
+    as_json: bool = False
     trace: Path | None = None
     cache_dir: Path | None = None
     cache_bytes: int | None = None
@@ -43,6 +45,8 @@ class Options:
             raise UsageError(f"folds is {self.folds}; expected 2 or more, or 0 for the split as it is stored")
         if self.folds and self.seeds > 1:
             raise UsageError("--seeds and --folds exclude each other; give one")
+        if self.as_json and not self.doctor:
+            raise UsageError("--json prints what --doctor finds; give both")
         if self.data and self.preprocessed_dir:
             raise UsageError("--data and --preprocessed-dir exclude each other; give one")
 

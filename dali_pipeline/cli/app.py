@@ -1,4 +1,4 @@
-"""The command line: `python -m dali_pipeline convert|verify|inspect|extract|doctor|predict|versions`. Heavy imports wait."""
+"""The command line: `python -m dali_pipeline convert|verify|inspect|extract|doctor|versions`. Heavy imports wait."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import typer
 from dali_pipeline.cli.arguments import SetArgument, parse_blocks, parse_size, parse_workers
 from dali_pipeline.cli.checkup import doctor_command
 from dali_pipeline.cli.inspection import inspect_command
-from dali_pipeline.cli.predict import predict_command
 from dali_pipeline.cli.versions import versions_command
 from dali_pipeline.errors import PipelineError, UsageError
 from dali_pipeline.runtime.numpyversion import check_numpy
@@ -212,7 +211,14 @@ def extract_command(
 
 app.command("inspect")(inspect_command)
 app.command("doctor")(doctor_command)
-app.command("predict")(predict_command)
+
+
+@app.command("predict", hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def predict_command() -> None:
+    """Say where it went."""
+    raise UsageError("predict is a script of its own, beside train.py: python predict.py --checkpoint FILE.pt --data SET")
+
+
 app.command("versions")(versions_command)
 
 

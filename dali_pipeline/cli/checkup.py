@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,16 +14,17 @@ from rich import box
 from rich.table import Table
 
 from dali_pipeline.cli.arguments import CacheBytes, CacheDir, SetArgument, parse_cache_bytes, parse_workers
-from dali_pipeline.errors import DataError, PipelineError
+from dali_pipeline.errors import DataError, PipelineError, UsageError
 from dali_pipeline.runtime.progress import progress_bar
 from dali_pipeline.tools.describe import plain_console
 from dali_pipeline.types import Kind
 
 if TYPE_CHECKING:
-    from dali_pipeline.loaders.loader import Loader
-    from dali_pipeline.tools.stages import Train
+    from dali_pipeline.dataset.dataset import Dataset
+    from dali_pipeline.tools.doctor import MakeStep
+    from dali_pipeline.tools.knobs import Setup
 
-ModelName = Literal["lstm", "gnn_lstm", "gvae_lstm"]
+ALONE = "no model"  # the verdict on a loader that nothing was held against
 ADVICE = {
     "disk": "a faster or local disk, fewer layers (`layers=`), or smaller values (`convert --dtype int8`)",
     "store": "a cache that holds the set (`--cache-bytes`), a faster link, fewer layers, or smaller values",
@@ -35,8 +39,16 @@ ADVICE = {
 
 def doctor_command(
     data: SetArgument,
-    model: Annotated[
-        ModelName | None, typer.Option(help="Detector to feed. [default: lstm, or gnn_lstm without sequences]")
+    records: Annotated[
+        Literal["sequences", "graphs"] | None, typer.Option(help="What to load. [default: sequences, or graphs without]")
+    ] = None,
+    step: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="FUNCTION(loader) returns what takes a step on a batch. [default: no model]",
+            show_default=False,
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Records a step.")] = 32,
     workers: Annotated[str, typer.Option(metavar="auto|N", help="Background threads, or processes of graphs.")] = "auto",
@@ -48,75 +60,89 @@ def doctor_command(
     cache_dir: CacheDir = None,
     cache_bytes: CacheBytes = None,
 ) -> None:
-    """Tell whether training waits for data, why, and what to change. Exits 0 (fed), 1 (input-bound) or 2 (cannot run).
+    """Tell how fast a loader is, by which stage, and what to change; with a model's step, whether training waits for data.
 
     \b
-    Measures every stage alone (disk or store, page cache, gather, decode, collate, copy to the GPU, model step on one batch
-    again and again) and all of them together, predicts what changes would bring, and tries the best of those that need no
-    conversion and no other machine. Takes under a minute.
+    Measures every stage alone (disk or store, page cache, gather, decode, collate, copy to the GPU, the step on one batch again
+    and again) and all of them together, predicts what changes would bring, and tries the best of those that need no conversion
+    and no other machine. Takes under a minute. Exits 0 (fed, or no step given), 1 (input-bound) or 2 (cannot run).
+    train.py --doctor does the same for its detectors, with a training's own flags.
     Examples:
       python -m dali_pipeline doctor data/sciq
-      python -m dali_pipeline doctor data/traces --model gnn_lstm --batch-size 64 --json
+      python -m dali_pipeline doctor data/traces --step mymodel:make_step --batch-size 64 --json
     """
     from dali_pipeline.dataset.dataset import open_dataset
-    from dali_pipeline.tools.doctor import examine
+    from dali_pipeline.loaders.delivery import make_current
     from dali_pipeline.tools.knobs import Setup
     from dali_pipeline.tools.picture import check_picture
-    from training.prepare import check_classes
 
     check_picture(plot)
+    make_step = None if step is None else named_function(step)
+    make_current(device)
     opened = open_dataset(data, cache_dir, parse_cache_bytes(cache_bytes))
-    kinds = opened.schema.kinds
-    kind: Kind = ("sequences" if model == "lstm" else "graphs") if model else kinds[0]
-    if kind not in kinds:
-        raise DataError(f"{opened.root} holds no {kind}, which {model} trains on; it has {' and '.join(kinds)}")
-    check_classes(opened)
-    name: ModelName = model or ("lstm" if kind == "sequences" else "gnn_lstm")
+    kind: Kind = records or opened.schema.kinds[0]
+    if kind not in opened.schema.kinds:
+        raise DataError(f"{opened.root} holds no {kind}; it has {' and '.join(opened.schema.kinds)}")
     setup = Setup(batch_size=batch_size, workers=parse_workers(workers), engine=engine, device=device)
+    raise typer.Exit(check_up(opened, kind, setup, make_step, step or "no model", seconds, as_json, plot))
+
+
+def named_function(text: str) -> Callable[[Any], Any]:
+    """Import what `MODULE:FUNCTION` names, from the working folder too. Raises UsageError for what is not there."""
+    module, _, name = text.partition(":")
+    if not module or not name:
+        raise UsageError(f"step is {text!r}; expected MODULE:FUNCTION, such as mymodel:make_step")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"step is {text!r}, which cannot be had ({error}); expected a function of a module on the path"
+        ) from None
+    finally:
+        sys.path.pop(0)
+    if not callable(found):
+        raise UsageError(f"step is {text!r}, which is no function; expected one that takes a loader")
+    function: Callable[[Any], Any] = found
+    return function
+
+
+def check_up(
+    data: Dataset,
+    kind: Kind,
+    setup: Setup,
+    make_step: MakeStep | None,
+    model: str,
+    seconds: float,
+    as_json: bool,
+    plot: Path | None,
+) -> int:
+    """Examine, print or draw what was found, and return the exit code. model: what the step is called."""
+    from dali_pipeline.tools.doctor import examine
+
     with progress_bar() as bar:
-        task = bar.add_task("examine", total=8 + (kind == "graphs"))
+        task = bar.add_task("examine", total=7 + (kind == "graphs") + (make_step is not None))
 
         def tell(stage: str) -> None:
             bar.update(task, advance=1, description=stage)
 
         try:
-            found = examine(opened, kind, setup, lambda loader: train_step(name, loader), tell, seconds)
+            found = examine(data, kind, setup, make_step, tell, seconds)
         except (ValueError, RuntimeError, TypeError, OSError) as error:  # exit 2, for 1 says input-bound
             if isinstance(error, PipelineError):
                 raise
-            raise PipelineError(f"{opened.root}: {name} cannot be trained on it ({type(error).__name__}: {error})") from error
+            raise PipelineError(f"{data.root}: {model} cannot be trained on it ({type(error).__name__}: {error})") from error
     advice = ADVICE[found["narrowest"]]
     if found["verdict"] == "input-bound" and found["narrowest"] == "model":
         advice = "reading while the model computes (`workers=1`), as one waits for the other"
-    found |= {"model": name, "batch_size": batch_size, "advice": advice}
+    found |= {"model": model, "batch_size": setup.batch_size, "advice": advice}
     if plot is not None:
         draw_stages(found, plot)
     if as_json:
         typer.echo(json.dumps(found))
     else:
         print_checkup(found)
-    raise typer.Exit(0 if found["verdict"] == "fed" else 1)
-
-
-def train_step(name: ModelName, loader: Loader[Any]) -> Train:
-    """A step of training that model: forward, backward, optimizer."""
-    import torch
-
-    from training.build import build_model, forward
-    from training.config import TrainConfig
-
-    model = build_model(name, loader.data.schema, loader.data.num_classes, TrainConfig()).to(loader.device)
-    optimizer = torch.optim.AdamW(model.parameters())
-
-    def step(batch: Any) -> None:
-        with torch.autocast(loader.device.type, enabled=False):
-            output = forward(model, batch)
-        loss = output.logits_BK.float().square().mean() + output.penalty_B.mean()  # its value does not matter, its cost does
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        optimizer.step()
-
-    return step
+    return 1 if found["verdict"] == "input-bound" else 0
 
 
 def print_checkup(found: dict[str, Any]) -> None:
@@ -136,8 +162,11 @@ def print_checkup(found: dict[str, Any]) -> None:
         rate, speed = f"{one['records_per_second']:,.0f}", f"{one['bytes_per_second'] / 1e9:.2f}"
         table.add_row(name, rate, speed, f"{bar} {told}")
     console.print(table)
-    share = f"{together['wait_share']:.0%} of the time waits for data"
-    console.print(f"{found['verdict']}: all together {together['records_per_second']:,.0f} records/s, {share}")
+    rate = f"all together {together['records_per_second']:,.0f} records/s"
+    if found["verdict"] == ALONE:
+        console.print(f"{rate}; --step, or train.py --doctor, holds that against a model")
+    else:
+        console.print(f"{found['verdict']}: {rate}, {together['wait_share']:.0%} of the time waits for data")
     console.print(f"the narrowest stage is {found['narrowest']}; what helps: {found['advice']}")
     table = Table("change", "records/s predicted", "", "measured", box=box.SIMPLE_HEAD)
     for name, one in sorted(found["knobs"].items(), key=lambda item: -item[1]["predicted"]):
@@ -193,7 +222,9 @@ def draw_stages(found: dict[str, Any], path: Path) -> None:
     for axes in (stages, knobs):
         axes.axvline(together, color="black", linestyle="--", label=f"all together, now: {together:,.0f}")
         axes.legend(fontsize=8, loc="lower right")
-    share = f"{found['together']['wait_share']:.0%} of the time waits for data"
-    narrowest = f"narrowest: {found['narrowest']}"
-    entitle(figure, f"{Path(found['root']).name}, {found['model']}: {found['verdict']}, {share}; {narrowest}", fontsize=11)
+    verdict = "the loader alone"
+    if found["verdict"] != ALONE:
+        verdict = f"{found['verdict']}, {found['together']['wait_share']:.0%} of the time waits for data"
+    title = f"{Path(found['root']).name}, {found['model']}: {verdict}; narrowest: {found['narrowest']}"
+    entitle(figure, title, fontsize=11)
     save(figure, path)

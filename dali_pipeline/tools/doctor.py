@@ -27,14 +27,14 @@ MakeStep = Callable[[Loader[Any]], Train]
 
 
 def examine(
-    data: Dataset, kind: Kind, setup: Setup, make_step: MakeStep, tell: Tell, seconds: float = SECONDS
+    data: Dataset, kind: Kind, setup: Setup, make_step: MakeStep | None, tell: Tell, seconds: float = SECONDS
 ) -> dict[str, Any]:
     """Keys: root, records, stages (name -> records and bytes a second), narrowest, together (records a second, share waiting),
     verdict, knobs (change -> predicted, and measured or None, records a second), next (the change tried, or None), machine,
     warnings; JSON types.
 
-    make_step: gives what trains on a batch of the loader · tell: told what is measured · seconds: for each stage. Raises
-    DataError for an empty training split.
+    make_step: gives what trains on a batch of the loader; None for the loader alone, whose verdict is "no model" · tell: told
+    what is measured · seconds: for each stage. Raises DataError for an empty training split.
     """
     torch.set_num_threads(default_threads())  # as train.py does
     loader = setup.loader(data, kind)
@@ -43,9 +43,9 @@ def examine(
     machine = describe_machine(data.root.cache.folder if isinstance(data.root, RemotePath) else data.root)
     record_bytes = loader.selection.record_bytes
     setup = replace(setup, record_bytes=record_bytes)
-    step = make_step(loader)
+    step = make_step(loader) if make_step is not None else None
     rates = measure_stages(data, kind, loader, step, record_bytes, tell, seconds)
-    warnings = [*warnings_about(machine), *_about_threads(loader, step, seconds)]
+    warnings = [*warnings_about(machine), *(_about_threads(loader, step, seconds) if step is not None else [])]
     source, room = "store", loader.selection.room
     if room is None:
         source, room = "disk", int(0.8 * machine["memory_available"])
@@ -54,9 +54,9 @@ def examine(
     counted = {name: rate for name, rate in rates.items() if name != source or from_source}
     narrowest = min(counted, key=lambda name: counted[name])
     tell("together")
-    together, share = measure_together(loader, step, 2 * seconds)
+    together, share = measure_together(loader, step or _nothing, 2 * seconds)
     tell("twice the batch")
-    larger = _larger_batch(data, kind, setup, make_step, seconds) / rates["model"]
+    larger = 1.0 if make_step is None else _larger_batch(data, kind, setup, make_step, seconds) / rates["model"]
     knobs = knobs_of(data.schema, kind, setup, larger)
     now = predict(counted, kind, setup, Knob())
     promised = {name: together * predict(counted, kind, setup, knob) / now for name, knob in knobs.items()}
@@ -68,7 +68,7 @@ def examine(
         told[best]["measured"] = _try(data, kind, knobs[best], make_step, seconds)
         tried = {"change": best, **told[best]}
     # what cannot be seen in a short run, as the page cache serves it
-    starved = from_source and rates[source] < rates["model"]
+    starved = from_source and rates[source] < rates.get("model", 0.0)
     return {
         "root": readable(data.root),
         "records": kind,
@@ -80,12 +80,16 @@ def examine(
         },
         "narrowest": narrowest,
         "together": {"records_per_second": together, "wait_share": share},
-        "verdict": "input-bound" if share > WAITING or starved else "fed",
+        "verdict": "no model" if step is None else "input-bound" if share > WAITING or starved else "fed",
         "knobs": told,
         "next": tried,
         "machine": machine,
         "warnings": warnings,
     }
+
+
+def _nothing(batch: Any) -> None:
+    """Take a batch and let it go."""
 
 
 def _about_threads(loader: Loader[Any], step: Train, seconds: float) -> list[str]:
@@ -115,8 +119,8 @@ def _larger_batch(data: Dataset, kind: Kind, setup: Setup, make_step: MakeStep, 
         return 1e-9
 
 
-def _try(data: Dataset, kind: Kind, knob: Knob, make_step: MakeStep, seconds: float) -> float:
+def _try(data: Dataset, kind: Kind, knob: Knob, make_step: MakeStep | None, seconds: float) -> float:
     """Records a second of all together, with the knob turned."""
     assert knob.setup is not None
     loader = knob.setup.loader(data, kind)
-    return measure_together(loader, make_step(loader), 2 * seconds)[0]
+    return measure_together(loader, _nothing if make_step is None else make_step(loader), 2 * seconds)[0]

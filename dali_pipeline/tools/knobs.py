@@ -9,6 +9,7 @@ import torch
 
 from dali_pipeline.dataset.dataset import Dataset
 from dali_pipeline.format.encoding import BFLOAT16
+from dali_pipeline.format.layers import Layers
 from dali_pipeline.format.schema import Field, Schema
 from dali_pipeline.loaders.delivery import resolve_device
 from dali_pipeline.loaders.graphs import GraphLoader
@@ -25,7 +26,7 @@ FASTER_DISK = 2.0  # times as fast
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A loader's options, as far as doctor changes them. record_bytes: of the data, which workers="auto" goes by."""
+    """A loader's options, as far as doctor changes them, and its layers. record_bytes: of the data, for workers="auto"."""
 
     batch_size: int
     workers: int | Literal["auto"] = "auto"
@@ -34,10 +35,11 @@ class Setup:
     device: str = "auto"
     window_bytes: int = WINDOW_BYTES
     record_bytes: float = 0.0
+    layers: Layers = None
 
     def loader(self, data: Dataset, kind: Kind) -> Loader[Any]:
         """Of the training split."""
-        names = ("batch_size", "workers", "dtype", "device", "window_bytes")
+        names = ("batch_size", "workers", "dtype", "device", "window_bytes", "layers")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         return SequenceLoader(data, engine=self.engine, **options) if kind == "sequences" else GraphLoader(data, **options)
 
@@ -99,7 +101,12 @@ def predict(rates: dict[str, float], kind: Kind, now: Setup, knob: Knob) -> floa
     decode = seconds["decode"] * torch.finfo(setup.dtype).bits / torch.finfo(now.dtype).bits
     if knob.setup is None and knob.model > 1:  # fewer layers are fewer values everywhere
         decode *= knob.stored
-    rest = decode + seconds.get("collate", 0) + seconds["model"] / knob.model + seconds.get("host to device", 0) * knob.stored
+    rest = (
+        decode
+        + seconds.get("collate", 0)
+        + seconds.get("model", 0) / knob.model
+        + seconds.get("host to device", 0) * knob.stored
+    )
     if setup.engine == "dali" and kind == "sequences" and device.type == "cpu":
         rest += gather
     threads = _threads(setup)

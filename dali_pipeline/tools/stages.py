@@ -32,7 +32,7 @@ Tell = Callable[[str], None]  # what is measured now
 
 
 def measure_stages(
-    data: Dataset, kind: Kind, loader: Loader[Any], step: Train, record_bytes: float, tell: Tell, seconds: float
+    data: Dataset, kind: Kind, loader: Loader[Any], step: Train | None, record_bytes: float, tell: Tell, seconds: float
 ) -> dict[str, float]:
     """Records a second of every stage alone, in the order that a record goes through them."""
     files = [data.shard_path("train", kind, number) for number in range(len(data.table("train", kind)))]
@@ -61,8 +61,9 @@ def measure_stages(
     if loader.device.type == "cuda":
         tell("host to device")
         rates["host to device"] = copy_rate(loader.device) / record_bytes
-    tell("model")
-    rates["model"] = model_rate(loader, step, seconds)
+    if step is not None:
+        tell("model")
+        rates["model"] = model_rate(loader, step, seconds)
     return rates
 
 

@@ -1,0 +1,73 @@
+"""Score every record of a data set with a detector that train.py trained.
+
+python predict.py --checkpoint runs/one/lstm-best.pt --data data/traces
+python predict.py --checkpoint runs/one/lstm-best.pt data/traces --split test --output scores.csv
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dali_pipeline.cli.app import new_app, run
+from dali_pipeline.cli.arguments import CacheBytes, CacheDir, parse_cache_bytes
+from dali_pipeline.errors import UsageError
+from dali_pipeline.runtime.threads import wait_passively
+
+app = new_app()
+
+
+@app.command()
+def command_line(
+    place: Annotated[str | None, typer.Argument(metavar="[SET]", help="A set's folder or URL.", show_default=False)] = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="SET", help="The same.", show_default=False)] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.pt", help="As train.py keeps them: <model>-best.pt. [required]", show_default=False),
+    ] = None,
+    split: Annotated[str | None, typer.Option(metavar="NAME", help="[default: all splits]", show_default=False)] = None,
+    output: Annotated[Path, typer.Option(metavar="FILE", help="To be written: .parquet or .csv.")] = Path("scores.parquet"),
+    batch_size: Annotated[int, typer.Option(help="Records at a time.")] = 256,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    on_nan: Annotated[
+        Literal["raise", "skip", "keep"], typer.Option(help="For records with NaN or infinite values.")
+    ] = "raise",
+    cache_dir: CacheDir = None,
+    cache_bytes: CacheBytes = None,
+) -> None:
+    """Score every record of a data set with a trained detector, once each, however large it is.
+
+    \b
+    Columns: id, group, label, score (the probability of label 1), split. Records with NaN or infinite values end it, unless
+    they are left out (--on-nan skip) or scored all the same (keep).
+    Examples:
+      python predict.py --checkpoint runs/one/lstm-best.pt --data data/traces
+      python predict.py --checkpoint runs/one/lstm-best.pt data/traces --split test --output scores.csv
+    """
+    from dali_pipeline.dataset.dataset import open_dataset
+    from dali_pipeline.loaders.delivery import make_current
+    from training.scores import write_scores
+
+    if (place is None) == (data is None):
+        raise UsageError("name the data set to score, once: predict.py --checkpoint FILE.pt --data SET")
+    if checkpoint is None:
+        raise UsageError("name a checkpoint that train.py kept: --checkpoint runs/one/lstm-best.pt")
+    make_current(device)
+    opened = open_dataset(data or place or "", cache_dir, parse_cache_bytes(cache_bytes))
+    told = write_scores(checkpoint, opened, output, split, batch_size, device, on_nan)
+    left_out = f", {told.left_out:,} left out for NaN" if told.left_out else ""
+    strange = f", {told.strange:,} without a finite score" if told.strange else ""
+    typer.echo(f"{output}: {told.records:,} records{left_out}{strange}")
+
+
+def main() -> None:
+    """The entry point."""
+    wait_passively()
+    sys.exit(run(app, "predict.py"))
+
+
+if __name__ == "__main__":
+    main()

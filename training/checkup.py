@@ -1,0 +1,54 @@
+"""train.py --doctor: whether a training waits for data, with its own flags and model. Nothing is written."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from typing import Any
+
+import torch
+
+from dali_pipeline import UsageError
+from dali_pipeline.cli.checkup import check_up
+from dali_pipeline.format.layers import parse_layers
+from dali_pipeline.loaders.loader import Loader
+from dali_pipeline.tools import doctor
+from dali_pipeline.tools.knobs import Setup
+from dali_pipeline.tools.stages import Train
+from training.build import Batch, build_model
+from training.config import ModelName, TrainConfig, kind_of
+from training.prepare import Options, check_classes, find_data, models_for
+from training.processes import Processes
+from training.step import Stepper
+
+ENDLESS = 10**9  # steps of a schedule that never ends
+
+
+def examine_training(options: Options, config: TrainConfig, processes: Processes, *, as_json: bool) -> int:
+    """Examine the first of the models that the data allow, print what is found, and return 0 (fed) or 1 (input-bound)."""
+    if processes.world_size > 1:
+        raise UsageError(f"--doctor examines one process, and {processes.world_size} were started; run it without torchrun")
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+        data = find_data(options)
+        name = models_for(data, config.models)[0]
+    check_classes(data)
+    conduct = options.conduct
+    setup = Setup(
+        batch_size=config.batch_size, workers=conduct.workers, device=conduct.device, layers=parse_layers(config.layers)
+    )
+    seconds = doctor.SECONDS
+    return check_up(data, kind_of(name), setup, lambda loader: train_step(name, loader, config), name, seconds, as_json, None)
+
+
+def train_step(name: ModelName, loader: Loader[Any], config: TrainConfig | None = None) -> Train:
+    """Return what takes a step of training that detector on a batch of the loader, as train.py takes it."""
+    config = config or TrainConfig()
+    model = build_model(name, loader.data.schema, loader.data.num_classes, config).to(loader.device)
+    stepper = Stepper(model, config, ENDLESS, loader.device, Processes(loader.world))
+    noise_key = 0 if name == "gvae_lstm" else None
+
+    def step(batch: Batch) -> None:
+        share: torch.Tensor = stepper.step(batch, 0, len(batch), noise_key)
+        del share
+
+    return step
