@@ -40,7 +40,9 @@ class UnderWay:
     def __enter__(self) -> UnderWay:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # left early, by whoever works on another stream than the copies
         while self._kept:
             self._kept[0][0].synchronize()
             self._kept.popleft()
