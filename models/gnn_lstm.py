@@ -86,13 +86,20 @@ def edge_weights(graphs: Batch, edge_features: int) -> torch.Tensor:
 def to_steps(values_GF: torch.Tensor, graphs_per_record_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One row a graph to one sequence a record: (B, L, F), zero behind a record's last graph, and lengths (B,) on the CPU."""
     lengths_B = graphs_per_record_B.cpu()  # where they are already
-    records, longest = len(lengths_B), int(lengths_B.max())
-    record_G = records_of_graphs(lengths_B)
+    row_G, longest = padded_rows(lengths_B, values_GF.device)
+    steps_RF = values_GF.new_zeros(len(lengths_B) * longest, values_GF.shape[1]).index_copy(0, row_G, values_GF)
+    return steps_RF.view(len(lengths_B), longest, -1), lengths_B
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def padded_rows(lengths_B: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, int]:
+    """The row of each graph in steps that are padded to the longest record, (G,) on the device, and the longest's length.
+
+    Found on the CPU, where the lengths are: nothing waits for a GPU. Not compiled, as all of it depends on values.
+    """
+    longest, record_G = int(lengths_B.max()), records_of_graphs(lengths_B)
     first_B = lengths_B.cumsum(0) - lengths_B
-    # the row of each graph in the padded steps, found on the CPU: nothing waits for the GPU
-    row_G = to_device(record_G * longest + torch.arange(len(record_G)) - first_B[record_G], values_GF.device)
-    steps_RF = values_GF.new_zeros(records * longest, values_GF.shape[1]).index_copy(0, row_G, values_GF)
-    return steps_RF.view(records, longest, -1), lengths_B
+    return to_device(record_G * longest + torch.arange(len(record_G)) - first_B[record_G], device), longest
 
 
 def records_of_graphs(graphs_per_record_B: torch.Tensor) -> torch.Tensor:

@@ -72,6 +72,7 @@ class GVAELSTMDetector(nn.Module):
         return Output(self.classify(*to_steps(steps_GF, graphs_per_record_B)), penalty_B)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def records_of_nodes(graphs: Batch, graphs_per_record_B: torch.Tensor) -> torch.Tensor:
     """The number, within the batch, of each node's record: (N,)."""
     return to_device(records_of_graphs(graphs_per_record_B), graphs.x.device)[graphs.batch]

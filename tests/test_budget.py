@@ -272,6 +272,7 @@ def test_values_left_out_leave_the_budget_as_it_is(tmp_path: Path) -> None:
     assert f"{len(strange)} left out" in loader.check_digest(loader.digest)
 
 
+@pytest.mark.slow
 def test_many_records_pass_between_processes(tmp_path: Path) -> None:
     """What is asked and what is answered is each more than a pipe holds: neither side may wait for the other."""
     rng, one = np.random.default_rng(0), np.array([1])

@@ -152,7 +152,7 @@ def test_versions_says_what_is_here_and_that_it_serves() -> None:
         _, found, *_, tried = line.split()
         assert found.split("+")[0] == tried  # here both are the pinned ones
     assert lines[-2].startswith("serves: ")
-    assert lines[-1].startswith("trains: lstm and gnn_lstm took a step on ")
+    assert lines[-1].startswith("trains: an LSTM and a graph convolution took a step on ")
 
 
 def test_versions_names_what_does_not_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ def _left(kinds: str) -> str:
         pytest.param((3,), {"scale": 1e4, "offset": -3e5}, marks=pytest.mark.slow),
         pytest.param((8,), {"scale": np.array([1e-4, *[1.0] * 6, 1e4])}, marks=pytest.mark.slow),
         pytest.param((), {}, marks=pytest.mark.slow),
-        ((2, 3), {"dtype": "float16", "offset": 100.0}),
+        pytest.param((2, 3), {"dtype": "float16", "offset": 100.0}, marks=pytest.mark.slow),
     ],
 )
 def test_few_features_of_any_size_and_shape_are_learned_from(
@@ -260,6 +260,7 @@ def test_the_default_is_a_function_of_the_cores(
     assert default_module.default_threads() == threads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "told"), [("train.py", None), pytest.param("-m dali_pipeline", "ACTIVE", marks=pytest.mark.slow)]
 )
@@ -291,7 +292,7 @@ class _NotCompiled(nn.Module):
             raise TorchDynamoException("the backend failed") from error
 
 
-@pytest.mark.parametrize("flags", [(), ("--accumulate", 2)])
+@pytest.mark.parametrize("flags", [(), pytest.param(("--accumulate", 2), marks=pytest.mark.slow)])
 def test_without_a_compiler_training_goes_on_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, flags: tuple[object, ...]
 ) -> None:

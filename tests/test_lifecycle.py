@@ -35,7 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=list(KINDS))
+@pytest.fixture(params=[pytest.param(kind, marks=pytest.mark.slow) if "processes" in kind else kind for kind in KINDS])
 def make(request: pytest.FixtureRequest, data: dp.Dataset) -> contracts.Make:
     def make_loader(**options: Any) -> Any:
         chosen = {**KINDS[request.param], "batch_size": 8, **options}
@@ -152,7 +152,7 @@ print(fingerprint(batch for _ in range(2) for batch in loader))
 """
 
 
-@pytest.mark.parametrize("kind", ["dali", "torch", "graphs", "graphs, processes"])
+@pytest.mark.parametrize("kind", ["dali", "torch", "graphs", pytest.param("graphs, processes", marks=pytest.mark.slow)])
 def test_a_new_process_goes_on_to_the_bit(kind: str, data: dp.Dataset) -> None:
     """Law 5, with DALI and threads running ahead of what was delivered: the rest of the epoch, and the next one."""
     options = {**KINDS[kind], "loader": KINDS[kind]["loader"].__name__}
@@ -182,7 +182,7 @@ while True:
 """
 
 
-@pytest.mark.parametrize("kind", ["dali", "torch", "graphs", "graphs, processes"])
+@pytest.mark.parametrize("kind", ["dali", "torch", pytest.param("graphs", marks=pytest.mark.slow), "graphs, processes"])
 def test_ctrl_c_ends_everything_at_once(kind: str, data: dp.Dataset) -> None:
     options = {**KINDS[kind], "loader": KINDS[kind]["loader"].__name__}
     shared = len(list(Path("/dev/shm").iterdir()))

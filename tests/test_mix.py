@@ -214,7 +214,7 @@ def test_mixes_that_make_no_sense_are_refused(data: dp.Dataset, other: dp.Datase
 def test_folds_part_the_groups(data: dp.Dataset, records: dict[str, dp.Record]) -> None:
     pool = {one for split in ("train", "val") for one in valid_ids(dp.GraphLoader(data, split=split))}
     assert len(pool) > 200
-    folds = data.folds(5, seed=1)
+    folds = data.folds(3, seed=1)
     seen: Counter[str] = Counter()
     for fold in folds:
         sides = {}
@@ -237,7 +237,7 @@ def test_folds_part_the_groups(data: dp.Dataset, records: dict[str, dp.Record]) 
     assert set(seen.values()) == {1}
     groups = [len({records[one].group for one in valid_ids(dp.GraphLoader(fold, split="val"))}) for fold in folds]
     assert max(groups) - min(groups) <= 1
-    assert {fold.digest for fold in data.folds(5)}.isdisjoint({fold.digest for fold in data.folds(5, seed=1)})
+    assert {fold.digest for fold in data.folds(3)}.isdisjoint({fold.digest for fold in folds})
 
 
 def test_folds_keep_the_laws(data: dp.Dataset, quick_kind: dict[str, Any]) -> None:

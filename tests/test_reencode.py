@@ -58,7 +58,7 @@ def test_as_it_is_but_for_the_shards(tmp_path: Path, ragged: bool) -> None:
     assert verify(one.root).damages == []
 
 
-@pytest.mark.parametrize("ragged", [True, False])
+@pytest.mark.parametrize("ragged", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_int8_and_bfloat16_by_field(tmp_path: Path, ragged: bool) -> None:
     data = write(tmp_path / "set", make_records(120, ragged=ragged))
     one = convert(data.root, tmp_path / "one", ConvertConfig(dtype="sequence=int8,x=bfloat16", workers=1))

@@ -204,6 +204,7 @@ def test_processes_share_a_cache(server: Proxy, local: Dataset, url: str, tmp_pa
         assert asked_bytes(server) < 1.1 * local.nbytes, sorted(spans)
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_a_cache_that_serves(server: Proxy, local: Dataset, url: str, tmp_path: Path) -> None:
     code = """
 import os, sys, dali_pipeline as dp
@@ -292,7 +293,7 @@ def test_a_full_disk_is_said(local: Dataset, url: str, tmp_path: Path, monkeypat
         epoch(dp.open_dataset(url, cache_dir=tmp_path))
 
 
-@pytest.mark.parametrize("options", [{"workers": 2}, {"workers": 0, "max_nodes": 60}])
+@pytest.mark.parametrize("options", [pytest.param({"workers": 2}, marks=pytest.mark.slow), {"workers": 0, "max_nodes": 60}])
 def test_graphs_come_from_a_url_too(server: Proxy, data: Dataset, tmp_path: Path, options: dict[str, Any]) -> None:
     """Worker processes, which fork, connect anew."""
     upload(data.root, "s3://bucket/graphs")

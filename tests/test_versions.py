@@ -45,8 +45,9 @@ def old_numpy(tmp_path: Path) -> dict[str, str]:
     ("arguments", "name"),
     [
         (["-m", "dali_pipeline", "versions"], "dali_pipeline"),
-        (["-m", "dali_pipeline", "inspect", "data/none"], "dali_pipeline"),
-        (["-m", "dali_pipeline.runtime.numpyversion"], "dali_pipeline"),
+        pytest.param(["-m", "dali_pipeline", "inspect", "data/none"], "dali_pipeline", marks=pytest.mark.slow),
+        pytest.param(["-m", "dali_pipeline.runtime.numpyversion"], "dali_pipeline", marks=pytest.mark.slow),
+        pytest.param(["predict.py", "--data", "data/none"], "predict.py", marks=pytest.mark.slow),
         (["train.py", "--data", "data/none"], "train.py"),
     ],
 )

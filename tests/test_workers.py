@@ -71,10 +71,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("way", "work"),
     [
         ("script without a main guard", CONVERT),
-        ("script without a main guard", LOAD),
+        pytest.param("script without a main guard", LOAD, marks=pytest.mark.slow),
         ("python -", CONVERT),
         ("notebook", CONVERT),
-        ("daemonic process", LOAD),
+        pytest.param("daemonic process", LOAD, marks=pytest.mark.slow),
     ],
 )
 def test_workers_of_whoever_has_used_torch_end(folder: Path, tmp_path: Path, way: str, work: str) -> None:
