@@ -22,7 +22,7 @@ app = new_app()
 
 @app.command()
 def command_line(
-    place: Annotated[str | None, typer.Argument(metavar="[SET]", help="A set's folder or URL.", show_default=False)] = None,
+    place: Annotated[str | None, typer.Argument(metavar="SET", help="A set's folder or URL.", show_default=False)] = None,
     data: Annotated[str | None, typer.Option("--data", metavar="SET", help="The same.", show_default=False)] = None,
     checkpoint: Annotated[
         Path | None,
