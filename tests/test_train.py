@@ -578,6 +578,7 @@ def test_folder_names_tell_configurations_apart(data: dp.Dataset) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # the data take three minutes, the detectors four
 def test_the_whole_demonstration(tmp_path: Path) -> None:
     """`python train.py` as a stranger runs it, in a copy of the project: minutes."""
     for name in ("train.py", "training", "models", "dali_pipeline"):
