@@ -17,6 +17,7 @@ import dali_pipeline as dp
 from benchmarks.gpu_sets import GRAPHS, SEQUENCES, opened
 from benchmarks.gpu_work import Deadline, Report, Setup, run_grid
 from dali_pipeline.loaders.delivery import Workers
+from dali_pipeline.tools.stages import wait_for
 
 WARM_STEPS = 10  # not counted
 SAMPLES = 3
@@ -40,7 +41,7 @@ class Loading(NamedTuple):
 def loading_grid(*, quick: bool) -> list[Loading]:
     """Return all combinations: every set and engine at one batch size and number of workers before the next of these.
 
-    Of graphs "auto" is a thread, a number is one of processes, which start anew with every epoch.
+    Graphs are gathered by a thread with "auto", and by as many processes as a number says, which start anew in each epoch.
     """
     threads: tuple[Workers, ...] = (1, 2) if quick else (1, 4, 8, 2)
     processes: tuple[Workers, ...] = ("auto", 1) if quick else ("auto", 4, 1, 8, 2)
@@ -98,17 +99,17 @@ def rates_of(loader: Any, seconds: float, deadline: Deadline) -> list[float]:
     while len(rates) < SAMPLES and not deadline.passed:
         batches = iter(loader)
         next(batches)
-        wait(loader.device)
+        wait_for(loader.device)
         begun = time.perf_counter()
         for batch in batches:
             records += len(batch)
             if spent + time.perf_counter() - begun > seconds / SAMPLES or deadline.passed:
-                wait(loader.device)
+                wait_for(loader.device)
                 rates.append(records / (spent + time.perf_counter() - begun))
                 if len(rates) == SAMPLES or deadline.passed:
                     break
                 records, spent, begun = 0, 0.0, time.perf_counter()
-        wait(loader.device)
+        wait_for(loader.device)
         spent += time.perf_counter() - begun
         del batches  # which ends its threads and processes
     if not rates:
@@ -124,9 +125,3 @@ def read(setup: Setup, name: str) -> dp.Dataset:
     for _ in kind(data, device="cpu", dtype=torch.float16, **({"engine": "torch"} if name in SEQUENCES else {})):
         pass
     return data
-
-
-def wait(device: torch.device) -> None:
-    """Wait for all that was asked of the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

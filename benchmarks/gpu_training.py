@@ -16,19 +16,20 @@ from typing import Any, NamedTuple, TextIO
 import torch
 
 import dali_pipeline as dp
-from benchmarks.gpu_loaders import WARM_STEPS, read, wait
+from benchmarks.gpu_loaders import WARM_STEPS, read
 from benchmarks.gpu_work import Deadline, Report, Setup, run_grid
 from benchmarks.training import sampled
-from training.build import build_model, make_loader
+from dali_pipeline.tools.stages import wait_for
+from training.build import make_loader
 from training.config import MODELS, ModelName, TrainConfig
 from training.processes import Processes
-from training.step import Stepper
+from training.step import Stepper, trial
 
 CEILING, TOGETHER = "ceiling", "with the loader"
 QUICK_STEPS = 2  # not counted
 COMPILE_SECONDS = 30.0  # that compiling may take
 ROOT = Path(__file__).parent.parent
-OWN_FOLDERS = [ROOT / name for name in ("dali_pipeline", "models", "training")]
+OWN_FOLDERS = {ROOT / name for name in ("dali_pipeline", "models", "training")}
 
 
 class Training(NamedTuple):
@@ -84,7 +85,7 @@ def measure(combination: Training, setup: Setup, deadline: Deadline, report: Rep
     # of several shapes; the first ones compile, and choose kernels
     for batch in islice(batches, QUICK_STEPS if setup.quick else WARM_STEPS):
         step(batch)
-    wait(loader.device)
+    wait_for(loader.device)
     if combination.compiled and stepper._engine is stepper.model:
         raise RuntimeError("the model cannot be compiled here, for the reason in the log")
     report.add(scenario, CEILING, "records/s", [ceiling(loader, step, batch, seconds / 3) for _ in range(3)])
@@ -94,7 +95,7 @@ def measure(combination: Training, setup: Setup, deadline: Deadline, report: Rep
             step(batch)
             if time.perf_counter() - begun > seconds or deadline.passed:
                 break
-        wait(loader.device)
+        wait_for(loader.device)
         passed = time.perf_counter() - begun
     report.add(scenario, TOGETHER, "records/s", [timer.records / passed], cache="warm", beside=CEILING)
     report.add(scenario, "host waits for data", "%", [100 * timer.wait_share], cache="warm")
@@ -114,10 +115,7 @@ def made_step(setup: Setup, combination: Training) -> tuple[Any, Stepper, Callab
         compile=combination.compiled,
     )
     loader = make_loader(combination.model, data, config, "train", setup.device)
-    model = build_model(combination.model, data.schema, data.num_classes, config).to(loader.device).train()
-    stepper = Stepper(model, config, 10**9, loader.device, Processes(dp.World.detect()))  # of a schedule that never ends
-    noise_key = 0 if combination.model == "gvae_lstm" else None
-    return loader, stepper, lambda batch: stepper.step(batch, 0, len(batch), noise_key)
+    return loader, *trial(combination.model, loader, config, Processes(dp.World.detect()))
 
 
 def ceiling(loader: Any, step: Callable[[Any], object], batch: Any, seconds: float) -> float:
@@ -127,7 +125,7 @@ def ceiling(loader: Any, step: Callable[[Any], object], batch: Any, seconds: flo
         begun = time.perf_counter()
         for _ in range(steps):
             step(batch)
-        wait(loader.device)
+        wait_for(loader.device)
         return time.perf_counter() - begun
 
     steps = max(3, round(seconds / (spent(3) / 3)))
@@ -148,7 +146,7 @@ def waits(setup: Setup, deadline: Deadline, report: Report) -> None:
         batches = endless(loader)
         for batch in islice(batches, 3):
             step(batch)
-        wait(loader.device)
+        wait_for(loader.device)
         with counted_waits(setup.device) as in_loader:
             batch = next(batches)
         with counted_waits(setup.device) as in_step:
@@ -175,7 +173,7 @@ def counted_waits(device: str) -> Iterator[Counter[str]]:
     ) -> None:
         if "synchronizing" not in str(message).lower() or "prototype" in str(message).lower():
             return
-        own = [frame for frame in traceback.extract_stack() if Path(frame.filename).parent in OWN_FOLDERS]
+        own = [one for one in traceback.extract_stack() if not OWN_FOLDERS.isdisjoint(Path(one.filename).parents)]
         place = f"{Path(own[-1].filename).relative_to(ROOT)}:{own[-1].lineno}" if own else f"{Path(filename).name}:{lineno}"
         places[place] += 1
 

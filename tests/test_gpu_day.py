@@ -21,6 +21,7 @@ from pretended_gpu.dali import dali_on_the_cpu
 
 from benchmarks import gpu_day, gpu_loaders, gpu_parts, gpu_plot, gpu_training, gpu_work, harness, plot
 from benchmarks.gpu_work import Deadline, Report, Setup
+from dali_pipeline.loaders.sidestream import to_device
 
 ROOT = Path(gpu_day.__file__).parent.parent
 
@@ -201,6 +202,16 @@ def test_waits_are_counted_by_the_line_that_causes_them() -> None:
         warnings.warn("something else", stacklevel=1)
     assert places.total() == 1
     assert next(iter(places)).startswith("test_gpu_day.py:")
+
+    class Waiting:
+        is_cuda = False
+
+        def to(self, *_: object) -> None:
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+
+    with gpu_training.counted_waits("cpu") as places:
+        to_device(Waiting(), torch.device("cpu"))  # type: ignore[arg-type]
+    assert next(iter(places)).startswith("dali_pipeline/loaders/sidestream.py:")
 
 
 @pytest.mark.slow

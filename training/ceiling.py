@@ -8,11 +8,11 @@ import torch
 
 from dali_pipeline import DataError, Dataset, replay
 from dali_pipeline.runtime.threads import default_threads
-from training.build import build_model, make_loader
+from training.build import make_loader
 from training.config import ModelName, TrainConfig
 from training.prepare import Options, check_classes, check_trace, find_data, models_for
 from training.processes import Processes
-from training.step import Stepper
+from training.step import trial
 from training.watch import traced
 
 SECONDS, LEAST_STEPS = 5.0, 5  # a model
@@ -48,14 +48,13 @@ def ceiling(name: ModelName, data: Dataset, config: TrainConfig, options: Option
     loader = make_loader(name, data, config, "train", conduct.device, workers=conduct.workers, world_size=shares)
     if not loader.num_records:
         raise DataError(f"split 'train' of {data.root} has no records of {loader.kind}, which {name} trains on; expected some")
-    model = build_model(name, data.schema, data.num_classes, config).to(loader.device)
-    stepper = Stepper(model, config, 10**9, loader.device, processes)  # of a schedule that never ends
+    _, step = trial(name, loader, config, processes)
     batch = next(iter(loader))
 
     def seconds(steps: int) -> float:
         begun = time.perf_counter()
-        for number, one in enumerate(replay([batch], steps)):
-            share = stepper.step(one, number, config.batch_size, 0 if name == "gvae_lstm" else None)
+        for one in replay([batch], steps):
+            share = step(one)
         float(share)  # waits for a GPU
         return time.perf_counter() - begun
 

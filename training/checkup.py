@@ -6,8 +6,6 @@ import sys
 from contextlib import redirect_stdout
 from typing import Any
 
-import torch
-
 from dali_pipeline import UsageError
 from dali_pipeline.cli.checkup import check_up
 from dali_pipeline.format.layers import parse_layers
@@ -15,13 +13,10 @@ from dali_pipeline.loaders.loader import Loader
 from dali_pipeline.tools import doctor
 from dali_pipeline.tools.knobs import Setup
 from dali_pipeline.tools.stages import Train
-from training.build import Batch, build_model
 from training.config import ModelName, TrainConfig, kind_of
 from training.prepare import Options, check_classes, find_data, models_for
 from training.processes import Processes
-from training.step import Stepper
-
-ENDLESS = 10**9  # steps of a schedule that never ends
+from training.step import trial
 
 
 def examine_training(options: Options, config: TrainConfig, processes: Processes, *, as_json: bool) -> int:
@@ -42,13 +37,4 @@ def examine_training(options: Options, config: TrainConfig, processes: Processes
 
 def train_step(name: ModelName, loader: Loader[Any], config: TrainConfig | None = None) -> Train:
     """Return what takes a step of training that detector on a batch of the loader, as train.py takes it."""
-    config = config or TrainConfig()
-    model = build_model(name, loader.data.schema, loader.data.num_classes, config).to(loader.device)
-    stepper = Stepper(model, config, ENDLESS, loader.device, Processes(loader.world))
-    noise_key = 0 if name == "gvae_lstm" else None
-
-    def step(batch: Batch) -> None:
-        share: torch.Tensor = stepper.step(batch, 0, len(batch), noise_key)
-        del share
-
-    return step
+    return trial(name, loader, config or TrainConfig(), Processes(loader.world))[1]

@@ -10,7 +10,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dali_pipeline import PipelineError, UsageError, World
-from dali_pipeline.loaders.delivery import make_current
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +38,10 @@ class Processes:
         """Meets the others where torchrun's variables name some: gloo on the CPU, NCCL between GPUs."""
         processes = cls(World.detect())
         if processes.world_size == 1:
-            make_current(device)
+            if ":" in device:
+                from dali_pipeline.loaders.delivery import make_current  # and with it torch, which takes seconds
+
+                make_current(device)
             yield processes
             return
         if "MASTER_ADDR" not in os.environ:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException  # what torch.compile raises, which has no public name
 
+from dali_pipeline.loaders.loader import Loader
 from dali_pipeline.reading.damage import log
 from dali_pipeline.runtime.trace import span
-from training.build import Batch, autocast, forward, record_losses
-from training.config import TrainConfig
+from training.build import Batch, autocast, build_model, forward, record_losses
+from training.config import ModelName, TrainConfig
 from training.pieces import cut
 from training.processes import Processes
 from training.randomness import random_states, set_random_states
+
+ENDLESS = 10**9  # steps
 
 
 def compile_reason(error: Exception) -> str:
@@ -23,6 +27,16 @@ def compile_reason(error: Exception) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def trial(
+    name: ModelName, loader: Loader[Any], config: TrainConfig, processes: Processes
+) -> tuple[Stepper, Callable[[Batch], torch.Tensor]]:
+    """Return the stepper of a new model, with a schedule that never ends, and what takes a step on a batch: for measuring."""
+    model = build_model(name, loader.data.schema, loader.data.num_classes, config).to(loader.device)
+    stepper = Stepper(model, config, ENDLESS, loader.device, processes)
+    noise_key = 0 if name == "gvae_lstm" else None
+    return stepper, lambda batch: stepper.step(batch, 0, len(batch) * processes.world_size, noise_key)
 
 
 class Stepper:

@@ -27,7 +27,7 @@ from dali_pipeline.types import Kind
 
 READ_BYTES = 256 << 20
 LOOKED_AT = 4  # batches
-Train = Callable[[Any], None]  # one step on a batch
+Train = Callable[[Any], object]  # one step on a batch
 Tell = Callable[[str], None]  # what is measured now
 
 
