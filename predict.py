@@ -55,8 +55,8 @@ def command_line(
         raise UsageError("name the data set to score, once: predict.py --checkpoint FILE.pt --data SET")
     if checkpoint is None:
         raise UsageError("name a checkpoint that train.py kept: --checkpoint runs/one/lstm-best.pt")
-    make_current(device)
     opened = open_dataset(data or place or "", cache_dir, parse_cache_bytes(cache_bytes))
+    make_current(device)
     told = write_scores(checkpoint, opened, output, split, batch_size, device, on_nan)
     left_out = f", {told.left_out:,} left out for NaN" if told.left_out else ""
     strange = f", {told.strange:,} without a finite score" if told.strange else ""

@@ -1,6 +1,7 @@
 """Draws docs/speed.png, docs/growth.png and docs/gpu.png from results/, and the README's tables: `python -m benchmarks.plot`.
 
-Of each theme its newest file, `<theme>_<machine>_<date>.csv`. What was not measured is left out; without a GPU, all of gpu.png.
+Each theme is read from its newest file, `<theme>_<machine>_<date>.csv`. What was not measured is left out; without a GPU that
+is gpu.png.
 """
 
 from __future__ import annotations

@@ -163,6 +163,13 @@ def test_nothing_forks() -> None:
     assert forks.search((ROOT / "tests" / "ranks.py").read_text())  # which does
 
 
+def test_help_of_training_waits_for_no_torch() -> None:
+    """`train.py --help` and a mistyped flag are answered at once."""
+    code = "import sys, train, predict; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "False"
+
+
 def test_importing_the_package_is_cheap() -> None:
     code = "import sys, dali_pipeline; print(sorted({'torch', 'nvidia', 'torch_geometric', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -222,7 +222,7 @@ def test_dali_is_known_by_what_is_imported(monkeypatch: pytest.MonkeyPatch, tmp_
 
 @pytest.mark.parametrize(("cufft", "npp"), [(-1, 1), (1, -1), (-1, -1)])
 def test_libraries_that_no_graph_here_uses_are_not_missed(monkeypatch: pytest.MonkeyPatch, cufft: int, npp: int) -> None:
-    """As on a GPU, where the first pipeline of a process asks for them; warnings are errors here."""
+    """Ask for them as the first pipeline of a process does on a GPU; warnings are errors here."""
     monkeypatch.setattr(backend, "cuda_checked", False)
     monkeypatch.setattr(backend, "GetCudaVersion", lambda: 12090)
     monkeypatch.setattr(backend, "GetCufftVersion", lambda: cufft)

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from dali_pipeline.tools.doctor import MakeStep
     from dali_pipeline.tools.knobs import Setup
 
-ALONE = "no model"  # the verdict on a loader that nothing was held against
 ADVICE = {
     "disk": "a faster or local disk, fewer layers (`layers=`), or smaller values (`convert --dtype int8`)",
     "store": "a cache that holds the set (`--cache-bytes`), a faster link, fewer layers, or smaller values",
@@ -78,11 +77,11 @@ def doctor_command(
 
     check_picture(plot)
     make_step = None if step is None else named_function(step)
-    make_current(device)
     opened = open_dataset(data, cache_dir, parse_cache_bytes(cache_bytes))
     kind: Kind = records or opened.schema.kinds[0]
     if kind not in opened.schema.kinds:
         raise DataError(f"{opened.root} holds no {kind}; it has {' and '.join(opened.schema.kinds)}")
+    make_current(device)
     setup = Setup(batch_size=batch_size, workers=parse_workers(workers), engine=engine, device=device)
     raise typer.Exit(check_up(opened, kind, setup, make_step, step or "no model", seconds, as_json, plot))
 
@@ -163,7 +162,7 @@ def print_checkup(found: dict[str, Any]) -> None:
         table.add_row(name, rate, speed, f"{bar} {told}")
     console.print(table)
     rate = f"all together {together['records_per_second']:,.0f} records/s"
-    if found["verdict"] == ALONE:
+    if "model" not in found["stages"]:
         console.print(f"{rate}; --step, or train.py --doctor, holds that against a model")
     else:
         console.print(f"{found['verdict']}: {rate}, {together['wait_share']:.0%} of the time waits for data")
@@ -223,7 +222,7 @@ def draw_stages(found: dict[str, Any], path: Path) -> None:
         axes.axvline(together, color="black", linestyle="--", label=f"all together, now: {together:,.0f}")
         axes.legend(fontsize=8, loc="lower right")
     verdict = "the loader alone"
-    if found["verdict"] != ALONE:
+    if "model" in found["stages"]:
         verdict = f"{found['verdict']}, {found['together']['wait_share']:.0%} of the time waits for data"
     title = f"{Path(found['root']).name}, {found['model']}: {verdict}; narrowest: {found['narrowest']}"
     entitle(figure, title, fontsize=11)

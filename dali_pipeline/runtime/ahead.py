@@ -62,9 +62,12 @@ def _gathered(function: Callable[[T], R], item: T) -> R:
 
 
 def background_threads(device: torch.device, record_bytes: float, workers: int | Literal["auto"] = "auto") -> int:
-    """As many as `workers` says. "auto" on a GPU is a quarter of the cores, 4 at most, as one gathers 3.5 to 4 GB/s. On a CPU
-    it is one, which overlaps with what the caller's thread does with records of such a size; none where that computes on the
-    same one core, or on the same two and Python holds it up, which one thread runs at a time, rather than copying."""
+    """Return `workers`, or what "auto" stands for.
+
+    On a GPU that is a quarter of the cores, 4 at most, as one thread gathers 3.5 to 4 GB/s. On a CPU it is one, which overlaps
+    with what the caller's thread does with records of such a size; none where that computes on the same one core, or on the
+    same two and Python holds it up, which one thread runs at a time, rather than copying.
+    """
     if workers != "auto":
         return workers
     if device.type == "cuda":
