@@ -48,7 +48,7 @@ def command_line(
       python predict.py --checkpoint runs/one/lstm-best.pt data/traces --split test --output scores.csv
     """
     from dali_pipeline.dataset.dataset import open_dataset
-    from dali_pipeline.loaders.delivery import make_current
+    from dali_pipeline.loaders.device import make_current
     from training.scores import write_scores
 
     if (place is None) == (data is None):

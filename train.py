@@ -25,7 +25,7 @@ import typer
 from dali_pipeline import Dataset, World
 from dali_pipeline.cli.app import new_app
 from dali_pipeline.cli.app import run as run_command_line
-from dali_pipeline.cli.arguments import CACHE_BYTES, CACHE_DIR, parse_cache_bytes, parse_workers
+from dali_pipeline.cli.arguments import CACHE_BYTES, CACHE_DIR, parse_cache_bytes, parse_num_workers
 from dali_pipeline.runtime.threads import parse_threads
 from dali_pipeline.storage.cachedfile import Place
 from training.commandline import GroupedCommand, flag, print_config, take_config
@@ -143,9 +143,11 @@ def command_line(
         str | None,
         flag("Data", "Steps, or graphs, of each record to use. [default: all]", "--layers 12:20 or 8,16", metavar="LIST"),
     ] = None,
-    lanes: Annotated[int, flag("Data", "Disjoint sets of shards, as many as nodes, each read by one.", "--lanes 2")] = 1,
-    workers: Annotated[
-        str, flag("Data", "Threads (sequences) or processes (graphs) that read ahead.", "--workers 2", metavar="auto|N")
+    num_partitions: Annotated[
+        int, flag("Data", "Disjoint sets of shards, as many as nodes, each read by one.", "--num-partitions 2")
+    ] = 1,
+    num_workers: Annotated[
+        str, flag("Data", "Threads (sequences) or processes (graphs) that read ahead.", "--num-workers 2", metavar="auto|N")
     ] = "auto",
     model: Annotated[
         Literal["all", "lstm", "gnn_lstm", "gvae_lstm"], flag("Model", "Detector to train.", "--model lstm")
@@ -243,7 +245,7 @@ def command_line(
         kl_weight=kl_weight,
         seed=seed,
         layers=layers,
-        lanes=lanes,
+        num_partitions=num_partitions,
         precision=precision,
         accumulate=accumulate,
         clip_norm=clip_norm,
@@ -265,7 +267,7 @@ def command_line(
         trace=trace,
         conduct=Conduct(
             device=device,
-            workers=parse_workers(workers),
+            num_workers=parse_num_workers(num_workers),
             threads=parse_threads(threads),
             checkpoint_minutes=checkpoint_minutes,
             checkpoint_steps=checkpoint_steps,

@@ -31,7 +31,7 @@ def written(folder: Path, records: int) -> dp.Dataset:
     """One graph a record."""
     rng = np.random.default_rng(0)
     with dp.ShardWriter(
-        folder, dp.Schema(x=dp.Field(dtype="float16", shape=(FEATURES,))), split=dp.Split.parse("100/0/0")
+        folder, dp.Schema(x=dp.Field(dtype="float16", shape=(FEATURES,))), split=dp.SplitRule.parse("100/0/0")
     ) as writer:
         for number in range(records):
             nodes = int(np.clip(rng.lognormal(np.log(30), 1.0), 2, 2000))

@@ -89,7 +89,7 @@ def total_bytes(root: Path) -> int:
 
 def convert(src: Path, dst: Path, *, workers: int) -> None:
     """In a process of its own, as a user does it."""
-    command = [sys.executable, "-m", "dali_pipeline", "convert", str(src), str(dst), "--workers", str(workers)]
+    command = [sys.executable, "-m", "dali_pipeline", "convert", str(src), str(dst), "--num-workers", str(workers)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
@@ -219,7 +219,7 @@ def measure_memory(results: Results, root: Path, gigabytes: float, rng: np.rando
     """Peak memory of a conversion, all its processes together."""
     src, dst = root / "memory", root / "out"
     nbytes = write_sequences(src, gigabytes * 1e9, rng)
-    command = [sys.executable, "-m", "dali_pipeline", "convert", str(src), str(dst), "--workers", str(workers)]
+    command = [sys.executable, "-m", "dali_pipeline", "convert", str(src), str(dst), "--num-workers", str(workers)]
     took, peak = peak_memory(command)
     results.add(f"memory, {nbytes / 1e9:.1f} GB of .pt", f"peak, {workers} workers", "MB", [peak / 1e6])
     results.add(f"memory, {nbytes / 1e9:.1f} GB of .pt", f"convert, {workers} workers", "MB/s", [nbytes / 1e6 / took])

@@ -16,7 +16,7 @@ import torch
 import dali_pipeline as dp
 from benchmarks.gpu_sets import GRAPHS, SEQUENCES, opened
 from benchmarks.gpu_work import Deadline, Report, Setup, run_grid
-from dali_pipeline.loaders.delivery import Workers
+from dali_pipeline.loaders.options import NumWorkers
 from dali_pipeline.tools.stages import wait_for
 
 WARM_STEPS = 10  # not counted
@@ -29,13 +29,13 @@ class Loading(NamedTuple):
     name: str
     engine: str
     batch_size: int
-    workers: Workers
+    num_workers: NumWorkers
 
     @property
     def labels(self) -> tuple[str, str]:
         """Scenario and measured."""
         loader = f"{self.engine} engine" if self.engine else "GraphLoader"
-        return f"{self.name}, batch {self.batch_size}", f"{loader}, workers={self.workers}"
+        return f"{self.name}, batch {self.batch_size}", f"{loader}, workers={self.num_workers}"
 
 
 def loading_grid(*, quick: bool) -> list[Loading]:
@@ -43,8 +43,8 @@ def loading_grid(*, quick: bool) -> list[Loading]:
 
     Graphs are gathered by a thread with "auto", and by as many processes as a number says, which start anew in each epoch.
     """
-    threads: tuple[Workers, ...] = (1, 2) if quick else (1, 4, 8, 2)
-    processes: tuple[Workers, ...] = ("auto", 1) if quick else ("auto", 4, 1, 8, 2)
+    threads: tuple[NumWorkers, ...] = (1, 2) if quick else (1, 4, 8, 2)
+    processes: tuple[NumWorkers, ...] = ("auto", 1) if quick else ("auto", 4, 1, 8, 2)
     found: list[Loading] = []
     for batch_size in (8,) if quick else (32, 256):
         for of_sequences, of_graphs in zip_longest(threads, processes):
@@ -64,9 +64,9 @@ def loaders(setup: Setup, deadline: Deadline, report: Report) -> None:
             read(setup, loading.name),
             **({"engine": loading.engine} if loading.engine else {}),
             batch_size=loading.batch_size,
-            workers=loading.workers,
+            num_workers=loading.num_workers,
             device=setup.device,
-            tail="drop",
+            drop_last=True,
         )
         warm_up(loader, seconds / 2, whole=loading.name == "molecules")  # which it keeps in memory from then on
         rates = rates_of(loader, seconds, deadline)

@@ -55,7 +55,7 @@ def loader_lines(axes: Axes, rows: Rows, limits: Rows, title: str) -> None:
             label = f"{row['measured']}: {float(row['median']):.3g} GB/s"
             axes.axhline(float(row["median"]), color="black", linestyle=LIMITS[row["measured"]], linewidth=1, label=label)
     axes.set_xticks(range(len(counts)), counts)
-    axes.set(title=title, xlabel="workers", ylabel="GB/s as stored, log scale", yscale="log")
+    axes.set(title=title, xlabel="num_workers", ylabel="GB/s as stored, log scale", yscale="log")
     axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 
 

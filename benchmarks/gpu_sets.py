@@ -43,7 +43,9 @@ def write_sequences(folder: Path, nbytes: int, *, features: int, dtype: str = "f
     if dtype == "int8":
         field = dp.Field.scaled(np.abs(pool.astype(np.float32)).max(axis=(0, 1))[None])
     count = max(POOL, int(nbytes / (lengths.mean() * features * np.dtype(dtype).itemsize)))
-    with dp.ShardWriter(folder, dp.Schema(sequence=field), split=dp.Split.parse("100/0/0"), shard_bytes=SHARD_BYTES) as writer:
+    with dp.ShardWriter(
+        folder, dp.Schema(sequence=field), split=dp.SplitRule.parse("100/0/0"), shard_bytes=SHARD_BYTES
+    ) as writer:
         for number in range(count):
             sequence = pool[number % POOL, : lengths[number % POOL]]
             writer.write(dp.Record(id=f"record-{number}", label=number % 2, sequence=sequence))
@@ -66,7 +68,7 @@ def write_graphs(folder: Path, nbytes: int, *, layers: int, nodes: int, features
     pool = [_graphs(rng, layers, nodes, features, edges, dtype, weighted) for _ in range(POOL)]
     schema = dp.Schema(x=dp.Field(dtype=dtype, shape=(features,)), edge_attr=dp.Field(dtype="float16") if weighted else None)
     count = max(POOL, int(nbytes / (layers * nodes * features * np.dtype(dtype).itemsize)))
-    with dp.ShardWriter(folder, schema, split=dp.Split.parse("100/0/0"), shard_bytes=SHARD_BYTES) as writer:
+    with dp.ShardWriter(folder, schema, split=dp.SplitRule.parse("100/0/0"), shard_bytes=SHARD_BYTES) as writer:
         for number in range(count):
             writer.write(dp.Record(id=f"record-{number}", label=number % 2, graphs=pool[number % POOL]))
 

@@ -55,7 +55,7 @@ def written(folder: Path, records: Records) -> dp.Dataset:
     """A set of them."""
     weights = None if records.edge_attr is None else dp.Field(dtype="float16")
     schema = dp.Schema(x=dp.Field(dtype=records.x.dtype.name, shape=records.x.shape[1:]), edge_attr=weights)
-    with dp.ShardWriter(folder, schema, split=dp.Split.parse("100/0/0"), shard_bytes=64 << 20) as writer:
+    with dp.ShardWriter(folder, schema, split=dp.SplitRule.parse("100/0/0"), shard_bytes=64 << 20) as writer:
         for number in range(len(records)):
             nodes, edges = records.rows(number)
             graphs = dp.Graphs(
@@ -107,9 +107,9 @@ def compare(results: Results, scenario: str, folder: Path, records: Records, nam
         LIMIT: partial(gather, records, batch_size),
         PAGE_CACHE: partial(read, folder / "arrays" / "x.npy", records, batch_size),
     }
-    for workers in ("auto", 0, 2):
-        loader = dp.GraphLoader(data, batch_size=batch_size, tail="drop", workers=workers)
-        counted[f"GraphLoader, workers={workers}"] = partial(epoch, loader)
+    for num_workers in ("auto", 0, 2):
+        loader = dp.GraphLoader(data, batch_size=batch_size, drop_last=True, num_workers=num_workers)
+        counted[f"GraphLoader, workers={num_workers}"] = partial(epoch, loader)
     with running("graphs", names, folder / "arrays", folder, batch_size=batch_size, seconds=seconds) as peers:
         ways = {name: partial(rate, way, seconds) for name, way in counted.items()}
         rates = alternately(ways | {peer.label: peer.sample for peer in peers if not peer.why}, repeats)

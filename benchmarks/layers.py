@@ -38,7 +38,7 @@ def made_sequences(folder: Path, count: int, *, by_layer: bool) -> dp.Dataset:
     if by_layer:
         field = replace(field, by_layer=ByLayer.of(LAYERS, 2 * FEATURES))
     rng = np.random.default_rng(0)
-    with dp.ShardWriter(folder, dp.Schema(sequence=field), split=dp.Split.parse("100/0/0"), shard_bytes=64 << 20) as writer:
+    with dp.ShardWriter(folder, dp.Schema(sequence=field), split=dp.SplitRule.parse("100/0/0"), shard_bytes=64 << 20) as writer:
         for number in range(count):
             values = rng.standard_normal((LAYERS, FEATURES), np.float32).astype(np.float16)
             writer.write({"id": number, "label": number % 2, "sequence": values})
@@ -94,7 +94,7 @@ def main(
         return
     for by_layer, name in ((False, "sequences, record by record"), (True, "sequences, layer by layer")):
         with scratch(folder) as where:
-            root = made_sequences(where / "set", (megabytes << 20) // (2 * LAYERS * FEATURES), by_layer=by_layer).root
+            root = made_sequences(where / "set", (megabytes << 20) // (2 * LAYERS * FEATURES), by_layer=by_layer).folder
             measure(
                 results, name, root, LAYERS,
                 lambda data, some: dp.SequenceLoader(data, layers=some, engine="torch", dtype=torch.float16), repeats,
@@ -102,7 +102,7 @@ def main(
     with scratch(folder) as where:
         count = max(1, (megabytes << 20) // (2 * GRAPH_LAYERS * 32 * 576))
         records = made_graphs(where / "arrays", count, GRAPH_LAYERS, 32, 576, 100, weighted=True)
-        root = written(where / "set", records).root
+        root = written(where / "set", records).folder
         make: MakeLoader = lambda data, some: dp.GraphLoader(data, layers=some, dtype=torch.float16)  # noqa: E731
         measure(results, "graphs", root, GRAPH_LAYERS, make, repeats)
 

@@ -84,7 +84,7 @@ def workers(axes: Axes, rows: Rows) -> None:
             axes.plot(counts, shares, line, color=colour, marker=marker, label=f"{kind}, {cache} ({alone:,.0f} with 0)")
             axes.set_xticks(counts)
     axes.axhline(1, color=PEER, linewidth=0.8)
-    axes.set(title="scaling with workers", xlabel="workers", ylabel="records a second, of those with 0", ylim=(0, None))
+    axes.set(title="scaling with workers", xlabel="num_workers", ylabel="records a second, of those with 0", ylim=(0, None))
     _legend_above(axes)
 
 

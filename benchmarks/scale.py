@@ -42,7 +42,7 @@ def made(folder: Path, count: int, shape: tuple[int, int], shard_bytes: int) -> 
     """A set of so many records; their values repeat, which no part of the loader notices."""
     values = np.random.default_rng(0).standard_normal((512, *shape), np.float32).astype(np.float16)
     schema = dp.Schema(sequence=dp.Field(dtype="float16", shape=shape[1:]))
-    with dp.ShardWriter(folder, schema, split=dp.Split.parse("100/0/0"), shard_bytes=shard_bytes) as writer:
+    with dp.ShardWriter(folder, schema, split=dp.SplitRule.parse("100/0/0"), shard_bytes=shard_bytes) as writer:
         for number in range(count):
             writer.write({"id": number, "label": number % 2, "sequence": values[number % 512]})
     return dp.open_dataset(folder)
@@ -76,7 +76,7 @@ def measure_tails(results: Results, folder: Path, repeats: int) -> None:
         values = np.random.default_rng(0).standard_normal((longest, features), np.float32).astype(np.float16)
         schema = dp.Schema(sequence=dp.Field(dtype="float16", shape=(features,)))
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            with dp.ShardWriter(Path(scratch) / "set", schema, split=dp.Split.parse("100/0/0")) as writer:
+            with dp.ShardWriter(Path(scratch) / "set", schema, split=dp.SplitRule.parse("100/0/0")) as writer:
                 for number, length in enumerate(lengths.tolist()):
                     writer.write({"id": number, "label": number % 2, "sequence": values[:length]})
             allowed = [300 + 2 * BATCH_SIZE * longest * features * 2 / 1e6]
@@ -115,7 +115,7 @@ def measure_first_batch(results: Results, folder: Path, most: int, repeats: int)
                     found = []
                     for _ in range(repeats):
                         if state == "cold":
-                            evict([data.root / "manifest.json", *shards(data)])
+                            evict([data.folder / "manifest.json", *shards(data)])
                         done = subprocess.run(command(FIRST, data.root, engine), capture_output=True, text=True, check=True)
                         found.append(float(done.stdout))
                     results.add(f"{count:,} shards", f"{engine} engine, first batch, {state}", "s", found, cache=state)

@@ -34,10 +34,10 @@ import sys
 import torch, dali_pipeline as dp
 kind, root, workers = sys.argv[1], sys.argv[2], int(sys.argv[3])
 if kind == "GraphLoader":
-    loader = dp.GraphLoader(dp.open_dataset(root), workers=workers)
+    loader = dp.GraphLoader(dp.open_dataset(root), num_workers=workers)
 else:
     from nvidia.dali.plugin import pytorch
-    loader = dp.SequenceLoader(dp.open_dataset(root), engine=kind.split()[0], workers=workers, dtype=torch.float16)
+    loader = dp.SequenceLoader(dp.open_dataset(root), engine=kind.split()[0], num_workers=workers, dtype=torch.float16)
 print("ready", flush=True)
 sys.stdin.readline()
 for batch in loader:
@@ -49,9 +49,9 @@ app = new_app()
 def loader_of(kind: str, data: dp.Dataset, workers: int, *, shuffle: bool = True) -> Any:
     """One that delivers sequences as they are stored, and graphs as float32."""
     if kind == "GraphLoader":
-        return dp.GraphLoader(data, workers=workers, shuffle=shuffle)
+        return dp.GraphLoader(data, num_workers=workers, shuffle=shuffle)
     engine: Any = kind.split()[0]
-    return dp.SequenceLoader(data, workers=workers, engine=engine, shuffle=shuffle, dtype=torch.float16)
+    return dp.SequenceLoader(data, num_workers=workers, engine=engine, shuffle=shuffle, dtype=torch.float16)
 
 
 def measure_workers(results: Results, sets: dict[str, dp.Dataset], repeats: int, least: float) -> None:
@@ -101,7 +101,7 @@ def measure_sizes(results: Results, folder: Path | None, megabytes: int, repeats
             ways = {"gather": partial(gather, values, batch_size, cast=False)}
             for kind in KINDS[:2]:
                 engine: Any = kind.split()[0]
-                loader = dp.SequenceLoader(data, batch_size=batch_size, tail="drop", engine=engine, dtype=torch.float16)
+                loader = dp.SequenceLoader(data, batch_size=batch_size, drop_last=True, engine=engine, dtype=torch.float16)
                 ways[kind] = partial(epoch, loader)
             found = alternately({name: partial(rate, way, least) for name, way in ways.items()}, repeats)
         for name, rates in found.items():

@@ -31,7 +31,7 @@ from dali_pipeline.cli.app import new_app, run
 from dali_pipeline.loaders.dali import device_id, iterate
 from dali_pipeline.loaders.decoding import sequence_graph
 from dali_pipeline.loaders.sequences import Engine
-from dali_pipeline.reading.stretch import STRETCH_BYTES
+from dali_pipeline.reading.superbatch import SUPERBATCH_BYTES
 
 CAST, CONSTANT, PAGE_CACHE = "gather and cast", "DALI, a constant batch", "preadv from the page cache"
 app = new_app()
@@ -41,7 +41,7 @@ def made(folder: Path, count: int, shape: tuple[int, int]) -> tuple[dp.Dataset, 
     """A set of so many records of normal values, and the values."""
     values = np.random.default_rng(0).standard_normal((count, *shape), np.float32).astype(np.float16)
     schema = dp.Schema(sequence=dp.Field(dtype="float16", shape=shape[1:]))
-    with dp.ShardWriter(folder, schema, split=dp.Split.parse("100/0/0"), shard_bytes=64 << 20) as writer:
+    with dp.ShardWriter(folder, schema, split=dp.SplitRule.parse("100/0/0"), shard_bytes=64 << 20) as writer:
         for number, value in enumerate(values):
             writer.write(dp.Record(id=f"record-{number}", label=number % 2, sequence=value))
     return dp.open_dataset(folder), values
@@ -111,7 +111,7 @@ def main(
         data, values = made(Path(scratch) / "short", 8 * records, (30, 64))
         ways = {"gather": partial(gather, values, 256, cast=False)}
         for engine in get_args(Engine):
-            loader = dp.SequenceLoader(data, batch_size=256, tail="drop", engine=engine, dtype=torch.float16)
+            loader = dp.SequenceLoader(data, batch_size=256, drop_last=True, engine=engine, dtype=torch.float16)
             ways[f"{engine} engine, float16"] = partial(epoch, loader)
         rates = alternately({name: partial(rate, way, seconds) for name, way in ways.items()}, repeats)
         report(results, "[30, 64] float16, batch 256", rates, [], lambda _: "gather", [])
@@ -133,13 +133,13 @@ def long_records(
         "gather": partial(gather, values, 32, cast=False),
         CAST: partial(gather, values, 32, cast=True),
         PAGE_CACHE: partial(read, folder / VALUES, values, 32),
-        CONSTANT: partial(through_dali, values[: STRETCH_BYTES // values[0].nbytes // 32 * 32], len(values), 32, device),
+        CONSTANT: partial(through_dali, values[: SUPERBATCH_BYTES // values[0].nbytes // 32 * 32], len(values), 32, device),
     }
     for engine in get_args(Engine):
         for dtype in (torch.float16, torch.float32):
-            for workers in (0, 1, 2, 4):
-                loader = dp.SequenceLoader(data, tail="drop", engine=engine, dtype=dtype, workers=workers)
-                ways[f"{engine} engine, {str(dtype)[6:]}, workers={workers}"] = partial(epoch, loader)
+            for num_workers in (0, 1, 2, 4):
+                loader = dp.SequenceLoader(data, drop_last=True, engine=engine, dtype=dtype, num_workers=num_workers)
+                ways[f"{engine} engine, {str(dtype)[6:]}, workers={num_workers}"] = partial(epoch, loader)
     timed: dict[str, Callable[[], float]] = {name: partial(rate, way, seconds) for name, way in ways.items()}
     rates = alternately(timed | {peer.label: peer.sample for peer in peers if not peer.why}, repeats)
     stored = {engine: [name for name in ways if name.startswith(f"{engine} engine, float16")] for engine in get_args(Engine)}

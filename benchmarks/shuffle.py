@@ -19,7 +19,7 @@ import typer
 from benchmarks.harness import Results
 from dali_pipeline.cli.app import new_app, run
 from dali_pipeline.tools.picture import draw_shuffle
-from dali_pipeline.tools.shuffle import WINDOW_SHARES, Quality, measure
+from dali_pipeline.tools.shufflequality import WINDOW_SHARES, Quality, measure
 
 METHODS = {
     "buffer, file order": "buffer, files in order",

@@ -49,7 +49,9 @@ def made(folder: Path, megabytes: int, shard_bytes: int, *, by_layer: bool) -> d
     if by_layer:
         field = replace(field, by_layer=ByLayer.of(SHAPE[0], 2 * SHAPE[1]))
     values = np.random.default_rng(0).standard_normal((256, *SHAPE), np.float32).astype(np.float16)
-    with dp.ShardWriter(folder, dp.Schema(sequence=field), split=dp.Split.parse("100/0/0"), shard_bytes=shard_bytes) as writer:
+    with dp.ShardWriter(
+        folder, dp.Schema(sequence=field), split=dp.SplitRule.parse("100/0/0"), shard_bytes=shard_bytes
+    ) as writer:
         for number in range(megabytes * 10**6 // values[0].nbytes):
             writer.write({"id": number, "label": number % 2, "sequence": values[number % len(values)]})
     return dp.open_dataset(folder)
@@ -77,7 +79,7 @@ def plain(data: dp.Dataset) -> float:
     """MB/s of the link: every shard in ranges, several in flight, into memory that is used again."""
     address = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://")
     ranges = [
-        (f"/bucket/{data.root.name}/{path.relative_to(data.root).as_posix()}", begin, min(begin + RANGE_BYTES, nbytes))
+        (f"/bucket/{data.folder.name}/{path.relative_to(data.folder).as_posix()}", begin, min(begin + RANGE_BYTES, nbytes))
         for path in shards(data)
         for nbytes in [path.stat().st_size]
         for begin in range(0, nbytes, RANGE_BYTES)

@@ -13,7 +13,7 @@ from dali_pipeline.loaders.state import StateError
 from dali_pipeline.runtime.timing import StepTimer, replay
 from dali_pipeline.runtime.trace import Trace, span
 from dali_pipeline.runtime.world import World
-from dali_pipeline.writing.split import Split
+from dali_pipeline.writing.split import SplitRule
 from dali_pipeline.writing.writer import ShardWriter
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ __all__ = [
     "SequenceBatch",
     "SequenceLoader",
     "ShardWriter",
-    "Split",
+    "SplitRule",
     "StateError",
     "StepTimer",
     "Trace",
@@ -55,4 +55,6 @@ _LAZY = {"GraphBatch": "collate", "GraphLoader": "graphs", "SequenceBatch": "seq
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(f"dali_pipeline.loaders.{_LAZY[name]}"), name)
+    if name == "Split":
+        raise AttributeError("dp.Split is now called dp.SplitRule")
     raise AttributeError(f"module 'dali_pipeline' has no attribute {name!r}")

@@ -85,7 +85,7 @@ def write_shard(path: Path, kind: Kind, records: int, arrays: Mapping[str, Array
 
 
 def write(root: Path, records: list[dp.Record], *, shard_bytes: int = 2048, shares: str = "70/15/15") -> dp.Dataset:
-    with dp.ShardWriter(root, SCHEMA, shard_bytes=shard_bytes, split=dp.Split.parse(shares)) as writer:
+    with dp.ShardWriter(root, SCHEMA, shard_bytes=shard_bytes, split=dp.SplitRule.parse(shares)) as writer:
         for record in records:
             writer.write(record)
     return dp.open_dataset(root)

@@ -20,8 +20,8 @@ NONSENSE: list[Any] = [
     2**70, 10**400, int, "\0", "\ud800", 1j, [[1], [1, 2]], np.ma.masked, np.datetime64("2020"),
 ]  # fmt: skip
 LOADER = [
-    "split", "batch_size", "shuffle", "seed", "layers", "device", "dtype", "window_bytes", "lanes", "workers", "tail",
-    "on_error", "rank", "world_size", "balance", "weights", "on_nan",
+    "split", "batch_size", "shuffle", "seed", "layers", "device", "dtype", "window_bytes", "num_partitions", "num_workers",
+    "drop_last", "on_error", "rank", "world_size", "class_balanced", "group_weights", "on_nan",
 ]  # fmt: skip
 SEQUENCES, GRAPHS = ["engine", "normalize", "bucket_by_length"], ["max_nodes", "max_edges", "oversize", "min_weight"]
 
@@ -45,7 +45,7 @@ def test_loaders(data: dp.Dataset, kind: str, name: str) -> None:
     def make(value: Any) -> None:
         make_loader: Any = dp.SequenceLoader if kind == "s" else dp.GraphLoader
         ranks = {"rank": 0, "world_size": 1} if name in ("rank", "world_size") else {}
-        make_loader(data, **{"workers": 0, **ranks, name: value})
+        make_loader(data, **{"num_workers": 0, **ranks, name: value})
 
     assert refused_or_taken(make) > 15
 
@@ -68,9 +68,9 @@ def test_methods(data: dp.Dataset, name: str) -> None:
         lambda value: dp.Schema(sequence=value),
         lambda value: dp.Schema(x=dp.Field(dtype="int8"), edge_attr=value),
         lambda value: dp.Schema(x=dp.Field(dtype="int8"), fields=value),
-        lambda value: dp.Split(shares=value),
-        lambda value: dp.Split(seed=value),
-        dp.Split.parse,
+        lambda value: dp.SplitRule(shares=value),
+        lambda value: dp.SplitRule(seed=value),
+        dp.SplitRule.parse,
         dp.Record.of,
         dp.Graphs.stack,
         lambda value: dp.Graphs.stack(make_records(1), value),
@@ -87,7 +87,9 @@ def test_data_sets(data: dp.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyP
     calls: list[Callable[[Any], object]] = [
         data.folds,
         lambda value: data.folds(2, value),
-        lambda value: dp.mix({data: value}),
+        lambda value: dp.mix([data], weights=[value]),
+        lambda value: dp.mix([data], weights=value),
+        dp.mix,
         lambda value: data.num_records(value, "graphs"),
         lambda value: data.num_records("train", value),
         data.label_counts,
@@ -139,16 +141,16 @@ def test_graphs(tmp_path: Path, name: str) -> None:
     ("call", "words"),
     [
         (
-            lambda data: dp.mix(cast("Any", [data, data])),
-            r"mix takes data sets and their shares, such as mix\(\{a: 0.7, b: 0.3\}\)",
+            lambda data: dp.mix(cast("Any", {data: 0.7})),
+            r"mix takes a list of data sets and a list of weights, such as mix\(\[a, b\], weights=\[0.7, 0.3\]\)",
         ),
         (
-            lambda data: dp.SequenceLoader(data, weights=cast("Any", ["rare"])),
-            r"weights is \['rare'\]; expected weights by group",
+            lambda data: dp.SequenceLoader(data, group_weights=cast("Any", ["rare"])),
+            r"group_weights is \['rare'\]; expected weights by group",
         ),
         (lambda data: dp.SequenceLoader(data, layers=slice(0, 3, 0)), r"layers are slice\(0, 3, 0\); expected a slice"),
         (lambda data: dp.GraphLoader(data, layers=slice("a", "b")), r"layers are slice\('a', 'b', None\); expected a slice"),
-        (lambda data: dp.SequenceLoader(dp.mix({data: 1}), normalize=True), "a mix has no feature statistics, as those of its"),
+        (lambda data: dp.SequenceLoader(dp.mix([data]), normalize=True), "a mix has no feature statistics, as those of its"),
     ],
 )
 def test_words(data: dp.Dataset, call: Callable[[dp.Dataset], object], words: str) -> None:
@@ -164,7 +166,7 @@ def test_a_tensor_without_values_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_shares_may_be_a_text(tmp_path: Path) -> None:
-    for name, split in (("text", "60/20/20"), ("split", dp.Split.parse("60/20/20"))):
+    for name, split in (("text", "60/20/20"), ("split", dp.SplitRule.parse("60/20/20"))):
         with dp.ShardWriter(tmp_path / name, SCHEMA, split=split) as writer:
             for record in make_records(40):
                 writer.write(record)
@@ -176,7 +178,7 @@ def test_shares_may_be_a_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [np.int64, np.uint8, torch.tensor])
 def test_any_whole_number_is_taken(data: dp.Dataset, number: Callable[[int], Any]) -> None:
-    plain: dict[str, Any] = {"batch_size": 4, "seed": 3, "lanes": 2, "workers": 1, "window_bytes": 200}
+    plain: dict[str, Any] = {"batch_size": 4, "seed": 3, "num_partitions": 2, "num_workers": 1, "window_bytes": 200}
     plain |= {"rank": 1, "world_size": 2}
     plain_loader = dp.SequenceLoader(data, layers=[0, 1], shuffle=True, **plain)
     given: dict[str, Any] = {name: number(value) for name, value in plain.items()}

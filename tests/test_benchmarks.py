@@ -79,8 +79,8 @@ class Altered(peers_torch.MemoryMap):
     def __init__(self, alter: Callable[[dict[str, Any]], Batch | None]) -> None:
         self._alter = alter
 
-    def loader(self, folder: Path, batch_size: int, workers: int) -> Epochs:
-        epochs = super().loader(folder, batch_size, workers)
+    def loader(self, folder: Path, batch_size: int, num_workers: int) -> Epochs:
+        epochs = super().loader(folder, batch_size, num_workers)
         return lambda: (altered for batch in epochs() if (altered := self._alter(dict(batch))) is not None)
 
 
@@ -121,7 +121,7 @@ def test_every_peer_has_its_rows(sequences: Any, tmp_path: Path, monkeypatch: py
     rows = harness.rows_of("peers")
     pt = found[0].label
     assert pt.startswith(".pt IterableDataset 2.")
-    trials = [f".pt IterableDataset, trial, workers={workers}" for workers in (0, 2, 4)]
+    trials = [f".pt IterableDataset, trial, workers={num_workers}" for num_workers in (0, 2, 4)]
     assert [(row["measured"], row["reference"]) for row in rows] == [
         (limit, ""),
         (ours, limit),

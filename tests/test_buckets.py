@@ -23,10 +23,10 @@ def make(data: dp.Dataset) -> contracts.Make:
 def test_the_laws_hold(make: contracts.Make, tmp_path: Any) -> None:
     contracts.each_record_once(make, world_sizes=(1, 2, 3, 16))
     contracts.each_record_once(
-        lambda **options: make(batch_size=4, lanes=4, window_bytes=10**6, **options), world_sizes=(1, 2, 4)
+        lambda **options: make(batch_size=4, num_partitions=4, window_bytes=10**6, **options), world_sizes=(1, 2, 4)
     )
     contracts.drop_drops(make)
-    contracts.order_ignores(make, {"workers": 0}, {"workers": 3}, {"engine": "dali"})
+    contracts.order_ignores(make, {"num_workers": 0}, {"num_workers": 3}, {"engine": "dali"})
     contracts.global_order_ignores_world(make, batch_size=16)
     contracts.epochs_differ_and_repeat(make)
     contracts.resumes_exactly(make, steps=(1, 2, len(make()) - 1, len(make())))
@@ -38,13 +38,21 @@ def test_the_laws_hold(make: contracts.Make, tmp_path: Any) -> None:
         make(bucket_by_length=False).load_state_dict(make().state_dict())
 
 
-@pytest.mark.parametrize(("lanes", "most"), [(1, 0.25), (4, 0.95)])  # few records a lane, and last batches, allow no more
+@pytest.mark.parametrize(
+    ("num_partitions", "most"), [(1, 0.25), (4, 0.95)]
+)  # few records a partition, and last batches, allow no more
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_padding_is_less_and_batches_are_mixed(make: contracts.Make, world_size: int, lanes: int, most: float) -> None:
+def test_padding_is_less_and_batches_are_mixed(make: contracts.Make, world_size: int, num_partitions: int, most: float) -> None:
     def padding(bucket: bool) -> float:
         total = real = 0
         for rank in range(world_size):
-            options = {"rank": rank, "world_size": world_size, "batch_size": 8, "lanes": lanes, "window_bytes": 10**6}
+            options = {
+                "rank": rank,
+                "world_size": world_size,
+                "batch_size": 8,
+                "num_partitions": num_partitions,
+                "window_bytes": 10**6,
+            }
             loader = make(bucket_by_length=bucket, **options)
             for batch in (batch for _ in range(5) for batch in loader):  # epochs, whose order is another on every machine
                 total += batch.sequences.shape[0] * batch.sequences.shape[1]

@@ -13,7 +13,7 @@ import pytest
 from conftest import make_records, write
 
 import dali_pipeline as dp
-from dali_pipeline.reading.graphstretch import GraphGatherer
+from dali_pipeline.reading.graphsuperbatch import GraphGatherer
 
 NODES, EDGES = 60, 70  # a record of the fixture has up to 4 graphs of up to a dozen nodes
 
@@ -21,7 +21,7 @@ NODES, EDGES = 60, 70  # a record of the fixture has up to 4 graphs of up to a d
 @pytest.fixture(params=[0, pytest.param(2, marks=pytest.mark.slow)])
 def make(data: dp.Dataset, request: pytest.FixtureRequest) -> contracts.Make:
     def make_loader(**options: Any) -> dp.GraphLoader:
-        usual = {"data": data, "max_nodes": NODES, "max_edges": EDGES, "window_bytes": 6000, "workers": request.param}
+        usual = {"data": data, "max_nodes": NODES, "max_edges": EDGES, "window_bytes": 6000, "num_workers": request.param}
         return dp.GraphLoader(**{**usual, **options})
 
     return make_loader
@@ -31,7 +31,7 @@ def make(data: dp.Dataset, request: pytest.FixtureRequest) -> contracts.Make:
 def plain(data: dp.Dataset) -> contracts.Make:
     """In the caller's own thread alone."""
     return lambda **options: dp.GraphLoader(
-        **{"data": data, "max_nodes": NODES, "max_edges": EDGES, "window_bytes": 6000, "workers": 0, **options}
+        **{"data": data, "max_nodes": NODES, "max_edges": EDGES, "window_bytes": 6000, "num_workers": 0, **options}
     )
 
 
@@ -56,9 +56,9 @@ def test_batches_are_as_full_as_the_budget_allows(make: contracts.Make, records:
     assert len({len(batch) for batch in batches}) > 1
 
 
-@pytest.mark.parametrize(("world_size", "lanes"), [(1, 1), (3, 1), (2, 2), (4, 2), (1, 2), (2, 4), (8, 4)])
-def test_each_record_once_in_equal_steps(plain: contracts.Make, world_size: int, lanes: int) -> None:
-    ranks = [plain(rank=rank, world_size=world_size, lanes=lanes) for rank in range(world_size)]
+@pytest.mark.parametrize(("world_size", "num_partitions"), [(1, 1), (3, 1), (2, 2), (4, 2), (1, 2), (2, 4), (8, 4)])
+def test_each_record_once_in_equal_steps(plain: contracts.Make, world_size: int, num_partitions: int) -> None:
+    ranks = [plain(rank=rank, world_size=world_size, num_partitions=num_partitions) for rank in range(world_size)]
     for _ in range(2):
         seen: Counter[str] = Counter()
         told = {len(loader) for loader in ranks} if ranks[0].state_dict()["epoch"] == 0 else None
@@ -75,11 +75,14 @@ def test_each_record_once_in_equal_steps(plain: contracts.Make, world_size: int,
         assert ranks[0].check_digest(digest).endswith("each once")
 
 
-@pytest.mark.parametrize(("world_size", "lanes"), [(1, 1), (4, 1), (4, 2), (1, 2)])
-def test_drop_ends_before_a_rank_would_have_padding(plain: contracts.Make, world_size: int, lanes: int) -> None:
+@pytest.mark.parametrize(("world_size", "num_partitions"), [(1, 1), (4, 1), (4, 2), (1, 2)])
+def test_drop_ends_before_a_rank_would_have_padding(plain: contracts.Make, world_size: int, num_partitions: int) -> None:
     pad, drop = (
-        [plain(rank=rank, world_size=world_size, lanes=lanes, tail=tail) for rank in range(world_size)]
-        for tail in ("pad", "drop")
+        [
+            plain(rank=rank, world_size=world_size, num_partitions=num_partitions, drop_last=drop_last)
+            for rank in range(world_size)
+        ]
+        for drop_last in (False, True)
     )
     padded, dropped = ([list(loader) for loader in ranks] for ranks in (pad, drop))
     whole = [all(bool(batch.valid.all()) for batch in step) for step in zip(*padded, strict=True)]
@@ -100,7 +103,7 @@ def test_batches_do_not_depend_on_the_world(plain: contracts.Make) -> None:
 
 
 def test_order_ignores_workers(make: contracts.Make) -> None:
-    contracts.order_ignores(make, {"workers": 0}, {"workers": 1}, {"workers": "auto"})
+    contracts.order_ignores(make, {"num_workers": 0}, {"num_workers": 1}, {"num_workers": "auto"})
 
 
 def test_epochs_differ_and_repeat(make: contracts.Make) -> None:
@@ -111,8 +114,8 @@ def test_resumes_exactly(make: contracts.Make) -> None:
     contracts.resumes_exactly(make, steps=(1, len(make()) - 2))
 
 
-def test_resumes_exactly_in_several_lanes(plain: contracts.Make) -> None:
-    contracts.resumes_exactly(lambda **options: plain(lanes=2, **options), steps=(3,))
+def test_resumes_exactly_in_several_partitions(plain: contracts.Make) -> None:
+    contracts.resumes_exactly(lambda **options: plain(num_partitions=2, **options), steps=(3,))
 
 
 def test_batches_stay_and_iterators_are_independent(make: contracts.Make) -> None:
@@ -130,20 +133,20 @@ def test_batches_stay_and_iterators_are_independent(make: contracts.Make) -> Non
     assert seen == epochs
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
-def test_resumes_with_another_world(plain: contracts.Make, lanes: int) -> None:
+@pytest.mark.parametrize("num_partitions", [1, 2])
+def test_resumes_with_another_world(plain: contracts.Make, num_partitions: int) -> None:
     """What is left at the stop comes once, in the batches that one process would have made of it."""
-    ranks = [plain(rank=rank, world_size=4, lanes=lanes) for rank in range(4)]
+    ranks = [plain(rank=rank, world_size=4, num_partitions=num_partitions) for rank in range(4)]
     iterators = [iter(loader) for loader in ranks]
     before = [[next(each) for each in iterators] for _ in range(2)]
     states = [loader.state_dict() for loader in ranks]
     assert all(state == states[0] for state in states)
-    others = [plain(rank=rank, world_size=2, lanes=lanes) for rank in range(2)]
+    others = [plain(rank=rank, world_size=2, num_partitions=num_partitions) for rank in range(2)]
     for loader in others:
         loader.load_state_dict(json.loads(json.dumps(states[0])))
     after = [batch for step in zip(*others, strict=True) for batch in step if batch.valid.all()]
     ours = {tuple(batch.ids) for step in before for batch in step} | {tuple(batch.ids) for batch in after}
-    assert ours == {tuple(batch.ids) for batch in plain(lanes=lanes) if batch.valid.all()}
+    assert ours == {tuple(batch.ids) for batch in plain(num_partitions=num_partitions) if batch.valid.all()}
 
 
 def test_a_state_of_another_budget_is_refused(plain: contracts.Make, data: dp.Dataset) -> None:
@@ -154,7 +157,7 @@ def test_a_state_of_another_budget_is_refused(plain: contracts.Make, data: dp.Da
         ({"max_nodes": 80}, "max_nodes 60; this loader has 80"),
         ({"max_edges": None}, "max_edges 70.* has None"),
     ]
-    for change, words in [*changes, ({"seed": 3}, "seed 0"), ({"lanes": 2}, "lanes 1")]:
+    for change, words in [*changes, ({"seed": 3}, "seed 0"), ({"num_partitions": 2}, "partitions 1")]:
         with pytest.raises(dp.StateError, match=words):
             plain(**change).load_state_dict(state)
     with pytest.raises(dp.StateError, match="the state has max_nodes 60; this loader has None"):
@@ -188,15 +191,15 @@ def test_layers_count_alone(plain: contracts.Make, records: dict[str, dp.Record]
 
 
 def test_draws_fit_the_budget_too(plain: contracts.Make) -> None:
-    loader = plain(balance="label")
+    loader = plain(class_balanced=True)
     batches = list(loader)
     assert sum(len(batch) for batch in batches) == loader.num_records
     assert all(sizes(batch)[0] <= NODES or len(batch) == 1 for batch in batches)
-    fresh = plain(balance="label")
+    fresh = plain(class_balanced=True)
     for step, _ in enumerate(fresh):
         if step == 2:
             break
-    other = plain(balance="label")
+    other = plain(class_balanced=True)
     other.load_state_dict(fresh.state_dict())
     contracts.assert_same(other, batches[3:])
 
@@ -207,7 +210,7 @@ def test_a_budget_that_makes_no_sense_is_refused(plain: contracts.Make) -> None:
         ({"max_edges": 2.5}, "max_edges is 2.5"),
         ({"on_error": "skip"}, "need the size of every record"),
         ({"oversize": "drop"}, "oversize is 'drop'; expected 'alone' or 'raise'"),
-        ({"lanes": 2, "world_size": 3, "rank": 0}, "lanes is 2 and world_size 3; expected one to be a multiple"),
+        ({"num_partitions": 2, "world_size": 3, "rank": 0}, "partitions is 2 and world_size 3; expected one to be a multiple"),
     ]
     for options, words in wrong:
         with pytest.raises(dp.UsageError, match=words):
@@ -242,10 +245,10 @@ def test_planning_ahead_reads_no_more_than_delivery(plain: contracts.Make, monke
 
 def test_damage_comes_behind_the_batches_before_it(tmp_path: Path) -> None:
     data = write(tmp_path / "set", make_records(200, seed=3))
-    whole = [batch.ids for batch in dp.GraphLoader(data, max_nodes=NODES, workers=0, shuffle=False)]
+    whole = [batch.ids for batch in dp.GraphLoader(data, max_nodes=NODES, num_workers=0, shuffle=False)]
     shard = sorted((tmp_path / "set" / "train").glob("graphs-*"))[2]
     shard.write_bytes(shard.read_bytes()[:-40])
-    batches, seen = iter(dp.GraphLoader(data, max_nodes=NODES, workers=0, shuffle=False)), []
+    batches, seen = iter(dp.GraphLoader(data, max_nodes=NODES, num_workers=0, shuffle=False)), []
     with pytest.raises(dp.FormatError, match=shard.name):
         while True:
             seen.append(next(batches).ids)
@@ -258,13 +261,13 @@ def test_values_left_out_leave_the_budget_as_it_is(tmp_path: Path) -> None:
     """Nothing takes their place, for it might be larger; a batch of nothing else is one row, which is not valid."""
     made = make_records(200, seed=3)
     data = write(tmp_path / "sound", made)
-    first = [batch.ids for batch in dp.GraphLoader(data, max_nodes=NODES, workers=0, shuffle=False)]
+    first = [batch.ids for batch in dp.GraphLoader(data, max_nodes=NODES, num_workers=0, shuffle=False)]
     strange = {*first[1], first[3][0]}  # a whole batch, and one record
     for record in made:
         if record.id in strange:
             record.graphs.x[0, 0] = np.nan
     data = write(tmp_path / "set", made)
-    loader = dp.GraphLoader(data, max_nodes=NODES, workers=0, shuffle=False, on_nan="skip")
+    loader = dp.GraphLoader(data, max_nodes=NODES, num_workers=0, shuffle=False, on_nan="skip")
     batches = list(loader)
     assert [batch.ids for batch in batches if batch.valid.all()] == [first[0], first[2], first[3][1:], *first[4:]]
     assert (len(batches[1]), batches[1].valid.tolist()) == (1, [False])
@@ -276,7 +279,7 @@ def test_values_left_out_leave_the_budget_as_it_is(tmp_path: Path) -> None:
 def test_many_records_pass_between_processes(tmp_path: Path) -> None:
     """What is asked and what is answered is each more than a pipe holds: neither side may wait for the other."""
     rng, one = np.random.default_rng(0), np.array([1])
-    with dp.ShardWriter(tmp_path / "set", dp.Schema(x=dp.Field(dtype="uint8")), split=dp.Split.parse("100/0/0")) as writer:
+    with dp.ShardWriter(tmp_path / "set", dp.Schema(x=dp.Field(dtype="uint8")), split=dp.SplitRule.parse("100/0/0")) as writer:
         for number in range(40_000):
             graphs = dp.Graphs(
                 x=rng.integers(0, 9, 1),
@@ -286,22 +289,22 @@ def test_many_records_pass_between_processes(tmp_path: Path) -> None:
                 edge_counts=one - 1,
             )
             writer.write({"id": f"record-{number:020}", "label": 0, "graphs": graphs})
-    loader = dp.GraphLoader(dp.open_dataset(tmp_path / "set"), max_nodes=1000, workers=1)
+    loader = dp.GraphLoader(dp.open_dataset(tmp_path / "set"), max_nodes=1000, num_workers=1)
     assert len(list(loader)) == 40
     assert loader.check_digest(loader.digest).endswith("each once")
 
 
 def test_an_epoch_of_no_steps_is_an_error(plain: contracts.Make) -> None:
     with pytest.raises(dp.DataError, match="split 'val' has too few records for a batch on each of 8 ranks"):
-        list(plain(split="val", max_nodes=10**6, world_size=8, rank=0, tail="drop"))
+        list(plain(split="val", max_nodes=10**6, world_size=8, rank=0, drop_last=True))
     with pytest.raises(dp.UsageError, match="have no number of records"):
         plain().num_valid(0)
 
 
 def test_folds_and_empty_splits(plain: contracts.Make, data: dp.Dataset, tmp_path: Path) -> None:
     for fold in data.folds(3):
-        loader = plain(data=fold, lanes=2, rank=0, world_size=2)
-        other = plain(data=fold, lanes=2, rank=1, world_size=2)
+        loader = plain(data=fold, num_partitions=2, rank=0, world_size=2)
+        other = plain(data=fold, num_partitions=2, rank=1, world_size=2)
         ids = [one for batch in (*loader, *other) if batch.valid.all() for one in batch.ids]
         assert len(ids) == len(set(ids)) == fold.num_records("train", "graphs")
     empty = plain(data=write(tmp_path / "set", make_records(30), shares="100/0/0"), split="val")

@@ -69,7 +69,7 @@ def make_folder(root: Path, per_file: int = 12, files: int = 3, *, halves: str =
 
 def test_both_halves_become_one_data_set(tmp_path: Path) -> None:
     src = make_folder(tmp_path / "src")
-    data = convert(src, tmp_path / "dst", split=dp.Split.parse("50/25/25"))
+    data = convert(src, tmp_path / "dst", split=dp.SplitRule.parse("50/25/25"))
     expected = {
         name: row
         for path in sorted((src / "lstm_solo").iterdir())
@@ -142,7 +142,7 @@ def test_files_are_taken_in_the_order_of_their_numbers(tmp_path: Path) -> None:
 def test_killed_and_started_again_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     src = make_folder(tmp_path / "src")
     monkeypatch.setattr(sources, "STRETCH_BYTES", 1)
-    whole = convert(src, tmp_path / "whole", shard_bytes=700, workers=1)
+    whole = convert(src, tmp_path / "whole", shard_bytes=700, num_workers=1)
     calls: list[int] = []
     whole_open = sources.Source.open
 
@@ -155,11 +155,11 @@ def test_killed_and_started_again_gives_the_same_bytes(tmp_path: Path, monkeypat
     with monkeypatch.context() as dying:
         dying.setattr(sources.Source, "open", dies)
         with pytest.raises(KeyboardInterrupt):
-            convert(src, tmp_path / "torn", shard_bytes=700, workers=1)
+            convert(src, tmp_path / "torn", shard_bytes=700, num_workers=1)
     assert not (tmp_path / "torn" / "manifest.json").exists()
     assert any((tmp_path / "torn").rglob("*.safetensors"))
-    torn = convert(src, tmp_path / "torn", shard_bytes=700, workers=2)
-    assert_same_bytes(torn.root, whole.root)
+    torn = convert(src, tmp_path / "torn", shard_bytes=700, num_workers=2)
+    assert_same_bytes(torn.folder, whole.folder)
 
 
 @pytest.mark.parametrize("split_by", ["group", "file"])
@@ -167,10 +167,10 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path, monkeypatch:
     src = make_folder(tmp_path / "src", files=3)
     monkeypatch.setattr(sources, "STRETCH_BYTES", 1)
     options = {"shard_bytes": 700, "split_by": split_by, "layers": [1, 0]}
-    one = convert(src, tmp_path / "one", workers=1, **options)
-    for workers in (2, 5):
-        assert_same_bytes(convert(src, tmp_path / str(workers), workers=workers, **options).root, one.root)
-    assert verify(one.root).damages == []
+    one = convert(src, tmp_path / "one", num_workers=1, **options)
+    for num_workers in (2, 5):
+        assert_same_bytes(convert(src, tmp_path / str(num_workers), num_workers=num_workers, **options).folder, one.folder)
+    assert verify(one.folder).damages == []
     assert not list(tmp_path.rglob(".parts"))
 
 
@@ -234,7 +234,7 @@ def test_a_worker_that_is_killed_is_said(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(workers_module, "start_workers", start_and_kill)
     with pytest.raises(dp.PipelineError, match="a worker process was killed, perhaps for memory"):
-        convert(src, tmp_path / "dst", workers=2)
+        convert(src, tmp_path / "dst", num_workers=2)
     assert not (tmp_path / "dst").exists()
 
 
@@ -245,7 +245,7 @@ def test_whole_files_are_dealt_and_groups_go_with_their_first(tmp_path: Path) ->
         file = torch.load(path)
         file["question_ids"][0] = "q3"  # of the first file
         torch.save(file, path)
-    data = convert(src, tmp_path / "dst", split=dp.Split.parse("50/25/25"), split_by="file")
+    data = convert(src, tmp_path / "dst", split=dp.SplitRule.parse("50/25/25"), split_by="file")
     homes: dict[str, str] = {}
     for split in data.splits:
         for batch in dp.SequenceLoader(data, split, engine="torch"):
@@ -262,7 +262,7 @@ def test_whole_files_are_dealt_and_groups_go_with_their_first(tmp_path: Path) ->
 
 def test_chosen_layers_alone_are_kept(tmp_path: Path) -> None:
     src = make_folder(tmp_path / "src", files=1)
-    data = convert(src, tmp_path / "dst", layers=slice(1, 3), split=dp.Split.parse("100/0/0"))
+    data = convert(src, tmp_path / "dst", layers=slice(1, 3), split=dp.SplitRule.parse("100/0/0"))
     graphs = torch.load(src / "gnn" / "batch_0.pt", weights_only=False)["graphs"]
     sequences = torch.load(src / "lstm_solo" / "batch_0.pt")["sequences"]
     for batch in dp.SequenceLoader(data, engine="torch", dtype=torch.float16, shuffle=False, batch_size=12):
@@ -313,7 +313,7 @@ def test_whole_files_of_one_name_in_many_folders_are_dealt_apart(tmp_path: Path)
     for number in range(12):
         (tmp_path / "src" / str(number)).mkdir(parents=True)
         np.savez(tmp_path / "src" / str(number) / "data.npz", sequences=np.ones((2, 1, 1)), labels=[0, 1])
-    data = convert(tmp_path / "src", tmp_path / "dst", split_by="file", split=dp.Split.parse("50/25/25"))
+    data = convert(tmp_path / "src", tmp_path / "dst", split_by="file", split=dp.SplitRule.parse("50/25/25"))
     assert [data.num_records(split, "sequences") for split in data.splits] == [12, 6, 6]
 
 
@@ -332,11 +332,11 @@ def test_space_already_used_is_not_asked_for_again(tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as dying:
         dying.setattr(convert_module, "write_stretch", dies)
         with pytest.raises(KeyboardInterrupt):
-            convert(src, tmp_path / "dst", workers=1)
+            convert(src, tmp_path / "dst", num_workers=1)
     sizes = [path.stat().st_size for path in sorted((src / "lstm_solo").iterdir())]
     left = shutil.disk_usage(tmp_path)._replace(free=int(sizes[2] * 1.2))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: left)
-    assert convert(src, tmp_path / "dst", workers=1).num_records("train", "sequences")
+    assert convert(src, tmp_path / "dst", num_workers=1).num_records("train", "sequences")
 
 
 def test_a_file_that_changes_while_it_is_converted_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,7 +349,7 @@ def test_a_file_that_changes_while_it_is_converted_is_named(tmp_path: Path, monk
 
     monkeypatch.setattr(convert_module, "write_stretch", touches)
     with pytest.raises(dp.FormatError, match=r"batch_0\.pt changed while it was converted"):
-        convert(src, tmp_path / "dst", workers=1)
+        convert(src, tmp_path / "dst", num_workers=1)
     assert not (tmp_path / "dst" / "manifest.json").exists()
 
 
@@ -359,7 +359,7 @@ def test_an_impatient_ctrl_c_still_ends_it(tmp_path: Path) -> None:
         f"{HEARS_CTRL_C}import sys\nsys.path.append({str(Path(__file__).parent)!r})\nimport slowly\n"
         "from dali_pipeline.cli import app as cli\nfrom dali_pipeline.ingest import convert, sources\n"
         "sources.STRETCH_BYTES = 1\nconvert._write = slowly.write\n"
-        "sys.argv = ['dali_pipeline', 'convert', *sys.argv[1:], '--workers', '2']\ncli.main()\n"
+        "sys.argv = ['dali_pipeline', 'convert', *sys.argv[1:], '--num-workers', '2']\ncli.main()\n"
     )
     command, environment = [sys.executable, "-c", code, str(src), str(tmp_path / "dst")], os.environ | {"PAUSE": "0.5"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) as process:
@@ -399,7 +399,7 @@ def test_a_file_changed_since_is_never_trained_on_unseen(tmp_path: Path) -> None
     src = make_folder(tmp_path / "src", files=1)
     first = convert(src, tmp_path / "dst")
     path = src / "gnn" / "batch_0.pt"
-    os.utime(path, ns=(0, (first.root / "manifest.json").stat().st_mtime_ns + 1))
+    os.utime(path, ns=(0, (first.folder / "manifest.json").stat().st_mtime_ns + 1))
     with pytest.raises(dp.UsageError, match=r"batch_0.pt is newer than .*dst, which was made of it"):
         convert(src, tmp_path / "dst")
     os.utime(path, ns=(0, 0))
@@ -440,8 +440,8 @@ def test_files_of_the_old_format_are_read_too(tmp_path: Path) -> None:
         torch.save(torch.load(path, weights_only=False), path, _use_new_zipfile_serialization=False)
         os.utime(path, ns=(0, 0))
     found = convert(src, tmp_path / "dst", shard_bytes=1000)
-    for path in expected.root.rglob("*.safetensors"):
-        assert (found.root / path.relative_to(expected.root)).read_bytes() == path.read_bytes()
+    for path in expected.folder.rglob("*.safetensors"):
+        assert (found.folder / path.relative_to(expected.folder)).read_bytes() == path.read_bytes()
 
 
 def test_one_byte_shards_and_whole_labels_of_any_type(tmp_path: Path) -> None:
@@ -450,7 +450,7 @@ def test_one_byte_shards_and_whole_labels_of_any_type(tmp_path: Path) -> None:
     file = torch.load(path)
     file["labels"] = [True, False, 1.0, 0.0, *[torch.tensor(1)] * 8]
     torch.save(file, path)
-    data = convert(src, tmp_path / "dst", shard_bytes=1, split=dp.Split.parse("100/0/0"))
+    data = convert(src, tmp_path / "dst", shard_bytes=1, split=dp.SplitRule.parse("100/0/0"))
     assert data.label_counts("train") == {0: 2, 1: 10}
     assert len(data.table("train", "sequences")) == 12
 

@@ -51,17 +51,17 @@ def delivered(ranks: list[Loader[Any]]) -> Counter[str]:
     return found
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_damaged_records_become_padding(
-    tmp_path: Path, loads: str, world_size: int, workers: int, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, loads: str, world_size: int, num_workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     records = make_records(60)
     data = write(tmp_path / "set", records, shares="100/0/0")
     sizes = data.table("train", "graphs" if loads == "graphs" else "sequences").records
     flip(data, loads, 2, records[sum(sizes[:2])])  # blocks are longer than these shards, so all of it is lost
     lost = {record.id for record in records[sum(sizes[:2]) : sum(sizes[:3])]}
-    options = {"batch_size": 4, "on_error": "skip", "workers": workers, "window_bytes": 6000}
+    options = {"batch_size": 4, "on_error": "skip", "num_workers": num_workers, "window_bytes": 6000}
     ranks = [LOADERS[loads](data, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
     caplog.set_level(logging.WARNING, "dali_pipeline")
     assert delivered(ranks) == Counter(record.id for record in records if record.id not in lost)
@@ -102,7 +102,7 @@ def test_only_what_the_disk_has_lost_is_left_out(
             raise OSError(number, os.strerror(number), str(name))
         return whole(name, *arguments, **named)
 
-    loader = LOADERS[loads](data, batch_size=8, on_error="skip", workers=0)
+    loader = LOADERS[loads](data, batch_size=8, on_error="skip", num_workers=0)
     monkeypatch.setattr(os, "open", refuses)
     if skips:
         assert delivered([loader])
@@ -131,7 +131,7 @@ def test_a_shard_lost_while_the_epoch_runs(tmp_path: Path, loads: str, gone: str
             at = 20 if gone == "header" else len(whole) - 300
             path.write_bytes(whole[:at] + bytes(255 - byte for byte in whole[at : at + 200]) + whole[at + 200 :])
 
-    options = {"batch_size": 4, "shuffle": False, "workers": 0, "window_bytes": 4000}
+    options = {"batch_size": 4, "shuffle": False, "num_workers": 0, "window_bytes": 4000}
     loader = LOADERS[loads](data, **options)
     with pytest.raises(dp.FormatError, match=rf"{kind}-{len(sizes) - 1:05d}\.safetensors"):
         for step, _ in enumerate(loader):
@@ -150,7 +150,7 @@ def test_a_shard_lost_while_the_epoch_runs(tmp_path: Path, loads: str, gone: str
 
 def test_where_nothing_can_be_read_it_is_said(tmp_path: Path, loads: str) -> None:
     data = write(tmp_path / "set", make_records(30), shares="100/0/0")
-    for path in (data.root / "train").iterdir():
+    for path in (data.folder / "train").iterdir():
         path.write_bytes(b"")
     with pytest.raises(dp.FormatError, match=r"has 0 bytes; expected"):
         list(LOADERS[loads](data, on_error="skip", batch_size=4))
@@ -162,7 +162,7 @@ def test_nan_is_kept_raised_or_skipped(tmp_path: Path, loads: str, strange: floa
     for number in (3, 21):
         values = records[number].graphs.x if loads == "graphs" else records[number].sequence
         values[len(values) // 2, 1] = strange
-    with dp.ShardWriter(tmp_path / "set", SCHEMA, split=dp.Split.parse("100/0/0"), shard_bytes=2000) as writer:
+    with dp.ShardWriter(tmp_path / "set", SCHEMA, split=dp.SplitRule.parse("100/0/0"), shard_bytes=2000) as writer:
         for record in records:
             writer.write(record)
     data = dp.open_dataset(tmp_path / "set")

@@ -18,14 +18,14 @@ import train as train_module
 from dali_pipeline.cli.app import app, run
 from dali_pipeline.loaders.collate import Collator
 from dali_pipeline.loaders.decoding import Decoding
-from dali_pipeline.reading.graphstretch import GraphGatherer
-from dali_pipeline.reading.stretch import StretchGatherer
+from dali_pipeline.reading.graphsuperbatch import GraphGatherer
+from dali_pipeline.reading.superbatch import SequenceGatherer
 from dali_pipeline.runtime import machine
 from dali_pipeline.tools import doctor, knobs
 from dali_pipeline.tools.knobs import Knob, Setup, knobs_of, predict
 
 PAUSE = 0.05
-TRIED = ("workers", "dtype", "batch_size", "engine", "window_bytes")  # the others take more than options
+TRIED = ("num_workers", "dtype", "batch_size", "engine", "window_bytes")  # the others take more than options
 
 
 def slowly(function: Any, pause: float = PAUSE) -> Any:
@@ -39,7 +39,7 @@ def slowly(function: Any, pause: float = PAUSE) -> Any:
 
 def examined(data: dp.Dataset, kind: Any, step: Any = lambda batch: None) -> dict[str, Any]:
     told: list[str] = []
-    setup = Setup(batch_size=8, workers=0, engine="torch")
+    setup = Setup(batch_size=8, num_workers=0, engine="torch")
     found = doctor.examine(data, kind, setup, lambda loader: step, told.append, seconds=0.05)
     stages = ["disk", "page cache", "gather", "decode", *(["collate"] if kind == "graphs" else []), "model"]
     assert told == [*stages, "together", "twice the batch", "a change"]
@@ -69,7 +69,7 @@ def test_a_slow_model_is_fed(data: dp.Dataset, kind: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["sequences", "graphs"])
 def test_a_slow_gather_is_named_and_a_change_tried(data: dp.Dataset, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    where = StretchGatherer if kind == "sequences" else GraphGatherer
+    where = SequenceGatherer if kind == "sequences" else GraphGatherer
     monkeypatch.setattr(where, "gather", slowly(where.gather))
     found = examined(data, kind)
     assert (found["narrowest"], found["verdict"]) == ("gather", "input-bound")
@@ -142,7 +142,7 @@ def test_scripts_can_trust_it(data: dp.Dataset, capsys: pytest.CaptureFixture[st
         assert "a disk twice as fast" in told
         assert "gnn_lstm on" in told
         for wrong, words in (
-            ((*training, "--workers", "many"), "expected auto or a whole number"),
+            ((*training, "--num-workers", "many"), "expected auto or a whole number"),
             ((*training, "--device", "tpu"), "device is 'tpu'"),
             (("--data", data.root, "--json"), "--json prints what --doctor finds"),
         ):
@@ -217,21 +217,21 @@ def test_what_is_likely_a_mistake_is_said(tmp_path: Path) -> None:
 def test_damage_is_exit_2_and_serial_loading_is_told(
     data: dp.Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(data.root, tmp_path / "set")
+    shutil.copytree(data.folder, tmp_path / "set")
     for path in (tmp_path / "set" / "train").glob("sequences-*"):
         path.write_bytes(path.read_bytes()[:-8] + bytes(8))
     monkeypatch.setattr("sys.argv", ["dali_pipeline", "doctor", str(tmp_path / "set"), "--seconds", "0.05"])
     assert run(app, "dali_pipeline") == 2
     assert "sequences-000" in capsys.readouterr().err
-    monkeypatch.setattr(StretchGatherer, "gather", slowly(StretchGatherer.gather))
+    monkeypatch.setattr(SequenceGatherer, "gather", slowly(SequenceGatherer.gather))
     found = examined(data, "sequences", lambda batch: time.sleep(2 * PAUSE * len(batch) / 8))
     assert (found["narrowest"], found["verdict"]) == ("model", "input-bound")
-    assert found["next"]["change"] == "workers=1"
+    assert found["next"]["change"] == "num_workers=1"
 
 
 def test_what_each_knob_promises(data: dp.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knobs, "allowed_cores", lambda: 8.0)
-    now = Setup(batch_size=8, workers=0, engine="torch", device="cpu")
+    now = Setup(batch_size=8, num_workers=0, engine="torch", device="cpu")
     rates = {"page cache": 1e9, "gather": 100.0, "decode": 200.0, "model": 50.0}  # 10, 5 and 20 ms
     found = knobs_of(data.schema, "sequences", now, larger_batch=2.0)
 
@@ -240,7 +240,7 @@ def test_what_each_knob_promises(data: dp.Dataset, monkeypatch: pytest.MonkeyPat
 
     assert ms("") == 35
     assert ms("", disk=10.0) == 100  # the disk works beside the others, and is slower
-    assert ms("workers=1") == ms("workers=4") == 25  # gathering is hidden
+    assert ms("num_workers=1") == ms("num_workers=4") == 25  # gathering is hidden
     assert ms("dtype=torch.float16") == 32.5
     assert ms("batch_size=16") == 25
     assert ms("engine='dali'") == 45
@@ -251,5 +251,5 @@ def test_what_each_knob_promises(data: dp.Dataset, monkeypatch: pytest.MonkeyPat
     assert ms("a disk twice as fast", disk=10.0) == 50
     assert ms("a disk twice as fast") == 35
     monkeypatch.setattr(knobs, "allowed_cores", lambda: 1.0)
-    assert ms("workers=1") == 35  # two threads on one core take turns
-    assert "workers=4" not in knobs_of(data.schema, "sequences", now, 1.0)
+    assert ms("num_workers=1") == 35  # two threads on one core take turns
+    assert "num_workers=4" not in knobs_of(data.schema, "sequences", now, 1.0)

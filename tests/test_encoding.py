@@ -22,7 +22,7 @@ STEPS, FEATURES = 5, 6
 
 
 def made(root: Path, rows: list[np.ndarray[Any, Any]], field: dp.Field) -> dp.Dataset:
-    with dp.ShardWriter(root, dp.Schema(sequence=field), split=dp.Split.parse("100/0/0"), shard_bytes=400) as writer:
+    with dp.ShardWriter(root, dp.Schema(sequence=field), split=dp.SplitRule.parse("100/0/0"), shard_bytes=400) as writer:
         for number, sequence in enumerate(rows):
             writer.write({"id": str(number), "label": number % 2, "sequence": sequence})
     return dp.open_dataset(root)
@@ -128,7 +128,7 @@ def test_encoded_sets_are_delivered_as_numbers(tmp_path: Path, kind: str, layers
     every = np.concatenate([decode(encode(one, field.dtype, field.scales)[0], field.dtype, field.scales) for one in rows])
     assert np.allclose(data.manifest.statistics.mean, every.mean(axis=0), rtol=1e-4, atol=1e-5)
     assert np.allclose(data.manifest.statistics.std, every.std(axis=0), rtol=1e-4)
-    assert verify(data.root).damages == []
+    assert verify(data.folder).damages == []
 
 
 @pytest.mark.parametrize("engine", ["torch", "dali"])
@@ -156,7 +156,7 @@ def test_a_set_without_statistics_is_not_normalized(tmp_path: Path) -> None:
     field = dp.Field(dtype="float32", shape=(FEATURES,))
     data = made(tmp_path / "set", rows, field)
     with pytest.raises(dp.DataError, match="has no feature statistics"):
-        dp.SequenceLoader(dp.mix({data: 1.0}), normalize=True)
+        dp.SequenceLoader(dp.mix([data], weights=[1.0]), normalize=True)
     with pytest.raises(dp.UsageError, match="normalize is 1"):
         dp.SequenceLoader(data, normalize=1)  # type: ignore[arg-type]
 

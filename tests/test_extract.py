@@ -50,7 +50,7 @@ def write_prompts(path: Path, count: int = 40) -> Path:
     return path
 
 
-CONFIG = ExtractConfig(batch_tokens=40, commit_every=16, shard_bytes=3000, split=dp.Split(shares=(100, 0, 0)))
+CONFIG = ExtractConfig(batch_tokens=40, commit_every=16, shard_bytes=3000, split=dp.SplitRule(shares=(100, 0, 0)))
 
 
 def files(root: Path) -> dict[str, bytes]:

@@ -114,7 +114,7 @@ def test_edges_of_any_shape_train_and_predict(
 def test_the_checkpoints_statistics_are_used_whatever_the_new_sets_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write(tmp_path / "set", (2,), offset=1000.0)
     assert train(monkeypatch, "--data", data.root, "--epochs", 3, "--lr", 0.01, "--output-dir", tmp_path / "out") == 0
-    with dp.ShardWriter(tmp_path / "ones", data.schema, split=dp.Split.parse("100/0/0")) as writer:  # records of one class
+    with dp.ShardWriter(tmp_path / "ones", data.schema, split=dp.SplitRule.parse("100/0/0")) as writer:  # records of one class
         found: dict[str, Any] = {}
         for split in data.splits:
             for batch in dp.SequenceLoader(data, split, engine="torch"):

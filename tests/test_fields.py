@@ -57,18 +57,18 @@ def graphs() -> list[list[Data]]:
 def data(tmp_path_factory: pytest.TempPathFactory, graphs: list[list[Data]]) -> dp.Dataset:
     root = tmp_path_factory.mktemp("fields") / "set"
     schema = dp.Schema(x=dp.Field(dtype="float32", shape=(4,)), edge_attr=dp.Field(dtype="float32"), fields=FIELDS)
-    with dp.ShardWriter(root, schema, shard_bytes=2048, split=dp.Split.parse("100/0/0")) as writer:
+    with dp.ShardWriter(root, schema, shard_bytes=2048, split=dp.SplitRule.parse("100/0/0")) as writer:
         for number, record in enumerate(graphs):
             writer.write({"id": str(number), "label": number % 2, "graphs": record})
     return dp.open_dataset(root)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("layers", [None, [1], [1, 0]])
 def test_they_come_as_attributes_of_the_pyg_batch(
-    data: dp.Dataset, graphs: list[list[Data]], workers: int, layers: list[int] | None
+    data: dp.Dataset, graphs: list[list[Data]], num_workers: int, layers: list[int] | None
 ) -> None:
-    for batch in dp.GraphLoader(data, batch_size=7, layers=layers, workers=workers):
+    for batch in dp.GraphLoader(data, batch_size=7, layers=layers, num_workers=num_workers):
         chosen = [graphs[int(one)][layer] for one in batch.ids for layer in layers or (0, 1)]
         expected = Batch.from_data_list(chosen)
         for name in ("x", "pos", "kind", "bond", "edge_attr", "edge_index", "batch", "ptr", "target"):
@@ -109,7 +109,7 @@ def test_a_field_of_another_length_is_found_by_verify(tmp_path: Path, graphs: li
     from safetensors.numpy import load_file
 
     schema = dp.Schema(x=dp.Field(dtype="float32", shape=(4,)), fields={"node.pos": FIELDS["node.pos"]})
-    with dp.ShardWriter(tmp_path / "set", schema, split=dp.Split.parse("100/0/0")) as writer:
+    with dp.ShardWriter(tmp_path / "set", schema, split=dp.SplitRule.parse("100/0/0")) as writer:
         for number, record in enumerate(graphs[:5]):
             writer.write({"id": str(number), "label": 0, "graphs": record})
     shard = next((tmp_path / "set" / "train").glob("graphs-*"))
@@ -122,7 +122,7 @@ def test_a_field_of_another_length_is_found_by_verify(tmp_path: Path, graphs: li
     assert done.returncode == 1
     assert "node.pos" in done.stdout + done.stderr
     with pytest.raises(dp.FormatError, match=r"node\.pos"):
-        list(dp.GraphLoader(dp.open_dataset(tmp_path / "set"), workers=0))
+        list(dp.GraphLoader(dp.open_dataset(tmp_path / "set"), num_workers=0))
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_targets_are_never_narrower_than_stored(tmp_path: Path) -> None:
         x=torch.ones(1, 1), edge_index=torch.zeros(2, 0, dtype=torch.int64),
         e=torch.tensor([exact], dtype=torch.float64), f=torch.tensor([-1e5]), h=torch.tensor([3.0]),
     )  # fmt: skip
-    with dp.ShardWriter(tmp_path / "set", schema, split=dp.Split.parse("100/0/0")) as writer:
+    with dp.ShardWriter(tmp_path / "set", schema, split=dp.SplitRule.parse("100/0/0")) as writer:
         writer.write({"id": "1", "label": 0, "graphs": [graph]})
     (batch,) = dp.GraphLoader(dp.open_dataset(tmp_path / "set"), batch_size=1, dtype=torch.float16)
     assert (batch.graphs.e.item(), batch.graphs.f.item(), batch.graphs.h.item()) == (exact, -1e5, 3.0)
@@ -231,10 +231,10 @@ def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path: Path) -> None:
     assert dp.open_dataset(tmp_path / "set").num_records("train", "graphs") <= 1
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_light_edges_are_left_out(data: dp.Dataset, graphs: list[list[Data]], workers: int) -> None:
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_light_edges_are_left_out(data: dp.Dataset, graphs: list[list[Data]], num_workers: int) -> None:
     dropped = 0
-    for batch in dp.GraphLoader(data, batch_size=7, min_weight=0.5, workers=workers):
+    for batch in dp.GraphLoader(data, batch_size=7, min_weight=0.5, num_workers=num_workers):
         chosen = []
         for one in batch.ids:
             for graph in graphs[int(one)]:
@@ -261,7 +261,7 @@ def test_float16_weights_are_held_against_the_number_itself(tmp_path: Path) -> N
     """0.1 is 0.09998 in float16: smaller than 0.1, whatever the weights' type is."""
     schema = dp.Schema(x=dp.Field(dtype="float32", shape=(1,)), edge_attr=dp.Field(dtype="float16"))
     edges = torch.zeros(2, 2, dtype=torch.int64)
-    with dp.ShardWriter(tmp_path / "set", schema, split=dp.Split.parse("100/0/0")) as writer:
+    with dp.ShardWriter(tmp_path / "set", schema, split=dp.SplitRule.parse("100/0/0")) as writer:
         graph = Data(x=torch.ones(1, 1), edge_index=edges, edge_attr=torch.tensor([0.1, 0.11]))
         writer.write({"id": "1", "label": 0, "graphs": [graph]})
     for least, kept in ((0.1, 1), (1e9, 0)):
@@ -291,7 +291,7 @@ def test_layers_read_their_own_bytes_alone(tmp_path: Path, monkeypatch: pytest.M
 
     rng = np.random.default_rng(0)
     schema = dp.Schema(x=dp.Field(dtype="float32", shape=(512,)), edge_attr=dp.Field(dtype="float32"))
-    with dp.ShardWriter(tmp_path / "set", schema, split=dp.Split.parse("100/0/0")) as writer:
+    with dp.ShardWriter(tmp_path / "set", schema, split=dp.SplitRule.parse("100/0/0")) as writer:
         for number in range(32):
             nodes, edges = np.full(8, 16), np.full(8, 20)
             graphs = dp.Graphs(
@@ -312,7 +312,7 @@ def test_layers_read_their_own_bytes_alone(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("dali_pipeline.reading.gather.read_many", counted)
     found = {}
     for name, layers in (("all", None), ("some", slice(2, 4)), ("apart", [1, 6])):
-        loader = dp.GraphLoader(data, batch_size=4, layers=layers, workers=0)
+        loader = dp.GraphLoader(data, batch_size=4, layers=layers, num_workers=0)
         list(loader)  # hashes every block, whole
         read.clear()
         list(loader)
@@ -328,7 +328,7 @@ def test_layers_read_their_own_bytes_alone(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("dali_pipeline.format.shard.bring", noted)
     for layers, expected in ((slice(2, 4), 2), ([1, 6], 2), (None, 8)):
-        loader = dp.GraphLoader(data, batch_size=4, layers=layers, workers=0)
+        loader = dp.GraphLoader(data, batch_size=4, layers=layers, num_workers=0)
         list(loader)
         asked.clear()
         list(loader)

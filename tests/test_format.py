@@ -31,7 +31,7 @@ def dump(data: bytes) -> list[str]:
 
 def test_the_worked_example_is_what_the_writer_writes(tmp_path: Path) -> None:
     schema = dp.Schema(sequence=dp.Field(dtype="float16", shape=(2,)))
-    with dp.ShardWriter(tmp_path / "set", schema, split=dp.Split.parse("100/0/0")) as writer:
+    with dp.ShardWriter(tmp_path / "set", schema, split=dp.SplitRule.parse("100/0/0")) as writer:
         writer.write({"id": "a", "group": "q", "label": 1, "sequence": np.array([[1, 2], [3, 4]])})
         writer.write({"id": "b", "group": "q", "label": 0, "sequence": np.array([[-1, 0.5]])})
     data = (tmp_path / "set" / "train" / "sequences-00000.safetensors").read_bytes()

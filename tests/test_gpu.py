@@ -108,7 +108,7 @@ BATCH = {
 
 def loader_of(name: str, data: dp.Dataset) -> Any:
     if name.startswith("graphs"):
-        return dp.GraphLoader(data, batch_size=8, device="cuda", workers=2 if "processes" in name else "auto")
+        return dp.GraphLoader(data, batch_size=8, device="cuda", num_workers=2 if "processes" in name else "auto")
     return dp.SequenceLoader(
         data, batch_size=8, device="cuda", engine="torch" if "torch" in name else "dali", normalize="normalized" in name
     )
@@ -209,11 +209,11 @@ def test_pinned_memory_is_not_used_again_while_it_is_read(gpu_log: Log, tmp_path
     """Large enough that buffers are used again; the pretended GPU reads late, and finds what was changed meanwhile."""
     rows = np.random.default_rng(0).normal(size=(64, 33, 512)).astype(np.float16)
     schema = dp.Schema(sequence=dp.Field(dtype="float16", shape=(512,)))
-    with dp.ShardWriter(tmp_path / "set", schema, split=dp.Split.parse("100/0/0")) as writer:
+    with dp.ShardWriter(tmp_path / "set", schema, split=dp.SplitRule.parse("100/0/0")) as writer:
         for number, row in enumerate(rows):
             writer.write({"id": str(number), "label": 0, "sequence": row})
     loader = dp.SequenceLoader(
-        dp.open_dataset(tmp_path / "set"), batch_size=32, device="cuda", engine="torch", dtype=torch.float16, workers=2
+        dp.open_dataset(tmp_path / "set"), batch_size=32, device="cuda", engine="torch", dtype=torch.float16, num_workers=2
     )
     for _ in range(12):
         for batch in loader:

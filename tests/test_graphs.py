@@ -20,14 +20,14 @@ from dali_pipeline.loaders.collate import first_nodes
 
 
 @pytest.fixture(params=[0, pytest.param(2, marks=pytest.mark.slow), "auto"])
-def workers(request: pytest.FixtureRequest) -> Any:
+def num_workers(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
 @pytest.fixture
-def make(data: dp.Dataset, workers: Any) -> contracts.Make:
+def make(data: dp.Dataset, num_workers: Any) -> contracts.Make:
     def make_loader(**options: Any) -> dp.GraphLoader:
-        return dp.GraphLoader(**{"data": data, "batch_size": 16, "window_bytes": 6000, "workers": workers, **options})
+        return dp.GraphLoader(**{"data": data, "batch_size": 16, "window_bytes": 6000, "num_workers": num_workers, **options})
 
     return make_loader
 
@@ -51,7 +51,9 @@ def as_data(record: dp.Record, layers: Any = slice(None)) -> list[Data]:
 
 def test_each_record_once(make: contracts.Make) -> None:
     contracts.each_record_once(make, world_sizes=(1, 3))
-    contracts.each_record_once(lambda **options: make(batch_size=4, lanes=4, window_bytes=1, **options), world_sizes=(2,))
+    contracts.each_record_once(
+        lambda **options: make(batch_size=4, num_partitions=4, window_bytes=1, **options), world_sizes=(2,)
+    )
 
 
 def test_a_huge_batch_is_what_there_is(make: contracts.Make) -> None:
@@ -63,7 +65,7 @@ def test_drop_drops(make: contracts.Make) -> None:
 
 
 def test_order_ignores_workers(make: contracts.Make) -> None:
-    contracts.order_ignores(make, {"workers": 0}, {"workers": 1}, {"workers": 2}, {"workers": "auto"})
+    contracts.order_ignores(make, {"num_workers": 0}, {"num_workers": 1}, {"num_workers": 2}, {"num_workers": "auto"})
 
 
 def test_global_order_ignores_world(make: contracts.Make) -> None:
@@ -102,6 +104,9 @@ def test_a_batch_is_what_pyg_makes_of_the_same_graphs(make: contracts.Make, reco
     count = 0
     for batch in make(layers=layers):
         graphs = [one for name in batch.ids for one in as_data(records[name], slice(None) if layers is None else layers)]
+        if len(graphs) == len(batch):  # a record is one graph, and its label the graph's y
+            for name, graph in zip(batch.ids, graphs, strict=True):
+                graph.y = torch.tensor([records[name].label])
         expected = Batch.from_data_list(graphs)
         assert type(batch.graphs) is type(expected)
         assert set(batch.graphs.keys()) == set(expected.keys())
@@ -110,7 +115,8 @@ def test_a_batch_is_what_pyg_makes_of_the_same_graphs(make: contracts.Make, reco
             assert torch.equal(batch.graphs[name], expected[name]), name
         assert batch.graphs.num_graphs == expected.num_graphs == len(graphs)
         for ours, theirs in zip(batch.graphs.to_data_list(), graphs, strict=True):
-            for name in ("x", "edge_index", "edge_attr"):
+            assert set(ours.keys()) == set(theirs.keys())
+            for name in theirs.keys():  # noqa: SIM118 (PyG Data is no mapping)
                 assert torch.equal(ours[name], theirs[name])
         chosen = np.arange(3)[slice(None) if layers is None else layers]
         assert batch.layer_index.tolist() == np.tile(chosen, len(batch)).tolist()
@@ -137,14 +143,14 @@ def test_indices_of_any_width_meet_in_one_batch(tmp_path: Path) -> None:
         )
         records.append(dp.Record(id=str(number), label=0, graphs=graphs))
     data = write(tmp_path / "set", records, shard_bytes=1, shares="100/0/0")
-    (batch,) = dp.GraphLoader(data, batch_size=12, workers=0)
+    (batch,) = dp.GraphLoader(data, batch_size=12, num_workers=0)
     expected = Batch.from_data_list([as_data(records[int(name)])[0] for name in batch.ids])
     assert torch.equal(batch.graphs.edge_index, expected.edge_index)
 
 
 def test_graphs_without_edge_features(tmp_path: Path) -> None:
     schema = dp.Schema(x=SCHEMA.x)
-    with dp.ShardWriter(tmp_path / "set", schema, split=dp.Split.parse("100/0/0")) as writer:
+    with dp.ShardWriter(tmp_path / "set", schema, split=dp.SplitRule.parse("100/0/0")) as writer:
         for record in make_records(20):
             writer.write(record)
     batch, *_ = dp.GraphLoader(dp.open_dataset(tmp_path / "set"))
@@ -152,7 +158,7 @@ def test_graphs_without_edge_features(tmp_path: Path) -> None:
     assert len(batch.graphs.to_data_list()) == 48
 
 
-def test_damage_crosses_the_process_border_in_one_sentence(tmp_path: Path, workers: Any) -> None:
+def test_damage_crosses_the_process_border_in_one_sentence(tmp_path: Path, num_workers: Any) -> None:
     data = write(tmp_path / "set", make_records(100), shard_bytes=1500)
     path = data.shard_path("train", "graphs", 3)
     content = bytearray(path.read_bytes())
@@ -160,7 +166,7 @@ def test_damage_crosses_the_process_border_in_one_sentence(tmp_path: Path, worke
     path.write_bytes(content)
     good = 0
     with pytest.raises(dp.FormatError, match=r"^[^\n]*graphs-00003\.safetensors[^\n]*damaged[^\n]*$"):
-        for _ in dp.GraphLoader(data, batch_size=2, shuffle=False, workers=workers):
+        for _ in dp.GraphLoader(data, batch_size=2, shuffle=False, num_workers=num_workers):
             good += 1
     assert good == sum(data.table("train", "graphs").records[:3]) // 2
 
@@ -172,7 +178,7 @@ def children() -> set[psutil.Process]:
 
 def test_a_worker_that_is_killed_is_an_error_not_a_hang(tmp_path: Path) -> None:
     data = write(tmp_path / "set", make_records(400))
-    loader, before = dp.GraphLoader(data, batch_size=1, workers=2), children()
+    loader, before = dp.GraphLoader(data, batch_size=1, num_workers=2), children()
     words = r"^a worker process of the graph loader died \(killed by signal 9\); expected enough memory .* workers=0$"
     with pytest.raises(dp.PipelineError, match=words):
         for step, _ in enumerate(loader):
@@ -185,18 +191,18 @@ def test_what_crosses_lies_in_memory_that_is_shared_and_used_again(data: dp.Data
     """Anonymous, so that no file of /dev/shm is needed; a result that its room does not suffice for comes through the pipe."""
     before = len(psutil.Process().memory_maps(grouped=False))
     for arena_bytes in (1 << 20, 100):
-        loader = dp.GraphLoader(data, workers=2)
+        loader = dp.GraphLoader(data, num_workers=2)
         loader._arena_bytes = arena_bytes
         batches = iter(loader)
         held = [next(batches) for _ in range(3)]
         maps = psutil.Process().memory_maps(grouped=False)
         assert not [one.path for one in maps if one.path.startswith("/dev/shm") and "/sem." not in one.path]
         assert len(maps) < before + 60  # threads that read ahead have some of their own
-        contracts.assert_same([*held, *batches], dp.GraphLoader(data, workers=0))
+        contracts.assert_same([*held, *batches], dp.GraphLoader(data, num_workers=0))
 
 
 def test_memory_that_cannot_be_had_is_one_sentence(data: dp.Dataset) -> None:
-    loader = dp.GraphLoader(data, workers=1)
+    loader = dp.GraphLoader(data, num_workers=1)
     loader._arena_bytes = 1 << 62
     with pytest.raises(dp.PipelineError, match=r"^1 worker processes with 2 x .* cannot be had .* or workers=0$"):
         next(iter(loader))
@@ -216,14 +222,14 @@ def test_no_process_is_left_behind(make: contracts.Make) -> None:
 def test_a_whole_epoch_of_batches_from_processes_can_be_held(data: dp.Dataset) -> None:
     """They are copied out of the shared memory, which costs a file descriptor an array."""
     before = psutil.Process().num_fds()
-    held = list(dp.GraphLoader(data, batch_size=2, workers=2, dtype=torch.float16))
+    held = list(dp.GraphLoader(data, batch_size=2, num_workers=2, dtype=torch.float16))
     gc.collect()
     assert len(held) > 100
     assert psutil.Process().num_fds() < before + 40
 
 
 def test_workers_tell_each_other_what_is_sound(data: dp.Dataset) -> None:
-    loader = dp.GraphLoader(data, workers=2)
+    loader = dp.GraphLoader(data, num_workers=2)
     list(loader)
     index = loader._gatherer.source._index
     assert index._sound[index._shard(0).array("x").first_block] == 1
@@ -250,7 +256,7 @@ def test_auto_starts_a_thread_where_there_are_cores_for_it_and_no_process(
     ],
 )
 def test_wrong_content_with_a_right_hash_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: Any, nodes: list[int], edge: list[int], words: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: Any, nodes: list[int], edge: list[int], words: str
 ) -> None:
     """As a foreign tool would write it: our own writer refuses, so its check is taken away here."""
     edges = np.array([[0, edge[0]], [1, edge[1]]])
@@ -273,10 +279,10 @@ def test_wrong_content_with_a_right_hash_is_named(
     data = write(tmp_path / "set", records, shares="100/0/0")
     good = 0
     with pytest.raises(dp.FormatError, match=rf"^[^\n]*graphs-00000\.safetensors: {words}$"):
-        for _ in dp.GraphLoader(data, batch_size=1, shuffle=False, workers=workers):
+        for _ in dp.GraphLoader(data, batch_size=1, shuffle=False, num_workers=num_workers):
             good += 1
     assert good == 1
-    (only, *_) = dp.GraphLoader(data, batch_size=1, shuffle=False, workers=workers, on_error="skip")
+    (only, *_) = dp.GraphLoader(data, batch_size=1, shuffle=False, num_workers=num_workers, on_error="skip")
     assert only.ids == ["a"]
 
 

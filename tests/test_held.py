@@ -44,7 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     """Records of one graph and of three, some without edges, with fields of every level."""
     root = tmp_path_factory.mktemp("held") / "set"
     schema = dp.Schema(x=dp.Field(dtype="float32", shape=(4,)), edge_attr=dp.Field(dtype="float32"), fields=FIELDS)
-    with dp.ShardWriter(root, schema, shard_bytes=8192, split=dp.Split.parse("100/0/0")) as writer:
+    with dp.ShardWriter(root, schema, shard_bytes=8192, split=dp.SplitRule.parse("100/0/0")) as writer:
         for number, graphs in enumerate(molecules(300, request.param)):
             writer.write(dp.Record(id=f"molecule-{number}", label=number % 2, graphs=dp.Graphs.stack(graphs, FIELDS)))
     return dp.open_dataset(root)
@@ -87,7 +87,7 @@ def test_a_loader_holds_after_its_first_epoch_and_reads_no_more(data: dp.Dataset
 
 
 @pytest.mark.parametrize(
-    "options", [{"shuffle": False}, {"workers": 1}, {"layers": [0]}, {"window_bytes": 30_000}, {"balance": "label"}]
+    "options", [{"shuffle": False}, {"num_workers": 1}, {"layers": [0]}, {"window_bytes": 30_000}, {"class_balanced": True}]
 )
 def test_others_are_read(data: dp.Dataset, options: dict[str, Any]) -> None:
     assert not holds(dp.GraphLoader(data, batch_size=16, **options))

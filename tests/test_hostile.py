@@ -29,7 +29,7 @@ def test_a_bad_file_is_refused_by_name_and_nothing_is_left(tmp_path: Path, form:
     bad, words, ran = build(tmp_path / "src", form, wrong)
     before = contents(tmp_path)
     with pytest.raises(dp.PipelineError, match=words) as found:
-        convert(tmp_path / "src", tmp_path / "dst", ConvertConfig(workers=1))
+        convert(tmp_path / "src", tmp_path / "dst", ConvertConfig(num_workers=1))
     assert str(bad) in str(found.value)
     assert "\n" not in str(found.value)
     assert not ran.exists()
@@ -37,11 +37,11 @@ def test_a_bad_file_is_refused_by_name_and_nothing_is_left(tmp_path: Path, form:
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [1, 2])
 @pytest.mark.parametrize(("form", "wrong"), [case for case in CASES if not {"id", "name"} & set(case[1].split())])
-def test_skip_bad_leaves_the_file_out_and_says_so(tmp_path: Path, form: str, wrong: str, workers: int) -> None:
+def test_skip_bad_leaves_the_file_out_and_says_so(tmp_path: Path, form: str, wrong: str, num_workers: int) -> None:
     bad, words, ran = build(tmp_path / "src", form, wrong)
-    data = convert(tmp_path / "src", tmp_path / "dst", ConvertConfig(workers=workers, skip_bad=True))
+    data = convert(tmp_path / "src", tmp_path / "dst", ConvertConfig(num_workers=num_workers, skip_bad=True))
     good = tmp_path / "good"
     FORMATS[form].write(good / FORMATS[form].good, FORMATS[form].content(0))
     alone = convert(good, tmp_path / "alone")
@@ -49,9 +49,11 @@ def test_skip_bad_leaves_the_file_out_and_says_so(tmp_path: Path, form: str, wro
     assert name == bad.relative_to(tmp_path / "src").as_posix()
     assert reason.startswith(name)  # no path of this machine is in the manifest
     assert re.search(words, reason)
-    shards = {path.relative_to(data.root): content for path, content in contents(data.root).items() if path.suffix != ".json"}
+    shards = {
+        path.relative_to(data.folder): content for path, content in contents(data.folder).items() if path.suffix != ".json"
+    }
     assert shards == {
-        path.relative_to(alone.root): content for path, content in contents(alone.root).items() if path.suffix != ".json"
+        path.relative_to(alone.folder): content for path, content in contents(alone.folder).items() if path.suffix != ".json"
     }
     assert not ran.exists()
 
@@ -70,7 +72,7 @@ def test_files_without_permission_are_named(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(os, "open", refuses)
     with pytest.raises(dp.FormatError, match=r"batch_1.pt cannot be opened \(Permission denied\)"):
-        convert(tmp_path / "src", tmp_path / "dst", ConvertConfig(workers=1))
+        convert(tmp_path / "src", tmp_path / "dst", ConvertConfig(num_workers=1))
     assert not (tmp_path / "dst").exists()
 
 
@@ -92,7 +94,7 @@ def test_a_full_disk_is_said_and_nothing_is_left(tmp_path: Path, monkeypatch: py
     with monkeypatch.context() as full:
         full.setattr(os, "pwrite", fills)
         with pytest.raises(dp.PipelineError, match=r"could not be written \(No space left on device\)"):
-            convert(tmp_path / "src", tmp_path / "dst", ConvertConfig(workers=1))
+            convert(tmp_path / "src", tmp_path / "dst", ConvertConfig(num_workers=1))
     assert contents(tmp_path) == before
     assert not (tmp_path / "dst").exists()
     assert convert(tmp_path / "src", tmp_path / "dst").num_records("train", "graphs")

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 import dali_pipeline as dp
 
 
-def make(data: dp.Dataset, kind: str, workers: int, **options: Any) -> Any:
+def make(data: dp.Dataset, kind: str, num_workers: int, **options: Any) -> Any:
     if kind == "graphs":
-        return dp.GraphLoader(data, workers=min(workers, 1) if workers < 3 else "auto", **options)
-    return dp.SequenceLoader(data, engine="dali" if kind == "dali" else "torch", workers=workers, **options)
+        return dp.GraphLoader(data, num_workers=min(num_workers, 1) if num_workers < 3 else "auto", **options)
+    return dp.SequenceLoader(data, engine="dali" if kind == "dali" else "torch", num_workers=num_workers, **options)
 
 
 def rows(batches: list[Any]) -> list[tuple[list[str], list[bool]]]:
@@ -34,33 +34,39 @@ def rows(batches: list[Any]) -> list[tuple[list[str], list[bool]]]:
     world_size=st.integers(1, 16),
     batch_size=st.integers(1, 5),
     window_bytes=st.sampled_from([1, 500, 3000, 1 << 28]),
-    workers=st.sampled_from([0, 1, 3]),
-    lanes=st.integers(1, 2),
+    num_workers=st.sampled_from([0, 1, 3]),
+    num_partitions=st.integers(1, 2),
     seed=st.integers(0, 2**64 - 1),
     epoch=st.integers(0, 10**6),
-    tail=st.sampled_from(["pad", "drop"]),
+    drop_last=st.booleans(),
     shuffle=st.booleans(),
     data_seed=st.integers(0, 3),
     stop=st.integers(0, 30),
 )
 def test_any_world_delivers_one_order(
-    kind: str, count: int, shard_bytes: int, world_size: int, batch_size: int, window_bytes: int, workers: int, lanes: int,
-    seed: int, epoch: int, tail: Any, shuffle: bool, data_seed: int, stop: int,
+    kind: str, count: int, shard_bytes: int, world_size: int, batch_size: int, window_bytes: int, num_workers: int,
+    num_partitions: int, seed: int, epoch: int, drop_last: bool, shuffle: bool, data_seed: int, stop: int,
 ) -> None:  # fmt: skip
     """Laws 1, 2, 3, 5, 6 and 12: every rank's rows are its share of one global order, which is a function of the data alone."""
     with tempfile.TemporaryDirectory() as folder:
         data = write(Path(folder) / "set", make_records(count, seed=data_seed), shard_bytes=shard_bytes, shares="100/0/0")
-        lanes = min(lanes, len(data.table("train", "graphs")), len(data.table("train", "sequences")))
-        batch_size *= lanes
-        order: dict[str, Any] = {"window_bytes": window_bytes, "lanes": lanes, "seed": seed, "tail": tail, "shuffle": shuffle}
+        num_partitions = min(num_partitions, len(data.table("train", "graphs")), len(data.table("train", "sequences")))
+        batch_size *= num_partitions
+        order: dict[str, Any] = {
+            "window_bytes": window_bytes,
+            "num_partitions": num_partitions,
+            "seed": seed,
+            "drop_last": drop_last,
+            "shuffle": shuffle,
+        }
         size = batch_size * world_size
-        if tail == "drop" and count < 2 * size:
-            tail = order["tail"] = "pad"
+        if drop_last and count < 2 * size:
+            drop_last = order["drop_last"] = False
         reference = make(data, "graphs" if kind == "graphs" else "torch", 0, batch_size=size, **order)
         reference.set_epoch(epoch)
         alone = rows(list(reference))
         ranks = [
-            make(data, kind, workers, batch_size=batch_size, rank=rank, world_size=world_size, **order)
+            make(data, kind, num_workers, batch_size=batch_size, rank=rank, world_size=world_size, **order)
             for rank in range(min(world_size, 4))
         ]
         seen: Counter[str] = Counter()
@@ -75,7 +81,7 @@ def test_any_world_delivers_one_order(
             else:
                 only += [one for ids, valid in own for one, real in zip(ids, valid, strict=True) if real]
             stop = min(stop, len(own))
-            fresh = make(data, kind, workers, batch_size=batch_size, rank=rank, world_size=world_size, **order)
+            fresh = make(data, kind, num_workers, batch_size=batch_size, rank=rank, world_size=world_size, **order)
             fresh.load_state_dict(json.loads(json.dumps({**loader.state_dict(), "epoch": epoch, "step": stop})))
             assert rows(list(fresh)) == own[stop:]
         for ids, valid in alone:
@@ -83,7 +89,7 @@ def test_any_world_delivers_one_order(
         assert set(seen.values()) == {1}
         assert only == list(seen)[: len(only)]
         assert len(only) == len(seen) or not only or len(ranks) < world_size
-        if tail == "pad":
+        if not drop_last:
             assert sorted(seen) == sorted(record.id for record in make_records(count))
         assert reference.check_digest(reference.digest)
 

@@ -67,15 +67,15 @@ def test_the_same_records_are_delivered(pair: tuple[dp.Dataset, dp.Dataset], lay
         assert label == theirs[name][1]
     for name in ("mean", "std"):
         assert np.allclose(*(getattr(data.manifest.statistics, name) for data in pair))
-    assert verify(pair[1].root).damages == []
+    assert verify(pair[1].folder).damages == []
 
 
 @pytest.mark.parametrize("dtype", [None, "int8", "bfloat16"])
 def test_converted_to_and_fro(pair: tuple[dp.Dataset, dp.Dataset], tmp_path: Path, dtype: str | None) -> None:
     options: dict[str, Any] = {"dtype": dtype, "shard_bytes": 3000}
-    plain = convert(pair[0].root, tmp_path / "plain", ConvertConfig(**options))
-    layered = convert(pair[0].root, tmp_path / "layered", ConvertConfig(by_layer=True, **options))
-    again = convert(pair[1].root, tmp_path / "again", ConvertConfig(**options))
+    plain = convert(pair[0].folder, tmp_path / "plain", ConvertConfig(**options))
+    layered = convert(pair[0].folder, tmp_path / "layered", ConvertConfig(by_layer=True, **options))
+    again = convert(pair[1].folder, tmp_path / "again", ConvertConfig(**options))
     field = layered.schema.sequence
     assert field is not None
     assert field.layout == ByLayer(steps=5, records=(1 << 20) // field.row_bytes)
@@ -87,13 +87,13 @@ def test_converted_to_and_fro(pair: tuple[dp.Dataset, dp.Dataset], tmp_path: Pat
         assert plain.manifest.statistics is not None
         assert np.allclose(other.manifest.statistics.mean, plain.manifest.statistics.mean)
         assert np.allclose(other.manifest.statistics.std, plain.manifest.statistics.std)
-        assert verify(other.root).damages == []
+        assert verify(other.folder).damages == []
 
 
 def test_one_length_is_asked_for(tmp_path: Path) -> None:
     data = write(tmp_path / "set", make_records(40))
     with pytest.raises(dp.DataError, match=r"steps; expected \d, as rows are stored by layer"):
-        convert(data.root, tmp_path / "one", ConvertConfig(by_layer=True))
+        convert(data.folder, tmp_path / "one", ConvertConfig(by_layer=True))
     with pytest.raises(dp.UsageError, match="for `sequence` alone"):
         dp.Schema(x=dp.Field(dtype="float16", by_layer=ByLayer(steps=2, records=2)))
     with pytest.raises(dp.UsageError, match="expected at least 1 of each"):
@@ -102,7 +102,7 @@ def test_one_length_is_asked_for(tmp_path: Path) -> None:
 
 def test_nan_is_told_by_layer(tmp_path: Path) -> None:
     field = dp.Field(dtype="float16", shape=(4,), by_layer=ByLayer(steps=3, records=5))
-    with dp.ShardWriter(tmp_path / "set", dp.Schema(sequence=field), split=dp.Split.parse("100/0/0")) as writer:
+    with dp.ShardWriter(tmp_path / "set", dp.Schema(sequence=field), split=dp.SplitRule.parse("100/0/0")) as writer:
         for number in range(12):
             rows = np.full((3, 4), number, np.float16)
             rows[1, 2] = np.nan if number in (4, 11) else 0
@@ -132,11 +132,11 @@ def test_a_layers_bytes_alone_are_read(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(shard_module.Shard, "_pread", counted_one)
     for name, layout in (("plain", {}), ("layered", {"by_layer": ByLayer.of(10, 4096)})):
         schema = dp.Schema(sequence=dp.Field(dtype="float16", shape=(2048,), **layout))  # type: ignore[arg-type]
-        with dp.ShardWriter(tmp_path / name, schema, split=dp.Split.parse("100/0/0")) as writer:
+        with dp.ShardWriter(tmp_path / name, schema, split=dp.SplitRule.parse("100/0/0")) as writer:
             for number, row in enumerate(rows):
                 writer.write({"id": number, "label": 0, "sequence": row})
         data = dp.open_dataset(tmp_path / name)
-        loader = dp.SequenceLoader(data, batch_size=8, layers=slice(4, 6), engine="torch", workers=0)
+        loader = dp.SequenceLoader(data, batch_size=8, layers=slice(4, 6), engine="torch", num_workers=0)
         counts = []
         for _ in range(2):
             read = 0

@@ -27,11 +27,11 @@ from dali_pipeline.storage.openfile import OpenFile
 
 KINDS: dict[str, dict[str, Any]] = {
     "dali": {"loader": dp.SequenceLoader},
-    "dali, no thread": {"loader": dp.SequenceLoader, "workers": 0},
-    "torch": {"loader": dp.SequenceLoader, "engine": "torch", "workers": 3},
+    "dali, no thread": {"loader": dp.SequenceLoader, "num_workers": 0},
+    "torch": {"loader": dp.SequenceLoader, "engine": "torch", "num_workers": 3},
     "graphs": {"loader": dp.GraphLoader},
-    "graphs, no thread": {"loader": dp.GraphLoader, "workers": 0},
-    "graphs, processes": {"loader": dp.GraphLoader, "workers": 2},
+    "graphs, no thread": {"loader": dp.GraphLoader, "num_workers": 0},
+    "graphs, processes": {"loader": dp.GraphLoader, "num_workers": 2},
 }
 
 

@@ -13,8 +13,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import dali_pipeline as dp
-from dali_pipeline.reading import stretch as stretches
-from dali_pipeline.reading.stretch import cuts
+from dali_pipeline.reading import superbatch as superbatches
+from dali_pipeline.reading.superbatch import cuts
 from dali_pipeline.runtime import ahead, memory
 from dali_pipeline.runtime.memory import Buffers
 
@@ -27,7 +27,7 @@ def written(root: Path, lengths: list[int], dtype: str = "float16") -> tuple[dp.
     rng = np.random.default_rng(0)
     rows = {str(n): rng.integers(-50, 50, (length, FEATURES)).astype("float32") for n, length in enumerate(lengths)}
     schema = dp.Schema(sequence=dp.Field(dtype=dtype, shape=(FEATURES,)))
-    with dp.ShardWriter(root, schema, split=dp.Split.parse("100/0/0"), shard_bytes=32 << 10) as writer:
+    with dp.ShardWriter(root, schema, split=dp.SplitRule.parse("100/0/0"), shard_bytes=32 << 10) as writer:
         for name, sequence in rows.items():
             writer.write({"id": name, "label": 0, "sequence": sequence})
     return dp.open_dataset(root), rows
@@ -51,18 +51,18 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return take(self, nbytes, phase)
 
     monkeypatch.setattr(Buffers, "take", seen)
-    monkeypatch.setattr(stretches, "STRETCH_BYTES", LIMIT)
+    monkeypatch.setattr(superbatches, "SUPERBATCH_BYTES", LIMIT)
     return sizes
 
 
 @pytest.mark.parametrize("bucket_by_length", [False, True])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("engine", ["torch", "dali"])
 def test_a_long_record_is_gathered_without_its_padding(
-    tmp_path: Path, taken: list[int], engine: Any, workers: int, bucket_by_length: bool
+    tmp_path: Path, taken: list[int], engine: Any, num_workers: int, bucket_by_length: bool
 ) -> None:
     data, rows = written(tmp_path / "set", tail())
-    options: dict[str, Any] = {"engine": engine, "workers": workers, "bucket_by_length": bucket_by_length}
+    options: dict[str, Any] = {"engine": engine, "num_workers": num_workers, "bucket_by_length": bucket_by_length}
     loader = dp.SequenceLoader(data, batch_size=BATCH, **options)
     seen: set[str] = set()
     for batch in loader:
@@ -90,11 +90,11 @@ def test_a_large_batch_without_padding_goes_alone(tmp_path: Path, taken: list[in
 @pytest.mark.parametrize(("dtype", "delivered"), [("bfloat16", torch.float32), ("uint16", torch.float64), ("float16", None)])
 @pytest.mark.parametrize("options", [{}, {"normalize": True}, {"layers": slice(1, None, 2)}, {"layers": [-1, 0]}])
 def test_engines_agree_on_long_tails(tmp_path: Path, taken: list[int], dtype: str, delivered: Any, options: Any) -> None:
-    """Also with every batch short enough for one stretch."""
+    """Also with every batch short enough for one superbatch."""
     lengths = tail()
     rng = np.random.default_rng(0)
     schema = dp.Schema(sequence=dp.Field(dtype=dtype, shape=(FEATURES,)))
-    with dp.ShardWriter(tmp_path / "set", schema, split=dp.Split.parse("100/0/0")) as writer:
+    with dp.ShardWriter(tmp_path / "set", schema, split=dp.SplitRule.parse("100/0/0")) as writer:
         for number, length in enumerate(lengths):
             values = rng.integers(0, 90, (length, FEATURES)).astype("float32" if dtype == "bfloat16" else dtype)
             writer.write({"id": number, "label": 0, "sequence": values})
@@ -102,7 +102,7 @@ def test_engines_agree_on_long_tails(tmp_path: Path, taken: list[int], dtype: st
     options = {"batch_size": BATCH, "dtype": delivered or torch.float16, **options}
     ways = [list(dp.SequenceLoader(data, engine=engine, **options)) for engine in ("torch", "dali")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stretches, "STRETCH_BYTES", 1 << 30)
+        patch.setattr(superbatches, "SUPERBATCH_BYTES", 1 << 30)
         ways.append(list(dp.SequenceLoader(data, engine="torch", **options)))
     for ours, theirs, whole in zip(*ways, strict=True):
         assert ours.ids == theirs.ids == whole.ids

@@ -24,7 +24,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dali": {"loader": dp.SequenceLoader},
     "torch": {"loader": dp.SequenceLoader, "engine": "torch"},
     "graphs": {"loader": dp.GraphLoader},
-    "graphs, processes": {"loader": dp.GraphLoader, "workers": 2},
+    "graphs, processes": {"loader": dp.GraphLoader, "num_workers": 2},
 }
 
 
@@ -67,7 +67,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> dp.Dataset:
         st.tuples(st.lists(st.integers(1, 30), min_size=4, max_size=8), st.floats(0.01, 10)), min_size=1, max_size=5
     ),
     num_draws=st.integers(8, 400),
-    lanes=st.integers(1, 4),
+    num_partitions=st.integers(1, 4),
     world_size=st.integers(1, 4),
     share=st.integers(1, 5),
     shuffle=st.booleans(),
@@ -76,7 +76,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> dp.Dataset:
 def test_draws_of_any_parts(
     parts: list[tuple[list[int], float]],
     num_draws: int,
-    lanes: int,
+    num_partitions: int,
     world_size: int,
     share: int,
     shuffle: bool,
@@ -86,9 +86,16 @@ def test_draws_of_any_parts(
     sizes = [size for shards, _ in parts for size in shards]
     ends = np.cumsum([len(shards) for shards, _ in parts]).tolist()
     draws = [Draws(begin=b, end=e, share=s) for b, e, (_, s) in zip([0, *ends[:-1]], ends, parts, strict=True)]
-    size = lanes * world_size * share
+    size = num_partitions * world_size * share
     order = Order(
-        digest="5", split="train", seed=seed, shuffle=shuffle, global_batch_size=size, window_bytes=900, lanes=lanes, tail="pad"
+        digest="5",
+        split="train",
+        seed=seed,
+        shuffle=shuffle,
+        global_batch_size=size,
+        window_bytes=900,
+        num_partitions=num_partitions,
+        drop_last=False,
     )
     total = sum(share for _, share in parts)
     drawn: list[list[int]] = []
@@ -105,10 +112,10 @@ def test_draws_of_any_parts(
     for number, (_, part_share) in enumerate(parts):
         begin, end = (record_ends[number - 1] if number else 0), record_ends[number]
         own = [[one for one in epoch if begin <= one < end] for epoch in drawn]
-        # every lane rounds to a whole number once
-        assert all(abs(len(epoch) - num_draws * part_share / total) <= 2 * lanes for epoch in own)
+        # every partition rounds to a whole number once
+        assert all(abs(len(epoch) - num_draws * part_share / total) <= 2 * num_partitions for epoch in own)
         assert len({len(epoch) for epoch in own}) == 1
-        if lanes == 1:
+        if num_partitions == 1:
             every = [one for epoch in own for one in epoch]
             for at in range(0, len(every), end - begin):
                 one_pass = every[at : at + end - begin]
@@ -132,7 +139,7 @@ def spread(rows: Sequence[bool], of: int) -> tuple[int, int]:
 
 
 def test_a_mix_keeps_its_shares_in_every_batch(data: dp.Dataset, other: dp.Dataset, kind: dict[str, Any]) -> None:
-    mixed = dp.mix({data: 0.7, other: 0.3})
+    mixed = dp.mix([data, other], weights=[0.7, 0.3])
     loader = load(mixed, kind, batch_size=10)
     total = data.num_records("train", "graphs") + other.num_records("train", "graphs")
     assert loader.num_records == total
@@ -167,7 +174,7 @@ def test_a_mix_delivers_the_records_themselves(data: dp.Dataset, other: dp.Datas
             rows[batch.ids[0]] = contracts.content(batch)
             firsts[batch.ids[0]] = at + int(batch.positions[0])
         at += loader.num_records
-    for batch in load(dp.mix({data: 1, other: 1}), kind, batch_size=1):
+    for batch in load(dp.mix([data, other], weights=[1, 1]), kind, batch_size=1):
         assert int(batch.positions[0]) == firsts[batch.ids[0]]
         found = contracts.content(batch)
         contracts.assert_same([found | {"positions": rows[batch.ids[0]]["positions"]}], [rows[batch.ids[0]]])
@@ -175,7 +182,7 @@ def test_a_mix_delivers_the_records_themselves(data: dp.Dataset, other: dp.Datas
 
 def test_mixes_keep_the_laws(data: dp.Dataset, other: dp.Dataset, quick_kind: dict[str, Any]) -> None:
     def make(**options: Any) -> Any:
-        return load(dp.mix({data: 0.6, other: 0.4}), quick_kind, **options)
+        return load(dp.mix([data, other], weights=[0.6, 0.4]), quick_kind, **options)
 
     contracts.global_order_ignores_world(make, batch_size=16)
     contracts.resumes_exactly(make, steps=(1, 5))
@@ -183,29 +190,29 @@ def test_mixes_keep_the_laws(data: dp.Dataset, other: dp.Dataset, quick_kind: di
     contracts.loops_end_as_told(make)
     contracts.epochs_differ_and_repeat(make)
     with pytest.raises(dp.StateError, match="data set digest"):
-        make().load_state_dict(load(dp.mix({data: 0.5, other: 0.5}), quick_kind).state_dict())
+        make().load_state_dict(load(dp.mix([data, other], weights=[0.5, 0.5]), quick_kind).state_dict())
 
 
 def test_mixes_that_make_no_sense_are_refused(data: dp.Dataset, other: dp.Dataset, tmp_path: Path) -> None:
-    mixed = dp.mix({data: 1, other: 2})
+    mixed = dp.mix([data, other], weights=[1, 2])
     with pytest.raises(dp.UsageError, match="cannot be mixed again"):
-        dp.mix({mixed: 1, data: 1})
-    with pytest.raises(dp.UsageError, match="a share is 0"):
-        dp.mix({data: 0})
-    with pytest.raises(dp.UsageError, match="a share is nan"):
-        dp.mix({data: float("nan")})
-    with pytest.raises(dp.UsageError, match="mix takes data sets"):
-        dp.mix({})
+        dp.mix([mixed, data], weights=[1, 1])
+    with pytest.raises(dp.UsageError, match="a weight is 0"):
+        dp.mix([data], weights=[0])
+    with pytest.raises(dp.UsageError, match="a weight is nan"):
+        dp.mix([data], weights=[float("nan")])
+    with pytest.raises(dp.UsageError, match="mix takes a list"):
+        dp.mix([])
     with pytest.raises(dp.UsageError, match="folds are made of"):
         mixed.folds(3)
-    with pytest.raises(dp.UsageError, match="balance and weights go with one data set"):
-        dp.SequenceLoader(mixed, balance="label")
+    with pytest.raises(dp.UsageError, match="class_balanced and group_weights go with one data set"):
+        dp.SequenceLoader(mixed, class_balanced=True)
     with pytest.raises(dp.UsageError, match="unknown split 'dev'"):
         dp.SequenceLoader(mixed, split="dev")
     with dp.ShardWriter(tmp_path / "wide", dp.Schema(sequence=dp.Field(dtype="float32", shape=(2,)))) as writer:
         writer.write({"id": "a", "label": 0, "sequence": np.zeros((1, 2))})
     with pytest.raises(dp.DataError, match="has another schema"):
-        dp.mix({data: 1, dp.open_dataset(tmp_path / "wide"): 1})
+        dp.mix([data, dp.open_dataset(tmp_path / "wide")], weights=[1, 1])
 
 
 # ------------------------------------------------------------------ folds
@@ -247,7 +254,7 @@ def test_folds_keep_the_laws(data: dp.Dataset, quick_kind: dict[str, Any]) -> No
         return load(**{"data": fold, "kind": quick_kind, "window_bytes": 4000, **options})
 
     contracts.each_record_once(make, world_sizes=(1, 3))
-    contracts.each_record_once(lambda **options: make(batch_size=4, lanes=2, **options), world_sizes=(2,))
+    contracts.each_record_once(lambda **options: make(batch_size=4, num_partitions=2, **options), world_sizes=(2,))
     contracts.resumes_exactly(make, steps=(2,))
     contracts.digest_tells_the_epoch(make, world_sizes=(2,))
     with pytest.raises(dp.StateError, match="data set digest"):
@@ -279,7 +286,7 @@ def skewed(tmp_path_factory: pytest.TempPathFactory) -> dp.Dataset:
 
 
 def test_balanced_batches_hold_labels_in_equal_numbers(skewed: dp.Dataset, quick_kind: dict[str, Any]) -> None:
-    loader = load(skewed, quick_kind, balance="label", batch_size=10)
+    loader = load(skewed, quick_kind, class_balanced=True, batch_size=10)
     assert len(loader) == 20
     counts: Counter[str] = Counter()
     for _ in range(9):  # nine epochs draw 100 of each label: five passes over 180, forty-five over 20
@@ -298,7 +305,7 @@ def test_balance_where_labels_lie_one_behind_the_other(tmp_path: Path, quick_kin
         for at, one in enumerate(make_records(40))
     ]
     data = write(tmp_path / "set", records, shard_bytes=1 << 20, shares="100/0/0")
-    loader = load(data, quick_kind, balance="label", batch_size=4)
+    loader = load(data, quick_kind, class_balanced=True, batch_size=4)
     counts: Counter[str] = Counter()
     for _ in range(3):
         for batch in loader:
@@ -310,13 +317,13 @@ def test_balance_where_labels_lie_one_behind_the_other(tmp_path: Path, quick_kin
 
 def test_balance_tells_the_split_s_own_positions(skewed: dp.Dataset, kind: dict[str, Any]) -> None:
     own = {batch.ids[0]: int(batch.positions[0]) for batch in load(skewed, kind, shuffle=False, batch_size=1)}
-    for batch in load(skewed, kind, balance="label"):
+    for batch in load(skewed, kind, class_balanced=True):
         assert [own[one] for one in batch.ids] == batch.positions.tolist()
 
 
 def test_weights_of_groups(skewed: dp.Dataset, quick_kind: dict[str, Any]) -> None:
     weights = {"g0": 8, "g1": 0, "g2": 4.0}
-    loader = load(skewed, quick_kind, weights=weights)
+    loader = load(skewed, quick_kind, group_weights=weights)
     counts: Counter[str] = Counter()
     for _ in range(20):
         counts.update(valid_ids(loader))
@@ -328,7 +335,7 @@ def test_weights_of_groups(skewed: dp.Dataset, quick_kind: dict[str, Any]) -> No
 
 
 def test_equal_weights_are_every_record_once(skewed: dp.Dataset, kind: dict[str, Any]) -> None:
-    loader = load(skewed, kind, weights={"g0": 1.0})
+    loader = load(skewed, kind, group_weights={"g0": 1.0})
     for _ in range(2):
         ids = valid_ids(loader)
         assert len(set(ids)) == len(ids) == 200
@@ -337,25 +344,25 @@ def test_equal_weights_are_every_record_once(skewed: dp.Dataset, kind: dict[str,
 
 def test_balance_keeps_the_laws(skewed: dp.Dataset, quick_kind: dict[str, Any]) -> None:
     def make(**options: Any) -> Any:
-        return load(skewed, quick_kind, **{"balance": "label", "window_bytes": 3000, **options})
+        return load(skewed, quick_kind, **{"class_balanced": True, "window_bytes": 3000, **options})
 
     contracts.global_order_ignores_world(make, batch_size=16)
     contracts.resumes_exactly(make, steps=(1, 7))
     contracts.resumes_with_another_world(make, batch_size=16)
     state = json.loads(json.dumps(make().state_dict()))
-    for other in ({"balance": None}, {"balance": None, "weights": {"g3": 2.0}}):
+    for other in ({"class_balanced": False}, {"class_balanced": False, "group_weights": {"g3": 2.0}}):
         with pytest.raises(dp.StateError, match="data set digest"):
             make(**other).load_state_dict(state)
 
 
 def test_senseless_draws_are_refused(skewed: dp.Dataset) -> None:
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
-        ({"balance": "group"}, dp.UsageError, "balance is 'group'"),
-        ({"balance": "label", "weights": {"g1": 1}}, dp.UsageError, "exclude each other"),
-        ({"weights": {"g1": -1}}, dp.UsageError, "weight of group 'g1' is -1"),
-        ({"weights": {"nobody": 2}}, dp.DataError, "none of the groups"),
-        ({"weights": {f"g{at}": at + 1.0 for at in range(100)}}, dp.UsageError, "at most 64"),
-        ({"weights": {f"g{at}": 0 for at in range(100)}}, dp.DataError, "no record of this split has a weight above 0"),
+        ({"class_balanced": "group"}, dp.UsageError, "class_balanced is 'group'"),
+        ({"class_balanced": True, "group_weights": {"g1": 1}}, dp.UsageError, "exclude each other"),
+        ({"group_weights": {"g1": -1}}, dp.UsageError, "weight of group 'g1' is -1"),
+        ({"group_weights": {"nobody": 2}}, dp.DataError, "none of the groups"),
+        ({"group_weights": {f"g{at}": at + 1.0 for at in range(100)}}, dp.UsageError, "at most 64"),
+        ({"group_weights": {f"g{at}": 0 for at in range(100)}}, dp.DataError, "no record of this split has a weight above 0"),
     ]
     for options, error, words in cases:
         with pytest.raises(error, match=words):

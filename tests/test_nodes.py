@@ -1,4 +1,4 @@
-"""Two nodes, as two launchers on one machine: torchrun with its usual flags, train.py, and a lane for each."""
+"""Two nodes, as two launchers on one machine: torchrun with its usual flags, train.py, and a partition for each."""
 
 from __future__ import annotations
 
@@ -24,9 +24,22 @@ def free_port() -> int:
 
 @pytest.mark.slow
 def test_two_nodes_train_as_one_process_does(tmp_path: Path) -> None:
-    """At the same lanes and global batch: the same losses and scores, from shards of which each node opens its own alone."""
+    """The losses and scores are those of one process, and each node opens its own shards alone."""
     data = write(tmp_path / "set", make_records(150))
-    flags = ["--data", data.root, "--model", "lstm", "--epochs", "1", "--batch-size", "16", "--dropout", "0", "--lanes", "2"]
+    flags = [
+        "--data",
+        data.root,
+        "--model",
+        "lstm",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "16",
+        "--dropout",
+        "0",
+        "--num-partitions",
+        "2",
+    ]
     train = ["train.py", *map(str, flags), "--device", "cpu", "--output-dir"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[1]
@@ -48,14 +61,15 @@ def test_two_nodes_train_as_one_process_does(tmp_path: Path) -> None:
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text())["lstm"]["test"] for name in ("one", "two"))
     np.testing.assert_allclose(one["auroc"], two["auroc"], atol=1e-4)
     assert json.loads((tmp_path / "two" / "starts.json").read_text())[0]["processes"] == 2
-    assert json.loads((tmp_path / "two" / "config.json").read_text())["lanes"] == 2
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["num_partitions"] == 2
 
 
-def test_valid_rows_are_counted_over_lanes(tmp_path: Path) -> None:
+def test_valid_rows_are_counted_over_partitions(tmp_path: Path) -> None:
     data = write(tmp_path / "set", make_records(150))
-    for lanes in (1, 2, 4):
+    for num_partitions in (1, 2, 4):
         ranks = [
-            dp.SequenceLoader(data, batch_size=4, rank=rank, world_size=4, lanes=lanes, engine="torch") for rank in range(4)
+            dp.SequenceLoader(data, batch_size=4, rank=rank, world_size=4, num_partitions=num_partitions, engine="torch")
+            for rank in range(4)
         ]
         told = [ranks[0].num_valid(step) for step in range(len(ranks[0]))]
         assert told == [sum(int(batch.valid.sum()) for batch in step) for step in zip(*ranks, strict=True)]

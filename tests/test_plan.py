@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from dali_pipeline.errors import DataError, UsageError
 from dali_pipeline.sampling import plan as plan_module
 from dali_pipeline.sampling.draws import Draws
-from dali_pipeline.sampling.lane import Lane
 from dali_pipeline.sampling.order import Order, hashed_keys
 from dali_pipeline.sampling.plan import EpochPlan, deal_shards
+from dali_pipeline.sampling.shuffle import WindowShuffle
 
 
 def order(**options: Any) -> Order:
     default: dict[str, Any] = {"digest": "0" * 31 + "7", "split": "train", "seed": 0, "shuffle": True}
-    default |= {"global_batch_size": 4, "window_bytes": 1 << 20, "lanes": 1, "tail": "pad"}
+    default |= {"global_batch_size": 4, "window_bytes": 1 << 20, "num_partitions": 1, "drop_last": False}
     return Order(**{**default, **options})
 
 
@@ -31,44 +31,51 @@ worlds = st.integers(1, 16)
     shards=shards,
     world_size=worlds,
     batch_size=st.integers(1, 7),
-    lanes=st.integers(1, 4),
+    num_partitions=st.integers(1, 4),
     seed=st.integers(0, 2**64 - 1),
     epoch=st.integers(0, 1000),
     window_share=st.sampled_from([0.01, 0.05, 0.3, 2.0]),
     shuffle=st.booleans(),
-    tail=st.sampled_from(["pad", "drop"]),
+    drop_last=st.booleans(),
 )
 def test_every_record_once_in_equal_steps(
     shards: list[tuple[int, int]],
     world_size: int,
     batch_size: int,
-    lanes: int,
+    num_partitions: int,
     seed: int,
     epoch: int,
     window_share: float,
     shuffle: bool,
-    tail: Any,
+    drop_last: bool,
 ) -> None:
-    """Laws 1 to 4 of the plan alone, for any sizes of shards, worlds, lanes and windows."""
+    """Laws 1 to 4 of the plan alone, for any sizes of shards, worlds, partitions and windows."""
     records = [n for n, _ in shards]
     nbytes = [n * size for n, size in shards]
-    lanes = min(lanes, len(shards))
-    size = batch_size * world_size * lanes
+    num_partitions = min(num_partitions, len(shards))
+    size = batch_size * world_size * num_partitions
     window = max(1, int(window_share * sum(nbytes)))
-    settings = order(seed=seed, shuffle=shuffle, global_batch_size=size, window_bytes=window, lanes=lanes, tail=tail)
+    settings = order(
+        seed=seed,
+        shuffle=shuffle,
+        global_batch_size=size,
+        window_bytes=window,
+        num_partitions=num_partitions,
+        drop_last=drop_last,
+    )
     plan = EpochPlan(settings, epoch, records, nbytes)
     alone = [plan.batch(step) for step in range(plan.num_steps)]
     taken = np.concatenate([batch.positions[batch.valid] for batch in alone]) if alone else np.array([], np.int64)
     assert len(np.unique(taken)) == len(taken)
-    if tail == "pad":
+    if not drop_last:
         assert sorted(taken) == list(range(sum(records)))
     else:
         assert all(batch.valid.all() for batch in alone)
     for step, batch in enumerate(alone):
         ranks = [plan.batch(step, rank, world_size) for rank in range(world_size)]
         assert {len(rank.positions) for rank in ranks} == {plan.rows(world_size)}
-        assert plan.rows(world_size) <= batch_size * lanes
-        if plan.rows(world_size) < batch_size * lanes:
+        assert plan.rows(world_size) <= batch_size * num_partitions
+        if plan.rows(world_size) < batch_size * num_partitions:
             assert plan.num_steps == 1
         found, valid = (np.concatenate([getattr(rank, name) for rank in ranks]) for name in ("positions", "valid"))
         assert np.array_equal(found[valid], batch.positions[batch.valid])
@@ -77,21 +84,24 @@ def test_every_record_once_in_equal_steps(
 
 
 @settings(deadline=None, max_examples=60)
-@given(shards=shards, lanes=st.integers(2, 4), epoch=st.integers(0, 5))
-def test_lanes_are_disjoint_shards(shards: list[tuple[int, int]], lanes: int, epoch: int) -> None:
-    """Law 4: with as many ranks as lanes, a rank meets only its own shards, in every epoch."""
-    lanes = min(lanes, len(shards))
+@given(shards=shards, num_partitions=st.integers(2, 4), epoch=st.integers(0, 5))
+def test_partitions_are_disjoint_shards(shards: list[tuple[int, int]], num_partitions: int, epoch: int) -> None:
+    """Law 4: with as many ranks as partitions, a rank meets only its own shards, in every epoch."""
+    num_partitions = min(num_partitions, len(shards))
     records = np.array([n for n, _ in shards])
     plan = EpochPlan(
-        order(global_batch_size=2 * lanes, lanes=lanes, window_bytes=500), epoch, records, [n * s for n, s in shards]
+        order(global_batch_size=2 * num_partitions, num_partitions=num_partitions, window_bytes=500),
+        epoch,
+        records,
+        [n * s for n, s in shards],
     )
     ends = np.cumsum(records)
-    lane_of_shard = deal_shards(records, lanes)
+    partition_of_shard = deal_shards(records, num_partitions)
     for step in range(plan.num_steps):
-        for rank in range(lanes):
-            met = np.searchsorted(ends, plan.batch(step, rank, lanes).positions, side="right")
-            assert set(lane_of_shard[met]) == {rank}
-    totals = [records[lane_of_shard == lane].sum() for lane in range(lanes)]
+        for rank in range(num_partitions):
+            met = np.searchsorted(ends, plan.batch(step, rank, num_partitions).positions, side="right")
+            assert set(partition_of_shard[met]) == {rank}
+    totals = [records[partition_of_shard == partition].sum() for partition in range(num_partitions)]
     assert max(totals) - min(totals) <= records.max()
 
 
@@ -116,7 +126,7 @@ def test_window_bounds_what_is_open() -> None:
     assert all(now & after for now, after in itertools.pairwise(shards))
 
 
-def test_small_lane_is_a_full_permutation() -> None:
+def test_small_partition_is_a_full_permutation() -> None:
     """All that fits in the window mixes evenly: any quarter of the epoch holds a quarter of each quarter of the file."""
     plan = EpochPlan(order(window_bytes=1 << 30, global_batch_size=1000), 3, [1000] * 4, [4096] * 4)
     table = [np.bincount(plan.batch(step).positions // 1000, minlength=4) for step in range(4)]
@@ -140,8 +150,8 @@ def test_golden_order() -> None:
         [8, 7, 10, 5],
         [3, 2, 15, 4],
     ]
-    # runs within shards, several windows, two lanes
-    plan = EpochPlan(order(window_bytes=64 << 20, lanes=2), 2, [40, 60, 20], [40 << 20, 60 << 20, 20 << 20])
+    # runs within shards, several windows, two partitions
+    plan = EpochPlan(order(window_bytes=64 << 20, num_partitions=2), 2, [40, 60, 20], [40 << 20, 60 << 20, 20 << 20])
     assert [plan.batch(step).positions.tolist() for step in (0, 7, 14, 29)] == [
         [43, 88, 100, 33],
         [66, 71, 111, 32],
@@ -185,8 +195,8 @@ def test_empty_split_has_no_steps() -> None:
         ({"seed": -1}, "seed is -1"),
         ({"global_batch_size": 0}, "global_batch_size is 0"),
         ({"window_bytes": 0}, "window_bytes is 0"),
-        ({"tail": "keep"}, "tail is 'keep'"),
-        ({"lanes": 3}, "does not divide by 3 lanes"),
+        ({"drop_last": "keep"}, "drop_last is 'keep'"),
+        ({"num_partitions": 3}, "does not divide by 3 partitions"),
     ],
 )
 def test_senseless_orders_are_refused(options: dict[str, Any], words: str) -> None:
@@ -194,23 +204,23 @@ def test_senseless_orders_are_refused(options: dict[str, Any], words: str) -> No
         order(**options)
 
 
-def test_more_lanes_than_shards_are_refused() -> None:
+def test_more_partitions_than_shards_are_refused() -> None:
     with pytest.raises(DataError, match="has 2 shards"):
-        EpochPlan(order(lanes=4), 0, [3, 3], [10, 10])
+        EpochPlan(order(num_partitions=4), 0, [3, 3], [10, 10])
 
 
 def test_an_order_is_made_once_and_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`len` makes none, a rank its own lanes alone, draws each pass once, however often they come back to its border."""
+    """`len` makes none, a rank its own partitions alone, draws each pass once, however often they come back to its border."""
     made: list[int] = []
 
-    class Noted(Lane):
+    class Noted(WindowShuffle):
         def __init__(self, settings: Order, number: int, *sizes: Any) -> None:
             made.append(number)
             super().__init__(settings, number, *sizes)
 
-    monkeypatch.setattr(plan_module, "Lane", Noted)
+    monkeypatch.setattr(plan_module, "WindowShuffle", Noted)
     records, nbytes = [10] * 8, [100] * 8
-    plan = EpochPlan(order(lanes=4, global_batch_size=8), 3, records, nbytes)
+    plan = EpochPlan(order(num_partitions=4, global_batch_size=8), 3, records, nbytes)
     assert (plan.num_steps, made) == (10, [])
     for step in range(plan.num_steps):
         plan.batch(step, rank=1, world_size=4)
@@ -242,9 +252,9 @@ def test_an_epochs_only_batch_has_the_rows_that_it_needs(world_size: int, rows: 
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_an_only_batch_has_whole_lanes(world_size: int) -> None:
-    plan = EpochPlan(order(global_batch_size=4000, lanes=2), 0, [7, 12, 3], [70, 120, 30])
+def test_an_only_batch_has_whole_partitions(world_size: int) -> None:
+    plan = EpochPlan(order(global_batch_size=4000, num_partitions=2), 0, [7, 12, 3], [70, 120, 30])
     parts = [plan.batch(0, rank, world_size) for rank in range(world_size)]
     assert plan.num_steps == 1
-    assert plan.rows(world_size) * world_size == 24  # twice the longer lane
+    assert plan.rows(world_size) * world_size == 24  # twice the longer partition
     assert sorted(np.concatenate([part.positions[part.valid] for part in parts])) == list(range(22))

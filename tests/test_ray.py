@@ -61,7 +61,7 @@ def src(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 RAY = ConvertConfig(engine="ray", shard_bytes=4000)
-HERE = ConvertConfig(workers=1, shard_bytes=4000)
+HERE = ConvertConfig(num_workers=1, shard_bytes=4000)
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ WIDTH = 2048
 def wide(tmp_path: Path) -> dp.Dataset:
     """600 records of [4, 2048] float16, 16 KiB each: about 10 MB in shards of 2 MiB."""
     schema = dp.Schema(sequence=dp.Field(dtype="float16", shape=(WIDTH,)))
-    with dp.ShardWriter(tmp_path / "set", schema, split=dp.Split.parse("100/0/0"), shard_bytes=2 << 20) as writer:
+    with dp.ShardWriter(tmp_path / "set", schema, split=dp.SplitRule.parse("100/0/0"), shard_bytes=2 << 20) as writer:
         for number in range(600):
             writer.write({"id": number, "label": number % 2, "sequence": np.full((4, WIDTH), number, np.float16)})
     return dp.open_dataset(tmp_path / "set")
@@ -40,17 +40,23 @@ def until(true: Callable[[], bool]) -> bool:
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-@pytest.mark.parametrize("lanes", [1, 2, 3])
-def test_the_groups_of_all_lanes_are_all_records(lanes: int, shuffle: bool) -> None:
+@pytest.mark.parametrize("num_partitions", [1, 2, 3])
+def test_the_groups_of_all_partitions_are_all_records(num_partitions: int, shuffle: bool) -> None:
     sizes = [40, 7, 100, 1, 60, 33, 33]
     for window in (1, 50_000, 200_000, 10**9):
-        options: Any = {"global_batch_size": 12, "window_bytes": window, "lanes": lanes, "tail": "pad", "shuffle": shuffle}
+        options: Any = {
+            "global_batch_size": 12,
+            "window_bytes": window,
+            "num_partitions": num_partitions,
+            "drop_last": False,
+            "shuffle": shuffle,
+        }
         order = Order(digest="0" * 32, split="train", seed=0, **options)
         plan = EpochPlan(order, 3, sizes, [size * 1000 for size in sizes])
         seen: list[int] = []
-        for lane in range(lanes):
+        for partition in range(num_partitions):
             group = 0
-            while runs := plan.runs(lane, group):
+            while runs := plan.runs(partition, group):
                 seen += [position for start, count in runs for position in range(start, start + count)]
                 group += 1
         assert sorted(seen) == list(range(sum(sizes)))
@@ -58,18 +64,18 @@ def test_the_groups_of_all_lanes_are_all_records(lanes: int, shuffle: bool) -> N
             plan.num_steps if window >= 200_000 else 0
         ):  # what a batch needs lies in the group that it has come to, or the one before
             near: set[int] = set()
-            for lane, group in plan.groups(step):
+            for partition, group in plan.groups(step):
                 for one in range(max(0, group - 1), group + 2):
-                    near |= {at for start, count in plan.runs(lane, one) for at in range(start, start + count)}
+                    near |= {at for start, count in plan.runs(partition, one) for at in range(start, start + count)}
             assert set(plan.batch(step).positions.tolist()) <= near
-        ranks = [{lane for lane, _ in plan.groups(0, rank, 3)} for rank in range(3)]
-        assert set().union(*ranks) == set(range(lanes))
-        assert lanes != 3 or ranks == [{0}, {1}, {2}]
+        ranks = [{partition for partition, _ in plan.groups(0, rank, 3)} for rank in range(3)]
+        assert set().union(*ranks) == set(range(num_partitions))
+        assert num_partitions != 3 or ranks == [{0}, {1}, {2}]
 
 
 @pytest.mark.parametrize("engine", ["torch", "dali"])
 def test_blocks_are_read_and_hashed_before_they_are_asked_for(wide: dp.Dataset, engine: Any) -> None:
-    loader = dp.SequenceLoader(wide, batch_size=8, engine=engine, workers=0)
+    loader = dp.SequenceLoader(wide, batch_size=8, engine=engine, num_workers=0)
     batches = iter(loader)
     next(batches)
     next(batches)

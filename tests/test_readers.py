@@ -49,7 +49,7 @@ def graphs_of(data: dp.Dataset) -> dict[str, tuple[int, list[Data]]]:
 
 def converted(src: Path, **options: Any) -> dp.Dataset:
     data = convert(src, src.parent / "dst", ConvertConfig(**options))
-    assert verify(data.root).damages == []
+    assert verify(data.folder).damages == []
     return data
 
 

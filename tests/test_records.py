@@ -22,14 +22,14 @@ from dali_pipeline.format import header as header_module
 from dali_pipeline.format import shard as shard_module
 from dali_pipeline.format import shardfile as shardfile_module
 from dali_pipeline.reading import records as records_module
-from dali_pipeline.sampling import lane as lane_module
+from dali_pipeline.sampling import shuffle as shuffle_module
 from dali_pipeline.storage import files as files_module
 from dali_pipeline.storage.files import Recent
 
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dp.Dataset, dict[str, dp.Record]]:
-    for module in (header_module, shard_module, shardfile_module, lane_module):
+    for module in (header_module, shard_module, shardfile_module, shuffle_module):
         monkeypatch.setattr(module, "BLOCK_BYTES", 64)
     monkeypatch.setattr(records_module, "INDEX_ROWS", 3)
     monkeypatch.setattr(records_module, "MAX_SHARDS", 2)
@@ -45,7 +45,7 @@ def test_records_are_right_and_come_once(tiny: tuple[dp.Dataset, dict[str, dp.Re
     assert len(data.table("train", "graphs")) > 6
     options: dict[str, Any] = {"batch_size": 7, "window_bytes": window_bytes, "seed": window_bytes}
     loaders: list[Any] = [
-        dp.SequenceLoader(data, engine="torch", workers=3, **options),
+        dp.SequenceLoader(data, engine="torch", num_workers=3, **options),
         dp.GraphLoader(data, **options),
     ]  # in this process, as workers know of no smaller blocks
     for loader in loaders:
@@ -70,12 +70,12 @@ def test_laws_hold_across_the_borders(tiny: tuple[dp.Dataset, dict[str, dp.Recor
     contracts.each_record_once(make, world_sizes=(1, 2))
     contracts.resumes_exactly(make, steps=(1, 5))
     contracts.resumes_with_another_world(make, batch_size=8)
-    contracts.order_ignores(make, {"workers": 0}, {"workers": 3})
+    contracts.order_ignores(make, {"num_workers": 0}, {"num_workers": 3})
 
 
 def test_few_files_stay_open(tiny: tuple[dp.Dataset, dict[str, dp.Record]]) -> None:
     before = psutil.Process().num_fds()
-    loader = dp.SequenceLoader(tiny[0], engine="torch", workers=0)
+    loader = dp.SequenceLoader(tiny[0], engine="torch", num_workers=0)
     list(loader)
     assert psutil.Process().num_fds() <= before + 4  # two of them the memory that workers would share
 
@@ -85,7 +85,7 @@ def test_resuming_reads_at_most_one_window(tmp_path: Path, monkeypatch: pytest.M
     """Law 5, bytes counted: from a cold process to the first batch of a state in the middle of an epoch."""
     rng = np.random.default_rng(0)
     schema = dp.Schema(sequence=dp.Field(dtype="float32", shape=(256,)), x=dp.Field(dtype="float32", shape=(256,)))
-    with dp.ShardWriter(tmp_path / "set", schema, shard_bytes=8 << 20, split=dp.Split.parse("100/0/0")) as writer:
+    with dp.ShardWriter(tmp_path / "set", schema, shard_bytes=8 << 20, split=dp.SplitRule.parse("100/0/0")) as writer:
         for number in range(1600):  # 16 KiB a record, 25 MiB in all, of each kind
             rows = rng.random((16, 256), np.float32)
             edges = np.zeros((2, 4), np.int64)
@@ -103,7 +103,7 @@ def test_resuming_reads_at_most_one_window(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(os, "preadv", counted)
     for window_bytes in (6 << 20, 12 << 20):
-        options: dict[str, Any] = {"batch_size": 32, "window_bytes": window_bytes, "workers": 0}
+        options: dict[str, Any] = {"batch_size": 32, "window_bytes": window_bytes, "num_workers": 0}
 
         def make(options: dict[str, Any] = options) -> Any:
             return (

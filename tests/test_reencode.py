@@ -42,9 +42,9 @@ def graphs(data: dp.Dataset) -> dict[str, Any]:
 @pytest.mark.parametrize("ragged", [True, False])
 def test_as_it_is_but_for_the_shards(tmp_path: Path, ragged: bool) -> None:
     data = write(tmp_path / "set", make_records(120, ragged=ragged))
-    one = convert(data.root, tmp_path / "one", ConvertConfig(shard_bytes=5000, workers=1))
-    two = convert(data.root, tmp_path / "two", ConvertConfig(shard_bytes=5000, workers=2))
-    assert contents(one.root) == contents(two.root)
+    one = convert(data.folder, tmp_path / "one", ConvertConfig(shard_bytes=5000, num_workers=1))
+    two = convert(data.folder, tmp_path / "two", ConvertConfig(shard_bytes=5000, num_workers=2))
+    assert contents(one.folder) == contents(two.folder)
     assert one.schema == data.schema
     assert {split: one.num_records(split, "graphs") for split in one.splits} == {
         split: data.num_records(split, "graphs") for split in data.splits
@@ -55,15 +55,15 @@ def test_as_it_is_but_for_the_shards(tmp_path: Path, ragged: bool) -> None:
         for name, values in ours.items():
             for a, b in zip(values, theirs[name], strict=True):
                 assert np.array_equal(a, b)
-    assert verify(one.root).damages == []
+    assert verify(one.folder).damages == []
 
 
 @pytest.mark.parametrize("ragged", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_int8_and_bfloat16_by_field(tmp_path: Path, ragged: bool) -> None:
     data = write(tmp_path / "set", make_records(120, ragged=ragged))
-    one = convert(data.root, tmp_path / "one", ConvertConfig(dtype="sequence=int8,x=bfloat16", workers=1))
-    two = convert(data.root, tmp_path / "two", ConvertConfig(dtype="sequence=int8,x=bfloat16", workers=2))
-    assert contents(one.root) == contents(two.root)
+    one = convert(data.folder, tmp_path / "one", ConvertConfig(dtype="sequence=int8,x=bfloat16", num_workers=1))
+    two = convert(data.folder, tmp_path / "two", ConvertConfig(dtype="sequence=int8,x=bfloat16", num_workers=2))
+    assert contents(one.folder) == contents(two.folder)
     field = one.schema.sequence
     assert field is not None
     assert field.scales is not None
@@ -78,14 +78,14 @@ def test_int8_and_bfloat16_by_field(tmp_path: Path, ragged: bool) -> None:
     for name, (x, *rest) in graphs(one).items():
         assert np.allclose(x, exact[name][0], rtol=2**-8)
         assert all(np.array_equal(a, b) for a, b in zip(rest, exact[name][1:], strict=True))
-    assert verify(one.root).damages == []
-    back = convert(one.root, tmp_path / "back", ConvertConfig(dtype="float32"))
+    assert verify(one.folder).damages == []
+    back = convert(one.folder, tmp_path / "back", ConvertConfig(dtype="float32"))
     assert all(np.array_equal(values, sequences(one)[name]) for name, values in sequences(back).items())
 
 
 def test_layers_are_chosen_before_the_scale(tmp_path: Path) -> None:
     data = write(tmp_path / "set", make_records(60, ragged=False))
-    one = convert(data.root, tmp_path / "one", ConvertConfig(dtype="int8", layers=[1, 2], workers=1))
+    one = convert(data.folder, tmp_path / "one", ConvertConfig(dtype="int8", layers=[1, 2], num_workers=1))
     field, before = one.schema.sequence, sequences(data)
     assert field is not None
     assert len(field.scales or ()) == 2
@@ -98,7 +98,7 @@ def test_what_int8_cannot_hold_is_named(tmp_path: Path) -> None:
     records[5].sequence[1, 1] = np.nan
     data = write(tmp_path / "set", records)
     with pytest.raises(dp.FormatError, match=r"sequences-.*\.safetensors, sequence holds NaN or infinite values"):
-        convert(data.root, tmp_path / "one", ConvertConfig(dtype="int8"))
+        convert(data.folder, tmp_path / "one", ConvertConfig(dtype="int8"))
     assert not (tmp_path / "one").exists()
     for wrong in ("float64", "x=int8", "labels=int8", "sequence", "sequence=int4", "sequence=int8,"):
         with pytest.raises(dp.UsageError, match="int8 for sequences alone"):
@@ -112,7 +112,7 @@ def test_a_damaged_shard_is_no_source(tmp_path: Path) -> None:
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(dp.FormatError, match=r"graphs-00001\.safetensors"):
-        convert(data.root, tmp_path / "one")
+        convert(data.folder, tmp_path / "one")
     assert not (tmp_path / "one").exists()
 
 
@@ -135,6 +135,6 @@ def test_scales_of_any_stored_type(tmp_path: Path, dtype: str) -> None:
 def test_a_set_made_anew_at_the_same_place_is_read_anew(tmp_path: Path) -> None:
     for seed in (0, 1):
         data = write(tmp_path / "set", make_records(30, seed=seed))
-        one = convert(data.root, tmp_path / f"one-{seed}")
+        one = convert(data.folder, tmp_path / f"one-{seed}")
         assert sequences(one).keys() == sequences(data).keys()
-        shutil.rmtree(data.root)
+        shutil.rmtree(data.folder)

@@ -68,7 +68,7 @@ def test_the_same_bytes_and_two_files_a_worker(tmp_path: Path, memory: Any, monk
         removed(path, process)
 
     monkeypatch.setattr(remote, "_remove", counting)
-    config = ConvertConfig(workers=1, shard_bytes=1 << 10)
+    config = ConvertConfig(num_workers=1, shard_bytes=1 << 10)
     data = convert_to(URL, str(tmp_path / "theirs"), config)
     convert(src, tmp_path / "ours", config)
     assert content(tmp_path / "theirs") == content(tmp_path / "ours")
@@ -82,11 +82,11 @@ def test_folders_of_both_halves_and_files_left_out(tmp_path: Path, memory: Any) 
     (src / "gnn" / "batch_1.pt").write_bytes(b"no zip")
     put(memory, src)
     with pytest.raises(dp.FormatError, match=rf"^{URL}/gnn/batch_1.pt cannot be read") as caught:
-        convert_to(URL, str(tmp_path / "none"), ConvertConfig(workers=1))
+        convert_to(URL, str(tmp_path / "none"), ConvertConfig(num_workers=1))
     assert "home" not in str(caught.value)
     assert not (tmp_path / "none" / "manifest.json").exists()
     for where, dst in ((URL, "theirs"), (str(src), "ours")):
-        convert_to(where, str(tmp_path / dst), ConvertConfig(workers=1, skip_bad=True, dtype="sequence=int8"))
+        convert_to(where, str(tmp_path / dst), ConvertConfig(num_workers=1, skip_bad=True, dtype="sequence=int8"))
     assert content(tmp_path / "theirs") == content(tmp_path / "ours")
     assert dp.open_dataset(tmp_path / "theirs").manifest.source["left_out"]
 
@@ -103,7 +103,7 @@ def test_a_file_that_changes_meanwhile_is_named(tmp_path: Path, memory: Any, mon
 
     monkeypatch.setattr(remote.Remote, "_get", changing)
     with pytest.raises(dp.FormatError, match=rf"{URL}/part_\d.npz changed while it was converted; convert again"):
-        convert_to(URL, str(tmp_path / "dst"), ConvertConfig(workers=1))
+        convert_to(URL, str(tmp_path / "dst"), ConvertConfig(num_workers=1))
     assert not (tmp_path / "dst" / "manifest.json").exists()
 
 
@@ -118,7 +118,7 @@ def test_a_file_that_is_gone_meanwhile_is_named(tmp_path: Path, memory: Any, mon
 
     monkeypatch.setattr(stores.Store, "listed", then_gone)
     with pytest.raises(dp.FormatError, match=rf"{URL}/part_3.npz is gone since it was listed"):
-        convert_to(URL, str(tmp_path / "dst"), ConvertConfig(workers=1))
+        convert_to(URL, str(tmp_path / "dst"), ConvertConfig(num_workers=1))
 
 
 def test_a_disk_that_fills_is_said(tmp_path: Path, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def test_a_disk_that_fills_is_said(tmp_path: Path, memory: Any, monkeypatch: pyt
 
     monkeypatch.setattr(Path, "open", full)
     with pytest.raises(dp.DataError, match=r"downloads/\w+ cannot take part_0.npz \(No space left on device\); free"):
-        convert_to(URL, str(tmp_path / "dst"), ConvertConfig(workers=1))
+        convert_to(URL, str(tmp_path / "dst"), ConvertConfig(num_workers=1))
     assert downloads(tmp_path) == []
 
 
@@ -138,7 +138,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, memory: Any, monkeypatch: py
     src = npz_folder(tmp_path / "src")
     put(memory, src)
     monkeypatch.setattr(sources, "STRETCH_BYTES", 1)
-    config, get, opened = ConvertConfig(workers=1, shard_bytes=1 << 10), remote.Remote._get, []
+    config, get, opened = ConvertConfig(num_workers=1, shard_bytes=1 << 10), remote.Remote._get, []
 
     def counted(self: Any, name: str) -> Any:
         opened.append(name)

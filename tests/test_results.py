@@ -684,7 +684,7 @@ def test_a_compiled_model_learns_the_same(make: Callable[..., dp.Dataset], tmp_p
 def test_shares_that_do_not_work_out_are_refused(make: Callable[..., dp.Dataset], tmp_path: Path) -> None:
     data = make(60)
     options = Options(
-        data=data.root,
+        data=data.folder,
         preprocessed_dir=None,
         converted_dir=None,
         output_dir=tmp_path / "out",
@@ -721,7 +721,7 @@ def test_the_last_line_says_what_bounds_the_speed() -> None:
     timer.records, timer.bytes, timer.wait_seconds, timer.compute_seconds = 3000, 3 * 10**9, 1.0, 2.0
     said = verdict(timer, 2, torch.device("cpu"))
     assert said.startswith("2,000 records/s, 2.00 GB/s, 33% of the time waiting for data (the first batch, 0.0 s, apart)")
-    assert ": input-bound: try more --workers" in said
+    assert ": input-bound: try more --num-workers" in said
     timer.wait_seconds, timer.start_seconds, timer.compute_seconds = 0.7, 0.6, 2.9  # a start that a long run does not notice
     said = verdict(timer, 1, torch.device("cpu"))
     assert "3% of the time waiting for data (the first batch, 0.6 s, apart): not input-bound" in said

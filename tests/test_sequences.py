@@ -36,7 +36,9 @@ def make(data: dp.Dataset, engine: str) -> contracts.Make:
 
 def test_each_record_once(make: contracts.Make) -> None:
     contracts.each_record_once(make, world_sizes=(1, 2, 3, 16))
-    contracts.each_record_once(lambda **options: make(batch_size=4, lanes=4, window_bytes=1, **options), world_sizes=(1, 2, 4))
+    contracts.each_record_once(
+        lambda **options: make(batch_size=4, num_partitions=4, window_bytes=1, **options), world_sizes=(1, 2, 4)
+    )
 
 
 def test_a_huge_batch_is_what_there_is(make: contracts.Make) -> None:
@@ -48,7 +50,7 @@ def test_drop_drops(make: contracts.Make) -> None:
 
 
 def test_order_ignores_workers_and_engine(make: contracts.Make) -> None:
-    contracts.order_ignores(make, {"workers": 0}, {"workers": 3}, {"engine": "torch"}, {"engine": "dali"})
+    contracts.order_ignores(make, {"num_workers": 0}, {"num_workers": 3}, {"engine": "torch"}, {"engine": "dali"})
 
 
 def test_global_order_ignores_world(make: contracts.Make) -> None:
@@ -95,7 +97,7 @@ def test_every_stored_type_is_delivered(tmp_path: Path, engine: Any, dtype: str,
     rng, given = np.random.default_rng(0), "float32" if dtype == "bfloat16" else dtype  # NumPy has none
     rows = {str(n): rng.integers(0, 100, size=(2 + n % 3 if ragged else 4, 3)).astype(given) for n in range(12)}
     schema = dp.Schema(sequence=dp.Field(dtype=dtype, shape=(3,)))
-    with dp.ShardWriter(tmp_path / "set", schema, split=dp.Split.parse("100/0/0")) as writer:
+    with dp.ShardWriter(tmp_path / "set", schema, split=dp.SplitRule.parse("100/0/0")) as writer:
         for name, sequence in rows.items():
             writer.write({"id": name, "label": 0, "sequence": sequence})
     for delivered in (torch.float32, torch.float64):
@@ -118,8 +120,8 @@ def test_set_epoch_in_a_running_loop_is_for_the_next(make: contracts.Make) -> No
 
 
 def test_a_split_too_small_to_drop_from_is_said(make: contracts.Make) -> None:
-    with pytest.raises(dp.DataError, match="too few for one batch with tail='drop'"):
-        make(tail="drop", batch_size=1000)
+    with pytest.raises(dp.DataError, match="too few for one batch with drop_last=True"):
+        make(drop_last=True, batch_size=1000)
 
 
 def test_values_are_those_that_were_written(make: contracts.Make, records: dict[str, dp.Record]) -> None:
@@ -179,14 +181,14 @@ def test_dali_casts_and_pads_as_torch_does(ragged: bool) -> None:
     assert torch.equal(sequences, pad_sequence([torch.from_numpy(row).float() for row in rows], batch_first=True))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_damage_is_raised_behind_the_good_batches(tmp_path: Path, engine: Any, workers: int) -> None:
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_damage_is_raised_behind_the_good_batches(tmp_path: Path, engine: Any, num_workers: int) -> None:
     data = write(tmp_path / "set", make_records(100), shard_bytes=1500)
     path = data.shard_path("train", "sequences", 3)
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(content)
-    loader = dp.SequenceLoader(data, batch_size=4, shuffle=False, engine=engine, workers=workers)
+    loader = dp.SequenceLoader(data, batch_size=4, shuffle=False, engine=engine, num_workers=num_workers)
     good = 0
     with pytest.raises(dp.FormatError, match=r"sequences-00003\.safetensors.*damaged"):
         for _ in loader:
@@ -207,7 +209,7 @@ def test_damage_is_named_by_file_field_and_record(tmp_path: Path, engine: Any) -
 
 def test_nothing_is_left_behind(make: contracts.Make) -> None:
     """No thread and no file descriptor more after 30 epochs, most of them broken off."""
-    loader = make(workers=2)
+    loader = make(num_workers=2)
 
     def epochs(count: int) -> None:
         for epoch in range(count):
@@ -230,8 +232,8 @@ def test_nothing_is_left_behind(make: contracts.Make) -> None:
         ({"batch_size": 0}, "batch_size is 0"),
         ({"batch_size": 2.5}, "batch_size is 2.5"),
         ({"batch_size": True}, "batch_size is True"),
-        ({"workers": -1}, "workers is -1"),
-        ({"workers": "many"}, "workers is 'many'"),
+        ({"num_workers": -1}, "num_workers is -1"),
+        ({"num_workers": "many"}, "num_workers is 'many'"),
         ({"split": "dev"}, "unknown split 'dev'"),
         ({"engine": "tensorflow"}, "engine is 'tensorflow'"),
         ({"on_error": "ignore"}, "on_error is 'ignore'"),
@@ -239,7 +241,7 @@ def test_nothing_is_left_behind(make: contracts.Make) -> None:
         ({"device": "cuda:99"}, "torch sees"),
         ({"rank": 1}, "give both rank and world_size"),
         ({"rank": 2, "world_size": 2}, "rank is 2"),
-        ({"lanes": 3}, "does not divide by 3 lanes"),
+        ({"num_partitions": 3}, "does not divide by 3 partitions"),
         ({"seed": -1}, "seed is -1"),
         ({"window_bytes": 0}, "window_bytes is 0"),
         ({"window_bytes": 2**70}, "window_bytes is"),
@@ -317,7 +319,7 @@ def test_torch_leaves_the_cores_that_others_work_on(monkeypatch: pytest.MonkeyPa
 
 def test_decodes_on_the_cores_that_are_left(data: dp.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dali_pipeline.runtime.ahead.allowed_cores", lambda: 8.0)
-    options: list[dict[str, Any]] = [{"workers": 0}, {"workers": 2}, {"workers": 2, "dtype": torch.float16}]
+    options: list[dict[str, Any]] = [{"num_workers": 0}, {"num_workers": 2}, {"num_workers": 2, "dtype": torch.float16}]
     cores = [dp.SequenceLoader(data, engine=engine, **each).cores for engine in ("torch", "dali") for each in options]
     assert cores == [8, 6, 8, 6, 4, 8]
     found: list[int] = []
@@ -332,8 +334,8 @@ def test_decodes_on_the_cores_that_are_left(data: dp.Dataset, monkeypatch: pytes
     every = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        for workers in (0, 1):
-            next(iter(dp.SequenceLoader(data, engine="torch", workers=workers)))
+        for num_workers in (0, 1):
+            next(iter(dp.SequenceLoader(data, engine="torch", num_workers=num_workers)))
     finally:
         torch.set_num_threads(every)
     assert found == [2, 1]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import dali_pipeline as dp
 from dali_pipeline.cli.app import app, run
 from dali_pipeline.tools.buffer import replay_buffer, sample_buffer
-from dali_pipeline.tools.shuffle import (
+from dali_pipeline.tools.shufflequality import (
     METHODS,
     Measured,
     Quality,

@@ -20,7 +20,7 @@ from dali_pipeline.storage import stores
 
 KEY, SECRET = "AKIDSECRET", "hush"
 SET, RAW = "s3://bucket/set", "s3://bucket/raw"
-OPTIONS = ["--workers", "1", "--shard-size", "2KiB", "--split", "60/20/20"]
+OPTIONS = ["--num-workers", "1", "--shard-size", "2KiB", "--split", "60/20/20"]
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +95,12 @@ def test_convert_from_and_to_a_store(
     assert call(monkeypatch, "convert", src, SET, *OPTIONS) == 0
     assert order[-1] == "manifest.json"
     assert not set(before) & set(order[3:]), "what was there is not sent again"
-    assert sorted(keys("set/")) == sorted(path.relative_to(local.root).as_posix() for path in local.root.rglob("*.*"))
+    assert sorted(keys("set/")) == sorted(path.relative_to(local.folder).as_posix() for path in local.folder.rglob("*.*"))
     far = dp.open_dataset(SET, cache_dir=tmp_path / "cache", cache_bytes=64 << 20)
     assert far.digest == local.digest
-    ours, theirs = (dp.SequenceLoader(one, batch_size=4, window_bytes=4096, engine="torch", workers=0) for one in (far, local))
+    ours, theirs = (
+        dp.SequenceLoader(one, batch_size=4, window_bytes=4096, engine="torch", num_workers=0) for one in (far, local)
+    )
     assert fingerprint(ours) == fingerprint(theirs)
     assert call(monkeypatch, "verify", SET) == 0
     assert "sound" in capsys.readouterr().out

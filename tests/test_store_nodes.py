@@ -1,4 +1,4 @@
-"""Two nodes of two processes on one machine: each node's cache holds its own lane's shards, and no other."""
+"""Two nodes of two processes on one machine: each node's cache holds its own partition's shards, and no other."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_each_node_caches_its_own_shards(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         boto3.client("s3").create_bucket(Bucket="nodes")
-        upload(data.root, "s3://nodes/set")
+        upload(data.folder, "s3://nodes/set")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -54,7 +54,7 @@ def test_each_node_caches_its_own_shards(tmp_path: Path, monkeypatch: pytest.Mon
     assert sum(one["records"] for one in told) == data.num_records("train", "sequences") == 120
     assert len({name for one in told for batch in one["ids"] for name in batch}) == 120
     table = data.table("train", "sequences")
-    lane_of = deal_shards(data.select("train", "sequences").records, 2)
+    partition_of = deal_shards(data.select("train", "sequences").records, 2)
     for node in range(2):
         cached = {path.name.split("-")[0] for path in (tmp_path / f"cache-{node}").glob("??/*")}
-        assert cached == {table.digest(shard) for shard in range(len(table)) if lane_of[shard] == node}
+        assert cached == {table.digest(shard) for shard in range(len(table)) if partition_of[shard] == node}

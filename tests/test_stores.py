@@ -24,7 +24,7 @@ from dali_pipeline.reading.readahead import ReadAhead
 from dali_pipeline.storage import cache as cache_module
 from dali_pipeline.storage import stores
 from dali_pipeline.storage.cache import FIRST_STAMP, locked_slots, map_slots
-from dali_pipeline.storage.cachedfile import CachedFile
+from dali_pipeline.storage.cachedfile import CachedFile, RemotePath
 from dali_pipeline.storage.files import Files
 from dali_pipeline.tools.verify import verify
 
@@ -57,7 +57,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     schema = dp.Schema(sequence=dp.Field(dtype="float16", shape=(WIDTH,), by_layer=layout))
     rng = np.random.default_rng(0)
     root = tmp_path_factory.mktemp("local") / "set"
-    with dp.ShardWriter(root, schema, split=dp.Split.parse("100/0/0"), shard_bytes=8 << 20) as writer:
+    with dp.ShardWriter(root, schema, split=dp.SplitRule.parse("100/0/0"), shard_bytes=8 << 20) as writer:
         for number in range(400):
             writer.write(
                 {"id": number, "label": number % 2, "sequence": rng.random((33, WIDTH), np.float32).astype(np.float16)}
@@ -67,7 +67,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 @pytest.fixture(scope="module")
 def url(server: Proxy, local: Dataset) -> str:
-    upload(local.root, "s3://bucket/set")
+    upload(local.folder, "s3://bucket/set")
     return "s3://bucket/set"
 
 
@@ -81,7 +81,7 @@ def calm(server: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def epoch(data: Dataset, **options: Any) -> list[tuple[list[str], float]]:
-    loader = dp.SequenceLoader(data, batch_size=16, window_bytes=WINDOW, engine="torch", workers=0, **options)
+    loader = dp.SequenceLoader(data, batch_size=16, window_bytes=WINDOW, engine="torch", num_workers=0, **options)
     found = [(batch.ids, float(batch.sequences.double().sum())) for _ in range(2) for batch in loader]
     loader.check_digest(loader.digest)
     return found
@@ -112,9 +112,10 @@ def test_batches_are_those_of_a_folder_and_nothing_is_fetched_twice(
 
 def test_a_small_cache_stays_small(server: Proxy, local: Dataset, url: str, tmp_path: Path) -> None:
     data = dp.open_dataset(url, cache_dir=tmp_path, cache_bytes=ROOM)
-    loader = dp.SequenceLoader(data, batch_size=16, window_bytes=WINDOW, engine="torch", workers=0)
+    loader = dp.SequenceLoader(data, batch_size=16, window_bytes=WINDOW, engine="torch", num_workers=0)
     largest = 0
     for _ in loader:
+        assert isinstance(data.root, RemotePath)
         largest = max(largest, on_disk(tmp_path), data.root.cache.used)
     assert loader.check_digest(loader.digest).endswith("each once")
     assert local.nbytes > ROOM >= largest > ROOM // 2
@@ -134,8 +135,8 @@ def test_layers_fetch_their_blocks_alone(server: Proxy, local: Dataset, url: str
 def test_reading_is_ahead_of_what_is_gathered(url: str, tmp_path: Path, window: int, nbytes: int, groups: int) -> None:
     """A window and 64 MiB in groups of half a window, of a small cache a quarter; two groups at least."""
     data = dp.open_dataset(url, cache_dir=tmp_path, cache_bytes=nbytes)
-    loader = dp.SequenceLoader(data, batch_size=16, window_bytes=window, engine="torch", workers=0)
-    assert ReadAhead(loader._source, loader._plan(0), dp.World())._groups == groups
+    loader = dp.SequenceLoader(data, batch_size=16, window_bytes=window, engine="torch", num_workers=0)
+    assert ReadAhead(loader._source, loader.plan(0), dp.World())._groups == groups
 
 
 def test_reading_ahead_leaves_a_block_to_who_has_it_in_hand(server: Proxy, url: str, tmp_path: Path) -> None:
@@ -231,12 +232,12 @@ def test_a_url_is_verified_and_a_half_upload_is_no_data_set(
     assert report.records == 400
     monkeypatch.setattr(stores.Store, "put", _fails_at(stores.Store.put, 2))
     with pytest.raises(RuntimeError):
-        upload(local.root, "s3://bucket/half")
+        upload(local.folder, "s3://bucket/half")
     monkeypatch.undo()
     with pytest.raises(dp.FormatError, match=r"s3://bucket/half has no manifest.json.*half uploaded"):
-        dp.open_dataset("s3://bucket/half", cache_dir=local.root.parent / "cache")
+        dp.open_dataset("s3://bucket/half", cache_dir=local.folder.parent / "cache")
     client = boto3.client("s3")
-    upload(local.root, "s3://bucket/half")
+    upload(local.folder, "s3://bucket/half")
     assert verify("s3://bucket/half", quick=True).damages == []
     key = "half/train/sequences-00000.safetensors"
     body = bytearray(client.get_object(Bucket="bucket", Key=key)["Body"].read())
@@ -249,7 +250,7 @@ def test_a_url_is_verified_and_a_half_upload_is_no_data_set(
     assert "stranger" in damages[1]
     client.delete_object(Bucket="bucket", Key=key)
     with pytest.raises(dp.FormatError, match=r"sequences-00000.safetensors is not there; the manifest names it"):
-        epoch(dp.open_dataset("s3://bucket/half", cache_dir=local.root.parent / "other"))
+        epoch(dp.open_dataset("s3://bucket/half", cache_dir=local.folder.parent / "other"))
 
 
 def _fails_at(put: Any, number: int) -> Any:
@@ -293,10 +294,12 @@ def test_a_full_disk_is_said(local: Dataset, url: str, tmp_path: Path, monkeypat
         epoch(dp.open_dataset(url, cache_dir=tmp_path))
 
 
-@pytest.mark.parametrize("options", [pytest.param({"workers": 2}, marks=pytest.mark.slow), {"workers": 0, "max_nodes": 60}])
+@pytest.mark.parametrize(
+    "options", [pytest.param({"num_workers": 2}, marks=pytest.mark.slow), {"num_workers": 0, "max_nodes": 60}]
+)
 def test_graphs_come_from_a_url_too(server: Proxy, data: Dataset, tmp_path: Path, options: dict[str, Any]) -> None:
     """Worker processes, which fork, connect anew."""
-    upload(data.root, "s3://bucket/graphs")
+    upload(data.folder, "s3://bucket/graphs")
     far = dp.open_dataset("s3://bucket/graphs", cache_dir=tmp_path / "cache", cache_bytes=1 << 30)
     ours, theirs = (dp.GraphLoader(one, batch_size=16, window_bytes=6000, **options) for one in (far, data))
     for _ in range(2):

@@ -23,11 +23,11 @@ from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.readers.tensors import Tensor, TorchFile
 from dali_pipeline.tools.verify import verify
 
-ALL = dp.Split.parse("100/0/0")
+ALL = dp.SplitRule.parse("100/0/0")
 
 
 def convert(src: Path, dst: Path, **options: Any) -> dp.Dataset:
-    return convert_module.convert(src, dst, ConvertConfig(workers=1, **options))
+    return convert_module.convert(src, dst, ConvertConfig(num_workers=1, **options))
 
 
 def homes(data: dp.Dataset, kind: Any = "sequences") -> dict[str, str]:
@@ -73,7 +73,7 @@ def test_splits_in_names_are_kept_and_said(tmp_path: Path, train: str, test: str
     dealt = sum(split == "val" for split in found.values())  # 15 of 85 of the training records
     assert 15 < dealt < 60
     assert "the splits in the files' names are kept: train (1 files), test (1 files); val is dealt out of train" in caplog.text
-    anew = homes(convert(tmp_path / "src", tmp_path / "anew", split=dp.Split()))
+    anew = homes(convert(tmp_path / "src", tmp_path / "anew", split=dp.SplitRule()))
     assert {split for name, split in anew.items() if int(name[1:]) >= 200} == {"train", "val", "test"}
 
 
@@ -113,24 +113,24 @@ def test_groups_that_the_owner_tore_are_counted_said_and_sound(tmp_path: Path, c
     assert data.manifest.source["torn"] == 2
     assert "2 groups are in several of the splits that are kept" in caplog.text
     assert [data.num_records(split, "sequences") for split in ("train", "val", "test")] == [20, 2, 10]
-    assert verify(data.root).damages == []
-    again = convert(data.root, tmp_path / "again", dtype="float32")
+    assert verify(data.folder).damages == []
+    again = convert(data.folder, tmp_path / "again", dtype="float32")
     assert homes(again) == homes(data)
-    assert verify(again.root).damages == []
+    assert verify(again.folder).damages == []
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype": "float32"}, {"shard_bytes": 900}])
 def test_a_set_of_ours_keeps_its_splits_and_groups(tmp_path: Path, options: dict[str, Any]) -> None:
-    split = dp.Split.parse("50/30/20", seed=1)
+    split = dp.SplitRule.parse("50/30/20", seed=1)
     with dp.ShardWriter(tmp_path / "set", SCHEMA, shard_bytes=2048, split=split) as writer:
         for record in make_records(120):
             writer.write(record)
     data = dp.open_dataset(tmp_path / "set")
-    one = convert(data.root, tmp_path / "one", **options)
+    one = convert(data.folder, tmp_path / "one", **options)
     for kind in ("sequences", "graphs"):
         assert homes(one, kind) == homes(data, kind)
         assert one.select("train", kind).texts("groups") == data.select("train", kind).texts("groups")
-    anew = convert(data.root, tmp_path / "anew", split=dp.Split(seed=2))
+    anew = convert(data.folder, tmp_path / "anew", split=dp.SplitRule(seed=2))
     assert homes(anew) != homes(data)
 
 
@@ -138,8 +138,8 @@ def test_a_set_of_ours_keeps_its_splits_and_groups(tmp_path: Path, options: dict
 def test_a_set_of_ours_keeps_its_types_and_layout(tmp_path: Path, ragged: bool) -> None:
     data = write(tmp_path / "set", make_records(60, ragged=ragged))
     layout = {} if ragged else {"by_layer": True}
-    one = convert(data.root, tmp_path / "one", dtype="sequence=int8,x=bfloat16,edge_attr=bfloat16", **layout)
-    two = convert(one.root, tmp_path / "two", shard_bytes=1500)
+    one = convert(data.folder, tmp_path / "one", dtype="sequence=int8,x=bfloat16,edge_attr=bfloat16", **layout)
+    two = convert(one.folder, tmp_path / "two", shard_bytes=1500)
     assert two.schema == one.schema
     for name, values in sequences(two).items():
         assert torch.equal(values, sequences(one)[name])
@@ -147,13 +147,13 @@ def test_a_set_of_ours_keeps_its_types_and_layout(tmp_path: Path, ragged: bool) 
         pairs = zip(*(dp.GraphLoader(each, split, shuffle=False) for each in (one, two)), strict=True)
         assert all(torch.equal(ours.graphs.x, theirs.graphs.x) for ours, theirs in pairs)
     if not ragged:
-        some = convert(one.root, tmp_path / "some", layers=[2, 1])
+        some = convert(one.folder, tmp_path / "some", layers=[2, 1])
         assert some.schema.sequence is not None
         assert one.schema.sequence is not None
         assert some.schema.sequence.scales == tuple(one.schema.sequence.scales[at] for at in (2, 1))  # type: ignore[index]
         for name, values in sequences(some).items():
             assert torch.equal(values, sequences(one)[name][[2, 1]])
-        assert convert(one.root, tmp_path / "rows", by_layer=False).schema.sequence.layout is None  # type: ignore[union-attr]
+        assert convert(one.folder, tmp_path / "rows", by_layer=False).schema.sequence.layout is None  # type: ignore[union-attr]
 
 
 def test_bfloat16_stays_and_the_space_is_that_of_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +213,7 @@ def test_a_layers_number_means_the_same_in_both_halves(tmp_path: Path, states: i
     assert whole.layer_numbers("graphs") == [1, 2, 3]
     kept = convert(tmp_path / "src", tmp_path / "kept", split=ALL, layers=[1, 3])
     assert (kept.manifest.source["layers"], kept.manifest.source["graph_layers"]) == ([1, 3], [1, 3])
-    again = convert(whole.root, tmp_path / "again", layers=slice(2, 4))
+    again = convert(whole.folder, tmp_path / "again", layers=slice(2, 4))
     assert again.layer_numbers("graphs") == [2, 3]
     for data, layers, numbers in (
         (whole, [2], [2]),

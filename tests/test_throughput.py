@@ -75,8 +75,8 @@ def test_sequences(tmp_path: Path) -> None:
         ours = [f"{engine} engine, {dtype}, workers={count}" for dtype in ("float16", "float32") for count in (0, 2, 4)]
         assert {(LONG, name) for name in ours} | {(SHORT, f"{engine} engine, float16")} <= rows.keys()
         best = max(median(rows, LONG, name) for name in ours[:3])
-        for workers in (2, 4):
-            assert best / median(rows, LONG, f"{PT}, trial, workers={workers}") >= LEAST
+        for num_workers in (2, 4):
+            assert best / median(rows, LONG, f"{PT}, trial, workers={num_workers}") >= LEAST
     assert {(LONG, "gather"), (LONG, "gather and cast"), (LONG, "DALI, a constant batch"), (SHORT, "gather")} <= rows.keys()
     ratios = over_pt(rows, LONG)
     assert len(ratios) == 2
@@ -87,7 +87,7 @@ def test_graphs(tmp_path: Path) -> None:
     graphs.main(repeats=3, records=400, seconds=0.3, peers=True, folder=tmp_path)
     rows = complete("graphs", 3)
     for scenario in ("traces, 16 a batch", "molecules, 256 a batch"):
-        assert {(scenario, f"GraphLoader, workers={workers}") for workers in ("auto", 0, 2)} <= rows.keys()
+        assert {(scenario, f"GraphLoader, workers={num_workers}") for num_workers in ("auto", 0, 2)} <= rows.keys()
         assert over_pt(rows, scenario)["GraphLoader, workers=auto"] >= LEAST
 
 
@@ -96,8 +96,8 @@ def test_workers_and_sizes(tmp_path: Path) -> None:
     rows = complete("scaling", 2)
     for kind in scaling.KINDS:
         for how, units in (("shuffled", ["warm", "cold"]), ("in order", ["warm"]), ("memory", ["warm"])):
-            for workers in scaling.WORKERS:
-                assert [row["cache"] for row in rows[f"{kind}, {how}", f"workers={workers}"]] == units
+            for num_workers in scaling.WORKERS:
+                assert [row["cache"] for row in rows[f"{kind}, {how}", f"workers={num_workers}"]] == units
     sizes = {scenario for scenario, measured in rows if measured == "torch engine"}
     assert len(sizes) == len(scaling.SHAPES)
     assert all((scenario, "dali engine") in rows and (scenario, "gather") in rows for scenario in sizes)

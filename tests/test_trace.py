@@ -53,18 +53,18 @@ def within(inner: Event, outer: Event) -> bool:
     )
 
 
-def loaders(data: dp.Dataset, workers: int) -> dict[str, Any]:
+def loaders(data: dp.Dataset, num_workers: int) -> dict[str, Any]:
     return {
-        "dali": dp.SequenceLoader(data, batch_size=8, workers=workers),
-        "torch": dp.SequenceLoader(data, batch_size=8, workers=workers, engine="torch"),
-        "graphs": dp.GraphLoader(data, batch_size=8, workers=workers),
+        "dali": dp.SequenceLoader(data, batch_size=8, num_workers=num_workers),
+        "torch": dp.SequenceLoader(data, batch_size=8, num_workers=num_workers, engine="torch"),
+        "graphs": dp.GraphLoader(data, batch_size=8, num_workers=num_workers),
     }
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("way", ["dali", "torch", "graphs"])
-def test_an_epoch_is_told_as_the_timer_has_it(data: dp.Dataset, tmp_path: Path, way: str, workers: int) -> None:
-    loader, timer = loaders(data, workers)[way], dp.StepTimer()
+def test_an_epoch_is_told_as_the_timer_has_it(data: dp.Dataset, tmp_path: Path, way: str, num_workers: int) -> None:
+    loader, timer = loaders(data, num_workers)[way], dp.StepTimer()
     with dp.Trace(tmp_path / "trace.json"):
         for _ in timer(loader):
             with span("forward"):
@@ -85,7 +85,7 @@ def test_an_epoch_is_told_as_the_timer_has_it(data: dp.Dataset, tmp_path: Path, 
         assert any(within(one, load) for load in found["load"])
     main = {one["tid"] for one in found["load"]}
     gathering = {(one["pid"] == os.getpid(), one["tid"] in main) for one in found["gather"]}
-    assert gathering == {(way != "graphs" or not workers, not workers)}  # processes, threads, or the caller's own
+    assert gathering == {(way != "graphs" or not num_workers, not num_workers)}  # processes, threads, or the caller's own
 
 
 def test_a_break_and_an_error_end_spans_too(tmp_path: Path) -> None:

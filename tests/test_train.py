@@ -192,7 +192,7 @@ def test_classes_are_those_of_both_halves(tmp_path: Path) -> None:
     data = write(tmp_path / "set", records)
     assert data.num_classes == 5
     assert all(fold.num_classes == 5 for fold in data.folds(2))
-    assert dp.mix({data: 1.0}).num_classes == 5
+    assert dp.mix([data], weights=[1.0]).num_classes == 5
 
 
 @pytest.mark.parametrize("label", [2**40, 10_000_000, 2**63 - 1, 4096])
@@ -456,15 +456,15 @@ def one_class(tmp_path: Path) -> Path:
         dp.Record(id=each.id, group=each.group, label=1, sequence=each.sequence, graphs=each.graphs)
         for each in make_records(60)
     ]
-    return Path(write(tmp_path / "one-class", records).root)
+    return write(tmp_path / "one-class", records).folder
 
 
 def no_validation(tmp_path: Path) -> Path:
-    return Path(write(tmp_path / "no-val", make_records(60), shares="100/0/0").root)
+    return write(tmp_path / "no-val", make_records(60), shares="100/0/0").folder
 
 
 def without_manifest(tmp_path: Path) -> Path:
-    root = Path(write(tmp_path / "unfinished", make_records(60)).root)
+    root = write(tmp_path / "unfinished", make_records(60)).folder
     (root / "manifest.json").unlink()
     return root
 
@@ -473,7 +473,7 @@ def damaged(tmp_path: Path) -> Path:
     data = write(tmp_path / "damaged", make_records(60))
     path = data.shard_path("train", "sequences", 0)
     path.write_bytes(path.read_bytes()[:-1] + b"\x55")
-    return Path(data.root)
+    return Path(data.folder)
 
 
 @pytest.mark.parametrize(

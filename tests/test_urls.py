@@ -28,7 +28,7 @@ URL = "memory://commands/set"
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dp.Dataset]:
     data = write(tmp_path_factory.mktemp("urls") / "set", make_records(120))
-    upload(data.root, URL)
+    upload(data.folder, URL)
     yield data
     fsspec.filesystem("memory").rm("commands", recursive=True)
 
@@ -86,7 +86,7 @@ def test_train_and_predict(
             return sorted(csv.DictReader(file), key=lambda row: row["id"])
 
     cache = ["--cache-dir", str(tmp_path / "cache"), "--cache-bytes", "64MiB"]
-    options = ["--model", "lstm", "--epochs", "1", "--batch-size", "8", "--device", "cpu", "--workers", "0"]
+    options = ["--model", "lstm", "--epochs", "1", "--batch-size", "8", "--device", "cpu", "--num-workers", "0"]
     losses, scores = [], []
     for name, where in (("folder", [str(local.root)]), ("url", [URL, *cache])):
         output = tmp_path / name
@@ -115,7 +115,7 @@ def test_a_cache_that_cannot_be_is_one_sentence(
 
 
 def test_over_plain_http(local: dp.Dataset, tmp_path: Path) -> None:
-    server = link.Server(local.root.parent, bytes_per_second=1e9, delay=0)
+    server = link.Server(local.folder.parent, bytes_per_second=1e9, delay=0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         url = f"http://user:secret@127.0.0.1:{server.server_address[1]}/any/{local.root.name}"

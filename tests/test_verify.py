@@ -30,7 +30,7 @@ Change = Callable[[dict[str, Any]], None]
 @pytest.fixture
 def copied(data: dp.Dataset, tmp_path: Path) -> dp.Dataset:
     """A data set that may be damaged."""
-    shutil.copytree(data.root, tmp_path / "set")
+    shutil.copytree(data.folder, tmp_path / "set")
     return dp.open_dataset(tmp_path / "set")
 
 
@@ -60,7 +60,7 @@ def forge(data: dp.Dataset, kind: Kind, change: Change, split: str = "train", sh
 def replace_table(data: dp.Dataset, split: str, kind: Kind, table: ShardTable) -> None:
     splits = {name: dict(tables) for name, tables in data.manifest.splits.items()}
     splits[split][kind] = table
-    dataclasses.replace(data.manifest, splits=splits).save(data.root)
+    dataclasses.replace(data.manifest, splits=splits).save(data.folder)
 
 
 def setting(name: str, value: Callable[[Any], Any]) -> Change:
@@ -111,7 +111,7 @@ def test_a_flipped_bit_is_named(
 
 def test_arrays_that_nobody_reads_are_checked_too(tmp_path: Path) -> None:
     schema = dp.Schema(sequence=dp.Field(dtype="float16"))
-    with dp.ShardWriter(tmp_path / "set", schema, split=dp.Split.parse("100/0/0")) as writer:
+    with dp.ShardWriter(tmp_path / "set", schema, split=dp.SplitRule.parse("100/0/0")) as writer:
         writer.write({"id": "a", "label": 0, "sequence": [1.0, 2.0, 3.0]})
     data = dp.open_dataset(tmp_path / "set")
     path = data.shard_path("train", "sequences", 0)
@@ -119,7 +119,7 @@ def test_arrays_that_nobody_reads_are_checked_too(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[layout.begin] ^= 1
     path.write_bytes(content)
-    (line,) = verify(data.root).damages
+    (line,) = verify(data.folder).damages
     assert line.startswith(f"{path}, padding: 1 blocks are damaged")
 
 
@@ -130,7 +130,7 @@ def test_a_damaged_header_is_named_and_the_rest_still_checked(copied: dp.Dataset
         content = bytearray(each.read_bytes())
         content[where] ^= 1
         each.write_bytes(content)
-    damages = verify(copied.root).damages
+    damages = verify(copied.folder).damages
     assert sum(str(path) in line for line in damages) == 1
     assert sum(str(other) in line for line in damages) == 1
 
@@ -139,9 +139,9 @@ def test_missing_cut_and_strange_files_are_named(copied: dp.Dataset) -> None:
     gone, cut = copied.shard_path("train", "graphs", 2), copied.shard_path("test", "sequences", 0)
     gone.unlink()
     cut.write_bytes(cut.read_bytes()[:-1])
-    strange = copied.root / "val" / "sequences-00999.safetensors"
+    strange = copied.folder / "val" / "sequences-00999.safetensors"
     strange.write_bytes(b"?")
-    damages = "\n".join(verify(copied.root).damages)
+    damages = "\n".join(verify(copied.folder).damages)
     assert f"{gone} cannot be opened" in damages
     assert f"{cut} has " in damages
     assert f"{strange}: the manifest does not name this file" in damages
@@ -203,7 +203,7 @@ FORGED: dict[str, tuple[Kind, Change, str]] = {
 def test_what_no_hash_can_show_is_found(copied: dp.Dataset, name: str) -> None:
     kind, change, words = FORGED[name]
     path = forge(copied, kind, change)
-    damages = verify(copied.root).damages
+    damages = verify(copied.folder).damages
     assert any(re.search(words, line) for line in damages), damages
     assert all("\n" not in line for line in damages)
     assert all(str(path) in line or "manifest.json" in line or " as graphs" in line for line in damages)
@@ -214,10 +214,10 @@ def test_ids_given_twice_and_leaking_groups_are_named(tmp_path: Path) -> None:
         write(tmp_path / name, make_records(40, seed=seed), shares=shares)
         for seed, (name, shares) in enumerate([("one", "100/0/0"), ("other", "0/0/100")])
     )
-    shutil.copytree(other.root / "test", one.root / "test", dirs_exist_ok=True)
+    shutil.copytree(other.folder / "test", one.folder / "test", dirs_exist_ok=True)
     splits = {**one.manifest.splits, "test": other.manifest.splits["test"]}
-    dataclasses.replace(one.manifest, splits=splits).save(one.root)
-    damages = "\n".join(verify(one.root).damages)
+    dataclasses.replace(one.manifest, splits=splits).save(one.folder)
+    damages = "\n".join(verify(one.folder).damages)
     assert "is given to 2 sequences records" in damages
     assert "is given to 2 graphs records" in damages
     assert "20 groups are in train and in test, the first 'group-" in damages
@@ -230,7 +230,7 @@ def test_halves_that_disagree_are_named(copied: dp.Dataset) -> None:
         labels[[one, zero]] = labels[[zero, one]]  # the manifest's counts stay right
 
     path = forge(copied, "sequences", swap)
-    (line,) = verify(copied.root).damages
+    (line,) = verify(copied.folder).damages
     assert line.startswith(f"{path}, labels: 2 records have another label as graphs, the first 'record-")
 
 
@@ -243,9 +243,9 @@ def test_no_data_set_exits_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 def test_an_edited_manifest_exits_2(
     copied: dp.Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = copied.root / "manifest.json"
+    path = copied.folder / "manifest.json"
     path.write_bytes(path.read_bytes().replace(b'"train"', b'"trein"'))
-    assert call(monkeypatch, "verify", copied.root) == 2
+    assert call(monkeypatch, "verify", copied.folder) == 2
     assert "does not have the digest" in capsys.readouterr().err
 
 
@@ -285,7 +285,7 @@ def test_inspect_of_one_kind_and_of_no_data_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     schema = dp.Schema(sequence=dp.Field(dtype="int16"))
-    with dp.ShardWriter(tmp_path / "set", schema, split=dp.Split.parse("0/0/100")) as writer:
+    with dp.ShardWriter(tmp_path / "set", schema, split=dp.SplitRule.parse("0/0/100")) as writer:
         writer.write({"id": "[one]", "label": 3, "sequence": np.arange(5)})
     assert call(monkeypatch, "inspect", tmp_path / "set", "--plot", tmp_path / "out.png") == 0
     assert "'[one]': label 3, 5 steps" in capsys.readouterr().out
@@ -305,7 +305,7 @@ def test_inspect_of_a_kind_without_records(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_forgery_that_changes_nothing_gives_the_same_bytes(copied: dp.Dataset) -> None:
     """The forgeries above are what they claim: nothing but the content is wrong."""
-    before = {path: path.read_bytes() for path in copied.root.rglob("*.*")}
+    before = {path: path.read_bytes() for path in copied.folder.rglob("*.*")}
     for kind in copied.schema.kinds:
         forge(copied, kind, lambda arrays: None)
-    assert {path: path.read_bytes() for path in copied.root.rglob("*.*")} == before
+    assert {path: path.read_bytes() for path in copied.folder.rglob("*.*")} == before

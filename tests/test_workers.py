@@ -22,12 +22,12 @@ ROOT = Path(__file__).parent.parent
 THREADS = "import torch\ntorch.set_num_threads(4)\nassert torch.rand(2000, 2000).matmul(torch.rand(2000, 2000)).sum() > 0\n"
 CONVERT = (
     "from pathlib import Path\nfrom dali_pipeline.ingest import convert, sources\nsources.STRETCH_BYTES = 1\n"
-    "data = convert.convert(Path('src'), Path('dst'), convert.ConvertConfig(workers=2))\n"
+    "data = convert.convert(Path('src'), Path('dst'), convert.ConvertConfig(num_workers=2))\n"
     "assert data.num_records('train', 'sequences')\n"
 )
 LOAD = (
     "import dali_pipeline as dp\n"
-    "batches = list(dp.GraphLoader(dp.open_dataset('set'), workers=2))\n"
+    "batches = list(dp.GraphLoader(dp.open_dataset('set'), num_workers=2))\n"
     "assert sum(int(batch.valid.sum()) for batch in batches) == dp.open_dataset('set').num_records('train', 'graphs')\n"
 )
 LOOK = "import os\nopen(f'ran-{os.getpid()}', 'w').close()\n"  # a file for every process that runs the caller's main module
@@ -49,7 +49,7 @@ NOTEBOOK = (
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Traces to convert, and a data set of graphs."""
-    root = tmp_path_factory.mktemp("workers")
+    root = tmp_path_factory.mktemp("num_workers")
     rng = np.random.default_rng(0)
     (root / "src").mkdir()
     for number in range(3):

@@ -56,7 +56,7 @@ def test_a_data_set_says_what_it_holds(data: dp.Dataset, records: dict[str, dp.R
 
 
 def test_statistics_are_those_of_the_training_split(data: dp.Dataset, records: dict[str, dp.Record]) -> None:
-    train = [record for record in records.values() if dp.Split().of(str(record.group)) == "train"]
+    train = [record for record in records.values() if dp.SplitRule().of(str(record.group)) == "train"]
     rows = np.concatenate([record.sequence for record in train]).astype(np.float64)
     assert data.manifest.statistics is not None
     assert np.allclose(data.manifest.statistics.mean, rows.mean(axis=0), atol=1e-12)
@@ -218,7 +218,7 @@ def test_a_folder_that_was_there_stays_there(tmp_path: Path) -> None:
 def test_the_caller_may_use_its_buffer_again(tmp_path: Path) -> None:
     schema = dp.Schema(sequence=dp.Field(dtype="float32", shape=(2,)))
     buffer = np.zeros((3, 2), np.float32)
-    with dp.ShardWriter(tmp_path / "set", schema, split=dp.Split.parse("100/0/0")) as writer:
+    with dp.ShardWriter(tmp_path / "set", schema, split=dp.SplitRule.parse("100/0/0")) as writer:
         for number in range(3):
             buffer[:] = number
             writer.write({"id": str(number), "label": 0, "sequence": buffer})
@@ -229,7 +229,7 @@ def test_the_caller_may_use_its_buffer_again(tmp_path: Path) -> None:
 def test_a_refused_record_leaves_nothing_of_itself(tmp_path: Path) -> None:
     good, bad = make_records(2)
     bad.graphs.edge_index[:] = 99
-    with dp.ShardWriter(tmp_path / "set", SCHEMA, split=dp.Split.parse("100/0/0")) as writer:
+    with dp.ShardWriter(tmp_path / "set", SCHEMA, split=dp.SplitRule.parse("100/0/0")) as writer:
         writer.write(good)
         with pytest.raises(dp.DataError, match="leaves the graph's"):
             writer.write(bad)
@@ -240,7 +240,7 @@ def test_a_refused_record_leaves_nothing_of_itself(tmp_path: Path) -> None:
 def test_values_that_are_not_finite_do_not_spoil_the_statistics(tmp_path: Path) -> None:
     rows = np.array([[1.0, np.nan, np.inf], [3.0, np.nan, 5.0]], np.float32)
     with dp.ShardWriter(
-        tmp_path / "set", dp.Schema(sequence=dp.Field(dtype="float32", shape=(3,))), split=dp.Split.parse("100/0/0")
+        tmp_path / "set", dp.Schema(sequence=dp.Field(dtype="float32", shape=(3,))), split=dp.SplitRule.parse("100/0/0")
     ) as writer:
         writer.write({"id": "a", "label": 0, "sequence": rows})
     statistics = dp.open_dataset(tmp_path / "set").manifest.statistics
@@ -376,7 +376,7 @@ def test_a_record_larger_than_a_shard_has_its_own(tmp_path: Path) -> None:
 
 
 def test_a_data_set_may_be_moved(data: dp.Dataset, tmp_path: Path) -> None:
-    shutil.copytree(data.root, tmp_path / "moved")
+    shutil.copytree(data.folder, tmp_path / "moved")
     moved = dp.open_dataset(tmp_path / "moved")
     assert moved.digest == data.digest
     assert str(data.root) not in (tmp_path / "moved" / "manifest.json").read_text()
@@ -399,7 +399,7 @@ def test_a_data_set_may_be_moved(data: dp.Dataset, tmp_path: Path) -> None:
     ],
 )
 def test_damaged_manifests_are_refused(data: dp.Dataset, tmp_path: Path, damage: Any, words: str) -> None:
-    text = (data.root / "manifest.json").read_text()
+    text = (data.folder / "manifest.json").read_text()
     assert damage(text) != text
     (tmp_path / "manifest.json").write_text(damage(text))
     with pytest.raises(dp.FormatError, match=words):
@@ -418,7 +418,7 @@ def test_what_is_no_data_set_is_said(tmp_path: Path, data: dp.Dataset) -> None:
 
 
 def test_the_manifest_is_columns_of_json(data: dp.Dataset) -> None:
-    manifest = json.loads((data.root / "manifest.json").read_text())
+    manifest = json.loads((data.folder / "manifest.json").read_text())
     table = manifest["splits"]["train"]["graphs"]
     assert len(table["records"]) == len(table["bytes"]) == len(table["digests"]) // 32
 
@@ -426,7 +426,7 @@ def test_the_manifest_is_columns_of_json(data: dp.Dataset) -> None:
 @pytest.mark.parametrize("text", ["70/15", "70/15/16", "-10/55/55", "a/b/c", ""])
 def test_senseless_splits_are_refused(text: str) -> None:
     with pytest.raises(dp.UsageError, match="such as 70/15/15"):
-        dp.Split.parse(text)
+        dp.SplitRule.parse(text)
 
 
 def test_a_manifest_from_before_the_sum_of_ids_still_opens(tmp_path: Path) -> None:
@@ -457,7 +457,7 @@ def test_stacked_records_are_written_as_one_by_one(tmp_path: Path, stored: str) 
     values = np.random.default_rng(0).normal(size=(50, 4, 3)).astype(np.float16)
     names = [f"r{at}" for at in range(50)]
     schema = dp.Schema(sequence=dp.Field(dtype=stored, shape=(3,)))
-    fillers = [ShardFiller(tmp_path / name, schema, 100, dp.Split(), Contents()) for name in ("one", "stack")]
+    fillers = [ShardFiller(tmp_path / name, schema, 100, dp.SplitRule(), Contents()) for name in ("one", "stack")]
     for begin, end in ((0, 1), (1, 30), (30, 50)):
         chosen = slice(begin, end)
         labels = [at % 3 for at in range(begin, end)]

@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from dali_pipeline import Dataset, GraphBatch, GraphLoader, Schema, SequenceBatch, SequenceLoader
 from dali_pipeline.format.layers import parse_layers
-from dali_pipeline.loaders.delivery import OnNan, Workers
 from dali_pipeline.loaders.loader import Loader
+from dali_pipeline.loaders.options import NumWorkers, OnNan
 from dali_pipeline.loaders.sidestream import to_device
 from models import GNNLSTMDetector, GVAELSTMDetector, LSTMDetector, Output
 from models.gnn_lstm import records_of_graphs
@@ -30,7 +30,7 @@ def make_loader(
     split: str,
     device: str | torch.device,
     *,
-    workers: Workers = "auto",
+    num_workers: NumWorkers = "auto",
     world_size: int = 1,
     shuffle: bool | None = None,
     on_nan: OnNan = "keep",
@@ -46,8 +46,8 @@ def make_loader(
         "seed": config.seed,
         "layers": parse_layers(config.layers),
         "device": device,
-        "workers": workers,
-        "lanes": config.lanes if split == "train" else 1,
+        "num_workers": num_workers,
+        "num_partitions": config.num_partitions if split == "train" else 1,
         "on_nan": on_nan,
     }
     return SequenceLoader(data, **common) if name == "lstm" else GraphLoader(data, **common)

@@ -45,7 +45,7 @@ def ceiling(name: ModelName, data: Dataset, config: TrainConfig, options: Option
     """Records a second of all processes together, and bytes of a record in a batch. Takes some SECONDS."""
     conduct, shares = options.conduct, processes.world_size
     torch.set_num_threads(conduct.threads if isinstance(conduct.threads, int) else default_threads())
-    loader = make_loader(name, data, config, "train", conduct.device, workers=conduct.workers, world_size=shares)
+    loader = make_loader(name, data, config, "train", conduct.device, num_workers=conduct.num_workers, world_size=shares)
     if not loader.num_records:
         raise DataError(f"split 'train' of {data.root} has no records of {loader.kind}, which {name} trains on; expected some")
     _, step = trial(name, loader, config, processes)

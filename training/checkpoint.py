@@ -15,6 +15,7 @@ import torch
 from dali_pipeline import UsageError
 from dali_pipeline.runtime.trace import span
 from dali_pipeline.storage.whole import write_whole
+from training.config import TrainConfig
 
 IDENTITY = {"name", "config", "schema", "classes"}
 # what `Trainer.save` writes beside, and of which type
@@ -89,8 +90,9 @@ def read_checkpoint(path: Path, name: str, config: Mapping[str, Any]) -> dict[st
         raise UsageError(f"{path} is a checkpoint of {state['name']}; expected one of {name}")
     if missing := sorted(part for part, kind in PARTS.items() if not isinstance(state.get(part), kind)):
         raise UsageError(f"{path} holds no {missing[0]}, so nothing can go on from it; expected {name}-last.pt")
+    stored = TrainConfig.in_new_words(state["config"])
     for key in config.keys() - {"models"}:
-        theirs = state["config"].get(key)
+        theirs = stored.get(key)
         if theirs != config[key]:
             what = "data of digest" if key == "data_digest" else key
             raise UsageError(f"{path} was trained with {what} {theirs!r}; this run has {config[key]!r}")

@@ -29,7 +29,7 @@ def examine_training(options: Options, config: TrainConfig, processes: Processes
     check_classes(data)
     conduct = options.conduct
     setup = Setup(
-        batch_size=config.batch_size, workers=conduct.workers, device=conduct.device, layers=parse_layers(config.layers)
+        batch_size=config.batch_size, num_workers=conduct.num_workers, device=conduct.device, layers=parse_layers(config.layers)
     )
     seconds = doctor.SECONDS
     return check_up(data, kind_of(name), setup, lambda loader: train_step(name, loader, config), name, seconds, as_json, None)

@@ -12,6 +12,7 @@ import yaml
 from typer.core import TyperCommand
 
 from dali_pipeline import UsageError
+from dali_pipeline.runtime.checks import refuse_old_flags
 
 ABOUT_FILES = {"config", "print-config", "help"}
 
@@ -50,6 +51,7 @@ def take_config(ctx: typer.Context, path: Path | None) -> Path | None:
         raise UsageError(f"{path} holds no names and values; expected lines such as lr: 0.001")
     known = _names(ctx)
     values = {str(key).replace("_", "-"): value for key, value in found.items()}
+    refuse_old_flags(f"--{name}" for name in values)
     if unknown := sorted(values.keys() - known.keys()):
         raise UsageError(f"{path} names {unknown[0]!r}, which is no flag; expected some of {', '.join(known)}")
     ctx.default_map = {known[name]: _text(value) for name, value in values.items() if value not in ("", "null", "~")}

@@ -18,6 +18,7 @@ ModelName = Literal["lstm", "gnn_lstm", "gvae_lstm"]
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
 Precision = Literal["fp32", "bf16", "fp16"]
 ARCHITECTURE = 2  # of the detectors: 2 standardises features; runs of another one are not gone on with
+OLD_WORDS = {"lanes": "num_partitions"}
 METRICS = ("auroc", "average_precision", "f1", "precision", "recall", "accuracy", "ece")
 
 
@@ -35,7 +36,7 @@ class Conduct:
     """
 
     device: str = "auto"
-    workers: int | Literal["auto"] = "auto"
+    num_workers: int | Literal["auto"] = "auto"
     threads: int | str | None = None
     checkpoint_minutes: float = 10.0
     checkpoint_steps: int = 0
@@ -51,8 +52,9 @@ class TrainConfig:
     """Hyperparameters of a run.
 
     batch_size: records a step, over all processes and pieces · layers: steps or graphs of each record, as `parse_layers` reads
-    them · lanes: disjoint sets of the training split's shards, so that each node reads its own · accumulate: pieces that each
-    process's part of a batch goes through the model in · clip_norm: greatest norm of all gradients together, 0 for any.
+    them · num_partitions: disjoint sets of the training split's shards, so that each node reads its own · accumulate: pieces
+    that each process's part of a batch goes through the model in · clip_norm: greatest norm of all gradients together, 0 for
+    any.
     """
 
     models: tuple[ModelName, ...] = MODELS
@@ -64,14 +66,14 @@ class TrainConfig:
     kl_weight: float = 1e-3
     seed: int = 0
     layers: str | None = None
-    lanes: int = 1
+    num_partitions: int = 1
     precision: Precision = "fp32"
     accumulate: int = 1
     clip_norm: float = 1.0
     compile: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0), ("accumulate", 1), ("lanes", 1)):
+        for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0), ("accumulate", 1), ("num_partitions", 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name.replace('_', ' ')} is {getattr(self, name)}; expected at least {least}")
         if not 0 < self.lr < math.inf:
@@ -92,12 +94,19 @@ class TrainConfig:
     def to_dict(self, data: Dataset) -> dict[str, Any]:
         """Plain JSON types, the data set's digest among them."""
         told = {**asdict(self), "models": list(self.models), "data_digest": data.digest, "architecture": ARCHITECTURE}
-        if self.lanes == 1:  # as before there were any, so that older runs go on
-            del told["lanes"]
+        if self.num_partitions == 1:  # as before there were any, so that older runs go on
+            del told["num_partitions"]
         return told
+
+    @staticmethod
+    def in_new_words(stored: dict[str, Any]) -> dict[str, Any]:
+        """Return a stored configuration with the words of today."""
+        return {OLD_WORDS.get(name, name): value for name, value in stored.items()}
 
     def folder_name(self, data: Dataset) -> str:
         """A name for the run's folder: the data, the models, and a hash of everything."""
         what = "all" if self.models == MODELS else "+".join(self.models)
-        key = xxhash.xxh3_64_hexdigest(msgspec.json.encode(self.to_dict(data), order="sorted"))[:8]
+        old = {new: word for word, new in OLD_WORDS.items()}  # so that a folder keeps its name
+        told = {old.get(name, name): value for name, value in self.to_dict(data).items()}
+        key = xxhash.xxh3_64_hexdigest(msgspec.json.encode(told, order="sorted"))[:8]
         return f"{readable(data.root.resolve().name)}-{what}-{key}"

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from dali_pipeline import UsageError
 from dali_pipeline.storage.whole import lock, write_whole
-from training.config import MODELS, ModelName
+from training.config import MODELS, ModelName, TrainConfig
 from training.provenance import note_start
 
 CONFIG_NAME, METRICS_NAME, STARTS_NAME = "config.json", "metrics.json", "starts.json"
@@ -44,7 +44,7 @@ def check_folder(folder: Path, described: Mapping[str, Any], *, replace: bool) -
     if not isinstance(found, dict) or "data_digest" not in found:
         raise UsageError(f"{path} was not written by train.py; choose another --output-dir")
     trained = (folder / METRICS_NAME).exists() or any(folder.rglob("*-last.pt"))
-    if found != described and trained and not replace:
+    if TrainConfig.in_new_words(found) != described and trained and not replace:
         raise UsageError(
             f"{folder} holds a run of another configuration; give another --output-dir, or --resume never to replace it"
         )

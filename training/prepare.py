@@ -149,7 +149,9 @@ def check_settings(data: Dataset, config: TrainConfig, folder: Path, options: Op
     for name, one in ((name, one) for _, one, _ in runs_of(options, config, data) for name in config.models):
         check_labels(one, [name])
         for split in data.splits:
-            loader = make_loader(name, one, config, split, conduct.device, workers=conduct.workers, world_size=world_size)
+            loader = make_loader(
+                name, one, config, split, conduct.device, num_workers=conduct.num_workers, world_size=world_size
+            )
             if split == "train" and loader.num_records < world_size:
                 raise DataError(
                     f"{world_size} processes share {loader.num_records} training records; expected one each at least"

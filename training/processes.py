@@ -39,7 +39,7 @@ class Processes:
         processes = cls(World.detect())
         if processes.world_size == 1:
             if ":" in device:
-                from dali_pipeline.loaders.delivery import make_current  # and with it torch, which takes seconds
+                from dali_pipeline.loaders.device import make_current  # and with it torch, which takes seconds
 
                 make_current(device)
             yield processes

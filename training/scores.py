@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from dali_pipeline import DataError, Dataset, Schema, UsageError
-from dali_pipeline.loaders.delivery import OnNan
 from dali_pipeline.loaders.loader import Loader
+from dali_pipeline.loaders.options import OnNan
 from dali_pipeline.reading.damage import TRIED
 from dali_pipeline.reading.source import NotFiniteError
 from dali_pipeline.runtime.outside import as_output
@@ -127,7 +127,7 @@ def settings_of(checkpoint: Path, state: Mapping[str, Any]) -> TrainConfig:
     """The settings that the checkpoint was trained with, as far as a forward pass looks at them."""
     try:
         known = {one.name: state["config"][one.name] for one in fields(TrainConfig) if one.name in state["config"]}
-        return msgspec.convert({**known, "lanes": 1, "compile": False, "accumulate": 1}, TrainConfig)
+        return msgspec.convert({**known, "num_partitions": 1, "compile": False, "accumulate": 1}, TrainConfig)
     except (msgspec.ValidationError, TypeError, LookupError) as error:
         raise UsageError(f"{checkpoint} holds settings that this version does not know ({error}); name another") from None
 

@@ -69,7 +69,13 @@ class Trainer:
         self.interrupts, self.processes = interrupts, processes
         self.loaders = {
             split: make_loader(
-                model_name, data, config, split, conduct.device, workers=conduct.workers, world_size=processes.world_size
+                model_name,
+                data,
+                config,
+                split,
+                conduct.device,
+                num_workers=conduct.num_workers,
+                world_size=processes.world_size,
             )
             for split in data.splits
         }

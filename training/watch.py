@@ -62,7 +62,7 @@ def speed(timer: StepTimer, world_size: int) -> tuple[float, float]:
 def verdict(timer: StepTimer, world_size: int, device: torch.device) -> str:
     """Whether the input bounds the speed, and what to do: on a GPU by its own gaps between steps, not by the host's waits."""
     if timer.gap_share >= INPUT_BOUND:
-        advice = "input-bound: try more --workers, a larger --batch-size, fewer --layers, or a faster disk"
+        advice = "input-bound: try more --num-workers, a larger --batch-size, fewer --layers, or a faster disk"
     elif device.type == "cuda":
         advice = "not input-bound: --precision bf16, --compile or a faster GPU would help, a faster disk would not"
     else:

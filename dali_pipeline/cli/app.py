@@ -11,15 +11,16 @@ from typing import Annotated, Any
 
 import typer
 
-from dali_pipeline.cli.arguments import SetArgument, parse_blocks, parse_size, parse_workers
+from dali_pipeline.cli.arguments import SetArgument, parse_blocks, parse_num_workers, parse_size
 from dali_pipeline.cli.checkup import doctor_command
 from dali_pipeline.cli.inspection import inspect_command
 from dali_pipeline.cli.versions import versions_command
 from dali_pipeline.errors import PipelineError, UsageError
+from dali_pipeline.runtime.checks import refuse_old_flags
 from dali_pipeline.runtime.numpyversion import check_numpy
 from dali_pipeline.runtime.outside import Terminated, broken_pipes, check_outside, drained, reason_of, say, terminable
 from dali_pipeline.runtime.threads import wait_passively
-from dali_pipeline.writing.split import Split
+from dali_pipeline.writing.split import SplitRule
 
 
 def new_app(**options: Any) -> typer.Typer:
@@ -72,7 +73,7 @@ def convert_command(
             metavar="LIST", help="Layers (0: embeddings, l: block l), or steps, to keep: 12:20 or 8,16. [default: all]"
         ),
     ] = None,
-    workers: Annotated[str, typer.Option(metavar="auto|N", help="Processes, without Ray; auto is one a core.")] = "auto",
+    num_workers: Annotated[str, typer.Option(metavar="auto|N", help="Processes, without Ray; auto is one a core.")] = "auto",
     engine: EngineOption = "local",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out a file that cannot be taken in, and say so.")] = False,
     scores: Annotated[
@@ -105,13 +106,13 @@ def convert_command(
     if scores is None and score_column is not None:
         raise UsageError("--score-column names a column of --scores; give both")
     config = ConvertConfig(
-        split=None if split is None and split_seed is None else Split.parse(split or str(Split()), split_seed or 0),
+        split=None if split is None and split_seed is None else SplitRule.parse(split or str(SplitRule()), split_seed or 0),
         split_by=split_by,  # type: ignore[arg-type]
         shard_bytes=parse_size(shard_size),
         dtype=dtype,
         by_layer=by_layer,
         layers=parse_layers(layers),
-        workers=parse_workers(workers),
+        num_workers=parse_num_workers(num_workers),
         skip_bad=skip_bad,
         engine=engine,  # type: ignore[arg-type]
         traces=TraceOptions(
@@ -202,7 +203,7 @@ def extract_command(
         dtype=dtype,
         batch_tokens=batch_tokens,
         shard_bytes=parse_size(shard_size),
-        split=Split.parse(split, split_seed),
+        split=SplitRule.parse(split, split_seed),
     )
     with _going_on():
         data = extract(model, prompts, out, config, device, engine)  # type: ignore[arg-type]
@@ -241,6 +242,7 @@ def run(application: typer.Typer, name: str) -> int:
     try:
         check_outside()
         check_numpy()
+        refuse_old_flags(sys.argv[1:])
         with terminable(), broken_pipes():
             code = application(prog_name=name, standalone_mode=False)
             sys.stdout.flush()

@@ -51,7 +51,7 @@ def parse_blocks(text: str) -> tuple[int, ...] | None:
         raise UsageError(f"layers are {text!r}; expected all, a list such as 8,16,24, or a range such as 8:25") from None
 
 
-def parse_workers(text: str) -> int | Literal["auto"]:
+def parse_num_workers(text: str) -> int | Literal["auto"]:
     """`auto`, or a whole number."""
     if text == "auto":
         return "auto"

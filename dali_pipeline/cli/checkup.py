@@ -13,7 +13,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from dali_pipeline.cli.arguments import CacheBytes, CacheDir, SetArgument, parse_cache_bytes, parse_workers
+from dali_pipeline.cli.arguments import CacheBytes, CacheDir, SetArgument, parse_cache_bytes, parse_num_workers
 from dali_pipeline.errors import DataError, PipelineError, UsageError
 from dali_pipeline.runtime.progress import progress_bar
 from dali_pipeline.tools.describe import plain_console
@@ -28,7 +28,7 @@ ADVICE = {
     "disk": "a faster or local disk, fewer layers (`layers=`), or smaller values (`convert --dtype int8`)",
     "store": "a cache that holds the set (`--cache-bytes`), a faster link, fewer layers, or smaller values",
     "page cache": "faster memory, or smaller values (`convert --dtype int8`)",
-    "gather": "more background threads (`workers=`), fewer layers, or smaller values",
+    "gather": "more background threads (`num_workers=`), fewer layers, or smaller values",
     "decode": "`dtype=torch.float16`, or a GPU to decode on",
     "collate": "smaller batches of graphs, fewer layers (`layers=`), or a GPU to collate on",
     "host to device": "float16 all the way (`dtype=torch.float16`), or smaller values",
@@ -50,7 +50,7 @@ def doctor_command(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Records a step.")] = 32,
-    workers: Annotated[str, typer.Option(metavar="auto|N", help="Background threads, or processes of graphs.")] = "auto",
+    num_workers: Annotated[str, typer.Option(metavar="auto|N", help="Background threads, or processes of graphs.")] = "auto",
     engine: Annotated[Literal["dali", "torch"], typer.Option(help="For sequences.")] = "dali",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seconds: Annotated[float, typer.Option(min=0.01, help="For each stage.")] = 3.0,
@@ -71,7 +71,7 @@ def doctor_command(
       python -m dali_pipeline doctor data/traces --step mymodel:make_step --batch-size 64 --json
     """
     from dali_pipeline.dataset.dataset import open_dataset
-    from dali_pipeline.loaders.delivery import make_current
+    from dali_pipeline.loaders.device import make_current
     from dali_pipeline.tools.knobs import Setup
     from dali_pipeline.tools.picture import check_picture
 
@@ -82,7 +82,7 @@ def doctor_command(
     if kind not in opened.schema.kinds:
         raise DataError(f"{opened.root} holds no {kind}; it has {' and '.join(opened.schema.kinds)}")
     make_current(device)
-    setup = Setup(batch_size=batch_size, workers=parse_workers(workers), engine=engine, device=device)
+    setup = Setup(batch_size=batch_size, num_workers=parse_num_workers(num_workers), engine=engine, device=device)
     raise typer.Exit(check_up(opened, kind, setup, make_step, step or "no model", seconds, as_json, plot))
 
 
@@ -133,7 +133,7 @@ def check_up(
             raise PipelineError(f"{data.root}: {model} cannot be trained on it ({type(error).__name__}: {error})") from error
     advice = ADVICE[found["narrowest"]]
     if found["verdict"] == "input-bound" and found["narrowest"] == "model":
-        advice = "reading while the model computes (`workers=1`), as one waits for the other"
+        advice = "reading while the model computes (`num_workers=1`), as one waits for the other"
     found |= {"model": model, "batch_size": setup.batch_size, "advice": advice}
     if plot is not None:
         draw_stages(found, plot)

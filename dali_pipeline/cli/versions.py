@@ -104,7 +104,7 @@ def written_records() -> Iterator[tuple[Dataset, Array]]:
     edges, nodes = np.array([[0, 1], [1, 2]]), np.array([STEPS])
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "set"
-        with dp.ShardWriter(root, dp.Schema(sequence=field, x=field), split=dp.Split.parse("100/0/0")) as writer:
+        with dp.ShardWriter(root, dp.Schema(sequence=field, x=field), split=dp.SplitRule.parse("100/0/0")) as writer:
             for number, rows in enumerate(values):
                 graphs = dp.Graphs(x=rows, edge_index=edges, edge_attr=None, node_counts=nodes, edge_counts=nodes - 1)
                 writer.write({"id": number, "label": number % 2, "sequence": rows, "graphs": graphs})
@@ -142,8 +142,8 @@ def check_training(data: Dataset) -> str:
     import dali_pipeline as dp
 
     sequences, graphs = (
-        dp.SequenceLoader(data, batch_size=RECORDS, workers=0),
-        dp.GraphLoader(data, batch_size=RECORDS, workers=0),
+        dp.SequenceLoader(data, batch_size=RECORDS, num_workers=0),
+        dp.GraphLoader(data, batch_size=RECORDS, num_workers=0),
     )
     for name, loader, take in (("an LSTM", sequences, _lstm_loss), ("a graph convolution", graphs, _graph_loss)):
         with _one_sentence(f"a step of {name} on {loader.device}"):

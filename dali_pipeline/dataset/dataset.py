@@ -5,20 +5,24 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import xxhash
 
 from dali_pipeline.dataset.selection import Selection, Shards, derived_digest
+from dali_pipeline.dataset.single import checked_positions, find_id, read_record
 from dali_pipeline.errors import DataError, FormatError, UsageError
 from dali_pipeline.format.manifest import Manifest, ShardTable, shard_path
+from dali_pipeline.format.record import Record
 from dali_pipeline.format.schema import SPLITS, Schema
 from dali_pipeline.format.shard import hash_texts
 from dali_pipeline.runtime.checks import path, shown, whole
 from dali_pipeline.storage.cache import CACHE_BYTES, Cache
-from dali_pipeline.storage.cachedfile import RemotePath
+from dali_pipeline.storage.cachedfile import Place, RemotePath
 from dali_pipeline.storage.stores import Store, is_url
 from dali_pipeline.types import Ints, Kind
 
@@ -27,8 +31,15 @@ from dali_pipeline.types import Ints, Kind
 class Dataset:
     """An opened data set; cheap, holds no file open. Made by `open_dataset`."""
 
-    root: Any  # a Place: the Path of a folder, or the RemotePath of a URL, as who opened it knows
+    root: Place
     manifest: Manifest
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the data set lies in. Raises DataError for one at a URL."""
+        if isinstance(self.root, RemotePath):
+            raise DataError(f"{self.root} is not a local folder; expected a data set in a folder")
+        return self.root
 
     @property
     def schema(self) -> Schema:
@@ -84,6 +95,72 @@ class Dataset:
         """Records of each label in a split, by kind."""
         tables = {kind: self.table(split, kind).labels for kind in self.schema.kinds}
         return {kind: {label: labels[str(label)] for label in sorted(map(int, labels))} for kind, labels in tables.items()}
+
+    def record(self, split: str, position: int) -> Record:
+        """Read one record whole, as NumPy arrays.
+
+        Args:
+            split: Name of the split.
+            position: Number of the record in its split, as `batch.positions` has it; negative numbers count from the end. If
+                the set holds sequences and graphs, it is the position among the sequences.
+
+        Returns:
+            A `Record` with id, group, label, `sequence` (T, *shape) and `graphs` (a `Graphs`), each None if the record has
+            none. Numbers as stored; float32 for bfloat16 and for int8 with a scale.
+
+        Raises:
+            UsageError: An unknown split, or a position that is not in it.
+            FormatError: The shard is damaged.
+
+        Costs the record's bytes. In a set that holds both, the other half is looked for at the same position, then by reading
+        the ids of the split.
+        """
+        kind, *others = self.schema.kinds
+        selection = self.select(split, kind)
+        count = selection.num_records
+        place = whole("position", position, -count, count - 1, expected=f"0 to {count - 1}, as {split!r} has {count} {kind}")
+        record = read_record(selection, self.schema, place % count)
+        for other in others:
+            half = self.select(split, other)
+            where = find_id(half, record.id, place % count)
+            if where is not None:
+                record = replace(record, graphs=read_record(half, self.schema, where).graphs)
+        return record
+
+    def subset(self, split: str, positions: npt.ArrayLike) -> Dataset:
+        """Choose some records of a split; a loader takes the result like any other data set.
+
+        Args:
+            split: Name of the split. The other splits stay as they are.
+            positions: Numbers of records in the split, each once, in the order that they have in the subset: whole numbers, or
+                a mask of bools with one per record. If the set holds sequences and graphs, they are positions among the
+                sequences, and the graphs of the same ids come with them.
+
+        Returns:
+            A `Dataset` without shards of its own. Feature statistics stay those of the whole training split.
+
+        Raises:
+            UsageError: An unknown split, or positions that are not in it or come twice.
+
+        Costs the labels of the records chosen, and their ids if the set holds both kinds. No file is written.
+        """
+        kind, *others = self.schema.kinds
+        whole_split = self.select(split, kind)
+        chosen = {kind: checked_positions(positions, whole_split.num_records)}
+        for other in others:
+            wanted = {text: number for number, text in enumerate(whole_split.take(chosen[kind], self.digest).texts("ids"))}
+            ranks = np.array([wanted.get(text, -1) for text in self.select(split, other).texts("ids")], np.int64)
+            found = np.flatnonzero(ranks >= 0)
+            chosen[other] = found[np.argsort(ranks[found])]
+        identity = xxhash.xxh3_64_hexdigest(chosen[kind].tobytes())
+        digest = derived_digest(self.digest, "subset", split, identity)
+        selections = {one: {each: self.select(one, each) for each in self.schema.kinds} for one in self.splits}
+        counts = {one: {each: self.label_counts(one, each) for each in self.schema.kinds} for one in self.splits}
+        if any(selection.draws for kinds in selections.values() for selection in kinds.values()):
+            raise UsageError("a mix has no subset, as its training split is draws; mix subsets instead")
+        selections[split] = {each: self.select(split, each).take(at, digest) for each, at in chosen.items()}
+        counts[split] = {each: _count(selection.labels()) for each, selection in selections[split].items()}
+        return View(self.root, self.manifest, digest, selections, counts)
 
     def layer_numbers(self, kind: Kind) -> list[int] | None:
         """Number of each step, or graph, of a record, where these are layers whose numbers the set records; None otherwise.
@@ -161,12 +238,14 @@ class View(Dataset):
 
     def table(self, split: str, kind: Kind) -> ShardTable:
         """Raises DataError: it has no shards of its own."""
-        raise DataError(f"a fold or mix of {self.root} has no shards of its own; ask `select` or the data sets it is made of")
+        raise DataError(
+            f"a fold, subset or mix of {self.root} has no shards of its own; ask `select` or the data sets it is made of"
+        )
 
     def select(self, split: str, kind: Kind) -> Selection:
         """The records of a split and kind, for a loader. Raises UsageError for a split, DataError for a kind, not there."""
         if not isinstance(split, str) or split not in self.selections:
-            raise UsageError(f"unknown split {shown(split)}; this fold or mix has {', '.join(self.splits)}")
+            raise UsageError(f"unknown split {shown(split)}; this fold, subset or mix has {', '.join(self.splits)}")
         if not isinstance(kind, str) or kind not in self.selections[split]:
             raise DataError(f"{self.root} holds no {kind}; it has {' and '.join(self.schema.kinds)}")
         return self.selections[split][kind]
@@ -177,12 +256,12 @@ class View(Dataset):
 
     def _labels(self, split: str) -> Mapping[Kind, dict[int, int]]:
         if not isinstance(split, str) or split not in self.counts:
-            raise UsageError(f"unknown split {shown(split)}; this fold or mix has {', '.join(self.splits)}")
+            raise UsageError(f"unknown split {shown(split)}; this fold, subset or mix has {', '.join(self.splits)}")
         return self.counts[split]
 
     def folds(self, k: int, seed: int = 0) -> list[Dataset]:
         """Raises UsageError: folds are made of a data set as it is stored."""
-        raise UsageError("folds are made of a data set as it is stored; this is a fold or a mix already")
+        raise UsageError("folds are made of a data set as it is stored; this is a fold, a subset or a mix already")
 
 
 def _count(labels: Ints) -> dict[int, int]:

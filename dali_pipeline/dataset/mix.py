@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,24 +12,34 @@ import numpy.typing as npt
 from dali_pipeline.dataset.dataset import Dataset, View
 from dali_pipeline.dataset.selection import Selection, derived_digest
 from dali_pipeline.errors import DataError, UsageError
-from dali_pipeline.runtime.checks import mapping, one_of, real
+from dali_pipeline.runtime.checks import mapping, real, shown
 from dali_pipeline.sampling.draws import Draws
 from dali_pipeline.types import Kind
 
 MAX_WEIGHTS = 64  # that differ; each is a part with a window of its own
 
 
-def mix(shares: Mapping[Dataset, float]) -> Dataset:
-    """Several data sets as one, `mix({a: 0.7, b: 0.3})`: of every batch of `train`, seven tenths are from a, evenly spread.
+def mix(datasets: Sequence[Dataset], weights: Sequence[float] | None = None) -> Dataset:
+    """Combine several data sets into one whose training batches draw from each by its weight.
 
-    An epoch of `train` is as many draws as the sets have records together; each set is drawn without replacement until it is
-    exhausted, then begins its next pass, over the epochs' borders too. The other splits hold every record of all once. A
-    record's position counts through the sets in the order given. Raises UsageError for shares that are no positive numbers,
-    DataError for schemas that differ.
+    `mix([a, b], weights=[0.7, 0.3])`: seven tenths of every batch of `train` come from a, evenly spread. An epoch of `train` is
+    as many draws as the sets have records together; each set is drawn without replacement until it is exhausted, then begins
+    its next pass, across epochs too. The other splits hold every record of all sets once. A record's position counts through
+    the sets in the order given. Costs nothing but the manifests, which are open already.
+
+    Args:
+        datasets: Data sets of one schema, each once.
+        weights: A number above 0 for each, of any sum; by default each set's own share of the records.
+
+    Returns:
+        A `Dataset` that a loader takes like any other; it has no shards of its own.
+
+    Raises:
+        UsageError: No data sets, one of them twice, or weights that are not one positive number for each.
+        DataError: The schemas or layer numbers differ, or a set has no training records.
     """
-    by_set = _checked(shares)
-    sets = list(by_set)
-    digest = derived_digest("mix", *(word for one, share in by_set.items() for word in (one.digest, share)))
+    sets, shares = _checked(datasets, weights)
+    digest = derived_digest("mix", *(word for one, share in zip(sets, shares, strict=True) for word in (one.digest, share)))
     selections: dict[str, dict[Kind, Selection]] = {}
     for split in (split for split in sets[0].splits if all(split in one.splits for one in sets)):
         selections[split] = {}
@@ -42,7 +52,7 @@ def mix(shares: Mapping[Dataset, float]) -> Dataset:
                 if not all(part.num_records for part in parts):
                     raise DataError(f"a data set of the mix has no {kind} in its train split; leave it out")
                 ends = np.cumsum([len(part.records) for part in parts]).tolist()
-                spans = zip([0, *ends[:-1]], ends, by_set.values(), strict=True)
+                spans = zip([0, *ends[:-1]], ends, shares, strict=True)
                 draws = tuple(Draws(begin=begin, end=end, share=share) for begin, end, share in spans)
                 chained = replace(chained, draws=draws, num_draws=chained.num_records)
             selections[split][kind] = chained
@@ -53,11 +63,20 @@ def mix(shares: Mapping[Dataset, float]) -> Dataset:
     return View(sets[0].root, replace(sets[0].manifest, statistics=None), digest, selections, counts, mixed=True)
 
 
-def _checked(shares: Mapping[Dataset, float]) -> dict[Dataset, float]:
-    if not isinstance(shares, Mapping) or not shares or not all(isinstance(one, Dataset) for one in shares):
-        raise UsageError("mix takes data sets and their shares, such as mix({a: 0.7, b: 0.3})")
-    found = {one: real("a share", share, "a number above 0", above=0) for one, share in shares.items()}
-    sets = list(found)
+def _checked(datasets: Sequence[Dataset], weights: Sequence[float] | None) -> tuple[list[Dataset], list[float]]:
+    example = "mix([a, b], weights=[0.7, 0.3])"
+    if not isinstance(datasets, list | tuple) or not datasets or not all(isinstance(one, Dataset) for one in datasets):
+        raise UsageError(f"mix takes a list of data sets and a list of weights, such as {example}")
+    sets = list(datasets)
+    if len({id(one) for one in sets}) < len(sets):
+        raise UsageError("mix was given a data set twice; expected each once")
+    if weights is None:
+        weights = [float(max(1, sum(one.num_records("train", kind) for kind in one.schema.kinds))) for one in sets]
+    if isinstance(weights, np.ndarray):
+        weights = weights.tolist()
+    if not isinstance(weights, list | tuple) or len(weights) != len(sets):
+        raise UsageError(f"weights are {shown(weights)}; expected a number for each of {len(sets)} data sets, as in {example}")
+    shares = [real("a weight", weight, "a number above 0", above=0) for weight in weights]
     for other in sets[1:]:
         if other.schema != sets[0].schema:
             raise DataError(
@@ -70,7 +89,7 @@ def _checked(shares: Mapping[Dataset, float]) -> dict[Dataset, float]:
                     f"{other.root} has the layers {theirs} in its {kind}, and {sets[0].root} {ours}; expected the same, so "
                     "convert with one --layers"
                 )
-    return found
+    return sets, shares
 
 
 def _sum(counts: list[dict[int, int]]) -> dict[int, int]:
@@ -80,26 +99,25 @@ def _sum(counts: list[dict[int, int]]) -> dict[int, int]:
     return dict(sorted(total.items()))
 
 
-def reweighed(selection: Selection, balance: str | None, weights: Mapping[str, float] | None) -> Selection:
-    """Epochs of N draws with labels in equal numbers (`balance="label"`), or groups by their weights (1 where not named).
+def reweighed(selection: Selection, class_balanced: bool, group_weights: Mapping[str, float] | None) -> Selection:
+    """Return epochs of N draws with classes in equal numbers, or groups by their weights (1 if not named).
 
     Reads the labels, or groups, of all records. Raises UsageError for anything else, or more than MAX_WEIGHTS different
     weights, DataError where no record has a weight above 0.
     """
-    if balance is None and weights is None:
+    if not class_balanced and group_weights is None:
         return selection
-    if balance is not None and weights is not None:
-        raise UsageError("balance and weights exclude each other; give one")
-    one_of("balance", balance, ("label", None))
+    if class_balanced and group_weights is not None:
+        raise UsageError("class_balanced and group_weights exclude each other; give one")
     if selection.draws:
-        raise UsageError("a mix draws by its own shares; balance and weights go with one data set")
-    if weights is None:
+        raise UsageError("a mix draws by its own weights; class_balanced and group_weights go with one data set")
+    if group_weights is None:
         which = np.unique(selection.labels(), return_inverse=True)[1]
-        shares, words = np.ones(which.max(initial=-1) + 1), ["balance", "label"]
+        shares, words = np.ones(which.max(initial=-1) + 1), ["balance", "label"]  # as before, so digests stay
     else:
-        values, which = np.unique(_weight_of_each(selection, weights), return_inverse=True)
+        values, which = np.unique(_weight_of_each(selection, group_weights), return_inverse=True)
         shares = values * np.bincount(which, minlength=len(values))
-        words = ["weights", *sorted(f"{group!r} {float(weight)!r}" for group, weight in weights.items())]
+        words = ["weights", *sorted(f"{group!r} {float(weight)!r}" for group, weight in group_weights.items())]
     drawn = np.flatnonzero(shares).tolist()
     if len(drawn) > MAX_WEIGHTS:
         raise UsageError(f"{len(drawn)} different weights or labels; expected at most {MAX_WEIGHTS}, so round the weights")
@@ -109,13 +127,13 @@ def reweighed(selection: Selection, balance: str | None, weights: Mapping[str, f
     return selection.drawn(parts, derived_digest(selection.digest, *words))
 
 
-def _weight_of_each(selection: Selection, weights: Mapping[str, float]) -> npt.NDArray[np.float64]:
+def _weight_of_each(selection: Selection, group_weights: Mapping[str, float]) -> npt.NDArray[np.float64]:
     """(N,) the weight of each record's group."""
     by_group = {
         str(group).encode("utf-8", "replace"): real(f"the weight of group {group!r}", weight, "a number of at least 0", least=0)
-        for group, weight in mapping("weights", weights, "weights by group, such as {'rare': 3.0}").items()
+        for group, weight in mapping("group_weights", group_weights, "weights by group, such as {'rare': 3.0}").items()
     }
     groups = selection.texts("groups")
     if not any(group in by_group for group in groups):
-        raise DataError("none of the groups in weights is in this split; expected some of its groups")
+        raise DataError("none of the groups in group_weights is in this split; expected some of its groups")
     return np.array([by_group.get(group, 1.0) for group in groups])

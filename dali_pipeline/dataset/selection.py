@@ -159,6 +159,13 @@ class Selection:
         )
         return replace(taken, positions=chosen, draws=draws, num_draws=self.num_records)
 
+    def at(self, position: int) -> tuple[Shards, int, int]:
+        """Return where a record lies: the shards of its split, the number of the shard, and its row in it."""
+        ends = np.cumsum(self.records)
+        entry = int(np.searchsorted(ends, position, side="right"))
+        row = position - int(ends[entry] - self.records[entry]) if self.rows is None else int(self.rows[position])
+        return self.shards[int(self.table[entry])], int(self.number[entry]), row
+
     def labels(self) -> Ints:
         """(N,) of every record. Reads them from the shards, a few bytes a record."""
         found = [shard.read("labels")[rows] for shard, rows in self._by_entry()]

@@ -14,8 +14,8 @@ from dali_pipeline.format.schema import LEVELS, level_of
 from dali_pipeline.ingest.dealing import splits_in_names
 from dali_pipeline.ingest.own import OWN
 from dali_pipeline.ingest.readers.traces import TraceOptions
-from dali_pipeline.ingest.workers import Engine, Workers
-from dali_pipeline.writing.split import Split
+from dali_pipeline.ingest.workers import Engine, NumWorkers
+from dali_pipeline.writing.split import SplitRule
 from dali_pipeline.writing.writer import SHARD_BYTES
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ DTYPES = ("float16", "bfloat16", "float32", "int8")
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """What a conversion does; `workers` and `engine` do not change what is written, `skip_bad` only where a file is bad.
+    """What a conversion does; `num_workers` and `engine` do not change what is written, `skip_bad` only where a file is bad.
 
     Args:
         split: How groups are dealt; None for the source's own splits, by its files' names or as a data set, else 70/15/15.
@@ -38,19 +38,19 @@ class ConvertConfig:
             data finds a scale for each step and feature.
         by_layer: Whether sequences, all of one length, are stored layer by layer; None as the source has them.
         layers: Layers, or steps, and graphs of each record to keep, by their numbers; None for all.
-        workers: Number of processes; "auto" for one per core.
+        num_workers: Number of processes; "auto" for one per core.
         skip_bad: Leave out a file that cannot be taken in, instead of stopping.
-        engine: `ray` for tasks of a Ray cluster, whose nodes see both folders; `workers` then says nothing.
+        engine: `ray` for tasks of a Ray cluster, whose nodes see both folders; `num_workers` then says nothing.
         traces: How traces become records.
     """
 
-    split: Split | None = None
+    split: SplitRule | None = None
     split_by: Literal["group", "file"] = "group"
     shard_bytes: int = SHARD_BYTES
     dtype: str | None = None
     by_layer: bool | None = None
     layers: Layers = None
-    workers: Workers = "auto"
+    num_workers: NumWorkers = "auto"
     skip_bad: bool = False
     engine: Engine = "local"
     traces: TraceOptions = field(default_factory=TraceOptions)
@@ -67,8 +67,8 @@ class ConvertConfig:
             raise UsageError(f"split by {self.split_by!r}; expected group or file")
         if self.engine not in get_args(Engine):
             raise UsageError(f"engine is {self.engine!r}; expected {' or '.join(get_args(Engine))}")
-        if self.workers != "auto" and self.workers < 1:
-            raise UsageError(f"workers is {self.workers}; expected at least 1")
+        if self.num_workers != "auto" and self.num_workers < 1:
+            raise UsageError(f"num_workers is {self.num_workers}; expected at least 1")
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -88,7 +88,7 @@ class ConvertConfig:
         """What tells this conversion from another: the files' names and sizes, and what is done with them."""
         layers = str(self.layers) if isinstance(self.layers, slice) else self.layers
         done = (
-            self.split or Split(),
+            self.split or SplitRule(),
             self.split_by,
             self.shard_bytes,
             self.dtype,
@@ -97,6 +97,6 @@ class ConvertConfig:
             *([True] if self.by_layer else []),
         )
         more: tuple[str, ...] = ("by layer",) if self.by_layer else ()  # older conversions knew of none
-        if self.keeps_splits and (source.reader is OWN or splits_in_names(source.names, Split())):
+        if self.keeps_splits and (source.reader is OWN or splits_in_names(source.names, SplitRule())):
             more += ("own splits",)
         return xxhash.xxh3_128_hexdigest(msgspec.json.encode((source.names, source.sizes, *done, *more), order="sorted"))

@@ -83,7 +83,7 @@ def convert(src: Path, dst: Path, config: ConvertConfig | None = None, remote: R
         with progress_bar() as bar:
             show = shown(bar, "convert", sum(job.counts), before)
             numbers, shared = range(writer.cursor, len(stretches)), [writer.parts, *source.folders]
-            with closing(deal(config.engine, work, numbers, config.workers, show, shared)) as results:
+            with closing(deal(config.engine, work, numbers, config.num_workers, show, shared)) as results:
                 for number, (part, contents, left_out) in results:
                     writer.adopt(part, contents, number + 1, left_out)
         source.check_unchanged()

@@ -13,7 +13,7 @@ from dali_pipeline.errors import UsageError
 from dali_pipeline.format.schema import SPLITS
 from dali_pipeline.format.shard import Hashes
 from dali_pipeline.writing.filler import Dealer
-from dali_pipeline.writing.split import Split
+from dali_pipeline.writing.split import SplitRule
 
 WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 EVAL = "eval"  # validation to most, and the test where there is a validation split beside it
@@ -34,7 +34,7 @@ class Alone:
 class TrainAndVal:
     """Deals groups to train and val, in the proportion that `split` gives these two."""
 
-    split: Split
+    split: SplitRule
 
     def of(self, group: str) -> str:
         """Return the split of a group."""
@@ -47,7 +47,7 @@ class OwnSplits:
     """The splits that the owner made, by the number of the file. split: deals val out of train, where the owner has no val."""
 
     homes: list[str]
-    split: Split | None
+    split: SplitRule | None
 
     def of_file(self, number: int) -> Dealer:
         """Return what deals the groups of a file."""
@@ -76,7 +76,7 @@ class OwnSplits:
         return f"{'; '.join(words)}; --split deals all records anew"
 
 
-def splits_in_names(names: Sequence[str], split: Split) -> tuple[OwnSplits, int] | None:
+def splits_in_names(names: Sequence[str], split: SplitRule) -> tuple[OwnSplits, int] | None:
     """Return the splits that files' names tell, and how many names do; None where these are not two splits at least.
 
     A split is told by a whole word of the path below the source, such as `train-00000.parquet` or `val/batch_3.npz`. Files

@@ -16,7 +16,7 @@ from dali_pipeline.ingest.readers.pt import FOLDERS
 from dali_pipeline.ingest.scales import greatest_values
 from dali_pipeline.runtime.progress import progress_bar, shown
 from dali_pipeline.writing.filler import Dealer
-from dali_pipeline.writing.split import FileSplit, Split
+from dali_pipeline.writing.split import FileSplit, SplitRule
 
 if TYPE_CHECKING:
     from dali_pipeline.ingest.config import ConvertConfig
@@ -120,7 +120,7 @@ def _dealer(
     source: Source, found: Sequence[FileNames], config: ConvertConfig, told: list[str]
 ) -> tuple[Dealer | OwnSplits, int]:
     """What deals the records, and how many groups it leaves in several splits."""
-    split = config.split or Split()
+    split = config.split or SplitRule()
     groups = [each.groups for each in found]
     if config.split_by == "file":
         return FileSplit(split, [_dealt_as(name) for name in source.names], groups), 0
@@ -149,5 +149,5 @@ def _scaled(source: Source, found: Sequence[FileNames], config: ConvertConfig, c
     numbers = [number for number, names in enumerate(found) if len(names.labels) and "sequences" in names.kinds]
     with progress_bar() as bar:
         show = shown(bar, "measure", len(numbers))
-        greatest = greatest_values(source, numbers, choice, config.workers, config.engine, config.skip_bad, show)
+        greatest = greatest_values(source, numbers, choice, config.num_workers, config.engine, config.skip_bad, show)
         return Field.scaled(greatest)

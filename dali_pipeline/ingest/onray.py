@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from dali_pipeline.errors import PipelineError, UsageError
-from dali_pipeline.ingest.workers import Advance, Engine, Work, Workers, in_order
+from dali_pipeline.ingest.workers import Advance, Engine, NumWorkers, Work, in_order
 
 T = TypeVar("T")
 RETRIES = 3  # of a task whose worker or node was lost
@@ -33,13 +33,13 @@ def deal(
     engine: Engine,
     work: Work[T],
     numbers: Sequence[int],
-    workers: Workers,
+    num_workers: NumWorkers,
     progress: Advance,
     shared: Sequence[Path],
     asks: Callable[[float], Asks] = lambda _: Asks(),
 ) -> Generator[tuple[int, T], None, None]:
     """`in_order` on processes of this machine, or `on_ray`."""
-    return on_ray(work, numbers, progress, shared, asks) if engine == "ray" else in_order(work, numbers, workers, progress)
+    return on_ray(work, numbers, progress, shared, asks) if engine == "ray" else in_order(work, numbers, num_workers, progress)
 
 
 def on_ray(

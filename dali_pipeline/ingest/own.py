@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
@@ -10,10 +11,9 @@ import numpy as np
 
 from dali_pipeline.dataset.dataset import Dataset, open_dataset
 from dali_pipeline.dataset.selection import Shards
+from dali_pipeline.dataset.single import graphs_between
 from dali_pipeline.format.encoding import BFLOAT16
 from dali_pipeline.format.manifest import MANIFEST_NAME
-from dali_pipeline.format.record import Graphs
-from dali_pipeline.format.schema import level_of
 from dali_pipeline.format.shard import Shard
 from dali_pipeline.ingest.foreign import Block, ForeignFile, Reader, Values, rows_at_a_time
 from dali_pipeline.storage.files import Files
@@ -69,29 +69,11 @@ def _sequences(data: Dataset, shard: Shard) -> Iterator[Values | Block]:
 
 
 def _graphs(data: Dataset, shard: Shard) -> Iterator[Values | Block]:
-    schema = data.schema
-    assert schema.x is not None
-    narrow = tuple(name for name, field in schema.of_graphs.items() if field.dtype == BFLOAT16)
+    narrow = tuple(name for name, field in data.schema.of_graphs.items() if field.dtype == BFLOAT16)
     graphs, nodes, edges = (shard.read(f"{name}.offsets") for name in ("graphs", "x", "edge_index"))
-    for record in range(shard.records):
-        begin, end = int(graphs[record]), int(graphs[record + 1])
-        x_span, edge_span = (nodes[begin], nodes[end]), (edges[begin], edges[end])
-        attr, spans = schema.edge_attr, {"node": x_span, "edge": edge_span, "graph": (begin, end)}
-        yield Values(
-            None,
-            Graphs(
-                x=schema.x.values(shard.read("x", *map(int, x_span))),
-                edge_index=shard.read("edge_index", *map(int, edge_span)).T,
-                edge_attr=None if attr is None else attr.values(shard.read("edge_attr", *map(int, edge_span))),
-                node_counts=np.diff(nodes[begin : end + 1]),
-                edge_counts=np.diff(edges[begin : end + 1]),
-                fields={
-                    name: field.values(shard.read(name, *map(int, spans[level_of(name)])))
-                    for name, field in schema.named.items()
-                },
-            ),
-            narrow,
-        )
+    for begin, end in itertools.pairwise(graphs.tolist()):
+        read = graphs_between(shard, data.schema, begin, nodes[begin : end + 1], edges[begin : end + 1])
+        yield Values(None, read, narrow)
 
 
 OWN = Reader(what=f"data set ({MANIFEST_NAME})", find=_find, open=_open)

@@ -14,7 +14,7 @@ from dali_pipeline.format.layers import Layers
 from dali_pipeline.ingest.foreign import Block
 from dali_pipeline.ingest.onray import deal
 from dali_pipeline.ingest.sources import Source
-from dali_pipeline.ingest.workers import Advance, Engine, Workers
+from dali_pipeline.ingest.workers import Advance, Engine, NumWorkers
 from dali_pipeline.types import Array, Kind
 
 
@@ -33,7 +33,7 @@ def greatest_values(
     source: Source,
     numbers: list[int],
     choice: Choice,
-    workers: Workers,
+    num_workers: NumWorkers,
     engine: Engine,
     skip_bad: bool,
     progress: Callable[[int], None],
@@ -46,7 +46,7 @@ def greatest_values(
 
     greatest: Array | None = None
     work = partial(_work, source, choice, skip_bad)
-    with closing(deal(engine, work, numbers, workers, progress, source.folders)) as results:
+    with closing(deal(engine, work, numbers, num_workers, progress, source.folders)) as results:
         for _, found in results:
             greatest = _joined(greatest, found)
     if greatest is None:

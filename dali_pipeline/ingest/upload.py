@@ -60,7 +60,7 @@ def finished(store: Store) -> bytes | None:
 def _put(data: Dataset, store: Store, split: str, kind: Kind, number: int) -> None:
     path: Path = data.shard_path(split, kind, number)
     shard = data.table(split, kind).open(path, number, Files(1))  # what is not whole here is not whole there
-    key, nbytes = path.relative_to(data.root).as_posix(), path.stat().st_size
+    key, nbytes = path.relative_to(data.folder).as_posix(), path.stat().st_size
     header = shard.opened().header()
     if store.size(key) != nbytes or store.read(key, 0, len(header)) != header:
         store.put(path, key)

@@ -14,7 +14,7 @@ from dali_pipeline.errors import PipelineError
 from dali_pipeline.runtime.container import allowed_cores
 from dali_pipeline.runtime.workerprocess import WorkerProcess, as_sent, end_workers, start_workers
 
-Workers = int | Literal["auto"]
+NumWorkers = int | Literal["auto"]
 Engine = Literal["local", "ray"]
 Advance = Callable[[int], None]
 T = TypeVar("T")
@@ -23,7 +23,7 @@ LOOK_SECONDS = 0.2  # between two moves of the progress bar
 
 
 def in_order(
-    work: Work[T], numbers: Sequence[int], workers: Workers, progress: Advance
+    work: Work[T], numbers: Sequence[int], num_workers: NumWorkers, progress: Advance
 ) -> Generator[tuple[int, T], None, None]:
     """Yield (number, work(number, advance)) in the order of `numbers`; what works ahead is a few numbers, never all.
 
@@ -38,7 +38,7 @@ def in_order(
 
     Closed early, it kills the processes: `work` must leave nothing that matters half-done.
     """
-    count = min(max(1, int(allowed_cores())) if workers == "auto" else workers, len(numbers))
+    count = min(max(1, int(allowed_cores())) if num_workers == "auto" else num_workers, len(numbers))
     total = 0
 
     def advance(n: int) -> None:
@@ -52,7 +52,7 @@ def in_order(
     try:
         crew = start_workers(count, _serve, lambda: (work,))
     except OSError as error:
-        raise PipelineError(f"{count} worker processes cannot be started ({error.strerror}); use fewer --workers") from None
+        raise PipelineError(f"{count} worker processes cannot be started ({error.strerror}); use fewer --num-workers") from None
     try:
         yield from _results(crew, numbers, advance)
     finally:
@@ -103,7 +103,7 @@ def _answer(worker: WorkerProcess) -> Any:
 
 def _died(worker: WorkerProcess) -> PipelineError:
     how = worker.how_it_ended()
-    return PipelineError(f"a worker process was killed, perhaps for memory ({how}); try again with fewer --workers")
+    return PipelineError(f"a worker process was killed, perhaps for memory ({how}); try again with fewer --num-workers")
 
 
 @contextmanager

@@ -27,7 +27,8 @@ class GraphBatch:
 
     graphs: a PyG `Batch` of all graphs of all records, record-major, then layer: x (N, F), edge_index (2, E) int64,
     edge_attr, batch (N,), ptr (G + 1,), and the schema's further fields by the names behind their dots, real numbers
-    never narrower than stored, whole ones as int64; `to_data_list()` gives them one by one · graphs_per_record: (B,) int64 on
+    never narrower than stored, whole ones as int64; `to_data_list()` gives them one by one; where each record of the data
+    is one graph, y (G,) int64 is its label · graphs_per_record: (B,) int64 on
     the CPU, where `pack_padded_sequence` wants it · layer_index: (G,) int64, the graph's number in its stored record ·
     last_node: (G,) int64, each graph's last node in x · labels: (B,) int64 · valid: (B,) bool; a record that is not valid is
     padding and repeats a real one · ids: B texts ·
@@ -49,7 +50,7 @@ class GraphBatch:
     @property
     def nbytes(self) -> int:
         """Bytes of the edges and of all fields as delivered."""
-        return sum(tensor.nbytes for name, tensor in self.graphs.to_dict().items() if name not in ("batch", "ptr"))
+        return sum(tensor.nbytes for name, tensor in self.graphs.to_dict().items() if name not in ("batch", "ptr", "y"))
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """All of them, those that PyG cuts the batch by too."""
@@ -71,13 +72,14 @@ class Collator:
     """Makes a GraphBatch of gathered rows: equal to `Batch.from_data_list` on the same graphs, but made by arithmetic.
 
     Moves the stored types to the device, then widens: x and edge_attr to `dtype`, indices to int64. copies: whether values that
-    are of `dtype` as stored, on the CPU, are copied all the same, as their memory will be used again.
+    are of `dtype` as stored, on the CPU, are copied all the same, as their memory will be used again. one_graph: whether every
+    record is delivered as one graph, whose label PyG calls `y`.
     """
 
-    def __init__(self, schema: Schema, device: torch.device, dtype: torch.dtype, *, copies: bool) -> None:
+    def __init__(self, schema: Schema, device: torch.device, dtype: torch.dtype, *, copies: bool, one_graph: bool) -> None:
         self._fields = schema.of_graphs
         self._device, self._dtype = device, dtype
-        self._buffers, self._copies = Buffers(), copies
+        self._buffers, self._copies, self._labels_are_y = Buffers(), copies, one_graph
 
     def batch(self, rows: GraphRows, valid: Mask) -> GraphBatch:
         """One batch. No loop over graphs or records."""
@@ -98,6 +100,8 @@ class Collator:
         edge_index.copy_(self._move(rows.edge_index).t())
         edge_index += first_nodes(node_ptr, edge_counts, len(rows.edge_index))
         graphs.edge_index, slices["edge_index"], increments["edge_index"] = edge_index, cuts["edge"], cuts["node"][:-1]
+        if self._labels_are_y:
+            graphs.y, slices["y"], increments["y"] = labels, cuts["graph"], zeros
         graphs.batch = _repeat(numbers, node_counts, len(rows.arrays["x"]))
         graphs.ptr = node_ptr
         # what Batch.to_data_list and indexing need

@@ -6,24 +6,23 @@ import os
 from abc import abstractmethod
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
-import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from dali_pipeline.dataset.dataset import Dataset
 from dali_pipeline.dataset.mix import reweighed
-from dali_pipeline.errors import DataError, FormatError, PipelineError, UsageError
+from dali_pipeline.errors import DataError, UsageError
 from dali_pipeline.format.digest import Delivered, EpochDigest
 from dali_pipeline.format.layers import Layers, to_positions
-from dali_pipeline.loaders.delivery import OnError, OnNan, Workers, check_options, resolve_device
+from dali_pipeline.loaders.device import resolve_device
+from dali_pipeline.loaders.options import LoaderOptions
 from dali_pipeline.loaders.state import LoaderState, StateError
 from dali_pipeline.reading.damage import TOLD, log, tell
 from dali_pipeline.reading.readahead import ReadAhead
-from dali_pipeline.reading.source import BatchSource, NotFiniteError
+from dali_pipeline.reading.source import BatchSource
 from dali_pipeline.runtime.checks import shown, whole
 from dali_pipeline.runtime.world import FORKED, WorkersRefused, World
-from dali_pipeline.sampling.order import Order, Tail
 from dali_pipeline.sampling.plan import EpochPlan
 from dali_pipeline.types import Ints, Kind, Mask
 
@@ -31,11 +30,11 @@ Batch = TypeVar("Batch", covariant=True)
 
 
 class Position(NamedTuple):
-    """Epoch, steps delivered of it, and `places` in the lanes where a step alone does not tell."""
+    """Epoch, steps delivered of it, and `cursors` in the partitions where a step alone does not tell."""
 
     epoch: int
     step: int
-    places: tuple[int, ...] = ()
+    cursors: tuple[int, ...] = ()
 
 
 class Made(NamedTuple, Generic[Batch]):
@@ -45,7 +44,7 @@ class Made(NamedTuple, Generic[Batch]):
     ids: list[str]
     valid: Mask
     left_out: tuple[str, ...] = ()
-    places: tuple[int, ...] = ()  # behind it
+    cursors: tuple[int, ...] = ()  # behind it
 
 
 class Loader(IterableDataset[Batch]):
@@ -59,67 +58,22 @@ class Loader(IterableDataset[Batch]):
     kind: Kind
     _source: BatchSource
 
-    def __init__(
-        self,
-        data: Dataset,
-        *,
-        split: str,
-        batch_size: int,
-        shuffle: bool,
-        seed: int,
-        device: str | torch.device,
-        window_bytes: int,
-        lanes: int,
-        workers: Workers,
-        tail: Tail,
-        on_error: OnError,
-        on_nan: OnNan,
-        rank: int | None,
-        world_size: int | None,
-        balance: Literal["label"] | None,
-        weights: Mapping[str, float] | None,
-        bucket_by_length: bool = False,
-        max_nodes: int | None = None,
-        max_edges: int | None = None,
-    ) -> None:
+    def __init__(self, data: Dataset, options: LoaderOptions) -> None:
         if not isinstance(data, Dataset):
             raise UsageError(f"data is {shown(data)}; expected what open_dataset gives")
-        options = check_options(
-            batch_size=batch_size,
-            workers=workers,
-            shuffle=shuffle,
-            bucket_by_length=bucket_by_length,
-            on_error=on_error,
-            on_nan=on_nan,
-        )
-        # what a record is left out for
-        self.skips: tuple[type[PipelineError], ...] = (FormatError,) * (on_error == "skip")
-        self.skips += (NotFiniteError,) * (on_nan == "skip")
-        self.data, self.split, self.batch_size, self.workers = data, split, options.batch_size, options.workers
-        self.world = World.detect(rank, world_size)
-        self.device = resolve_device(device, self.world)
-        self.budgeted = max_nodes is not None or max_edges is not None
-        self.selection = reweighed(data.select(split, self.kind), balance, weights)
-        self.order = Order(
-            digest=self.selection.digest,
-            split=split,
-            seed=seed,
-            shuffle=options.shuffle,
-            max_nodes=max_nodes,
-            max_edges=max_edges,
-            global_batch_size=lanes if self.budgeted else options.batch_size * self.world.world_size,
-            window_bytes=window_bytes,
-            lanes=lanes,
-            tail=tail,
-            bucket_by_length=options.bucket_by_length,
-        )
+        self.data, self.split, self.num_workers = data, options.split, options.num_workers
+        self.dtype, self.skips = options.dtype, options.skips
+        self.world = World.detect(options.rank, options.world_size)
+        self.device = resolve_device(options.device, self.world)
+        self.budgeted = options.budgeted
+        self.selection = reweighed(data.select(options.split, self.kind), options.class_balanced, options.group_weights)
+        self.order = options.order(self.selection.digest, self.world.world_size)
         self._num_records = self.selection.num_draws or self.selection.num_records
-        self._first_plan = self._plan(epoch=0)
+        self._first_plan = self.plan(epoch=0)
         self._num_steps = self._first_plan.num_steps  # the same in every epoch; with a budget there are fewer
         if not self._num_steps and self.num_records:
-            raise DataError(f"split {split!r} has {self.num_records} records, too few for one batch with tail='drop'")
-        if not self.budgeted:
-            self.batch_size = self._first_plan.rows(self.world.world_size)  # as delivered
+            raise DataError(f"split {self.split!r} has {self.num_records} records, too few for one batch with drop_last=True")
+        self.batch_size = options.batch_size if self.budgeted else self._first_plan.rows(self.world.world_size)  # as delivered
         self._position = Position(0, 0)  # that state_dict tells
         self._next = Position(0, 0)  # that the next iterator begins at
         self._len_of = 0  # the epoch whose steps `len` tells: chosen, under way, or ended last
@@ -180,29 +134,38 @@ class Loader(IterableDataset[Batch]):
         self._next, self._loaded = Position(epoch + 1, 0), False
         self._newest, self._delivered = token, delivered
         left_out = self.left_out = []
-        plan = self._plan(epoch)
+        plan = self.plan(epoch)
         with closing(ReadAhead(self._source, plan, self.world)) as ahead, closing(self._batches(plan, begin)) as batches:
-            ahead.begin(step, begin.places)
-            for batch, ids, valid, faults, places in batches:
+            ahead.begin(step, begin.cursors)
+            for batch, ids, valid, faults, cursors in batches:
                 step += 1
                 delivered.add(ids, valid, len(faults))
                 tell(epoch, faults, left_out)
                 if self._newest is token:
-                    self._position = Position(epoch, step, places)
+                    self._position = Position(epoch, step, cursors)
                 yield batch
                 if os.getpid() != process:
                     raise UsageError(FORKED)
-                ahead.reached(step, places)
+                ahead.reached(step, cursors)
         if len(left_out) > TOLD:
             log.warning("epoch %d: %d records left out in all", epoch, len(left_out))
         if self._newest is token:
             self._position = self._next  # epoch + 1, unless set_epoch chose another meanwhile
 
     @abstractmethod
+    def gathered(self, plan: EpochPlan, step: int) -> Any:
+        """Gather one batch of this rank as stored, in the caller's thread; doctor measures it."""
+
+    @abstractmethod
+    def decoded(self, gathered: Any) -> Any:
+        """Decode a gathered batch's values to the delivered type, on the device; doctor measures it."""
+
+    @abstractmethod
     def _batches(self, plan: EpochPlan, start: Position) -> Generator[Made[Batch], None, None]:
         """The batches of this rank from `start` to the end of the epoch. Nothing is left behind when closed early."""
 
-    def _plan(self, epoch: int) -> EpochPlan:
+    def plan(self, epoch: int) -> EpochPlan:
+        """Return the order of an epoch's records, as arithmetic; nothing is read."""
         chosen, lengths = self.selection, self._lengths if self.order.bucket_by_length else None
         return EpochPlan(self.order, epoch, chosen.records, chosen.nbytes, chosen.draws, chosen.num_draws, lengths)
 
@@ -222,7 +185,7 @@ class Loader(IterableDataset[Batch]):
     def check_digest(self, digest: EpochDigest) -> str:
         """What an epoch's digest, of all ranks together, says in words: `2,816 of 2,816 records, each once`.
 
-        Raises DataError where it is not that, unless records may be left out: then it says how many were. With tail="drop"
+        Raises DataError where it is not that, unless records may be left out: then it says how many were. With drop_last=True
         only the number can be checked; draws are counted. The first time it may read the split's ids (a fold, or a data set
         written before manifests kept their sum).
         """
@@ -230,11 +193,11 @@ class Loader(IterableDataset[Batch]):
             raise UsageError(f"digest is {shown(digest)}; expected that of a loader, or a sum of such")
         if self.selection.draws:
             return digest.describe()
-        if self.order.tail == "drop":
+        if self.order.drop_last:
             expected, found = self._num_steps * self.order.global_batch_size, digest.records + digest.left_out
             if found > self._num_records or (found != expected and not self.budgeted):
                 expected = self._num_records if self.budgeted else expected
-                raise DataError(f"the epoch delivered {digest.records:,} records; expected {expected:,} with tail='drop'")
+                raise DataError(f"the epoch delivered {digest.records:,} records; expected {expected:,} with drop_last=True")
             return f"{digest.records:,} of {self._num_records:,} records, the rest dropped"
         if self._expected is None:
             self._expected = self.selection.expected()
@@ -254,8 +217,8 @@ class Loader(IterableDataset[Batch]):
         Behind the last batch, but before the loop has ended, the state still is of that epoch: a loader that takes it
         gives an empty rest, then the next epoch.
         """
-        epoch, step, places = self._position
-        return LoaderState(kind=self.kind, order=self.order, epoch=epoch, step=step, places=places).to_dict()
+        epoch, step, cursors = self._position
+        return LoaderState(kind=self.kind, order=self.order, epoch=epoch, step=step, cursors=cursors).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The next iterator goes on where `state` stood. Raises StateError, and changes nothing, where it does not fit."""
@@ -263,7 +226,7 @@ class Loader(IterableDataset[Batch]):
         found.check_fits(self.kind, self.order)
         self._check_place(found)
         self._len_of = found.epoch
-        self._position = self._next = Position(found.epoch, found.step, found.places)
+        self._position = self._next = Position(found.epoch, found.step, found.cursors)
         self._loaded = True
         self._newest = None
 

@@ -17,22 +17,23 @@ from dali_pipeline.errors import DataError, FormatError, UsageError
 from dali_pipeline.format.layers import Layers, select
 from dali_pipeline.loaders.dali import check_dali, device_id, import_dali, iterate
 from dali_pipeline.loaders.decoding import Decoding, sequence_graph
-from dali_pipeline.loaders.delivery import OnError, OnNan, Workers, check_delivery, check_memory
+from dali_pipeline.loaders.device import check_memory
 from dali_pipeline.loaders.loader import Loader, Made, Position
+from dali_pipeline.loaders.options import LoaderOptions, NumWorkers, OnError, OnNan
 from dali_pipeline.loaders.sidestream import UnderWay, a_batch_ahead, to_device
 from dali_pipeline.reading.source import Padded, SequenceSource
-from dali_pipeline.reading.stretch import STRETCH_BYTES, Part, Stretch, StretchGatherer, stretches
+from dali_pipeline.reading.superbatch import SUPERBATCH_BYTES, Part, SequenceGatherer, Superbatch, superbatches
 from dali_pipeline.runtime.ahead import background_threads, belonging_to_this_process, cores_beside, map_ahead, on_threads
-from dali_pipeline.runtime.checks import one_of, truth
+from dali_pipeline.runtime.checks import one_of, refuses_old_keywords, truth
 from dali_pipeline.runtime.memory import Buffers
 from dali_pipeline.runtime.trace import span, spans
-from dali_pipeline.sampling.order import WINDOW_BYTES, Tail
+from dali_pipeline.sampling.order import WINDOW_BYTES
 from dali_pipeline.sampling.plan import EpochPlan
 from dali_pipeline.types import Array, Ints
 
 Engine = Literal["dali", "torch"]
-PREFETCH_STRETCHES = 2  # that DALI runs ahead
-STRETCH_STEPS = 64
+PREFETCH_SUPERBATCHES = 2  # that DALI runs ahead
+SUPERBATCH_STEPS = 64
 DALI_THREADS = 2
 NOT_FOR_DALI = ("float64",)  # neither fn.pad nor the arithmetic of decoding does it
 
@@ -41,10 +42,13 @@ NOT_FOR_DALI = ("float64",)  # neither fn.pad nor the arithmetic of decoding doe
 class SequenceBatch:
     """One batch of one rank.
 
-    sequences: (B, T, F) in the loader's dtype, on its device, zero behind a sequence's end; T is the batch's longest ·
-    lengths: (B,) int64 on the CPU, where `pack_padded_sequence` wants them · labels: (B,) int64 and valid: (B,) bool on
-    the device; a row that is not valid is padding and repeats a real record · ids: B texts · positions: (B,) int64 on the
-    CPU, the records' numbers in their split.
+    Attributes:
+        sequences: (B, T, F) in the loader's dtype, on its device; zero behind a sequence's end. T is the batch's longest.
+        lengths: (B,) int64 on the CPU, where `pack_padded_sequence` wants them.
+        labels: (B,) int64 on the device.
+        valid: (B,) bool on the device. A row that is not valid is padding and repeats a real record.
+        ids: B texts.
+        positions: (B,) int64 on the CPU: the records' numbers in their split.
     """
 
     sequences: torch.Tensor
@@ -75,86 +79,123 @@ class SequenceBatch:
         return replace(self, **moved)
 
 
-Loaded = Generator[Stretch, None, None]
+Loaded = Generator[Superbatch, None, None]
 
 
 class SequenceLoader(Loader[SequenceBatch]):
-    """Batches of a split's sequences; see `Loader` for epochs and state.
+    """Iterate over the batches of one split's sequences: whole batches of this rank, epoch after epoch.
 
-    batch_size: per rank, ceil(records / world_size) at most · layers: steps of each sequence to read, a slice or a list ·
-    dtype: delivered · window_bytes: of shards that are shuffled together at a time · lanes: disjoint parts of the data with a
-    window each, a node's share ·
-    workers: threads that gather ahead, 0 for the caller's own; "auto" is one per four cores with a GPU, 4 at most; without one
-    it is 1, or 0 on one core, and on two where
-    records are below 32 KiB or come as they are stored · tail: "pad" the last batches or "drop" them · engine: "dali", or
-    "torch", which delivers the same batches without DALI · rank, world_size: detected where not given · balance="label":
-    labels in equal numbers; weights: of groups, 1 where not named; either makes an epoch as many draws as there are records.
+    An `IterableDataset` with `__len__` that yields `SequenceBatch`. Use it as it is, or in
+    `DataLoader(loader, batch_size=None, num_workers=0)`. Every `for` is the next epoch; `set_epoch` chooses one; `state_dict`
+    and `load_state_dict` go on in the middle of one, to the bit. `Loader` has the methods.
 
-    normalize: every feature to mean 0 and standard deviation 1 over the training split, as the manifest has them ·
-    bucket_by_length: batches of like lengths, so less padding: up to 64 neighbouring batches, half a window at most, exchange
-    records, then come in a random order · on_error: "skip" makes a record that cannot be read padding, and counts it in
-    `left_out` and in the log named dali_pipeline · on_nan: the same for one that holds NaN or infinite values as
-    stored (a narrower `dtype` may still make one infinite); "keep" does not look for them, which costs a pass over the values.
+    Opening costs a read of the manifest, which the data set has done. The first batch costs its own records; the memory beside
+    the batches is about 300 MB, whatever the size of the data.
 
-    Raises UsageError for an argument that makes no sense, or engine="dali" where DALI is not installed, PipelineError for a
-    DALI that does not fit torch's CUDA, DataError for data without sequences, or without the statistics to
-    normalize with; while iterating, FormatError for a damaged shard, DataError for NaN with on_nan="raise".
+    Args:
+        data: What `open_dataset`, `mix`, `folds` or `subset` returns.
+        split: Name of the split.
+        batch_size: Records per rank and step; ceil(records / world_size) at most.
+        shuffle: Whether to shuffle within a window that moves over the split; otherwise records come in file order.
+        seed: Seed of the shuffle, 0 to 2**64 - 1. It is one word of a sequence, so neighbouring seeds share nothing.
+        drop_last: Whether to leave out the records that do not fill a batch on every rank. By default the last batches are
+            padded: padding has `valid` False and repeats a real record.
+        num_workers: Threads that gather ahead; 0 gathers in the caller's thread. "auto" is one thread per four cores with a
+            GPU, 4 at most. Without a GPU it is 1; but 0 on one core, and on two cores if records are below 32 KiB or are
+            delivered as they are stored.
+        layers: Steps of each sequence to read, as a slice or a list of numbers; nothing else is read. By default all.
+        device: Where batches go: "auto" (this process's GPU if there is one), "cpu", "cuda" or "cuda:N".
+        dtype: Floating type of the delivered sequences.
+        window_bytes: Bytes of shards that are shuffled together at a time, 256 MiB by default. A larger window mixes better and
+            makes a resume read more.
+        num_partitions: Number of disjoint sets of shards, each with a window of its own. With as many partitions as nodes, each
+            node reads its own shards only. The order depends on it.
+        engine: "dali", or "torch", which delivers the same batches without DALI.
+        on_error: "raise", or "skip", which makes a record that cannot be read padding, and counts it in `left_out` and in
+            the log named dali_pipeline.
+        on_nan: "keep" does not look. "raise" and "skip" look for NaN and infinite values as stored, which costs a pass over the
+            values. A narrower `dtype` may still make a value infinite.
+        normalize: Whether to bring every feature to mean 0 and standard deviation 1 over the training split, by the statistics
+            in the manifest.
+        bucket_by_length: Whether up to 64 neighbouring batches, half a window at most, exchange records so that lengths within
+            a batch are alike, and then come in a random order: less padding.
+        class_balanced: Whether an epoch draws from all classes in equal numbers: as many draws as there are records, each class
+            without replacement within its own pass.
+        group_weights: How often each group is drawn, relative to 1 for groups that are not named; draws as with
+            `class_balanced`.
+        rank: Number of this process; detected from torch.distributed or torchrun if not given.
+        world_size: Number of processes; given together with `rank`, or detected.
+
+    Raises:
+        UsageError: An argument makes no sense, or engine="dali" without DALI.
+        PipelineError: DALI was built for another CUDA version than torch.
+        DataError: The data have no sequences, or no statistics to normalize with. While iterating: NaN with on_nan="raise".
+        FormatError: While iterating: a damaged shard, which is named.
+
+    Examples:
+        >>> loader = dp.SequenceLoader(dp.open_dataset("data/traces"), batch_size=64)  # doctest: +SKIP
+        >>> for batch in loader:  # doctest: +SKIP
+        ...     loss = model(batch.sequences, batch.lengths)[batch.valid].mean()
     """
 
     kind = "sequences"
     _source: SequenceSource
 
+    @refuses_old_keywords
     def __init__(
         self,
         data: Dataset,
         split: str = "train",
+        *,
         batch_size: int = 32,
         shuffle: bool = True,
         seed: int = 0,
+        drop_last: bool = False,
+        num_workers: NumWorkers = "auto",
         layers: Layers = None,
         device: str | torch.device = "auto",
         dtype: torch.dtype = torch.float32,
         window_bytes: int = WINDOW_BYTES,
-        lanes: int = 1,
-        workers: Workers = "auto",
-        tail: Tail = "pad",
+        num_partitions: int = 1,
         engine: Engine = "dali",
         on_error: OnError = "raise",
-        rank: int | None = None,
-        world_size: int | None = None,
-        balance: Literal["label"] | None = None,
-        weights: Mapping[str, float] | None = None,
         on_nan: OnNan = "keep",
         normalize: bool = False,
         bucket_by_length: bool = False,
+        class_balanced: bool = False,
+        group_weights: Mapping[str, float] | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
     ) -> None:
         one_of("engine", engine, get_args(Engine))
         if engine == "dali":
             import_dali()
-        super().__init__(
-            data,
+        options = LoaderOptions(
             split=split,
             batch_size=batch_size,
             shuffle=shuffle,
             seed=seed,
+            drop_last=drop_last,
+            num_workers=num_workers,
+            layers=layers,
             device=device,
+            dtype=dtype,
             window_bytes=window_bytes,
-            lanes=lanes,
-            workers=workers,
-            tail=tail,
+            num_partitions=num_partitions,
             on_error=on_error,
             on_nan=on_nan,
+            class_balanced=class_balanced,
+            group_weights=group_weights,
             rank=rank,
             world_size=world_size,
-            balance=balance,
-            weights=weights,
             bucket_by_length=bucket_by_length,
         )
+        super().__init__(data, options)
         on_gpu = engine == "dali" and self.device.type == "cuda"
         if on_gpu:
             check_dali()
-        layers = self._positions(check_delivery(layers, dtype), "step")
-        self.dtype, self.engine = dtype, engine
+        layers = self._positions(options.layers, "step")
+        self.engine = engine
         steps = self.selection.bounds("step")
         equal_lengths = steps is not None and steps[0] == steps[1]
         field = data.schema.sequence
@@ -172,9 +213,9 @@ class SequenceLoader(Loader[SequenceBatch]):
         self._pads_in_dali = self._decodes_in_dali and not equal_lengths
         record_bytes = self.selection.record_bytes
         batch_bytes = int(self.batch_size * record_bytes)
-        self._longest_stretch = max(1, min(STRETCH_STEPS, STRETCH_BYTES // max(1, batch_bytes)))
+        self._longest_superbatch = max(1, min(SUPERBATCH_STEPS, SUPERBATCH_BYTES // max(1, batch_bytes)))
         handled = 0 if self._decoding.idle and engine == "torch" else record_bytes  # by the caller
-        self._threads = background_threads(self.device, handled, self.workers)
+        self._threads = background_threads(self.device, handled, self.num_workers)
         busy = self._threads + (DALI_THREADS if engine == "dali" else 0)
         decodes = self.device.type == "cpu" and not self._decoding.idle
         self.cores = cores_beside(busy if decodes else 0)  # for torch in the caller's thread
@@ -188,7 +229,22 @@ class SequenceLoader(Loader[SequenceBatch]):
             source.use(Buffers(pinned=True))
         bits, skips = self._decoding.bfloat16, self.skips
         padded: Padded = None if self._pads_in_dali else "batch"
-        self._stretches = StretchGatherer(source, self.world, self.batch_size, padded, bits=bits, skips=skips)
+        self._superbatches = SequenceGatherer(source, self.world, self.batch_size, padded, bits=bits, skips=skips)
+
+    def gathered(self, plan: EpochPlan, step: int) -> Superbatch:
+        """Gather one batch as stored and padded, whether or not the loader itself leaves padding to DALI."""
+        bits = self._decoding.bfloat16
+        padded = SequenceGatherer(self._source, self.world, self.batch_size, "batch", bits=bits, skips=self.skips)
+        loaded, error = padded.gather(plan, Part(range(step, step + 1)))
+        if error is not None:
+            raise error
+        return loaded[0]
+
+    def decoded(self, gathered: Superbatch) -> torch.Tensor:
+        """Decode a gathered batch with torch: (B, T, F) in the loader's dtype, on its device."""
+        values = torch.from_numpy(gathered.rows.values).view(self.batch_size, -1, *gathered.rows.values.shape[1:])
+        with on_threads(self.cores):
+            return self._decoding.run(values.to(self.device), gathered.rows.lengths)
 
     def _batches(self, plan: EpochPlan, start: Position) -> Generator[Made[SequenceBatch], None, None]:
         batches = self._moved(plan, start)
@@ -202,73 +258,75 @@ class SequenceLoader(Loader[SequenceBatch]):
             yield from through(loaded, under_way)
 
     def _read_ahead(self, plan: EpochPlan, start: int) -> Loaded:
-        """Stretches in order, cut by their padding, which is known from the lengths of many batches at once."""
-        ranges = stretches(range(start, plan.num_steps), self._longest_stretch)
-        planned = map_ahead(partial(self._stretches.parts, plan), ranges, min(1, self._threads))
+        """Superbatches in order, cut by their padding, which is known from the lengths of many batches at once."""
+        ranges = superbatches(range(start, plan.num_steps), self._longest_superbatch)
+        planned = map_ahead(partial(self._superbatches.parts, plan), ranges, min(1, self._threads))
         with closing(planned):
             parts = (part for found in planned for part in found)
-            results = map_ahead(partial(self._stretches.gather, plan), parts, self._threads, _nbytes)
+            results = map_ahead(partial(self._superbatches.gather, plan), parts, self._threads, _nbytes)
             with closing(results):
                 for loaded, error in results:
-                    while loaded:  # nothing here holds a stretch while the next is made
+                    while loaded:  # nothing here holds a superbatch while the next is made
                         yield loaded.pop(0)
                     if error is not None:
                         raise error
 
     def _lengths(self, positions: Ints) -> Ints:
-        return self._stretches.lengths(positions)
+        return self._superbatches.lengths(positions)
 
     def _through_torch(self, loaded: Loaded, under_way: UnderWay) -> Iterator[Made[SequenceBatch]]:
-        return chain.from_iterable(map(self._in_torch, loaded, repeat(under_way)))  # holds no stretch while the next is made
+        return chain.from_iterable(map(self._in_torch, loaded, repeat(under_way)))  # holds no superbatch while the next is made
 
-    def _in_torch(self, stretch: Stretch, under_way: UnderWay) -> Iterator[Made[SequenceBatch]]:
-        values = torch.from_numpy(stretch.rows.values)
+    def _in_torch(self, superbatch: Superbatch, under_way: UnderWay) -> Iterator[Made[SequenceBatch]]:
+        values = torch.from_numpy(superbatch.rows.values)
         try:
-            yield from self._made(stretch, self._spread(stretch, values) if stretch.sparse else self._cut(stretch, values))
+            yield from self._made(
+                superbatch, self._spread(superbatch, values) if superbatch.sparse else self._cut(superbatch, values)
+            )
         finally:
             under_way.keep(values)
 
-    def _cut(self, stretch: Stretch, values: torch.Tensor) -> Iterator[torch.Tensor]:
+    def _cut(self, superbatch: Superbatch, values: torch.Tensor) -> Iterator[torch.Tensor]:
         """The values (B, T, *row) of each batch, on the device, of those of all."""
-        longest = stretch.longest
+        longest = superbatch.longest
         for batch, steps in zip(torch.split(values, [self.batch_size * steps for steps in longest]), longest, strict=True):
             with span("copy", self.device.type != "cpu"):
                 moved = batch.to(self.device, non_blocking=True)
             yield moved.view(self.batch_size, steps, *values.shape[1:])
 
-    def _spread(self, stretch: Stretch, values: torch.Tensor) -> Iterator[torch.Tensor]:
+    def _spread(self, superbatch: Superbatch, values: torch.Tensor) -> Iterator[torch.Tensor]:
         """The decoded values of the one batch that came without padding."""
         with span("copy", self.device.type != "cpu"):
             values = values.to(self.device, non_blocking=True)
         with span("decode"), on_threads(self.cores):
-            yield self._decoding.spread(values, stretch.rows.starts, stretch.rows.lengths)
+            yield self._decoding.spread(values, superbatch.rows.starts, superbatch.rows.lengths)
 
     def _through_dali(self, loaded: Loaded, under_way: UnderWay) -> Iterator[Made[SequenceBatch]]:
         # A pipeline an epoch: building one takes about 10 ms, and nothing read ahead can outlive its epoch.
-        ahead: deque[Stretch] = deque()  # what DALI has in hand; it reads from these very arrays
-        passing: deque[Stretch] = deque()  # what goes past DALI, once it is empty
+        ahead: deque[Superbatch] = deque()  # what DALI has in hand; it reads from these very arrays
+        passing: deque[Superbatch] = deque()  # what goes past DALI, once it is empty
         failures: list[BaseException] = []
 
         def feed() -> Array | list[Array]:
-            """One stretch for external_source; an error ends DALI's epoch and is raised behind the batches before it."""
+            """One superbatch for external_source; an error ends DALI's epoch and is raised behind the batches before it."""
             try:
-                stretch = None if passing or failures else next(loaded, None)
+                superbatch = None if passing or failures else next(loaded, None)
             except BaseException as error:
                 failures.append(error)
-                stretch = None
-            if stretch is not None and stretch.lone and not self._decodes_in_dali:
-                passing.append(stretch)  # DALI would only copy it, and hold several
-            if stretch is None or passing:
+                superbatch = None
+            if superbatch is not None and superbatch.lone and not self._decodes_in_dali:
+                passing.append(superbatch)  # DALI would only copy it, and hold several
+            if superbatch is None or passing:
                 raise StopIteration
-            ahead.append(stretch)
-            return self._samples(stretch)
+            ahead.append(superbatch)
+            return self._samples(superbatch)
 
         iterator = self._dali(feed)
         with belonging_to_this_process(iterator):
             while True:
                 for (out,) in spans("dali", iterator):
-                    stretch = ahead.popleft()
-                    yield from self._made(stretch, self._out_of_dali(stretch, out["sequences"]))
+                    superbatch = ahead.popleft()
+                    yield from self._made(superbatch, self._out_of_dali(superbatch, out["sequences"]))
                 if failures:
                     raise failures[0]
                 if not passing:
@@ -278,48 +336,50 @@ class SequenceLoader(Loader[SequenceBatch]):
 
     def _dali(self, feed: Callable[[], Array | list[Array]]) -> Any:
         """An iterator over what DALI makes of what `feed` gives."""
+        # with DALI's padding a sample is a record; with its decoding alone, a batch; otherwise a whole superbatch
+        samples = self._longest_superbatch if self._decodes_in_dali else 1
         pipeline = sequence_graph(
             feed,
             decoding=self._decoding if self._decodes_in_dali else None,
             pads=self._pads_in_dali,
-            batch_size=self._longest_stretch * (self.batch_size if self._pads_in_dali else 1) if self._decodes_in_dali else 1,
+            batch_size=samples * self.batch_size if self._pads_in_dali else samples,
             num_threads=DALI_THREADS,
             device_id=device_id(self.device),
-            prefetch_queue_depth=PREFETCH_STRETCHES,
+            prefetch_queue_depth=PREFETCH_SUPERBATCHES,
         )
         return iterate(pipeline)
 
-    def _samples(self, stretch: Stretch) -> Array | list[Array]:
+    def _samples(self, superbatch: Superbatch) -> Array | list[Array]:
         """What external_source takes: a sample per record or batch for DALI to work on, else one in all."""
         if self._pads_in_dali:
-            return stretch.records()
-        return stretch.batches() if self._decodes_in_dali else stretch.rows.values[None]
+            return superbatch.records()
+        return superbatch.batches() if self._decodes_in_dali else superbatch.rows.values[None]
 
-    def _out_of_dali(self, stretch: Stretch, values: torch.Tensor) -> Iterable[torch.Tensor]:
-        """The values (B, T, *row) of each batch, of DALI's output for a stretch."""
+    def _out_of_dali(self, superbatch: Superbatch, values: torch.Tensor) -> Iterable[torch.Tensor]:
+        """The values (B, T, *row) of each batch, of DALI's output for a superbatch."""
         if not self._decodes_in_dali:
-            return self._cut(stretch, values[0])
+            return self._cut(superbatch, values[0])
         if self._pads_in_dali:
             values = values.view(-1, self.batch_size, *values.shape[1:])
-        return (batch[:, :steps] for batch, steps in zip(values.unbind(), stretch.longest, strict=True))
+        return (batch[:, :steps] for batch, steps in zip(values.unbind(), superbatch.longest, strict=True))
 
-    def _made(self, stretch: Stretch, values: Iterable[torch.Tensor]) -> Iterator[Made[SequenceBatch]]:
-        """A stretch's batches, of the values of each."""
-        rows, size = stretch.rows, self.batch_size
-        on_cpu = [torch.from_numpy(each) for each in (rows.labels, stretch.valid, rows.lengths, rows.positions)]
+    def _made(self, superbatch: Superbatch, values: Iterable[torch.Tensor]) -> Iterator[Made[SequenceBatch]]:
+        """A superbatch's batches, of the values of each."""
+        rows, size = superbatch.rows, self.batch_size
+        on_cpu = [torch.from_numpy(each) for each in (rows.labels, superbatch.valid, rows.lengths, rows.positions)]
         with span("copy", self.device.type != "cpu"):
             on_device = [to_device(each, self.device) for each in on_cpu[:2]]
         alike = (torch.split(each, size) for each in on_device + on_cpu[2:])
-        for begin, batch, label, kept, length, position in zip(stretch.begins, values, *alike, strict=True):
+        for begin, batch, label, kept, length, position in zip(superbatch.begins, values, *alike, strict=True):
             end = begin + size
-            if not (self._decodes_in_dali or stretch.sparse):
+            if not (self._decodes_in_dali or superbatch.sparse):
                 with span("decode"), on_threads(self.cores):
                     batch = self._decoding.run(batch, rows.lengths[begin:end])
             ids = rows.ids[begin:end]
             delivered = SequenceBatch(
                 sequences=batch.contiguous(), lengths=length, labels=label, valid=kept, ids=ids, positions=position
             )
-            yield Made(delivered, ids, stretch.valid[begin:end], stretch.left_out)
+            yield Made(delivered, ids, superbatch.valid[begin:end], superbatch.left_out)
 
 
 def _nbytes(part: Part) -> int:

@@ -13,7 +13,7 @@ from dali_pipeline.errors import PipelineError
 from dali_pipeline.sampling.order import Order
 from dali_pipeline.types import Kind
 
-VERSION = 2  # 1: before batches were kept within two groups of the shuffle
+VERSION = 3  # 1: before batches were kept within two groups of the shuffle; 2: before its words were torch's
 
 
 class StateError(PipelineError):
@@ -24,33 +24,34 @@ class StateError(PipelineError):
 class LoaderState:
     """Epoch and step (batches delivered in it), with everything that the order depends on. Under 1 KB as JSON.
 
-    places: with a budget, records delivered of each lane, over all ranks.
+    cursors: with a budget, records delivered of each partition, over all ranks.
     """
 
     kind: Kind
     order: Order
     epoch: int
     step: int
-    places: tuple[int, ...] = ()
+    cursors: tuple[int, ...] = ()
     version: int = VERSION
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return {**dataclasses.asdict(self), "places": list(self.places)}
+        return {**dataclasses.asdict(self), "cursors": list(self.cursors)}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> LoaderState:
-        """Raises StateError where `state` is not what `to_dict` gave."""
+        """Return the state that `to_dict` gave; raises StateError for anything else, and for another version."""
+        version = state.get("version") if isinstance(state, Mapping) else None
+        if isinstance(version, int) and version != VERSION:
+            raise StateError(
+                f"the state is of version {version}, and this release reads version {VERSION}; "
+                "begin the epoch anew with set_epoch"
+            )
         try:
             found = msgspec.convert(dict(state), cls)
         except (msgspec.ValidationError, TypeError, ValueError) as error:
             raise StateError(f"not a loader state ({error}); expected what state_dict() returned") from None
-        if found.version != VERSION:
-            raise StateError(
-                f"the state is of version {found.version}, whose order of records is another than version {VERSION}'s; "
-                "begin the epoch anew with set_epoch"
-            )
-        if min(found.epoch, found.step, *found.places) < 0:
+        if min(found.epoch, found.step, *found.cursors) < 0:
             raise StateError(f"the state is at epoch {found.epoch}, step {found.step}; expected 0 or more")
         return found
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 READS_IN_FLIGHT = 4  # threads; each asks for a run of some MiB
 REQUESTS_IN_FLIGHT = 16  # to a store: 20 ms of waiting each are hidden up to some GB/s
-GATHERED_BYTES = 64 << 20  # that are gathered and not delivered yet, at most: four stretches
+GATHERED_BYTES = 64 << 20  # that are gathered and not delivered yet, at most: four superbatches
 MOST_GROUPS = 64  # ahead, where windows are tiny
 SAMPLED = 16  # of so many runs one is looked at, where all that were lately lay in the cache
 
@@ -36,14 +36,14 @@ class ReadAhead:
 
     def __init__(self, source: BatchSource, plan: EpochPlan, world: World) -> None:
         self._source, self._plan, self._world = source, plan, world
-        self._asked: dict[int, int] = {}  # by lane, the group behind the last one asked for
+        self._asked: dict[int, int] = {}  # by partition, the group behind the last one asked for
         self._pool: ThreadPoolExecutor | None = None
         self._unseen: list[tuple[int, int]] = []  # runs lately due that were not looked at
         self._process = os.getpid()
         self._remote = source.room is not None
         self._groups = 1  # ahead
         if source.room is not None:  # of a small cache a quarter at most
-            every = plan.order.lanes * max(1, plan.order.window_bytes // 2)
+            every = plan.order.num_partitions * max(1, plan.order.window_bytes // 2)
             self._groups = max(2, min(2 + -(-GATHERED_BYTES // every), source.room // (4 * every), MOST_GROUPS))
 
     def begin(self, step: int, places: Sequence[int] = ()) -> None:
@@ -52,13 +52,13 @@ class ReadAhead:
             self.reached(step, places)
 
     def reached(self, step: int, places: Sequence[int] = ()) -> None:
-        """Told of every step delivered, and `places` in the lanes where it has them; costs microseconds, but once in half
+        """Told of every step delivered, and `places` in the partitions where it has them; costs microseconds, but once in half
         a window."""
         due = []
-        for lane, group in self._plan.groups(step, self._world.rank, self._world.world_size, places):
-            begin = self._asked.get(lane, max(0, group - 1))
-            due += [(lane, number) for number in range(begin, group + 1 + self._groups)]
-            self._asked[lane] = max(begin, group + 1 + self._groups)
+        for partition, group in self._plan.groups(step, self._world.rank, self._world.world_size, places):
+            begin = self._asked.get(partition, max(0, group - 1))
+            due += [(partition, number) for number in range(begin, group + 1 + self._groups)]
+            self._asked[partition] = max(begin, group + 1 + self._groups)
         late, self._unseen = (self._unseen, []) if self._source.cold else ([], self._unseen)
         if not (due or late):
             return
@@ -66,10 +66,10 @@ class ReadAhead:
             threads = REQUESTS_IN_FLIGHT if self._remote else READS_IN_FLIGHT
             self._pool = ThreadPoolExecutor(threads, thread_name_prefix="readahead")
         if self._remote:
-            for lane, group in due:
-                self._from_store(self._pool, lane, group)
+            for partition, group in due:
+                self._from_store(self._pool, partition, group)
             return
-        runs = [run for lane, group in due for run in self._plan.runs(lane, group)]
+        runs = [run for partition, group in due for run in self._plan.runs(partition, group)]
         if due:
             every, self._source.cold = 1 if self._source.cold else SAMPLED, False
             self._unseen = [run for number, run in enumerate(runs) if number % every]
@@ -77,13 +77,15 @@ class ReadAhead:
         for start, count in late + runs:
             self._pool.submit(self._bring, start, count)
 
-    def _from_store(self, pool: ThreadPoolExecutor, lane: int, group: int) -> None:
+    def _from_store(self, pool: ThreadPoolExecutor, partition: int, group: int) -> None:
         """Asks for a group's runs, and tells of the group that no batch needs any more when its runs come again."""
-        runs = self._plan.runs(lane, group)
-        for (start, count), need in zip(runs, self._plan.turns(lane, group).tolist(), strict=True):
+        runs = self._plan.runs(partition, group)
+        for (start, count), need in zip(runs, self._plan.turns(partition, group).tolist(), strict=True):
             pool.submit(self._bring, start, count, need)
         if (done := group - self._groups - 2) >= 0:
-            for (start, count), need in zip(self._plan.runs(lane, done), self._plan.turns(lane, done, 1).tolist(), strict=True):
+            for (start, count), need in zip(
+                self._plan.runs(partition, done), self._plan.turns(partition, done, 1).tolist(), strict=True
+            ):
                 pool.submit(self._tell, start, count, need)
 
     def _tell(self, start: int, count: int, need: float) -> None:

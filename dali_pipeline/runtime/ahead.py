@@ -61,15 +61,15 @@ def _gathered(function: Callable[[T], R], item: T) -> R:
         return function(item)
 
 
-def background_threads(device: torch.device, record_bytes: float, workers: int | Literal["auto"] = "auto") -> int:
+def background_threads(device: torch.device, record_bytes: float, num_workers: int | Literal["auto"] = "auto") -> int:
     """Return `workers`, or what "auto" stands for.
 
     On a GPU that is a quarter of the cores, 4 at most, as one thread gathers 3.5 to 4 GB/s. On a CPU it is one, which overlaps
     with what the caller's thread does with records of such a size; none where that computes on the same one core, or on the
     same two and Python holds it up, which one thread runs at a time, rather than copying.
     """
-    if workers != "auto":
-        return workers
+    if num_workers != "auto":
+        return num_workers
     if device.type == "cuda":
         return max(1, min(4, int(allowed_cores()) // 4))
     return 1 if allowed_cores() > (1 if record_bytes >= LONG_RECORD_BYTES else 2) else 0

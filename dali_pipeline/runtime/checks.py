@@ -1,12 +1,16 @@
-"""Checks of single arguments: what stands for a number is taken as one, anything else is refused in one sentence."""
+"""Checks of single arguments: what stands for a number is taken as one, anything else is refused in one sentence.
+
+Words that changed before the first release are refused too, and the new word is named.
+"""
 
 from __future__ import annotations
 
 import math
 import operator
 import os
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -14,6 +18,15 @@ from dali_pipeline.errors import UsageError
 
 MOST = 2**63 - 1
 MOST_SHOWN = 200  # characters
+OLD_KEYWORDS = {
+    "workers": "num_workers",
+    "lanes": "num_partitions",
+    "tail": "drop_last, and tail='drop' is drop_last=True",
+    "balance": "class_balanced, and balance='label' is class_balanced=True",
+    "weights": "group_weights",
+}
+OLD_FLAGS = {"workers": "num-workers", "lanes": "num-partitions"}
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def shown(value: object) -> str:
@@ -84,3 +97,23 @@ def path(name: str, value: Any) -> str:
     except (TypeError, ValueError):  # of a lone surrogate, UnicodeEncodeError
         pass
     raise UsageError(f"{name} is {shown(value)}; expected a path")
+
+
+def refuses_old_keywords(function: Function) -> Function:
+    """Decorate a function so that a keyword of `OLD_KEYWORDS` raises a UsageError; its signature and help stay as they are."""
+
+    @wraps(function)
+    def checked(*arguments: Any, **keywords: Any) -> Any:
+        for word in OLD_KEYWORDS.keys() & keywords.keys():
+            raise UsageError(f"{word} is now called {OLD_KEYWORDS[word]}")
+        return function(*arguments, **keywords)
+
+    return cast("Function", checked)
+
+
+def refuse_old_flags(arguments: Iterable[str]) -> None:
+    """Raise a UsageError that names the new flag if an argument of a command line is an old one."""
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and flag[2:] in OLD_FLAGS:
+            raise UsageError(f"{flag} is now called --{OLD_FLAGS[flag[2:]]}")

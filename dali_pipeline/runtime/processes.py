@@ -102,7 +102,7 @@ class _Worker:
 
 
 def map_in_processes(
-    work: Callable[[T, Buffers], R], items: Iterable[T], workers: int, arena_bytes: int
+    work: Callable[[T, Buffers], R], items: Iterable[T], num_workers: int, arena_bytes: int
 ) -> Generator[R, None, None]:
     """`map` in order by so many processes, each up to two results ahead; a result holds until the next is asked for.
 
@@ -117,10 +117,10 @@ def map_in_processes(
 
     try:
         try:
-            processes = start_workers(workers, _serve, arguments)
+            processes = start_workers(num_workers, _serve, arguments)
         except OSError as error:
             raise PipelineError(
-                f"{workers} worker processes with {ARENAS} x {arena_bytes >> 20} MiB of shared memory each cannot be had "
+                f"{num_workers} worker processes with {ARENAS} x {arena_bytes >> 20} MiB of shared memory each cannot be had "
                 f"({error.strerror}); expected memory for them: use fewer workers or workers=0"
             ) from error
         crew = [_Worker(process, own) for process, own in zip(processes, arenas, strict=True)]

@@ -13,15 +13,17 @@ from dali_pipeline.errors import DataError, PipelineError
 from dali_pipeline.sampling.plan import EpochPlan, Shares
 from dali_pipeline.types import Ints
 
-Places = tuple[int, ...]  # of each lane, how many of its records lie behind; () at the start of an epoch
+Places = tuple[int, ...]  # of each partition, how many of its records lie behind; () at the start of an epoch
 LEAST_LOOK, MOST_LOOK = 256, 8192  # records whose sizes are asked for at a time
 
 
 class Packed(NamedTuple):
-    """A batch as it is packed: places `begin` to `end` in the order of `lane`, or one record of padding; where all lanes stand
-    behind it."""
+    """One packed batch: places `begin` to `end` in the order of `partition`, or one record of padding.
 
-    lane: int
+    places: where all partitions stand behind it.
+    """
+
+    partition: int
     begin: int
     end: int
     valid: bool
@@ -47,9 +49,10 @@ class Portion:
 class BudgetPlan:
     """The batches of one epoch, each of as many nodes and edges as its order allows.
 
-    Next-fit in the order of each lane: a batch ends where the next record would go over the budget, so it depends on nothing
-    but the order and the place that it begins at. Batch s * world_size + r is what rank r takes at step s; with several lanes
-    a lane's batches go to the ranks that read it. A record beyond the budget by itself is a batch alone, or is refused.
+    Next-fit in the order of each partition: a batch ends where the next record would go over the budget, so it depends on
+    nothing but the order and the place that it begins at. Batch s * world_size + r is what rank r takes at step s; with several
+    partitions a partition's batches go to the ranks that read it. A record beyond the budget by itself is a batch alone, or is
+    refused.
 
     sizes: positions (N,) to their nodes and edges (N, 2), which costs a look at the index of their shards; the loader has just
     that part of it at hand anyway · name: a position in words · alone: whether records beyond the budget are delivered.
@@ -64,17 +67,17 @@ class BudgetPlan:
 
     def num_steps(self, world_size: int) -> int:
         """Of the whole epoch, the same on every rank. Costs a pass over the index of all shards."""
-        counts = [sum(1 for _ in self._ends(lane, 0)) for lane in range(self._plan.order.lanes)]
+        counts = [sum(1 for _ in self._ends(partition, 0)) for partition in range(self._plan.order.num_partitions)]
         return self._last_step(0, counts, world_size)
 
-    def stretches(
+    def superbatches(
         self, step: int, places: Places, rank: int, world_size: int, longest: int, most_records: int
     ) -> Iterator[list[Packed]]:
-        """The rest of the epoch from `step` on, where the lanes stand at `places`; 1, 2, 4 … up to `longest` batches at once,
-        but no more where they have `most_records` records.
+        """Yield the rest of the epoch from `step` on, if the partitions stand at `places`.
 
-        Sizes are looked at as the batches are asked for; with several lanes first those of the whole rest, for the ranks of one
-        lane must know when the others end. Raises DataError for a record over the budget, where such are refused.
+        Batches come 1, 2, 4 … up to `longest` at once, but no more than hold `most_records` records. Sizes are looked at as the
+        batches are asked for; with several partitions those of the whole rest come first, as the ranks of one partition must
+        know when the others end. Raises DataError for a record over the budget, where such are refused.
         """
         length, held = 1, list[Packed]()
         failure: PipelineError | None = None
@@ -94,11 +97,11 @@ class BudgetPlan:
     def portion(self, batches: list[Packed]) -> Portion:
         """Of these batches, the records that lie at their places."""
         sizes = np.array([each.end - each.begin for each in batches], np.int64)
-        lanes = np.repeat([each.lane for each in batches], sizes)
+        partitions = np.repeat([each.partition for each in batches], sizes)
         spans = np.concatenate([np.arange(each.begin, each.end) for each in batches])
         positions = np.empty_like(spans)
-        for lane in np.unique(lanes).tolist():
-            positions[lanes == lane] = self._plan.at(lane, spans[lanes == lane])
+        for partition in np.unique(partitions).tolist():
+            positions[partitions == partition] = self._plan.at(partition, spans[partitions == partition])
         return Portion(
             shares=Shares(positions=positions, valid=np.repeat([each.valid for each in batches], sizes)),
             sizes=sizes,
@@ -107,53 +110,57 @@ class BudgetPlan:
 
     def _batches(self, step: int, places: Places, rank: int, world_size: int) -> Iterator[Packed]:
         """What the rank takes at each step."""
-        lanes, drop = self._plan.order.lanes, self._plan.order.tail == "drop"
-        at = list(places or (0,) * lanes)
-        at_once, turns = _turns(lanes, world_size)
-        every = [self._ends(lane, place) for lane, place in enumerate(at)]
+        num_partitions, drop = self._plan.order.num_partitions, self._plan.order.drop_last
+        at = list(places or (0,) * num_partitions)
+        at_once, turns = _turns(num_partitions, world_size)
+        every = [self._ends(partition, place) for partition, place in enumerate(at)]
         last: int | None = None
-        if lanes > 1:
+        if num_partitions > 1:
             known = [list(ends) for ends in every]
             every, last = [iter(ends) for ends in known], self._last_step(step, [len(ends) for ends in known], world_size)
         begun = step
         while last is None or step < last:
-            taken = {lane: list(islice(every[lane], at_once)) for lane in range(step % turns, lanes, turns)}
-            lane, which = rank * lanes // world_size + step % turns, rank % at_once
-            if last is None and len(taken[lane]) < (at_once if drop else 1):
+            taken = {
+                partition: list(islice(every[partition], at_once)) for partition in range(step % turns, num_partitions, turns)
+            }
+            partition, which = rank * num_partitions // world_size + step % turns, rank % at_once
+            if last is None and len(taken[partition]) < (at_once if drop else 1):
                 break
-            borders = [at[lane], *taken[lane]]
+            borders = [at[partition], *taken[partition]]
             valid = which + 1 < len(borders)
-            # padding is the lane's last record
-            begin, end = borders[which : which + 2] if valid else (self._plan.length(lane) - 1, self._plan.length(lane))
+            # padding is the partition's last record
+            begin, end = (
+                borders[which : which + 2] if valid else (self._plan.length(partition) - 1, self._plan.length(partition))
+            )
             for each, ends in taken.items():
                 at[each] = ends[-1] if ends else at[each]
             step += 1
-            yield Packed(lane, begin, end, valid, tuple(at))
+            yield Packed(partition, begin, end, valid, tuple(at))
         if drop and begun == step == 0 and self._plan.num_records:
             raise DataError(
                 f"split {self._plan.order.split!r} has too few records for a batch on each of {world_size} ranks; "
-                "expected more, or tail='pad'"
+                "expected more, or drop_last=False"
             )
 
     def _last_step(self, step: int, counts: Iterable[int], world_size: int) -> int:
-        """The step behind the last one, where lanes have so many batches left at `step`."""
+        """The step behind the last one, where partitions have so many batches left at `step`."""
         order = self._plan.order
-        at_once, turns = _turns(order.lanes, world_size)
+        at_once, turns = _turns(order.num_partitions, world_size)
         ends = []
-        for lane, count in enumerate(counts):
-            first = step + (lane - step) % turns  # at which this lane's turn comes
-            if order.tail == "drop":
+        for partition, count in enumerate(counts):
+            first = step + (partition - step) % turns  # at which this partition's turn comes
+            if order.drop_last:
                 ends.append(first + count // at_once * turns)
             elif count:
                 ends.append(first + (-(-count // at_once) - 1) * turns + 1)
-        return min(ends) if order.tail == "drop" else max(ends, default=step)
+        return min(ends) if order.drop_last else max(ends, default=step)
 
-    def _ends(self, lane: int, place: int) -> Iterator[int]:
-        """Behind the last record of each batch, from `place` in the lane's order on."""
-        total, look = self._plan.length(lane), min(LEAST_LOOK, self._most_look)
+    def _ends(self, partition: int, place: int) -> Iterator[int]:
+        """Behind the last record of each batch, from `place` in the partition's order on."""
+        total, look = self._plan.length(partition), min(LEAST_LOOK, self._most_look)
         while place < total:
             stop = min(place + look, total)
-            sizes, error = self._look(self._plan.at(lane, np.arange(place, stop)))
+            sizes, error = self._look(self._plan.at(partition, np.arange(place, stop)))
             spent = np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(sizes, axis=0)])
             begin = 0
             while begin < len(sizes):
@@ -198,6 +205,6 @@ class BudgetPlan:
                 )
 
 
-def _turns(lanes: int, world_size: int) -> tuple[int, int]:
-    """Batches that a lane gives whenever it is its turn, and steps from one turn to the next."""
-    return max(1, world_size // lanes), max(1, lanes // world_size)
+def _turns(num_partitions: int, world_size: int) -> tuple[int, int]:
+    """Batches that a partition gives whenever it is its turn, and steps from one turn to the next."""
+    return max(1, world_size // num_partitions), max(1, num_partitions // world_size)

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dali_pipeline.sampling.lane import Lane
 from dali_pipeline.sampling.order import TURNS, Order, purpose_key
+from dali_pipeline.sampling.shuffle import WindowShuffle
 from dali_pipeline.types import Ints
 
 
@@ -27,11 +27,11 @@ class Part(NamedTuple):
 
     times: int
     records: int
-    passes: Callable[[int], Lane]
+    passes: Callable[[int], WindowShuffle]
 
 
-class DrawnLane:
-    """An epoch of draws of one lane: parts in turn, evenly spread, each without replacement within its own pass.
+class DrawnShuffle:
+    """An epoch of draws of one partition: parts in turn, evenly spread, each without replacement within its own pass.
 
     Draw i of part p in epoch e is draw e * times + i of all, so passes run on over the epochs' borders.
     """
@@ -40,17 +40,17 @@ class DrawnLane:
         self.num_records = sum(part.times for part in parts)
         self._epoch, self._parts = epoch, parts
         self._first = purpose_key(order, epoch, TURNS)
-        self._recent: dict[int, tuple[tuple[int, Lane], ...]] = {}  # of each part its last two passes
+        self._recent: dict[int, tuple[tuple[int, WindowShuffle], ...]] = {}  # of each part its last two passes
 
     def positions(self, places: Ints) -> Ints:
-        """The records at these places of the lane's order."""
+        """The records at these places of the partition's order."""
         found, left = np.empty_like(places), np.arange(len(places))
         rest, total = places, self.num_records  # places among the parts that are still to be looked at
         for number, part in enumerate(self._parts):
             times = part.times
             if not times:
                 continue
-            begun = self._first % total  # the same share of any stretch of places: (n * times + begun) // total before place n
+            begun = self._first % total  # the same share of any range of places: (n * times + begun) // total before place n
             before, after = (rest * times + begun) // total, ((rest + 1) * times + begun) // total
             mine = after > before
             found[left[mine]] = self._drawn(number, self._epoch * times + before[mine])
@@ -65,14 +65,14 @@ class DrawnLane:
             found[mine] = self._pass(number, int(at)).positions(draws[mine] % records)
         return found
 
-    def _pass(self, number: int, which: int) -> Lane:
+    def _pass(self, number: int, which: int) -> WindowShuffle:
         recent = self._recent.get(number, ())
-        for at, lane in recent:
+        for at, partition in recent:
             if at == which:
-                return lane
-        lane = self._parts[number].passes(which)
-        self._recent[number] = (*recent[-1:], (which, lane))  # replaced whole, so threads may share it
-        return lane
+                return partition
+        partition = self._parts[number].passes(which)
+        self._recent[number] = (*recent[-1:], (which, partition))  # replaced whole, so threads may share it
+        return partition
 
 
 def apportion(total: int, shares: Sequence[float]) -> list[int]:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from dali_pipeline.errors import UsageError
-from dali_pipeline.runtime.checks import one_of, whole
+from dali_pipeline.runtime.checks import truth, whole
 from dali_pipeline.types import Ints
 
-Tail = Literal["pad", "drop"]
-TAILS: tuple[Tail, ...] = get_args(Tail)
 WINDOW_BYTES = 256 << 20
 Keys = npt.NDArray[np.uint64]
 RUNS, WITHIN_GROUPS, ACROSS_GROUPS, TURNS, BUCKETS = range(5)  # purposes of a key
@@ -24,10 +21,20 @@ RUNS, WITHIN_GROUPS, ACROSS_GROUPS, TURNS, BUCKETS = range(5)  # purposes of a k
 class Order:
     """All that the order of a split depends on. The same Order and the same shards give the same epochs, for ever.
 
-    digest: of the manifest · window_bytes: of shards open at a time · lanes: disjoint sets of shards, each with a window of
-    its own; a global batch takes equal shares of every lane. Lanes differ by a shard or so: tail "pad" fills the shorter
-    ones up, "drop" leaves the rest of the longer ones out. bucket_by_length: neighbouring batches exchange records ·
-    max_nodes, max_edges: a budget of each rank's batch, which then has no number of records; `global_batch_size` is `lanes`.
+    Attributes:
+        digest: Digest of the manifest, as 32 hexadecimal digits.
+        split: Name of the split.
+        seed: 0 to 2**64 - 1.
+        shuffle: Whether records are shuffled; otherwise they come in file order.
+        max_nodes, max_edges: Budget of each rank's batch, which then has no number of records, and `global_batch_size` is
+            `num_partitions`.
+        num_partitions: Number of disjoint sets of shards, each with a window of its own. A global batch takes an equal share of
+            each.
+        global_batch_size: Records per step over all ranks.
+        window_bytes: Bytes of shards that are shuffled together at a time.
+        drop_last: Partitions differ by a shard or so. False fills the shorter ones up with padding; True leaves the rest of the
+            longer ones out.
+        bucket_by_length: Whether neighbouring batches exchange records, so that lengths within a batch are alike.
     """
 
     digest: str
@@ -36,20 +43,27 @@ class Order:
     shuffle: bool
     max_nodes: int | None = None
     max_edges: int | None = None
-    lanes: int
+    num_partitions: int
     global_batch_size: int
     window_bytes: int
-    tail: Tail
+    drop_last: bool
     bucket_by_length: bool = False
 
     def __post_init__(self) -> None:
-        limits = {"seed": (0, 2**64 - 1), "global_batch_size": (1, 2**31), "window_bytes": (1, 2**62), "lanes": (1, 2**31)}
+        limits = {
+            "seed": (0, 2**64 - 1),
+            "global_batch_size": (1, 2**31),
+            "window_bytes": (1, 2**62),
+            "num_partitions": (1, 2**31),
+        }
         limits |= {name: (1, 2**62) for name in ("max_nodes", "max_edges") if getattr(self, name) is not None}
         for name, (least, most) in limits.items():
             object.__setattr__(self, name, whole(name, getattr(self, name), least, most))
-        one_of("tail", self.tail, TAILS)
-        if self.global_batch_size % self.lanes:
-            raise UsageError(f"the global batch size {self.global_batch_size} does not divide by {self.lanes} lanes")
+        object.__setattr__(self, "drop_last", truth("drop_last", self.drop_last))
+        if self.global_batch_size % self.num_partitions:
+            raise UsageError(
+                f"the global batch size {self.global_batch_size} does not divide by {self.num_partitions} partitions"
+            )
 
 
 def hashed_keys(index: Ints, key: int) -> Keys:

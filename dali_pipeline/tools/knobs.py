@@ -11,7 +11,7 @@ from dali_pipeline.dataset.dataset import Dataset
 from dali_pipeline.format.encoding import BFLOAT16
 from dali_pipeline.format.layers import Layers
 from dali_pipeline.format.schema import Field, Schema
-from dali_pipeline.loaders.delivery import resolve_device
+from dali_pipeline.loaders.device import resolve_device
 from dali_pipeline.loaders.graphs import GraphLoader
 from dali_pipeline.loaders.loader import Loader
 from dali_pipeline.loaders.sequences import SequenceLoader
@@ -26,10 +26,10 @@ FASTER_DISK = 2.0  # times as fast
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A loader's options, as far as doctor changes them, and its layers. record_bytes: of the data, for workers="auto"."""
+    """A loader's options, as far as doctor changes them, and its layers. record_bytes: of the data, for num_workers="auto"."""
 
     batch_size: int
-    workers: int | Literal["auto"] = "auto"
+    num_workers: int | Literal["auto"] = "auto"
     engine: Literal["dali", "torch"] = "dali"
     dtype: torch.dtype = torch.float32
     device: str = "auto"
@@ -39,7 +39,7 @@ class Setup:
 
     def loader(self, data: Dataset, kind: Kind) -> Loader[Any]:
         """Of the training split."""
-        names = ("batch_size", "workers", "dtype", "device", "window_bytes", "layers")
+        names = ("batch_size", "num_workers", "dtype", "device", "window_bytes", "layers")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         return SequenceLoader(data, engine=self.engine, **options) if kind == "sequences" else GraphLoader(data, **options)
 
@@ -60,7 +60,7 @@ class Knob:
 def knobs_of(schema: Schema, kind: Kind, setup: Setup, larger_batch: float) -> dict[str, Knob]:
     """By name. larger_batch: how many times as many records a second the model takes in batches twice as large."""
     counts = [number for number in (0, 1, 2, 4) if number != _threads(setup) and number <= max(1, allowed_cores())]
-    found = {f"workers={number}": Knob(setup=replace(setup, workers=number)) for number in counts}
+    found = {f"num_workers={number}": Knob(setup=replace(setup, num_workers=number)) for number in counts}
     if setup.dtype != torch.float16:
         found["dtype=torch.float16"] = Knob(setup=replace(setup, dtype=torch.float16))
     twice = replace(setup, batch_size=2 * setup.batch_size)
@@ -81,7 +81,7 @@ def knobs_of(schema: Schema, kind: Kind, setup: Setup, larger_batch: float) -> d
 
 
 def _threads(setup: Setup) -> int:
-    return background_threads(resolve_device(setup.device, World()), setup.record_bytes, setup.workers)
+    return background_threads(resolve_device(setup.device, World()), setup.record_bytes, setup.num_workers)
 
 
 def _width(field: Field) -> int:

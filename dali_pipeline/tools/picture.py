@@ -11,7 +11,7 @@ import numpy as np
 from dali_pipeline.errors import UsageError
 from dali_pipeline.runtime.outside import as_output
 from dali_pipeline.storage.whole import write_whole
-from dali_pipeline.tools.shuffle import METHODS, Quality
+from dali_pipeline.tools.shufflequality import METHODS, Quality
 from dali_pipeline.types import Kind
 
 if TYPE_CHECKING:

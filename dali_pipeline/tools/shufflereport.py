@@ -15,7 +15,7 @@ from dali_pipeline.format.manifest import ShardTable
 from dali_pipeline.runtime.outside import readable
 from dali_pipeline.sampling.order import WINDOW_BYTES
 from dali_pipeline.tools.describe import plain_console
-from dali_pipeline.tools.shuffle import WINDOW_SHARES, Quality, measure
+from dali_pipeline.tools.shufflequality import WINDOW_SHARES, Quality, measure
 from dali_pipeline.types import Kind
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -16,10 +16,7 @@ import torch
 from dali_pipeline.dataset.dataset import Dataset
 from dali_pipeline.loaders.graphs import GraphLoader
 from dali_pipeline.loaders.loader import Loader
-from dali_pipeline.loaders.sequences import SequenceLoader
 from dali_pipeline.reading.readahead import REQUESTS_IN_FLIGHT
-from dali_pipeline.reading.stretch import Part, StretchGatherer
-from dali_pipeline.runtime.ahead import on_threads
 from dali_pipeline.runtime.timing import StepTimer
 from dali_pipeline.sampling.plan import EpochPlan
 from dali_pipeline.storage.cachedfile import REQUEST_BYTES, RemotePath
@@ -36,7 +33,7 @@ def measure_stages(
 ) -> dict[str, float]:
     """Records a second of every stage alone, in the order that a record goes through them."""
     files = [data.shard_path("train", kind, number) for number in range(len(data.table("train", kind)))]
-    plan = loader._plan(0)
+    plan = loader.plan(0)
     rates: dict[str, float] = {}
     if isinstance(data.root, RemotePath):
         tell("store")
@@ -53,10 +50,10 @@ def measure_stages(
     gathered = list(islice(gathers(loader, plan, steps), LOOKED_AT))  # hashed, and in memory
     rates["gather"] = rate_of(gathers(loader, plan, steps), loader.batch_size, seconds, loader.device)
     tell("decode")
-    rates["decode"] = rate_of((decode(loader, one) for one in _for_ever(gathered)), loader.batch_size, seconds, loader.device)
+    rates["decode"] = rate_of(map(loader.decoded, _for_ever(gathered)), loader.batch_size, seconds, loader.device)
     if isinstance(loader, GraphLoader):
         tell("collate")
-        whole = rate_of((collate(loader, one) for one in _for_ever(gathered)), loader.batch_size, seconds, loader.device)
+        whole = rate_of(map(loader.collated, _for_ever(gathered)), loader.batch_size, seconds, loader.device)
         rates["collate"] = 1 / max(1 / whole - 1 / rates["decode"], 0.01 / whole)  # what it does beside decoding
     if loader.device.type == "cuda":
         tell("host to device")
@@ -75,41 +72,10 @@ def model_rate(loader: Loader[Any], step: Train, seconds: float) -> float:
 
 
 def gathers(loader: Loader[Any], plan: EpochPlan, steps: int) -> Iterator[Any]:
-    """Batches as stored, gathered one by one in the caller's thread; the plan's first steps again and again."""
-    if isinstance(loader, SequenceLoader):  # padded, for torch to decode, wherever the loader itself pads
-        bits, source = loader._decoding.bfloat16, loader._source
-        padded = StretchGatherer(source, loader.world, loader.batch_size, "batch", bits=bits, skips=loader.skips)
-    found: Sequence[Any]
+    """Yield batches as stored, gathered one by one in the caller's thread; the plan's first steps again and again."""
     while True:
         for step in range(steps):
-            if isinstance(loader, SequenceLoader):
-                found, error = padded.gather(plan, Part(range(step, step + 1)))
-            else:
-                assert isinstance(loader, GraphLoader)
-                found, error = loader._gatherer.gather(plan, range(step, step + 1))
-            if error is not None:
-                raise error
-            yield found[0]
-
-
-def decode(loader: Loader[Any], gathered: Any) -> Any:
-    """A gathered batch's values in the type that is delivered, on the device."""
-    if isinstance(loader, SequenceLoader):
-        rows = gathered.rows
-        values = torch.from_numpy(rows.values).view(loader.batch_size, -1, *rows.values.shape[1:])
-        with on_threads(loader.cores):
-            return loader._decoding.run(values.to(loader.device), rows.lengths)
-    assert isinstance(loader, GraphLoader)
-    ((rows, _, _),) = gathered.batches()
-    with on_threads(loader.cores):
-        return loader._collator.values(rows)
-
-
-def collate(loader: GraphLoader, gathered: Any) -> Any:
-    """A gathered batch as it is delivered: decoded, numbered through, a PyG batch."""
-    ((rows, valid, _),) = gathered.batches()
-    with on_threads(loader.cores):
-        return loader._collator.batch(rows, valid)
+            yield loader.gathered(plan, step)
 
 
 def rate_of(work: Iterator[Any], records: int, seconds: float, device: torch.device) -> float:

@@ -17,7 +17,7 @@ from dali_pipeline.dataset.dataset import Dataset, open_dataset
 from dali_pipeline.errors import FormatError
 from dali_pipeline.format.shard import Hashes
 from dali_pipeline.runtime.progress import progress_bar
-from dali_pipeline.storage.cachedfile import RemotePath
+from dali_pipeline.storage.cachedfile import Place, RemotePath
 from dali_pipeline.storage.stores import is_url
 from dali_pipeline.tools.shardcheck import ShardCheck
 from dali_pipeline.types import Kind
@@ -158,9 +158,9 @@ def _strangers(data: Dataset, checks: Sequence[ShardCheck]) -> Iterator[str]:
     """Shards that lie in the folder, and that the manifest does not name."""
     named = {check.path for check in checks}
     if isinstance(data.root, RemotePath):
-        found = [data.root / name for name in data.root.store.names() if ".safetensors" in name]
+        found: list[Place] = [data.root / name for name in data.root.store.names() if ".safetensors" in name]
     else:
-        found = sorted(data.root.rglob("*.safetensors*"))
+        found = [*sorted(data.folder.rglob("*.safetensors*"))]
     for path in found:
         if path not in named:
             yield f"{path}: the manifest does not name this file; remove it"

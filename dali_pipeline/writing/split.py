@@ -15,7 +15,7 @@ from dali_pipeline.runtime.checks import real, shown, whole
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split:
+class SplitRule:
     """How records are dealt to the splits: by a hash of their group, so that every run and both kinds agree.
 
     shares: of train, val and test, in per cent; their sum is 100. seed: another seed, another split.
@@ -38,7 +38,7 @@ class Split:
         return "/".join(f"{share:g}" for share in self.shares)
 
     @classmethod
-    def parse(cls, text: str, seed: int = 0) -> Split:
+    def parse(cls, text: str, seed: int = 0) -> SplitRule:
         """From `70/15/15`."""
         try:
             train, val, test = (float(share) for share in text.split("/"))
@@ -69,7 +69,7 @@ class FileSplit:
     moved: groups that are also in a file which was dealt elsewhere.
     """
 
-    def __init__(self, split: Split, names: Sequence[str], groups: Sequence[npt.NDArray[np.uint64]]) -> None:
+    def __init__(self, split: SplitRule, names: Sequence[str], groups: Sequence[npt.NDArray[np.uint64]]) -> None:
         sizes: dict[str, int] = {}
         for name, found in zip(names, groups, strict=True):
             sizes[name] = sizes.get(name, 0) + len(found)

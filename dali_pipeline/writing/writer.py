@@ -22,7 +22,7 @@ from dali_pipeline.storage.files import Files
 from dali_pipeline.types import Kind
 from dali_pipeline.writing.filler import Contents, Dealer, ShardFiller
 from dali_pipeline.writing.journal import WorkFolder
-from dali_pipeline.writing.split import Split
+from dali_pipeline.writing.split import SplitRule
 
 SHARD_BYTES = 256 << 20
 
@@ -59,7 +59,7 @@ class ShardWriter:
         if not isinstance(fingerprint, str) or not fingerprint.isascii():
             raise UsageError(f"fingerprint is {shown(fingerprint)}; expected a text")
         if isinstance(split, str):
-            split = Split.parse(split)
+            split = SplitRule.parse(split)
         if split is not None and (isinstance(split, type) or not callable(getattr(split, "of", None))):
             raise UsageError(f"split is {shown(split)}; expected a Split, or shares such as '70/15/15'")
         try:
@@ -71,7 +71,9 @@ class ShardWriter:
         _check_names(schema)
         self._folder = WorkFolder(self.root, fingerprint)
         self._journal = self._folder.journal
-        self.filler = ShardFiller(self.root, schema, shard_bytes, Split() if split is None else split, self._journal.contents)
+        self.filler = ShardFiller(
+            self.root, schema, shard_bytes, SplitRule() if split is None else split, self._journal.contents
+        )
         self._closed = False
 
     @property

@@ -34,7 +34,7 @@ from dali_pipeline.ingest.extract.tracer import (
 )
 from dali_pipeline.ingest.onray import Asks, deal
 from dali_pipeline.ingest.workers import Advance, Engine
-from dali_pipeline.loaders.delivery import resolve_device
+from dali_pipeline.loaders.device import resolve_device
 from dali_pipeline.reading.damage import log
 from dali_pipeline.runtime.progress import progress_bar, shown
 from dali_pipeline.runtime.world import World

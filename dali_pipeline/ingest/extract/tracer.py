@@ -18,9 +18,9 @@ from dali_pipeline.format.schema import Schema
 from dali_pipeline.ingest.extract.anatomy import call, examine
 from dali_pipeline.ingest.extract.prompts import Prompt
 from dali_pipeline.ingest.readers.attention import attention_edges
-from dali_pipeline.loaders.delivery import resolve_device
+from dali_pipeline.loaders.device import resolve_device
 from dali_pipeline.runtime.world import World
-from dali_pipeline.writing.split import Split
+from dali_pipeline.writing.split import SplitRule
 from dali_pipeline.writing.writer import SHARD_BYTES
 
 STRETCH_BYTES = 1 << 30  # of records in memory
@@ -48,7 +48,7 @@ class ExtractConfig:
     batch_tokens: int = 1024
     commit_every: int = 512
     shard_bytes: int = SHARD_BYTES
-    split: Split = field(default_factory=Split)
+    split: SplitRule = field(default_factory=SplitRule)
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float16", "float32"):

@@ -1,4 +1,4 @@
-"""Stretch: several batches on their way together, for what gathering and DALI cost a time, whatever they carry."""
+"""Superbatch: several batches on their way together, for what gathering and DALI cost a time, whatever they carry."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from dali_pipeline.runtime.world import World
 from dali_pipeline.sampling.plan import EpochPlan, Shares
 from dali_pipeline.types import Array, Ints, Mask
 
-STRETCH_BYTES = 16 << 20
+SUPERBATCH_BYTES = 16 << 20
 
 
 class Part(NamedTuple):
     """Neighbouring batches that are gathered at once: their steps, what the index says of them, and the bytes that they take.
 
     shares, located: None where the index could not be read; gathering says why. sparse: one batch, most of which would be
-    padding, is gathered without. lone: one batch that takes more than STRETCH_BYTES.
+    padding, is gathered without. lone: one batch that takes more than SUPERBATCH_BYTES.
     """
 
     steps: range
@@ -36,7 +36,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Stretch:
+class Superbatch:
     """Several batches that are gathered, and go through DALI, at once: what either costs a time is shared by them.
 
     rows: of all of them · valid: (N,) bool · batch_size: rows of one · left_out: why, of every record that was. A batch that
@@ -72,8 +72,8 @@ class Stretch:
         return values.reshape(len(self.begins), self.batch_size, -1, *values.shape[1:])
 
 
-def stretches(steps: range, longest: int) -> Iterator[range]:
-    """The steps in stretches of 1, 2, 4 ... up to `longest`: the first batch comes soon, and the others cheaply."""
+def superbatches(steps: range, longest: int) -> Iterator[range]:
+    """The steps in superbatches of 1, 2, 4 ... up to `longest`: the first batch comes soon, and the others cheaply."""
     length = 1
     while steps:
         yield steps[:length]
@@ -94,10 +94,12 @@ def cuts(longest: Ints, most: int, *, alike: bool) -> Iterator[tuple[int, int]]:
         begin = end
 
 
-class StretchGatherer:
-    """Gathers one rank's stretches; several threads may. padded: each record to the longest of its "batch", or None where DALI
-    pads to the longest of the stretch · bits: whether values are those of bfloat16 · skips: errors for which a record is left
-    out."""
+class SequenceGatherer:
+    """Gathers one rank's superbatches; several threads may.
+
+    padded: "batch" pads each record to the longest of its batch; None leaves padding to DALI, to the longest of the superbatch.
+    bits: whether values are those of bfloat16. skips: errors for which a record is left out.
+    """
 
     def __init__(
         self,
@@ -113,7 +115,7 @@ class StretchGatherer:
         self._bits, self._skips = bits, skips
 
     def parts(self, plan: EpochPlan, steps: range) -> list[Part]:
-        """Cut the batches of these steps where they would take more than STRETCH_BYTES with their padding; reads the index."""
+        """Cut the batches of these steps into parts of SUPERBATCH_BYTES at most, padding counted; reads the index."""
         try:
             shares = plan.batches(steps, self._world.rank, self._world.world_size)
             located = self._source.locate(shares.positions)
@@ -123,13 +125,13 @@ class StretchGatherer:
             return [part for step in steps for part in self.parts(plan, range(step, step + 1))]
         size, row_bytes = self._batch_size, self._source.row_bytes
         longest = np.maximum.reduceat(located.lengths, np.arange(0, len(located.lengths), size))  # of each batch
-        most = STRETCH_BYTES // max(1, size * row_bytes)
+        most = SUPERBATCH_BYTES // max(1, size * row_bytes)
         found: list[Part] = []
         for begin, end in cuts(longest, most, alike=self._padded is None):
             rows = slice(begin * size, end * size)
             stored = int(located.lengths[rows].sum()) * row_bytes
             padded = int(longest[begin:end].sum()) * size * row_bytes
-            lone = padded > STRETCH_BYTES and self._padded is not None
+            lone = padded > SUPERBATCH_BYTES and self._padded is not None
             sparse = lone and 2 * stored <= padded
             one = Part(
                 steps=steps[begin:end],
@@ -142,7 +144,7 @@ class StretchGatherer:
             found.append(one)
         return found
 
-    def gather(self, plan: EpochPlan, part: Part) -> tuple[list[Stretch], PipelineError | None]:
+    def gather(self, plan: EpochPlan, part: Part) -> tuple[list[Superbatch], PipelineError | None]:
         """The batches of a part; where one is damaged, those before it, one by one, and the error."""
         steps = part.steps
         try:
@@ -157,7 +159,7 @@ class StretchGatherer:
         except PipelineError as error:
             if len(steps) == 1:
                 return [], error
-        loaded: list[Stretch] = []
+        loaded: list[Superbatch] = []
         for step in steps:
             one, failure = self.gather(plan, Part(range(step, step + 1)))
             loaded += one
@@ -165,10 +167,10 @@ class StretchGatherer:
                 return loaded, failure
         return loaded, None
 
-    def _gather(self, shares: Shares, part: Part, left_out: tuple[str, ...] = ()) -> Stretch:
+    def _gather(self, shares: Shares, part: Part, left_out: tuple[str, ...] = ()) -> Superbatch:
         located = part.located or self._source.locate(shares.positions)
         rows = _signed(self._source.read(located, self._batch_size, None if part.sparse else self._padded), self._bits)
-        return Stretch(
+        return Superbatch(
             rows=rows,
             valid=shares.valid,
             batch_size=self._batch_size,

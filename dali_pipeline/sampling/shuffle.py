@@ -1,15 +1,15 @@
-"""Lane: the order of one lane's records in one epoch.
+"""WindowShuffle: the order of one partition's records in one epoch.
 
-The shuffle of one lane, by index (no buffer, so no state):
+The shuffle of one partition, by index (no buffer, so no state):
 
-1. Cut the lane's shards into runs of consecutive records (an eighth of a shard at most, so that a window mixes four times
+1. Cut the partition's shards into runs of consecutive records (an eighth of a shard at most, so that a window mixes four times
    as many shards as a buffer filled from whole ones; some MiB at most) and sort the runs by a hashed key: the *line*, a
-   random order of runs from all over the lane.
+   random order of runs from all over the partition.
 2. Cut the line into groups of at most half a window. Permute the records within each group (hashed keys, sorted).
 3. Permute again within blocks that reach from about the middle of one group to about the middle of the next.
 
 A delivered block draws from two groups, one window in all, and the next block shares one of the two with it, so records
-mix across every border; any batch is computed from its two groups alone. A lane that fits in the window is one group, and
+mix across every border; any batch is computed from its two groups alone. A partition that fits in the window is one group, and
 the result a full permutation.
 """
 
@@ -26,14 +26,14 @@ from dali_pipeline.types import BLOCK_BYTES, Ints
 RUNS_PER_WINDOW, RUNS_PER_SHARD = 64, 8
 MAX_RUN_BYTES = 4 << 20  # longer ones are read no faster, and mix less
 TOUCHED_BLOCKS = 4  # by a record beside its own bytes: two, and two by its edges
-MAX_RUNS = 1 << 22  # of a lane: their order is in memory, some 100 bytes each while it is made
+MAX_RUNS = 1 << 22  # of a partition: their order is in memory, some 100 bytes each while it is made
 
 
-class Lane:
-    """The order of one lane's records.
+class WindowShuffle:
+    """The order of one partition's records.
 
-    starts, records, nbytes: (S,) its shards, by the position of their first record · batch_size: of the lane's part of a global
-    batch.
+    starts, records, nbytes: (S,) its shards, by the position of their first record. batch_size: records that the partition
+    gives to a global batch.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Lane:
         self._half: tuple[int, Ints] | None = None
 
     def positions(self, places: Ints) -> Ints:
-        """The records at these places of the lane's order."""
+        """The records at these places of the partition's order."""
         if self._shuffle:
             blocks = np.searchsorted(self._block_ends, places, side="right")
             line = np.empty_like(places)
@@ -92,7 +92,7 @@ class Lane:
         return list(zip(self._run_starts[chosen].tolist(), records.tolist(), strict=True))
 
     def turns(self, starts: Ints) -> npt.NDArray[np.float64]:
-        """Of runs, by their first positions, the part of the lane that is over when they come; 0 to below 1."""
+        """Of runs, by their first positions, the part of the partition that is over when they come; 0 to below 1."""
         if self._by_start is None:
             self._by_start = np.argsort(self._run_starts)
         at = self._by_start[np.searchsorted(self._run_starts, starts, sorter=self._by_start)]

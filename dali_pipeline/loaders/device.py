@@ -1,49 +1,18 @@
-"""Delivery: how batches are to come, as asked for: words and numbers, the device and the type, checked."""
+"""The device that batches go to: found, made torch's current one, and asked whether its memory is enough."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from functools import cache
-from typing import Literal, NamedTuple, get_args
 
-import numpy as np
 import torch
 
 from dali_pipeline.errors import UsageError
-from dali_pipeline.format.layers import Layers
-from dali_pipeline.runtime.checks import MOST, one_of, shown, truth, whole
+from dali_pipeline.runtime.checks import shown
 from dali_pipeline.runtime.machine import unusable_gpu
 from dali_pipeline.runtime.world import World
 
 log = logging.getLogger("dali_pipeline")
-Workers = int | Literal["auto"]
-OnError = Literal["raise", "skip"]
-OnNan = Literal["keep", "raise", "skip"]
-
-
-class Options(NamedTuple):
-    """What a loader was given, as plain Python has it."""
-
-    batch_size: int
-    workers: Workers
-    shuffle: bool
-    bucket_by_length: bool
-
-
-def check_options(
-    *, batch_size: int, workers: Workers, shuffle: bool, bucket_by_length: bool, on_error: OnError, on_nan: OnNan
-) -> Options:
-    """Raises UsageError for one that is none of what a loader takes."""
-    one_of("on_error", on_error, get_args(OnError))
-    one_of("on_nan", on_nan, get_args(OnNan))
-    auto = isinstance(workers, str) and workers == "auto"
-    return Options(
-        batch_size=whole("batch_size", batch_size, 1),
-        workers="auto" if auto else whole("workers", workers, expected="'auto' or a whole number of at least 0"),
-        shuffle=truth("shuffle", shuffle),
-        bucket_by_length=truth("bucket_by_length", bucket_by_length),
-    )
 
 
 def resolve_device(device: str | torch.device, world: World) -> torch.device:
@@ -95,25 +64,3 @@ def check_memory(device: torch.device, batch_bytes: int, batch: str) -> None:
             f"{batch} takes {batch_bytes / 1e9:.2f} GB on {device}, twice that with the next one, and {room / 1e9:.2f} of "
             f"{total / 1e9:.2f} GB are free; expected a smaller batch_size, fewer layers, or a narrower dtype"
         )
-
-
-def check_delivery(layers: Layers, dtype: torch.dtype) -> Layers:
-    """The layers in plain whole numbers; raises UsageError for some that choose nothing in particular, or a dtype that is no
-    floating type of torch."""
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UsageError(f"dtype is {shown(dtype)}; expected a floating type such as torch.float32")
-    if layers is None:
-        return None
-    expected = "a slice, a list of whole numbers, or None"
-    try:
-        if isinstance(layers, slice):
-            begin, end, step = (
-                None if each is None else whole("layers", each, -MOST) for each in (layers.start, layers.stop, layers.step)
-            )
-            if step != 0:
-                return slice(begin, end, step)
-        elif isinstance(layers, Sequence | np.ndarray) and not isinstance(layers, str | bytes) and np.ndim(layers) == 1:
-            return [whole("layers", each, -MOST) for each in layers]
-    except (UsageError, ValueError):  # nested lists of different lengths
-        pass
-    raise UsageError(f"layers are {shown(layers)}; expected {expected}")

@@ -32,7 +32,7 @@ WINDOW_SHARES = (0.01, 0.05, 0.20)
 SAMPLED_RECORDS = 1 << 17  # of an epoch's batches
 REPLAYED_RECORDS = 1 << 20  # a buffer over more records than these is sampled, not replayed
 SORTED_RECORDS = 1 << 22  # of an epoch, spent on the blocks that the sampled batches lie in
-LEAST_STRETCHES = 32  # n evenly spread places miss a third by 1 / (12 n^2), whatever the order
+LEAST_SUPERBATCHES = 32  # n evenly spread places miss a third by 1 / (12 n^2), whatever the order
 WINDOW_RECORDS = 1 << 16  # in a window with more, records are joined
 LEAST_SHARD_RECORDS = 4  # joined records left in a shard, on average
 POINTS = 1200  # of a picture
@@ -137,13 +137,13 @@ def full_displacement(num_records: int) -> float:
     return (1 - 1 / num_records**2) / 3
 
 
-def choose_steps(all_batches: int, batches: int, stretches: int) -> Ints:
-    """Steps to measure, ascending: all, or `stretches` equal stretches of neighbours, evenly spread over the epoch."""
+def choose_steps(all_batches: int, batches: int, superbatches: int) -> Ints:
+    """Steps to measure, ascending: all, or `superbatches` equal superbatches of neighbours, evenly spread over the epoch."""
     if batches >= all_batches:
         return np.arange(all_batches)
-    stretches = max(1, min(stretches, batches))
-    length = batches // stretches
-    begins = (np.arange(stretches) * 2 + 1) * all_batches // (2 * stretches) - length // 2
+    superbatches = max(1, min(superbatches, batches))
+    length = batches // superbatches
+    begins = (np.arange(superbatches) * 2 + 1) * all_batches // (2 * superbatches) - length // 2
     return np.unique(np.clip(begins[:, None] + np.arange(length), 0, all_batches - 1))
 
 
@@ -164,8 +164,8 @@ def measure(
     if batch_size > total:
         raise DataError(f"batch size is {batch_size}; split {split!r} has {total} records, and a whole batch is needed")
     order = Order(
-        digest=digest, split=split, seed=seed, shuffle=True, global_batch_size=batch_size, window_bytes=window_bytes, lanes=1,
-        tail="pad",
+        digest=digest, split=split, seed=seed, shuffle=True, global_batch_size=batch_size, window_bytes=window_bytes,
+        num_partitions=1, drop_last=False,
     )  # fmt: skip
     capacity = max(1, min(total, window_bytes * total // spread))
     most_joined = min(total // (len(records) * LEAST_SHARD_RECORDS), total // (4 * batch_size))
@@ -204,7 +204,7 @@ class _Trial:
         self._capacity = min(capacity, self.total)
         size = order.global_batch_size
         self.steps = choose_steps(
-            self.total // size, max(1, sampled // size), max(LEAST_STRETCHES, SORTED_RECORDS // (2 * self._capacity))
+            self.total // size, max(1, sampled // size), max(LEAST_SUPERBATCHES, SORTED_RECORDS // (2 * self._capacity))
         )
         self.places: Ints = self.steps[:, None] * size + np.arange(size)
 

@@ -1,4 +1,4 @@
-"""GraphStretch: several batches of graphs that are gathered at once, for what a gather costs whatever it carries."""
+"""GraphSuperbatch: several batches of graphs that are gathered at once, for what a gather costs whatever it carries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dali_pipeline.types import Mask
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class GraphStretch:
+class GraphSuperbatch:
     """rows: of all batches of `portion` · left_out: why, of every record that was."""
 
     rows: GraphRows
@@ -28,17 +28,17 @@ class GraphStretch:
     left_out: tuple[str, ...] = ()
 
     def batches(self) -> Iterator[tuple[GraphRows, Mask, Places]]:
-        """Each batch, as views; what of it is valid, and where the lanes stand behind it."""
+        """Each batch, as views; what of it is valid, and where the partitions stand behind it."""
         sizes, places = self.portion.sizes, self.portion.places
         valid = np.split(self.portion.shares.valid, np.cumsum(sizes)[:-1])
         return zip(self.rows.cut(sizes), valid, places or ((),) * len(sizes), strict=True)
 
 
-Loaded = tuple[list[GraphStretch], PipelineError | None]
+Loaded = tuple[list[GraphSuperbatch], PipelineError | None]
 
 
 class GraphGatherer:
-    """Gathers one rank's stretches; several threads may. skips: errors for which a record is left out."""
+    """Gathers one rank's superbatches; several threads may. skips: errors for which a record is left out."""
 
     def __init__(self, source: GraphSource, world: World, skips: tuple[type[PipelineError], ...]) -> None:
         self.source, self._world, self._skips = source, world, skips
@@ -61,7 +61,7 @@ class GraphGatherer:
         alone = len(portion.sizes) == 1
         try:
             try:
-                return [GraphStretch(rows=self.source.gather(portion.shares.positions), portion=portion)], None
+                return [GraphSuperbatch(rows=self.source.gather(portion.shares.positions), portion=portion)], None
             except self._skips:
                 if alone:
                     sound, left_out = without_damaged(portion.shares, self.source.gather, self._skips, self.source.num_records)
@@ -70,12 +70,12 @@ class GraphGatherer:
                     sizes = np.array([len(sound.positions)])
                     rows = self.source.gather(sound.positions)
                     return [
-                        GraphStretch(rows=rows, portion=replace(portion, shares=sound, sizes=sizes), left_out=left_out)
+                        GraphSuperbatch(rows=rows, portion=replace(portion, shares=sound, sizes=sizes), left_out=left_out)
                     ], None
         except PipelineError as error:
             if alone:
                 return [], error
-        loaded: list[GraphStretch] = []
+        loaded: list[GraphSuperbatch] = []
         for batch in portion.cut():
             one, failure = self.gather_portion(batch)
             loaded += one

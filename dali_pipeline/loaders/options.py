@@ -1,0 +1,114 @@
+"""LoaderOptions: the arguments that both loaders share, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+
+from dali_pipeline.errors import FormatError, PipelineError, UsageError
+from dali_pipeline.format.layers import Layers
+from dali_pipeline.reading.source import NotFiniteError
+from dali_pipeline.runtime.checks import MOST, one_of, shown, truth, whole
+from dali_pipeline.sampling.order import Order
+
+NumWorkers = int | Literal["auto"]
+OnError = Literal["raise", "skip"]
+OnNan = Literal["keep", "raise", "skip"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoaderOptions:
+    """The arguments that both loaders share, in plain Python types; `SequenceLoader` documents each.
+
+    Raises:
+        UsageError: An argument is none of what a loader takes.
+    """
+
+    split: str
+    batch_size: int
+    shuffle: bool
+    seed: int
+    drop_last: bool
+    num_workers: NumWorkers
+    layers: Layers
+    device: str | torch.device
+    dtype: torch.dtype
+    window_bytes: int
+    num_partitions: int
+    on_error: OnError
+    on_nan: OnNan
+    class_balanced: bool
+    group_weights: Mapping[str, float] | None
+    rank: int | None
+    world_size: int | None
+    bucket_by_length: bool = False
+    max_nodes: int | None = None
+    max_edges: int | None = None
+
+    def __post_init__(self) -> None:
+        one_of("on_error", self.on_error, get_args(OnError))
+        one_of("on_nan", self.on_nan, get_args(OnNan))
+        plain = {name: truth(name, getattr(self, name)) for name in ("shuffle", "bucket_by_length", "class_balanced")}
+        object.__setattr__(self, "batch_size", whole("batch_size", self.batch_size, 1))
+        if not (isinstance(self.num_workers, str) and self.num_workers == "auto"):
+            expected = "'auto' or a whole number of at least 0"
+            object.__setattr__(self, "num_workers", whole("num_workers", self.num_workers, expected=expected))
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise UsageError(f"dtype is {shown(self.dtype)}; expected a floating type such as torch.float32")
+        object.__setattr__(self, "layers", _plain_layers(self.layers))
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether batches have a number of nodes or edges instead of a number of records."""
+        return self.max_nodes is not None or self.max_edges is not None
+
+    @property
+    def skips(self) -> tuple[type[PipelineError], ...]:
+        """The errors for which a record is left out."""
+        errors: list[type[PipelineError]] = []
+        if self.on_error == "skip":
+            errors.append(FormatError)
+        if self.on_nan == "skip":
+            errors.append(NotFiniteError)
+        return tuple(errors)
+
+    def order(self, digest: str, world_size: int) -> Order:
+        """Return all that the order of records depends on, for data with this digest."""
+        return Order(
+            digest=digest,
+            split=self.split,
+            seed=self.seed,
+            shuffle=self.shuffle,
+            max_nodes=self.max_nodes,
+            max_edges=self.max_edges,
+            global_batch_size=self.num_partitions if self.budgeted else self.batch_size * world_size,
+            window_bytes=self.window_bytes,
+            num_partitions=self.num_partitions,
+            drop_last=self.drop_last,
+            bucket_by_length=self.bucket_by_length,
+        )
+
+
+def _plain_layers(layers: Layers) -> Layers:
+    """Return the layers in plain whole numbers; raises UsageError for a choice of nothing in particular."""
+    if layers is None:
+        return None
+    expected = "a slice, a list of whole numbers, or None"
+    try:
+        if isinstance(layers, slice):
+            begin, end, step = (
+                None if each is None else whole("layers", each, -MOST) for each in (layers.start, layers.stop, layers.step)
+            )
+            if step != 0:
+                return slice(begin, end, step)
+        elif isinstance(layers, Sequence | np.ndarray) and not isinstance(layers, str | bytes) and np.ndim(layers) == 1:
+            return [whole("layers", each, -MOST) for each in layers]
+    except (UsageError, ValueError):  # nested lists of different lengths
+        pass
+    raise UsageError(f"layers are {shown(layers)}; expected {expected}")
