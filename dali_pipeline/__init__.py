@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from dali_pipeline.dataset.dataset import Dataset, open_dataset
 from dali_pipeline.dataset.mix import mix
-from dali_pipeline.errors import DataError, FormatError, PipelineError, UsageError
+from dali_pipeline.errors import DataError, FormatError, PipelineError, UsageError, needs_extra
 from dali_pipeline.format.digest import EpochDigest
 from dali_pipeline.format.record import Graphs, Record
 from dali_pipeline.format.schema import Field, Schema
@@ -54,7 +54,8 @@ _LAZY = {"GraphBatch": "collate", "GraphLoader": "graphs", "SequenceBatch": "seq
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(f"dali_pipeline.loaders.{_LAZY[name]}"), name)
+        with needs_extra("graphs", f"dp.{name}"):
+            return getattr(import_module(f"dali_pipeline.loaders.{_LAZY[name]}"), name)
     if name == "Split":
         raise AttributeError("dp.Split is now called dp.SplitRule")
     raise AttributeError(f"module 'dali_pipeline' has no attribute {name!r}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class PipelineError(Exception):
     """Any error with a message for the user: one sentence that says what is wrong, where, and what was expected."""
@@ -17,3 +20,18 @@ class DataError(PipelineError):
 
 class UsageError(PipelineError, ValueError):
     """An argument makes no sense: the caller can mend it without touching the data."""
+
+
+@contextmanager
+def needs_extra(extra: str, purpose: str) -> Iterator[None]:
+    """Turn a missing package inside the block into a UsageError that says which extra installs it.
+
+    Args:
+        extra: Name of an extra in pyproject.toml, such as "graphs".
+        purpose: What needs the package: the first words of the sentence.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "a package").partition(".")[0]
+        raise UsageError(f"{purpose} needs {package}, which is not installed: pip install 'dali-pipeline[{extra}]'") from None

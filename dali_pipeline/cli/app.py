@@ -15,7 +15,7 @@ from dali_pipeline.cli.arguments import SetArgument, parse_blocks, parse_num_wor
 from dali_pipeline.cli.checkup import doctor_command
 from dali_pipeline.cli.inspection import inspect_command
 from dali_pipeline.cli.versions import versions_command
-from dali_pipeline.errors import PipelineError, UsageError
+from dali_pipeline.errors import PipelineError, UsageError, needs_extra
 from dali_pipeline.runtime.checks import refuse_old_flags
 from dali_pipeline.runtime.numpyversion import check_numpy
 from dali_pipeline.runtime.outside import Terminated, broken_pipes, check_outside, drained, reason_of, say, terminable
@@ -191,8 +191,10 @@ def extract_command(
       python -m dali_pipeline extract --model ./SmolLM2-135M --prompts questions.csv data/traces --graph-layers 8,16,24
     """
     from dali_pipeline.ingest.convert import gigabytes
-    from dali_pipeline.ingest.extract.extract import extract
-    from dali_pipeline.ingest.extract.tracer import ExtractConfig
+
+    with needs_extra("extract", "extract"):
+        from dali_pipeline.ingest.extract.extract import extract
+        from dali_pipeline.ingest.extract.tracer import ExtractConfig
     from dali_pipeline.tools.describe import summary
 
     config = ExtractConfig(

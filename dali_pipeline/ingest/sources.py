@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-from dali_pipeline.errors import FormatError, PipelineError, UsageError
+from dali_pipeline.errors import FormatError, PipelineError, UsageError, needs_extra
 from dali_pipeline.ingest.foreign import Block, ForeignFile, Reader, Values, files_named, list_files
 from dali_pipeline.ingest.own import OWN
 from dali_pipeline.ingest.readers.npz import NPZ
@@ -177,6 +177,7 @@ def _readers(traces: TraceOptions) -> tuple[Reader, ...]:
 
 
 def _open_columns(path: Path, name: str) -> ForeignFile:
-    from dali_pipeline.ingest.readers.columns import open_file  # pyarrow takes a quarter of a second to import
+    with needs_extra("tables", f"{path}: reading a table"):
+        from dali_pipeline.ingest.readers.columns import open_file  # pyarrow takes a quarter of a second to import
 
     return open_file(path, name)

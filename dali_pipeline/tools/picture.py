@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dali_pipeline.errors import UsageError
+from dali_pipeline.errors import UsageError, needs_extra
 from dali_pipeline.runtime.outside import as_output
 from dali_pipeline.storage.whole import write_whole
 from dali_pipeline.tools.shufflequality import METHODS, Quality
@@ -130,7 +130,8 @@ def check_picture(path: Path | None) -> None:
     """Raises UsageError where no picture could be written, before anything is measured for it: another ending, no folder."""
     if path is None:
         return
-    from matplotlib.backend_bases import FigureCanvasBase
+    with needs_extra("plots", f"{path}: drawing a picture"):
+        from matplotlib.backend_bases import FigureCanvasBase
 
     known = FigureCanvasBase.get_supported_filetypes()
     if not path.suffix:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from dali_pipeline.errors import DataError, UsageError
+from dali_pipeline.errors import DataError, UsageError, needs_extra
 from dali_pipeline.format.manifest import Manifest, shard_path
 from dali_pipeline.format.record import Record
 from dali_pipeline.format.schema import Schema
@@ -170,7 +170,8 @@ def _check_names(schema: Schema) -> None:
     """Raises UsageError for a field that PyG could hold, but not give back."""
     if not schema.named:
         return
-    from torch_geometric.data import Batch, Data
+    with needs_extra("graphs", "a schema with fields of graphs"):
+        from torch_geometric.data import Batch, Data
 
     for name in schema.named:
         of_class = getattr(type(Batch(_base_cls=Data)), name.rpartition(".")[2], None)
