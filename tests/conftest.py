@@ -17,7 +17,7 @@ from dali_pipeline.format.shard import ShardInfo
 from dali_pipeline.format.shardfile import ShardFile
 from dali_pipeline.runtime.numpyversion import check_numpy
 from dali_pipeline.types import Array, Kind
-from dali_pipeline.writing.pending import STREAMED
+from dali_pipeline.writing.openshard import STREAMED
 
 torch.set_num_threads(1)
 # all but AMX: virtual machines that tell of it and end a process with "illegal instruction" are about

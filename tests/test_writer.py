@@ -25,7 +25,7 @@ from dali_pipeline.writing import moments as moments_module
 from dali_pipeline.writing.filler import Contents, ShardFiller
 from dali_pipeline.writing.journal import JOURNAL_NAME
 from dali_pipeline.writing.moments import Moments
-from dali_pipeline.writing.pending import Stack
+from dali_pipeline.writing.openshard import Stack
 
 
 def files(root: Path) -> dict[str, bytes]:

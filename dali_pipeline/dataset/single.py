@@ -1,4 +1,4 @@
-"""Single records: read whole as NumPy arrays, found by id, chosen by position."""
+"""Single records: read complete as NumPy arrays, found by id, chosen by position."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def read_record(selection: Selection, schema: Schema, position: int) -> Record:
     """Read the record at a position of a selection of one kind; costs its bytes and the offsets before it in its shard.
 
-    Values are as delivered by a loader before its `dtype`: numbers as stored, bfloat16 and int8 with a scale as float32.
+    Values are those that a loader delivers before its `dtype`: numbers as stored, and float32 for bfloat16 and int8 with a
+    scale.
     """
     shards, number, row = selection.at(position)
     shard = shards.open(number, Files(1))
@@ -77,11 +78,11 @@ def sequence_at(shard: Shard, schema: Schema, row: int) -> Array:
     assert field is not None
     if field.layout is None:
         return field.values(shard.read("sequence", *shard.read("sequence.offsets", row, row + 2).tolist()))
-    # rows of several records lie layer by layer: a block of `records` records holds all first steps, then all second ones
+    # Rows lie layer by layer: a block of `records` records contains all first steps, then all second steps.
     first = row // field.layout.records * field.layout.records
     count, steps = min(field.layout.records, shard.records - first), field.layout.steps
     begin = first * steps + row - first
-    stored = [shard.read("sequence", at, at + 1) for at in range(begin, begin + steps * count, count)]
+    stored = [shard.read("sequence", stored_row, stored_row + 1) for stored_row in range(begin, begin + steps * count, count)]
     return field.values(np.concatenate(stored))
 
 
@@ -95,7 +96,12 @@ def graphs_at(shard: Shard, schema: Schema, row: int) -> Graphs:
 def graphs_between(shard: Shard, schema: Schema, begin: int, nodes: Array, edges: Array) -> Graphs:
     """Read consecutive graphs of a shard, from number `begin` on.
 
-    nodes, edges: (G + 1,) where the rows of each begin, and behind them where the last one's end.
+    Args:
+        shard: The shard.
+        schema: Fields of the data set.
+        begin: Number of the first graph.
+        nodes: (G + 1,) first row of each graph's nodes, and the end of the last one's.
+        edges: (G + 1,) first row of each graph's edges, and the end of the last one's.
     """
     end = begin + len(nodes) - 1
     spans = {"node": (int(nodes[0]), int(nodes[-1])), "edge": (int(edges[0]), int(edges[-1])), "graph": (begin, end)}

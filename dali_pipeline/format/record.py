@@ -1,4 +1,4 @@
-"""One record: its sequence, its graphs, and what is checked before they are written."""
+"""Records: one example's sequence and graphs, and the checks before they are written."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ from dali_pipeline.types import Array
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Graphs:
-    """The graphs of one record, flat: what PyG would call a batch, without its offsets.
+    """The graphs of one record in flat arrays: what PyG calls a batch, without its offsets.
 
-    x: (N, F) nodes of all graphs, one graph after the other · edge_index: (2, E) integer, local to each graph ·
-    edge_attr: (E,) or (E, D), or None · node_counts, edge_counts: (G,) integers that sum to N and E · fields: further arrays,
-    by the schema's names (`node.pos`), with N, E or G rows.
+    Attributes:
+        x: (N, F) node features of all graphs, one graph after the other.
+        edge_index: (2, E) integers, local to each graph.
+        edge_attr: (E,) or (E, D) edge features, or None.
+        node_counts: (G,) integers, nodes of each graph; they sum to N.
+        edge_counts: (G,) integers, edges of each graph; they sum to E.
+        fields: Further arrays by the schema's names (`node.pos`), with N, E or G rows. Default: none.
     """
 
     x: Array
@@ -34,9 +38,21 @@ class Graphs:
 
     @classmethod
     def stack(cls, graphs: Iterable[Any], fields: Iterable[str] = ()) -> Graphs:
-        """From graphs one by one: anything with `x`, `edge_index` and perhaps `edge_attr` (PyG `Data`, for one).
+        """Join single graphs, for example PyG `Data`.
 
-        fields: names such as `node.pos`, of which each graph has the attribute `pos`; one of `graph.` may lack its first axis.
+        Args:
+            graphs: Objects with `x`, `edge_index` and perhaps `edge_attr`; at least one.
+            fields: Names such as `node.pos`; each graph has the attribute `pos`. An attribute for `graph.` may lack its first
+                axis. Default: none.
+
+        Returns:
+            The `Graphs`.
+
+        Raises:
+            UsageError: `fields` are not such names.
+            DataError: There are no graphs, or an array is missing, or its shape does not fit.
+
+        Costs a copy of all arrays.
         """
         try:
             names: list[Any] = [] if isinstance(fields, str) else list(fields)
@@ -75,7 +91,14 @@ class Graphs:
         )
 
     def select(self, layers: Sequence[int]) -> Graphs:
-        """The graphs of these numbers, in this order."""
+        """Return some graphs.
+
+        Args:
+            layers: Numbers of the graphs, in the order of the result.
+
+        Returns:
+            A `Graphs` with copies of their arrays.
+        """
         nodes, edges = np.cumsum([0, *self.node_counts]), np.cumsum([0, *self.edge_counts])
         node_rows = np.concatenate([np.arange(nodes[at], nodes[at + 1]) for at in layers])
         edge_rows = np.concatenate([np.arange(edges[at], edges[at + 1]) for at in layers])
@@ -91,7 +114,7 @@ class Graphs:
 
 
 def _joined(name: str, graphs: list[Any], counts: Sequence[int]) -> Array:
-    """One attribute of all graphs, which has so many rows in each."""
+    """Concatenate one attribute of all graphs, with the expected number of rows in each."""
     level, attribute = level_of(name), name.rpartition(".")[2]
     parts = [as_array(name, getattr(graph, attribute, None)) for graph in graphs]
     if level == "graph":  # (1, *row), as PyG has it, or (*row,)
@@ -106,10 +129,17 @@ def _joined(name: str, graphs: list[Any], counts: Sequence[int]) -> Array:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Record:
-    """One example: an id, a class label, and a sequence (T, F), graphs, or both.
+    """One example: an id, a class label, and a sequence, graphs, or both.
 
-    group: what must not be torn apart by a split (a question id); the id itself where it is None.
-    graphs: a `Graphs`, or a list of objects with `x`, `edge_index`, `edge_attr`.
+    Attributes:
+        id: Text, or a whole number, which becomes text. Each id is used once per data set.
+        label: Class, a whole number of 0 or more.
+        group: Records of one group stay in one split (for example a question id). Default: None, for the id itself.
+        sequence: (T, *shape) array-like of real numbers. Default: None.
+        graphs: A `Graphs`, or a list of objects with `x`, `edge_index` and perhaps `edge_attr`. Default: None.
+
+    Raises:
+        DataError: The id or the group is neither text nor a whole number.
     """
 
     id: str
@@ -128,7 +158,17 @@ class Record:
 
     @classmethod
     def of(cls, value: Record | Mapping[str, Any]) -> Record:
-        """A record from itself or from a mapping with the same names."""
+        """Return a record as it is, or make one from a mapping.
+
+        Args:
+            value: A `Record`, or a mapping with the names of its fields.
+
+        Returns:
+            The `Record`.
+
+        Raises:
+            DataError: The value is neither.
+        """
         if isinstance(value, Record):
             return value
         try:
@@ -138,7 +178,17 @@ class Record:
             raise DataError(f"a record {fields}; expected id, label, group, sequence, graphs") from error
 
     def stored(self, schema: Schema) -> Record:
-        """The same record, checked and in the schema's types; raises DataError where it does not fit."""
+        """Convert the record to the schema's types, and check it.
+
+        Args:
+            schema: The schema.
+
+        Returns:
+            A `Record` whose arrays have the stored types. An array is copied only if its type changes.
+
+        Raises:
+            DataError: The record does not fit the schema.
+        """
         sequence, graphs = self.sequence, self.graphs
         if sequence is not None and schema.sequence is not None:
             sequence = sequence_rows(self, schema.sequence)
@@ -148,12 +198,12 @@ class Record:
 
 
 def sequence_rows(record: Record, field: Field) -> Array:
-    """The record's sequence in the schema's type, (T, *shape), T >= 1; raises DataError where it does not fit."""
+    """Return the record's sequence in the schema's type, (T, *shape), T >= 1; raise DataError if it does not fit."""
     return _rows(record, "sequence", record.sequence, field)
 
 
 def graph_rows(record: Record, schema: Schema) -> Graphs:
-    """The record's graphs in the schema's types, checked: every edge between nodes of its own graph, no empty graph."""
+    """Return the record's graphs in the schema's types, checked: every edge within its own graph, no empty graph."""
     assert schema.x is not None
     where = f"record {record.id!r}"
     try:
@@ -186,7 +236,7 @@ def graph_rows(record: Record, schema: Schema) -> Graphs:
 
 
 def _given_edge_attr(graphs: Graphs, schema: Schema) -> Array:
-    """What stands for edge_attr: no row where there is none."""
+    """Return the given edge features; an array without rows if there are none."""
     if graphs.edge_attr is None:
         return np.zeros((0, *(schema.edge_attr.shape if schema.edge_attr else ())))
     given = as_array("edge_attr", graphs.edge_attr)
@@ -196,7 +246,14 @@ def _given_edge_attr(graphs: Graphs, schema: Schema) -> Array:
 
 
 def _check_edges(where: str, edge_index: Array, nodes: Array, edges: Array) -> None:
-    """Raise DataError for an edge that leaves its graph. nodes, edges: (G,) how many each has."""
+    """Raise DataError for an edge that leaves its graph.
+
+    Args:
+        where: The record, for the message.
+        edge_index: (2, E) integers.
+        nodes: (G,) nodes of each graph.
+        edges: (G,) edges of each graph.
+    """
     if edge_index.shape != (2, edges.sum()) or (edge_index.size and edge_index.dtype.kind not in "iu"):
         raise DataError(f"{where}, edge_index is {edge_index.dtype} {edge_index.shape}; expected integers (2, {edges.sum()})")
     limit = np.repeat(nodes, edges)  # (E,)
@@ -211,7 +268,7 @@ def _check_edges(where: str, edge_index: Array, nodes: Array, edges: Array) -> N
 
 
 def _further(where: str, name: str, fields: Mapping[str, Array], field: Field, sizes: Mapping[str, int]) -> Array:
-    """A named field's rows in the schema's type, as many as there are of its level."""
+    """Return a named field's rows in the schema's type, after a check of their number."""
     level, rows = level_of(name), _array(where, name, fields.get(name) if isinstance(fields, Mapping) else fields)
     if rows.ndim == 0 or len(rows) != sizes[level]:
         raise DataError(f"{where}, {name} has shape {rows.shape}; expected {sizes[level]} rows, one {a_or_an(level)}")
@@ -219,8 +276,10 @@ def _further(where: str, name: str, fields: Mapping[str, Array], field: Field, s
 
 
 def as_array(name: str, value: Any) -> Array:
-    """An array of real numbers, float32 for a bfloat16 tensor; raises DataError, naming the field, for ragged lists, texts,
-    masked values …"""
+    """Return an array of real numbers, float32 for a bfloat16 tensor.
+
+    Raises DataError, which names the field, for ragged lists, texts, masked values and the like.
+    """
     if count := masked_values(value):
         raise DataError(f"{name} has {count} masked values, and a data set holds no masks; expected them filled or left out")
     try:

@@ -1,4 +1,4 @@
-"""What all records of a data set have in common: their fields, the schema."""
+"""Field and Schema: what all records of a data set have in common."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dali_pipeline.types import KINDS, Array, Kind
 
 SPLITS = ("train", "val", "test")
 LEVELS = ("node", "edge", "graph")
-# a PyG batch gives these a meaning of its own, and joins in another way what has such parts in its name; shards name arrays so
+# A PyG batch gives TAKEN a meaning of its own, and joins names with TAKEN_PARTS in another way. Shards use some as suffixes.
 TAKEN = {"x", "edge_attr", "ptr", "face", "num_nodes", "num_edges", "num_graphs", "counts", "offsets"}
 TAKEN_PARTS = ("index", "batch", "adj")
 FIELD_DTYPES = ("float16", BFLOAT16, "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
@@ -33,27 +33,33 @@ def _is_free(name: str) -> bool:
 
 
 def level_of(name: str) -> str:
-    """What an array of graphs has a row for: `node`, `edge` or `graph`."""
+    """Return what an array of graphs has one row for: `node`, `edge` or `graph`."""
     return {"x": "node", "edge_attr": "edge", "edge_index": "edge"}.get(name) or name.partition(".")[0]
 
 
 def a_or_an(level: str) -> str:
-    """`a node`, `an edge`, `a graph`."""
+    """Return `a node`, `an edge` or `a graph`."""
     return f"{'an' if level == 'edge' else 'a'} {level}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Field:
-    """One array of a record: a row for each step, node or edge.
+    """One array of a record, with one row per step, node, edge or graph.
 
-    dtype: name of the stored type, one of FIELD_DTYPES · shape: shape of one row, () for a scalar, (F,) for a feature vector ·
-    scale: of int8 that stands for real numbers, stored = round(number / scale): a row, flat, for every step, or one for all ·
-    by_layer: where rows are not stored record by record.
+    Attributes:
+        dtype: Name of the stored type: float16, bfloat16, float32, float64, int8, int16, int32, int64, uint8, uint16 or uint32.
+        shape: Shape of one row: (F,) for a feature vector, () for a scalar. Default: ().
+        scale: Scale of an int8 field that stands for real numbers: stored = round(number / scale). One flat row per step, or
+            one row for all steps. Default: none.
+        by_layer: Layout of rows that are stored layer by layer. Default: none, stored record by record.
+
+    Raises:
+        UsageError: The type is none of these, a size is below 1, or the scale does not fit type and shape.
     """
 
     dtype: str
     shape: tuple[int, ...] = ()
-    scale: Scale | msgspec.UnsetType = dataclasses.field(default=msgspec.UNSET, repr=False)  # absent where not set
+    scale: Scale | msgspec.UnsetType = dataclasses.field(default=msgspec.UNSET, repr=False)  # not written to JSON if unset
     by_layer: ByLayer | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
@@ -71,7 +77,7 @@ class Field:
         if self.scale is msgspec.UNSET:
             return
         try:
-            sound = bool(self.scale) and all(0 < one < np.inf for row in self.scale for one in row)
+            sound = bool(self.scale) and all(0 < number < np.inf for row in self.scale for number in row)
         except (TypeError, ValueError, RuntimeError):  # no rows of numbers
             sound = False
         if self.dtype != "int8" or not sound or {len(row) for row in self.scale} != {math.prod(self.shape)}:
@@ -81,7 +87,18 @@ class Field:
 
     @classmethod
     def scaled(cls, greatest: npt.ArrayLike) -> Field:
-        """int8 for real numbers of at most so much from 0: (T, *row) for records of T steps each, (1, *row) for any."""
+        """Make an int8 field for real numbers of bounded magnitude.
+
+        Args:
+            greatest: Largest magnitude of each value: (T, *row) for records of T steps each, (1, *row) for records of any
+                length.
+
+        Returns:
+            The `Field`, with a scale by which these values fit.
+
+        Raises:
+            UsageError: The magnitudes are not rows of finite numbers of 0 or more.
+        """
         try:
             limits = np.asarray(greatest)
         except (TypeError, ValueError, RuntimeError):  # ragged, or a tensor without values
@@ -98,42 +115,57 @@ class Field:
 
     @property
     def scales(self) -> Scale | None:
-        """The scale, where there is one."""
+        """The scale, or None."""
         return self.scale or None
 
     @cached_property
     def scale_rows(self) -> Array | None:
-        """`scales` as an array, float32: made once, for it may have as many numbers as a record."""
+        """The scale as a float32 array, or None. Cached, because it may have as many numbers as a record."""
         return np.array(self.scale, np.float32) if self.scale else None
 
     @property
     def layout(self) -> ByLayer | None:
-        """How rows are stored, where that is layer by layer."""
+        """The layout of rows stored layer by layer, or None."""
         return self.by_layer or None
 
     @property
     def storage(self) -> np.dtype[Any]:
-        """The type that NumPy holds stored rows in: of bfloat16, which it lacks, the bits as uint16."""
+        """The NumPy type of stored rows; uint16 for bfloat16, which NumPy lacks."""
         return storage(self.dtype)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
+        """Bytes of one row as stored."""
         return int(self.storage.itemsize * np.prod(self.shape, dtype=np.int64))
 
     def values(self, rows: Array, first: int = 0) -> Array:
-        """Stored rows as numbers; float32 where they are encoded. first: steps of their record before them."""
+        """Decode stored rows.
+
+        Args:
+            rows: (R, *shape) in the stored type.
+            first: Number of steps of the same record before these rows. Default: 0.
+
+        Returns:
+            The same array if the field is not encoded; otherwise float32 of the same shape.
+        """
         return decode(rows, self.dtype, self.scale_rows, first)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schema:
-    """The fields of every record of a data set; None where a field is absent.
+    """Fields of every record of a data set; it has sequences, graphs, or both.
 
-    sequence: rows of a sequence (T, *shape). x: node features (N, *shape). edge_attr: edge features (E, *shape).
-    A schema with `x` has graphs, with `edge_index` (2, E) always beside it, in the narrowest unsigned type. fields: further
-    arrays of graphs, by names such as `node.pos`, `edge.kind` and `graph.energy`: a row for each node, edge or graph; a batch
-    has them as PyG attributes `pos`, `kind`, `energy`.
+    A schema with `x` has graphs. Their `edge_index` (2, E) is always stored as well, in the narrowest unsigned type.
+
+    Attributes:
+        sequence: Rows of a sequence (T, *shape). Default: None.
+        x: Node features (N, *shape). Default: None.
+        edge_attr: Edge features (E, *shape). Default: None.
+        fields: Further arrays of graphs, by names such as `node.pos`, `edge.kind` and `graph.energy`, with one row per node,
+            edge or graph. A batch has them as PyG attributes `pos`, `kind` and `energy`. Default: none.
+
+    Raises:
+        UsageError: Neither `sequence` nor `x` is given, or a field has a wrong type or a name that cannot be used.
     """
 
     sequence: Field | None = None
@@ -146,7 +178,9 @@ class Schema:
             if not isinstance(getattr(self, name), Field | None):
                 raise UsageError(f"{name} is {shown(getattr(self, name))}; expected a Field or None")
         fields = {} if self.fields is msgspec.UNSET else self.fields
-        if not isinstance(fields, dict) or not all(isinstance(one, str) and isinstance(fields[one], Field) for one in fields):
+        if not isinstance(fields, dict) or not all(
+            isinstance(name, str) and isinstance(fields[name], Field) for name in fields
+        ):
             raise UsageError(f"fields are {shown(fields)}; expected names and a Field for each")
         if self.sequence is None and self.x is None:
             raise UsageError("a schema needs `sequence`, `x` (node features), or both")
@@ -166,16 +200,16 @@ class Schema:
 
     @property
     def named(self) -> dict[str, Field]:
-        """The further fields of graphs."""
+        """The further fields of graphs, by name."""
         return self.fields or {}
 
     @property
     def of_graphs(self) -> dict[str, Field]:
-        """All fields of graphs: `x`, `edge_attr` where there is one, and the further ones."""
+        """All fields of graphs, by name: `x`, `edge_attr` if there is one, and the further ones."""
         own = {"x": self.x, "edge_attr": self.edge_attr}
         return {name: field for name, field in own.items() if field is not None} | self.named
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of record the schema has fields for."""
+        """The kinds of record that the schema has fields for: `sequences`, `graphs`, or both."""
         return tuple(kind for kind, field in zip(KINDS, (self.sequence, self.x), strict=True) if field is not None)

@@ -36,7 +36,7 @@ from dali_pipeline.storage.stores import Store, is_url
 from dali_pipeline.types import Array
 from dali_pipeline.writing.filler import Contents, ShardFiller
 from dali_pipeline.writing.journal import remove_leftovers
-from dali_pipeline.writing.pending import Stack
+from dali_pipeline.writing.openshard import Stack
 from dali_pipeline.writing.split import FileSplit
 from dali_pipeline.writing.writer import ShardWriter
 

@@ -63,7 +63,7 @@ class GraphSource(BatchSource):
         rows = None if self._held is None else self._held.take(positions, self._buffers)
         if rows is None or (self._finite and not self._all_finite(rows)):
             rows = self._read(positions)
-        rows = replace(rows, positions=self._selection.told(positions))
+        rows = replace(rows, positions=self._selection.reported_positions(positions))
         if self._min_weight is None:
             return rows
         weights = self.fields["edge_attr"].values(rows.arrays["edge_attr"]).reshape(-1)

@@ -65,7 +65,7 @@ class HeldGraphs:
             selection.record_bytes <= HELD_RECORD_BYTES
             and int(selection.nbytes.sum()) + each * selection.num_records <= window_bytes
             and selection.rows is None
-            and selection.room is None
+            and selection.cache_bytes is None
         )
 
     @property

@@ -40,11 +40,11 @@ class ReadAhead:
         self._pool: ThreadPoolExecutor | None = None
         self._unseen: list[tuple[int, int]] = []  # runs lately due that were not looked at
         self._process = os.getpid()
-        self._remote = source.room is not None
+        self._remote = source.cache_bytes is not None
         self._groups = 1  # ahead
-        if source.room is not None:  # of a small cache a quarter at most
+        if source.cache_bytes is not None:  # of a small cache a quarter at most
             every = plan.order.num_partitions * max(1, plan.order.window_bytes // 2)
-            self._groups = max(2, min(2 + -(-GATHERED_BYTES // every), source.room // (4 * every), MOST_GROUPS))
+            self._groups = max(2, min(2 + -(-GATHERED_BYTES // every), source.cache_bytes // (4 * every), MOST_GROUPS))
 
     def begin(self, step: int, places: Sequence[int] = ()) -> None:
         """Told where the epoch begins, before its first batch."""

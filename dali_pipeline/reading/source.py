@@ -54,7 +54,7 @@ class BatchSource:
         finite: bool = False,
     ) -> None:
         self._selection, self._schema, self._layers, self._finite = selection, schema, layers, finite
-        selection.check_room(window_bytes)
+        selection.check_cache(window_bytes)
         self._index = RecordIndex(selection, self.ragged, window_bytes)
         self._runs: dict[int, list[tuple[int, int]]] = {}
         self._buffers = Buffers()
@@ -90,9 +90,9 @@ class BatchSource:
                 yield name, self._extents(shard, name, begin, end)
 
     @property
-    def room(self) -> int | None:
+    def cache_bytes(self) -> int | None:
         """Bytes of the cache that what it reads comes through; None where that lies in folders."""
-        return self._selection.room
+        return self._selection.cache_bytes
 
     def wanted(self, start: int, count: int, need: float) -> None:
         """Tells the cache when so many records from position `start` on, of one shard, are asked for next."""
@@ -248,7 +248,7 @@ class SequenceSource(BatchSource):
             values=values,
             starts=starts,
             lengths=lengths,
-            positions=self._selection.told(positions),
+            positions=self._selection.reported_positions(positions),
             labels=found.labels,
             ids=found.ids,
         )

@@ -46,7 +46,7 @@ def examine(
     step = make_step(loader) if make_step is not None else None
     rates = measure_stages(data, kind, loader, step, record_bytes, tell, seconds)
     warnings = [*warnings_about(machine), *(_about_threads(loader, step, seconds) if step is not None else [])]
-    source, room = "store", loader.selection.room
+    source, room = "store", loader.selection.cache_bytes
     if room is None:
         source, room = "disk", int(0.8 * machine["memory_available"])
     # else the cache soon has all of it

@@ -1,2 +1,3 @@
-"""How a data set is written: `ShardWriter`, the split by group, shards as they fill, statistics on the way, the journal from
-which a stopped writer goes on."""
+"""Writing of a data set: `ShardWriter`, the split by group, shards being filled, feature statistics, and the journal for a
+restart.
+"""

@@ -1,4 +1,4 @@
-"""Pending: a shard under way, and the arrays that a record becomes."""
+"""OpenShard: a shard being written, and the arrays that a record is converted to."""
 
 from __future__ import annotations
 
@@ -16,11 +16,18 @@ from dali_pipeline.format.shard import ShardInfo
 from dali_pipeline.format.shardfile import ShardFile
 from dali_pipeline.types import Array, Kind
 
-STREAMED: dict[Kind, str] = {"sequences": "sequence", "graphs": "x"}  # goes to the disk as it comes; the rest is small
+STREAMED: dict[Kind, str] = {"sequences": "sequence", "graphs": "x"}  # written to the disk at once; the rest is small
 
 
 class Stack(NamedTuple):
-    """Several records with sequences (N, T, *row) of one length, as they often lie in a file; the texts' UTF-8 is sound."""
+    """Several records with sequences of one length, as they often lie in a file.
+
+    Attributes:
+        ids: N ids, valid UTF-8.
+        groups: N groups, valid UTF-8.
+        labels: N labels.
+        sequences: (N, T, *row), one sequence per record.
+    """
 
     ids: list[str]
     groups: list[str]
@@ -28,12 +35,12 @@ class Stack(NamedTuple):
     sequences: Array
 
     def rows(self, schema: Schema) -> Array:
-        """The sequences in the schema's type; raises DataError, as `sequence_rows` does, naming the first that does not fit."""
+        """Return the sequences in the schema's type; raise DataError that names the first record that does not fit."""
         if schema.sequence is None:
             raise DataError(f"record {self.ids[0]!r} has a sequence, and the schema none; expected {' or '.join(schema.kinds)}")
         head = Record(id=self.ids[0], label=self.labels[0], sequence=self.sequences[0])
         if sequence_rows(head, schema.sequence) is head.sequence:
-            return self.sequences  # of the schema's type and shape, all of them
+            return self.sequences  # all have the schema's type and shape
         return np.stack(
             [
                 sequence_rows(Record(id=name, label=label, sequence=sequence), schema.sequence)
@@ -43,34 +50,38 @@ class Stack(NamedTuple):
 
 
 class _Joined:
-    """Small arrays one after the other, joined now and then, as each costs a hundred bytes of its own."""
+    """List of small arrays, concatenated from time to time because each costs a hundred bytes of its own."""
 
     def __init__(self) -> None:
         self._joined: list[Array] = []
         self._loose: list[Array] = []
 
     def add(self, array: Array) -> None:
-        """A copy goes behind the others."""
+        """Append a copy of the array."""
         self._loose.append(array.copy())
         if len(self._loose) == 1024:
             self._joined, self._loose = [*self._joined, np.concatenate(self._loose)], []
 
     @property
     def whole(self) -> Array:
-        """All of them, in the widest of their types."""
+        """All arrays as one, in the widest of their types."""
         return np.concatenate(self._joined + self._loose)
 
 
-class Pending:
-    """The shard of one split and kind that records go to now. nbytes: of their arrays so far, names and labels apart."""
+class OpenShard:
+    """The open shard of one split and kind, which records are appended to.
+
+    Attributes:
+        nbytes: Bytes of the records' arrays so far, without names and labels.
+    """
 
     def __init__(
-        self, path: Path, kind: Kind, schema: Schema, expected_bytes: int, see: Callable[[Array], None] | None = None
+        self, path: Path, kind: Kind, schema: Schema, expected_bytes: int, on_rows: Callable[[Array], None] | None = None
     ) -> None:
         streamed = schema.sequence if kind == "sequences" else schema.x
         assert streamed is not None
-        self._layers, self._see = streamed.layout, see
-        self._waiting: list[Array] = []  # records to be stored together, layer by layer
+        self._layers, self._on_rows = streamed.layout, on_rows
+        self._waiting: list[Array] = []  # records of the next block of a layout by layer
         self._file = ShardFile(
             path,
             kind,
@@ -78,7 +89,7 @@ class Pending:
             streamed.dtype,
             streamed.shape,
             expected_bytes=expected_bytes,
-            see=None if self._layers else see,
+            see=None if self._layers else on_rows,
         )
         self._ids: list[bytes] = []
         self._groups: list[bytes] = []
@@ -94,7 +105,7 @@ class Pending:
         values: Sequence[Array],
         arrays: Mapping[str, Array],
     ) -> None:
-        """Takes in records: their values, and their other arrays together. Copies, for the caller may use its own again."""
+        """Append records: their values, and their other arrays joined. Copies, because the caller may reuse its arrays."""
         self._ids += ids
         self._groups += groups
         self._labels += labels
@@ -113,13 +124,13 @@ class Pending:
     def _append_by_layer(self) -> None:
         stacked = np.stack(self._waiting)  # (N, T, *row)
         self._waiting = []
-        if self._see is not None:
-            self._see(stacked.reshape(-1, *stacked.shape[2:]))
+        if self._on_rows is not None:
+            self._on_rows(stacked.reshape(-1, *stacked.shape[2:]))
         for layer in range(stacked.shape[1]):
             self._file.append(stacked[:, layer])
 
     def close(self) -> ShardInfo:
-        """Writes what waits, and the shard is there."""
+        """Write the remaining arrays, and finish the shard."""
         if self._waiting:
             self._append_by_layer()
         arrays: dict[str, Array] = {"labels": np.array(self._labels, np.int64)}
@@ -134,12 +145,12 @@ class Pending:
         return self._file.close(len(self._labels), arrays, EpochDigest.of(self._ids).total)
 
     def discard(self) -> None:
-        """Takes away what was written."""
+        """Remove what was written."""
         self._file.discard()
 
 
 def record_arrays(record: Record, schema: Schema, kind: Kind) -> tuple[dict[str, Array], dict[str, int]]:
-    """The record's rows of each field and `.counts` of each ragged axis; and its rows by axis, for the manifest."""
+    """Return the record's rows per field and `.counts` per ragged axis, and its number of rows per axis for the manifest."""
     if kind == "sequences":
         assert schema.sequence is not None
         rows = sequence_rows(record, schema.sequence)
@@ -149,7 +160,7 @@ def record_arrays(record: Record, schema: Schema, kind: Kind) -> tuple[dict[str,
     arrays = {
         "x": graphs.x,
         "x.counts": graphs.node_counts,
-        "edge_index": graphs.edge_index.T.astype(narrow),  # (2, E) -> (E, 2): a record's edges lie together
+        "edge_index": graphs.edge_index.T.astype(narrow),  # (2, E) -> (E, 2): the edges of a record are contiguous
         "edge_index.counts": graphs.edge_counts,
         "graphs.counts": np.array([len(graphs.node_counts)]),
     }
@@ -160,15 +171,15 @@ def record_arrays(record: Record, schema: Schema, kind: Kind) -> tuple[dict[str,
 
 
 def whole_label(record: Record) -> int:
-    """The label as an int, whatever number it came as; raises DataError for one that is not whole, or below 0."""
+    """Return the label as an int, whatever type of number it has; raise DataError if it is not whole, or below 0."""
     try:
         label = int(record.label)
-        whole = not masked_values(record.label) and label == record.label and 0 <= label < 2**63
-    except (TypeError, ValueError, OverflowError, RuntimeError, np.ma.MaskError):  # of a meta tensor, RuntimeError
-        whole = False
-    if not whole:
-        found = " ".join(repr(record.label).split())  # an array's has several lines
-        raise DataError(f"record {record.id!r} has the label {found}; expected a whole number of 0 or more")
+        is_whole = not masked_values(record.label) and label == record.label and 0 <= label < 2**63
+    except (TypeError, ValueError, OverflowError, RuntimeError, np.ma.MaskError):  # a meta tensor raises RuntimeError
+        is_whole = False
+    if not is_whole:
+        shown = " ".join(repr(record.label).split())  # the repr of an array has several lines
+        raise DataError(f"record {record.id!r} has the label {shown}; expected a whole number of 0 or more")
     return label
 
 
@@ -177,7 +188,7 @@ def _offsets(counts: Array) -> Array:
 
 
 def as_bytes(record: Record, name: str, text: str) -> bytes:
-    """The id or group in UTF-8; raises DataError for a text that cannot be written in it."""
+    """Encode an id or group as UTF-8; raise DataError for text that UTF-8 cannot encode."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
