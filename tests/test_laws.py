@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_records, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dali_pipeline as dp
+from tests.helpers.records import make_records, write
 
 
 def make(data: dp.Dataset, kind: str, num_workers: int, **options: Any) -> Any:
