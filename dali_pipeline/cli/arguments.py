@@ -10,8 +10,8 @@ import typer
 
 from dali_pipeline.errors import UsageError
 
-CACHE_DIR = "Of what is read of a URL. [default: dali_pipeline in the user's cache folder]"
-CACHE_BYTES = "That it takes at most. [default: 32GiB]"
+CACHE_DIR = "Directory for cached remote blocks. [default: dali_pipeline in the user's cache folder]"
+CACHE_BYTES = "Maximum size of the cache. [default: 32GiB]"
 SetArgument = Annotated[str, typer.Argument(help="Folder or URL of a data set.", show_default=False)]
 CacheDir = Annotated[Path | None, typer.Option("--cache-dir", metavar="FOLDER", help=CACHE_DIR, show_default=False)]
 CacheBytes = Annotated[str | None, typer.Option("--cache-bytes", metavar="SIZE", help=CACHE_BYTES, show_default=False)]

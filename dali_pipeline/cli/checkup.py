@@ -39,33 +39,38 @@ ADVICE = {
 def doctor_command(
     data: SetArgument,
     records: Annotated[
-        Literal["sequences", "graphs"] | None, typer.Option(help="What to load. [default: sequences, or graphs without]")
+        Literal["sequences", "graphs"] | None,
+        typer.Option(help="Kind of record to load. [default: sequences if there are any, otherwise graphs]"),
     ] = None,
     step: Annotated[
         str | None,
         typer.Option(
             metavar="MODULE:FUNCTION",
-            help="FUNCTION(loader) returns what takes a step on a batch. [default: no model]",
+            help="FUNCTION(loader) returns a callable that takes one training step on a batch. [default: no model]",
             show_default=False,
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Records a step.")] = 32,
-    num_workers: Annotated[str, typer.Option(metavar="auto|N", help="Background threads, or processes of graphs.")] = "auto",
-    engine: Annotated[Literal["dali", "torch"], typer.Option(help="For sequences.")] = "dali",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    seconds: Annotated[float, typer.Option(min=0.01, help="For each stage.")] = 3.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the stages.", show_default=False)] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Records per batch.")] = 32,
+    num_workers: Annotated[
+        str, typer.Option(metavar="auto|N", help="Background threads for sequences, or processes for graphs.")
+    ] = "auto",
+    engine: Annotated[Literal["dali", "torch"], typer.Option(help="Engine of the SequenceLoader.")] = "dali",
+    device: Annotated[str, typer.Option(help="Device of the batches: auto, cpu, cuda or cuda:N.")] = "auto",
+    seconds: Annotated[float, typer.Option(min=0.01, help="Measuring time per stage, in seconds.")] = 3.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Also draw the stages to this PNG file.", show_default=False)
+    ] = None,
     cache_dir: CacheDir = None,
     cache_bytes: CacheBytes = None,
 ) -> None:
-    """Tell how fast a loader is, by which stage, and what to change; with a model's step, whether training waits for data.
+    """Measure which stage limits a loader, and say what to change; with --step, also whether training waits for data.
 
     \b
-    Measures every stage alone (disk or store, page cache, gather, decode, collate, copy to the GPU, the step on one batch again
-    and again) and all of them together, predicts what changes would bring, and tries the best of those that need no conversion
-    and no other machine. Takes under a minute. Exits 0 (fed, or no step given), 1 (input-bound) or 2 (cannot run).
-    train.py --doctor does the same for its detectors, with a training's own flags.
+    Measures every stage alone (disk or store, page cache, gather, decode, collate, copy to the GPU, training step on one
+    repeated batch) and all stages together. Predicts the gain of every change, and tries the best change that needs neither a
+    conversion nor another machine. Takes under a minute. Exits 0 (fed, or no step given), 1 (input-bound) or 2 (cannot run).
+    train.py --doctor does the same for its detectors, with the flags of a training.
     Examples:
       python -m dali_pipeline doctor data/sciq
       python -m dali_pipeline doctor data/traces --step mymodel:make_step --batch-size 64 --json

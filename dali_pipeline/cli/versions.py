@@ -37,14 +37,17 @@ RECORDS, STEPS, FEATURES = 8, 3, 4
 
 def versions_command(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Only whether packages and driver fit: under 5 s, nothing computed on a GPU.")
+        bool,
+        typer.Option(
+            "--quick", help="Only check that packages and driver fit together: under 5 s, without a computation on the GPU."
+        ),
     ] = False,
 ) -> None:
-    """Say which NumPy, torch, DALI and PyG are here, and whether loading and training serve on them.
+    """Print the installed versions of NumPy, torch, DALI and PyG, and check that loading and training work with them.
 
     \b
-    Writes a handful of records, reads them through every engine, compares, imports all that training imports, and takes a step
-    of training on the best device. Exits 0 where all is well, else 2 with a sentence.
+    Writes a few records, reads them with every engine, compares the results, imports every package that training imports, and
+    takes one training step on the best device. Exits 0 if all of it works, otherwise 2 with one sentence.
     Examples:
       python -m dali_pipeline versions
       python -m dali_pipeline versions --quick

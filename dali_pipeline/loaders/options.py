@@ -1,4 +1,4 @@
-"""LoaderOptions: the arguments that both loaders share, checked."""
+"""LoaderOptions: check the arguments that both loaders share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LoaderOptions:
     """The arguments that both loaders share, in plain Python types; `SequenceLoader` documents each.
 
     Raises:
-        UsageError: An argument is none of what a loader takes.
+        UsageError: A loader does not accept an argument.
     """
 
     split: str
@@ -79,7 +79,7 @@ class LoaderOptions:
         return tuple(errors)
 
     def order(self, digest: str, world_size: int) -> Order:
-        """Return all that the order of records depends on, for data with this digest."""
+        """Return everything that the order of records depends on, for data with this digest."""
         return Order(
             digest=digest,
             split=self.split,
@@ -96,19 +96,19 @@ class LoaderOptions:
 
 
 def _plain_layers(layers: Layers) -> Layers:
-    """Return the layers in plain whole numbers; raises UsageError for a choice of nothing in particular."""
+    """Return the layers as plain ints in a slice or a list; raises UsageError for anything else."""
     if layers is None:
         return None
     expected = "a slice, a list of whole numbers, or None"
     try:
         if isinstance(layers, slice):
             begin, end, step = (
-                None if each is None else whole("layers", each, -MOST) for each in (layers.start, layers.stop, layers.step)
+                None if bound is None else whole("layers", bound, -MOST) for bound in (layers.start, layers.stop, layers.step)
             )
             if step != 0:
                 return slice(begin, end, step)
         elif isinstance(layers, Sequence | np.ndarray) and not isinstance(layers, str | bytes) and np.ndim(layers) == 1:
-            return [whole("layers", each, -MOST) for each in layers]
+            return [whole("layers", number, -MOST) for number in layers]
     except (UsageError, ValueError):  # nested lists of different lengths
         pass
     raise UsageError(f"layers are {shown(layers)}; expected {expected}")

@@ -1,4 +1,4 @@
-"""SequenceLoader: shards, through NVIDIA DALI, to batches of sequences on the device."""
+"""SequenceLoader: make batches of sequences on the device from shards, with NVIDIA DALI or torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dali_pipeline.format.layers import Layers, select
 from dali_pipeline.loaders.dali import check_dali, device_id, import_dali, iterate
 from dali_pipeline.loaders.decoding import Decoding, sequence_graph
 from dali_pipeline.loaders.device import check_memory
-from dali_pipeline.loaders.loader import Loader, Made, Position
+from dali_pipeline.loaders.loader import LoadedBatch, Loader, Position
 from dali_pipeline.loaders.options import LoaderOptions, NumWorkers, OnError, OnNan
 from dali_pipeline.loaders.sidestream import UnderWay, a_batch_ahead, to_device
 from dali_pipeline.reading.source import Padded, SequenceSource
@@ -32,10 +32,10 @@ from dali_pipeline.sampling.plan import EpochPlan
 from dali_pipeline.types import Array, Ints
 
 Engine = Literal["dali", "torch"]
-PREFETCH_SUPERBATCHES = 2  # that DALI runs ahead
+PREFETCH_SUPERBATCHES = 2  # number of superbatches that DALI prefetches
 SUPERBATCH_STEPS = 64
 DALI_THREADS = 2
-NOT_FOR_DALI = ("float64",)  # neither fn.pad nor the arithmetic of decoding does it
+NOT_FOR_DALI = ("float64",)  # neither fn.pad nor the arithmetic of decoding supports it
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,17 +63,24 @@ class SequenceBatch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the sequences as delivered."""
+        """Size of the sequences as delivered, in bytes."""
         return self.sequences.nbytes
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Those that are on the loader's device."""
+        """Yield the tensors that are on the loader's device."""
         yield from (self.sequences, self.labels, self.valid)
 
     def to(self, device: str | torch.device) -> SequenceBatch:
-        """The batch on that device, `lengths` and `positions` still on the CPU; copies nothing that is there already.
+        """Return the batch on a device; `lengths` and `positions` stay on the CPU.
 
-        Lightning calls it with each batch, and would else write to the fields.
+        Copies nothing that is on the device already. Lightning calls this method for each batch; without it, Lightning would
+        write to the fields.
+
+        Args:
+            device: For example "cpu" or "cuda:0".
+
+        Returns:
+            A new batch; this one is unchanged.
         """
         moved = {name: getattr(self, name).to(device) for name in ("sequences", "labels", "valid")}
         return replace(self, **moved)
@@ -208,14 +215,14 @@ class SequenceLoader(Loader[SequenceBatch]):
             raise DataError(f"{data.root} has no feature statistics to normalize with; expected those of a training split")
         statistics = data.manifest.statistics if normalize else None
         self._decoding = Decoding.of(field, layers, statistics, dtype, self.device)
-        # On the way to a GPU padding would be so many more bytes; on the CPU records are read to where they stand padded.
+        # On the way to a GPU, padding would be more bytes to copy. On the CPU, records are read straight into padded rows.
         self._decodes_in_dali = on_gpu and self._decoding.in_dali and field.dtype not in NOT_FOR_DALI
         self._pads_in_dali = self._decodes_in_dali and not equal_lengths
         record_bytes = self.selection.record_bytes
         batch_bytes = int(self.batch_size * record_bytes)
         self._longest_superbatch = max(1, min(SUPERBATCH_STEPS, SUPERBATCH_BYTES // max(1, batch_bytes)))
-        handled = 0 if self._decoding.idle and engine == "torch" else record_bytes  # by the caller
-        self._threads = background_threads(self.device, handled, self.num_workers)
+        caller_bytes = 0 if self._decoding.idle and engine == "torch" else record_bytes  # bytes per record that it decodes
+        self._threads = background_threads(self.device, caller_bytes, self.num_workers)
         busy = self._threads + (DALI_THREADS if engine == "dali" else 0)
         decodes = self.device.type == "cpu" and not self._decoding.idle
         self.cores = cores_beside(busy if decodes else 0)  # for torch in the caller's thread
@@ -232,7 +239,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         self._superbatches = SequenceGatherer(source, self.world, self.batch_size, padded, bits=bits, skips=skips)
 
     def gathered(self, plan: EpochPlan, step: int) -> Superbatch:
-        """Gather one batch as stored and padded, whether or not the loader itself leaves padding to DALI."""
+        """Gather one batch as stored, and pad it even if the loader leaves padding to DALI."""
         bits = self._decoding.bfloat16
         padded = SequenceGatherer(self._source, self.world, self.batch_size, "batch", bits=bits, skips=self.skips)
         loaded, error = padded.gather(plan, Part(range(step, step + 1)))
@@ -246,27 +253,27 @@ class SequenceLoader(Loader[SequenceBatch]):
         with on_threads(self.cores):
             return self._decoding.run(values.to(self.device), gathered.rows.lengths)
 
-    def _batches(self, plan: EpochPlan, start: Position) -> Generator[Made[SequenceBatch], None, None]:
-        batches = self._moved(plan, start)
+    def _batches(self, plan: EpochPlan, start: Position) -> Generator[LoadedBatch[SequenceBatch], None, None]:
+        batches = self._on_device(plan, start)
         if self.device.type == "cuda" and self.engine == "torch":  # DALI has a stream of its own
-            return a_batch_ahead(batches, lambda made: made.batch.tensors(), self.device)
+            return a_batch_ahead(batches, lambda loaded: loaded.batch.tensors(), self.device)
         return batches
 
-    def _moved(self, plan: EpochPlan, start: Position) -> Generator[Made[SequenceBatch], None, None]:
+    def _on_device(self, plan: EpochPlan, start: Position) -> Generator[LoadedBatch[SequenceBatch], None, None]:
         through = self._through_dali if self.engine == "dali" else self._through_torch
         with UnderWay(self.device) as under_way, closing(self._read_ahead(plan, start.step)) as loaded:
             yield from through(loaded, under_way)
 
     def _read_ahead(self, plan: EpochPlan, start: int) -> Loaded:
-        """Superbatches in order, cut by their padding, which is known from the lengths of many batches at once."""
+        """Yield superbatches in order, split so that their batches need little padding."""
         ranges = superbatches(range(start, plan.num_steps), self._longest_superbatch)
         planned = map_ahead(partial(self._superbatches.parts, plan), ranges, min(1, self._threads))
         with closing(planned):
-            parts = (part for found in planned for part in found)
+            parts = chain.from_iterable(planned)
             results = map_ahead(partial(self._superbatches.gather, plan), parts, self._threads, _nbytes)
             with closing(results):
                 for loaded, error in results:
-                    while loaded:  # nothing here holds a superbatch while the next is made
+                    while loaded:  # no local name keeps a superbatch alive while the next one is gathered
                         yield loaded.pop(0)
                     if error is not None:
                         raise error
@@ -274,48 +281,49 @@ class SequenceLoader(Loader[SequenceBatch]):
     def _lengths(self, positions: Ints) -> Ints:
         return self._superbatches.lengths(positions)
 
-    def _through_torch(self, loaded: Loaded, under_way: UnderWay) -> Iterator[Made[SequenceBatch]]:
-        return chain.from_iterable(map(self._in_torch, loaded, repeat(under_way)))  # holds no superbatch while the next is made
+    def _through_torch(self, loaded: Loaded, under_way: UnderWay) -> Iterator[LoadedBatch[SequenceBatch]]:
+        return chain.from_iterable(
+            map(self._torch_batches, loaded, repeat(under_way))
+        )  # keeps no superbatch alive while the next one is gathered
 
-    def _in_torch(self, superbatch: Superbatch, under_way: UnderWay) -> Iterator[Made[SequenceBatch]]:
+    def _torch_batches(self, superbatch: Superbatch, under_way: UnderWay) -> Iterator[LoadedBatch[SequenceBatch]]:
         values = torch.from_numpy(superbatch.rows.values)
         try:
-            yield from self._made(
-                superbatch, self._spread(superbatch, values) if superbatch.sparse else self._cut(superbatch, values)
-            )
+            split = self._decode_unpadded if superbatch.sparse else self._split
+            yield from self._deliver(superbatch, split(superbatch, values))
         finally:
             under_way.keep(values)
 
-    def _cut(self, superbatch: Superbatch, values: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The values (B, T, *row) of each batch, on the device, of those of all."""
+    def _split(self, superbatch: Superbatch, values: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the values (B, T, *row) of each batch on the device, from the values of a superbatch."""
         longest = superbatch.longest
         for batch, steps in zip(torch.split(values, [self.batch_size * steps for steps in longest]), longest, strict=True):
             with span("copy", self.device.type != "cpu"):
                 moved = batch.to(self.device, non_blocking=True)
             yield moved.view(self.batch_size, steps, *values.shape[1:])
 
-    def _spread(self, superbatch: Superbatch, values: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The decoded values of the one batch that came without padding."""
+    def _decode_unpadded(self, superbatch: Superbatch, values: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the decoded values of the only batch of a superbatch that was gathered without padding."""
         with span("copy", self.device.type != "cpu"):
             values = values.to(self.device, non_blocking=True)
         with span("decode"), on_threads(self.cores):
             yield self._decoding.spread(values, superbatch.rows.starts, superbatch.rows.lengths)
 
-    def _through_dali(self, loaded: Loaded, under_way: UnderWay) -> Iterator[Made[SequenceBatch]]:
-        # A pipeline an epoch: building one takes about 10 ms, and nothing read ahead can outlive its epoch.
-        ahead: deque[Superbatch] = deque()  # what DALI has in hand; it reads from these very arrays
-        passing: deque[Superbatch] = deque()  # what goes past DALI, once it is empty
+    def _through_dali(self, loaded: Loaded, under_way: UnderWay) -> Iterator[LoadedBatch[SequenceBatch]]:
+        # One pipeline per epoch: building it takes about 10 ms, and nothing that was read ahead can outlive its epoch.
+        ahead: deque[Superbatch] = deque()  # superbatches that DALI reads from, so they must stay unchanged
+        passing: deque[Superbatch] = deque()  # superbatches that bypass DALI, once DALI is empty
         failures: list[BaseException] = []
 
         def feed() -> Array | list[Array]:
-            """One superbatch for external_source; an error ends DALI's epoch and is raised behind the batches before it."""
+            """Return the next superbatch; an error ends DALI's epoch and is raised after the preceding batches."""
             try:
                 superbatch = None if passing or failures else next(loaded, None)
             except BaseException as error:
                 failures.append(error)
                 superbatch = None
             if superbatch is not None and superbatch.lone and not self._decodes_in_dali:
-                passing.append(superbatch)  # DALI would only copy it, and hold several
+                passing.append(superbatch)  # DALI would only copy it, and keep several copies
             if superbatch is None or passing:
                 raise StopIteration
             ahead.append(superbatch)
@@ -326,17 +334,17 @@ class SequenceLoader(Loader[SequenceBatch]):
             while True:
                 for (out,) in spans("dali", iterator):
                     superbatch = ahead.popleft()
-                    yield from self._made(superbatch, self._out_of_dali(superbatch, out["sequences"]))
+                    yield from self._deliver(superbatch, self._dali_values(superbatch, out["sequences"]))
                 if failures:
                     raise failures[0]
                 if not passing:
                     return
-                yield from self._in_torch(passing.popleft(), under_way)
+                yield from self._torch_batches(passing.popleft(), under_way)
                 iterator.reset()
 
     def _dali(self, feed: Callable[[], Array | list[Array]]) -> Any:
-        """An iterator over what DALI makes of what `feed` gives."""
-        # with DALI's padding a sample is a record; with its decoding alone, a batch; otherwise a whole superbatch
+        """Return an iterator over DALI's outputs for the samples that `feed` returns."""
+        # a sample is a record if DALI pads, a batch if DALI only decodes, otherwise a whole superbatch
         samples = self._longest_superbatch if self._decodes_in_dali else 1
         pipeline = sequence_graph(
             feed,
@@ -350,36 +358,36 @@ class SequenceLoader(Loader[SequenceBatch]):
         return iterate(pipeline)
 
     def _samples(self, superbatch: Superbatch) -> Array | list[Array]:
-        """What external_source takes: a sample per record or batch for DALI to work on, else one in all."""
+        """Return the samples for external_source: one per record if DALI pads, per batch if it only decodes, otherwise one."""
         if self._pads_in_dali:
             return superbatch.records()
         return superbatch.batches() if self._decodes_in_dali else superbatch.rows.values[None]
 
-    def _out_of_dali(self, superbatch: Superbatch, values: torch.Tensor) -> Iterable[torch.Tensor]:
-        """The values (B, T, *row) of each batch, of DALI's output for a superbatch."""
+    def _dali_values(self, superbatch: Superbatch, values: torch.Tensor) -> Iterable[torch.Tensor]:
+        """Return the values (B, T, *row) of each batch, from DALI's output for a superbatch."""
         if not self._decodes_in_dali:
-            return self._cut(superbatch, values[0])
+            return self._split(superbatch, values[0])
         if self._pads_in_dali:
             values = values.view(-1, self.batch_size, *values.shape[1:])
         return (batch[:, :steps] for batch, steps in zip(values.unbind(), superbatch.longest, strict=True))
 
-    def _made(self, superbatch: Superbatch, values: Iterable[torch.Tensor]) -> Iterator[Made[SequenceBatch]]:
-        """A superbatch's batches, of the values of each."""
+    def _deliver(self, superbatch: Superbatch, values: Iterable[torch.Tensor]) -> Iterator[LoadedBatch[SequenceBatch]]:
+        """Yield the batches of a superbatch, from the values of each batch."""
         rows, size = superbatch.rows, self.batch_size
-        on_cpu = [torch.from_numpy(each) for each in (rows.labels, superbatch.valid, rows.lengths, rows.positions)]
+        columns = [torch.from_numpy(column) for column in (rows.labels, superbatch.valid, rows.lengths, rows.positions)]
         with span("copy", self.device.type != "cpu"):
-            on_device = [to_device(each, self.device) for each in on_cpu[:2]]
-        alike = (torch.split(each, size) for each in on_device + on_cpu[2:])
-        for begin, batch, label, kept, length, position in zip(superbatch.begins, values, *alike, strict=True):
+            columns[:2] = [to_device(column, self.device) for column in columns[:2]]
+        batch_columns = (torch.split(column, size) for column in columns)
+        for begin, batch, labels, valid, lengths, positions in zip(superbatch.begins, values, *batch_columns, strict=True):
             end = begin + size
             if not (self._decodes_in_dali or superbatch.sparse):
                 with span("decode"), on_threads(self.cores):
                     batch = self._decoding.run(batch, rows.lengths[begin:end])
             ids = rows.ids[begin:end]
             delivered = SequenceBatch(
-                sequences=batch.contiguous(), lengths=length, labels=label, valid=kept, ids=ids, positions=position
+                sequences=batch.contiguous(), lengths=lengths, labels=labels, valid=valid, ids=ids, positions=positions
             )
-            yield Made(delivered, ids, superbatch.valid[begin:end], superbatch.left_out)
+            yield LoadedBatch(delivered, ids, superbatch.valid[begin:end], superbatch.left_out)
 
 
 def _nbytes(part: Part) -> int:
