@@ -12,4 +12,4 @@ Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 Kind = Literal["sequences", "graphs"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 256 << 10  # of a shard's hash blocks, from version 2 on

@@ -24,7 +24,7 @@ from dali_pipeline.runtime.checks import path, shown, whole
 from dali_pipeline.storage.cache import CACHE_BYTES, Cache
 from dali_pipeline.storage.cachedfile import Place, RemotePath
 from dali_pipeline.storage.stores import Store, is_url
-from dali_pipeline.types import Ints, Kind
+from dali_pipeline.types import Kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,17 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
-        """The highest label of any split and kind plus one, at least 2."""
+        """The highest class of any split and kind plus one, at least 2; the number of labels if a record has several.
+
+        Raises DataError if the labels are values, or there are none.
+        """
+        label = self.schema.labels
+        if label.kind not in ("class", "multilabel"):
+            raise DataError(f"{self.root} has labels of kind {label.kind!r}; expected classes, which have a number")
+        if label.kind == "multilabel":
+            return label.shape[0]
+        if label.names:
+            return len(label.names)
         labels = (label for split in self.splits for counts in self._labels(split).values() for label in counts)
         return max(2, max(labels, default=0) + 1)
 
@@ -137,7 +147,8 @@ class Dataset:
             kind: "sequences" or "graphs". Default: None, for the kind with more records.
 
         Returns:
-            A dict from label to number of records, in the order of the labels.
+            A dict from class to number of records, in the order of the classes; of several labels, to the records that have
+            each; empty if labels are values or there are none.
 
         Raises:
             UsageError: An unknown split.
@@ -218,8 +229,18 @@ class Dataset:
         if any(selection.draws for by_kind in selections.values() for selection in by_kind.values()):
             raise UsageError("a mix has no subset, as its training split is draws; mix subsets instead")
         selections[split] = {kind: self.select(split, kind).take(rows, digest) for kind, rows in chosen.items()}
-        counts[split] = {kind: _count(selection.labels()) for kind, selection in selections[split].items()}
+        counts[split] = {kind: self._count(selection) for kind, selection in selections[split].items()}
         return View(self.root, self.manifest, digest, selections, counts)
+
+    def _count(self, selection: Selection) -> dict[int, int]:
+        """Count the records of each class; reads the labels."""
+        kind = self.schema.labels.kind
+        if kind == "class":
+            return {int(label): count for label, count in sorted(Counter(selection.labels().tolist()).items())}
+        if kind == "multilabel":
+            labels = selection.labels().reshape(-1, *self.schema.labels.shape)
+            return {label: count for label, count in enumerate(labels.sum(axis=0).tolist()) if count}
+        return {}
 
     def layer_numbers(self, kind: Kind) -> list[int] | None:
         """Return the layer number of each step, or graph, of a record.
@@ -278,7 +299,6 @@ class Dataset:
         if len(groups) < k:
             raise DataError(f"train and val of {self.root} have {len(groups)} groups; expected at least {k} for {k} folds")
         folds = {kind: np.searchsorted(groups, hashes[kind]) * k // len(groups) for kind in self.schema.kinds}
-        labels = {kind: pool.labels() for kind, pool in pools.items()}
         views: list[Dataset] = []
         for fold in range(k):
             digest = derived_digest(self.digest, "fold", fold, k, seed)
@@ -286,7 +306,7 @@ class Dataset:
             for split in ("train", "val"):
                 members = {kind: np.flatnonzero((folds[kind] == fold) == (split == "val")) for kind in pools}
                 selections[split] = {kind: pools[kind].take(rows, digest) for kind, rows in members.items()}
-                counts[split] = {kind: _count(labels[kind][rows]) for kind, rows in members.items()}
+                counts[split] = {kind: self._count(selections[split][kind]) for kind in members}
             if "test" in self.splits:
                 selections["test"] = {kind: self.select("test", kind) for kind in pools}
                 counts["test"] = {kind: self.label_counts("test", kind) for kind in pools}
@@ -351,10 +371,6 @@ class View(Dataset):
     def folds(self, k: int, seed: int = 0) -> list[Dataset]:
         """Raise UsageError, because folds are made of a data set as it is stored."""
         raise UsageError("folds are made of a data set as it is stored; this is a fold, a subset or a mix already")
-
-
-def _count(labels: Ints) -> dict[int, int]:
-    return {int(label): count for label, count in sorted(Counter(labels.tolist()).items())}
 
 
 def default_cache() -> Path:

@@ -183,8 +183,8 @@ class Selection:
         row = position - int(ends[entry] - self.records[entry]) if self.rows is None else int(self.rows[position])
         return self.shards[int(self.table[entry])], int(self.number[entry]), row
 
-    def labels(self) -> Ints:
-        """Read the label of every record, (N,); a few bytes per record."""
+    def labels(self) -> Array:
+        """Read the label of every record, (N, *shape) in the stored type; a few bytes per record."""
         labels = [shard.read("labels")[rows] for shard, rows in self._by_entry()]
         return np.concatenate(labels) if labels else np.zeros(0, np.int64)
 

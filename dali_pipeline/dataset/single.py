@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dali_pipeline.errors import UsageError
-from dali_pipeline.format.record import Graphs, Record
+from dali_pipeline.format.encoding import TEXT
+from dali_pipeline.format.record import Fields, Graphs, Record
 from dali_pipeline.format.schema import Schema, level_of
 from dali_pipeline.runtime.checks import shown
 from dali_pipeline.storage.files import Files
 
 if TYPE_CHECKING:
     from dali_pipeline.dataset.selection import Selection
+    from dali_pipeline.format.label import Label
     from dali_pipeline.format.shard import Shard
     from dali_pipeline.types import Array, Ints
 
@@ -27,13 +29,34 @@ def read_record(selection: Selection, schema: Schema, position: int) -> Record:
     """
     shards, number, row = selection.at(position)
     shard = shards.open(number, Files(1))
+    sequence = sequence_at(shard, schema, row) if shards.kind == "sequences" else None
     return Record(
         id=text_at(shard, "ids", row),
         group=text_at(shard, "groups", row),
-        label=int(shard.read("labels", row, row + 1)[0]),
-        sequence=sequence_at(shard, schema, row) if shards.kind == "sequences" else None,
+        label=label_at(shard, schema.labels, row),
+        sequence=sequence,
         graphs=graphs_at(shard, schema, row) if shards.kind == "graphs" else None,
+        fields=fields_at(shard, schema, row),
     )
+
+
+def label_at(shard: Shard, label: Label, row: int) -> Any:
+    """Read one label: an int, an array of the label's shape, or None."""
+    if label.dtype is None:
+        return None
+    stored = shard.read("labels", row, row + 1)[0]
+    return int(stored) if label.kind == "class" else stored
+
+
+def fields_at(shard: Shard, schema: Schema, row: int) -> Fields:
+    """Read the step and record fields of one record, by name."""
+    fields = Fields()
+    for name, field in schema.record_fields.items():
+        fields[name] = text_at(shard, name, row) if field.dtype == TEXT else field.values(shard.read(name, row, row + 1))[0]
+    if shard.kind == "sequences" and schema.step_fields:
+        begin, end = shard.read("sequence.offsets", row, row + 2).tolist()
+        fields |= {name: field.values(shard.read(name, begin, end)) for name, field in schema.step_fields.items()}
+    return fields
 
 
 def find_id(selection: Selection, record_id: str, guess: int) -> int | None:
@@ -67,7 +90,7 @@ def checked_positions(positions: npt.ArrayLike, count: int) -> Ints:
 
 
 def text_at(shard: Shard, name: str, row: int) -> str:
-    """Read one of the `ids` or `groups` of a shard."""
+    """Read one of the `ids`, `groups` or texts of a record field of a shard."""
     begin, end = shard.read(f"{name}.offsets", row, row + 2).tolist()
     return shard.read(name, begin, end).tobytes().decode()
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 BFLOAT16 = "bfloat16"
+TEXT = "text"  # UTF-8, as bytes and offsets
 LARGEST = 127  # largest int8 with a scale; -128 is not used
 _DIGITS = 3  # significant digits of a scale: enough, and short in JSON
 _LEAST = 1e-30  # smallest scale in float32
@@ -18,7 +19,7 @@ Scale = tuple[tuple[float, ...], ...]
 
 def storage(dtype: str) -> np.dtype[Any]:
     """Return the NumPy type that stores a dtype; uint16 for bfloat16, which NumPy lacks."""
-    return np.dtype("uint16" if dtype == BFLOAT16 else dtype)
+    return np.dtype({BFLOAT16: "uint16", TEXT: "uint8"}.get(dtype, dtype))
 
 
 def encode(rows: Array, dtype: str, scale: Scale | Array | None) -> tuple[Array, bool]:

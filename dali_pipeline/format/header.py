@@ -16,12 +16,13 @@ from dali_pipeline.types import BLOCK_BYTES, Array
 if TYPE_CHECKING:
     from dali_pipeline.storage.cachedfile import Place
 
-VERSION = 1
+VERSION = 2
+BLOCKS_OF_VERSION = {1: 1 << 20, 2: BLOCK_BYTES}  # bytes of a block in shards of each version
 METADATA_KEY = "dali_pipeline"
 DTYPES = {
     "F16": "float16", "BF16": BFLOAT16, "F32": "float32", "F64": "float64",
     "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
-    "U8": "uint8", "U16": "uint16", "U32": "uint32",
+    "U8": "uint8", "U16": "uint16", "U32": "uint32", "BOOL": "bool",
 }  # fmt: skip
 
 
@@ -35,6 +36,7 @@ class Layout:
         begin: Its first byte in the file.
         nbytes: Its bytes.
         first_block: Number of its first block among the blocks of the shard.
+        block_bytes: Bytes of one of its blocks.
     """
 
     dtype: np.dtype[Any]
@@ -42,6 +44,7 @@ class Layout:
     begin: int
     nbytes: int
     first_block: int
+    block_bytes: int
 
 
 def parse_header(path: Place, header: bytes, size: int) -> tuple[str, int, dict[str, Layout], Array]:
@@ -67,12 +70,14 @@ def parse_header(path: Place, header: bytes, size: int) -> tuple[str, int, dict[
         )
         hash_texts = [meta["hashes"][name] for _, _, name, _, _ in entries]
         hashes = np.frombuffer(bytes.fromhex("".join(hash_texts)), ">u8").astype(np.uint64)
-        records, expected = _size(meta["records"]), {"version": VERSION, "block_bytes": BLOCK_BYTES}
+        records = _size(meta["records"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{path}: the header is not one of a dali_pipeline shard ({type(error).__name__}: {error})") from None
-    for name, value in expected.items():
-        if meta.get(name) != value:
-            raise FormatError(f"{path} has {name} {meta.get(name)!r}; expected {value}")
+    if meta.get("version") not in BLOCKS_OF_VERSION:
+        raise FormatError(f"{path} has version {meta.get('version')!r}; expected 1 or {VERSION}")
+    block_bytes = BLOCKS_OF_VERSION[meta["version"]]
+    if meta.get("block_bytes") != block_bytes:
+        raise FormatError(f"{path} has block_bytes {meta.get('block_bytes')!r}; expected {block_bytes}")
     layouts: dict[str, Layout] = {}
     array_end = next_block = 0
     for (begin, end, name, dtype, shape), hash_text in zip(entries, hash_texts, strict=True):
@@ -80,9 +85,9 @@ def parse_header(path: Place, header: bytes, size: int) -> tuple[str, int, dict[
             raise FormatError(
                 f"{path}, {name}: bytes {begin} to {end} for {dtype} {shape}; arrays must fill the file without gaps"
             )
-        if len(hash_text) != 16 * math.ceil((end - begin) / BLOCK_BYTES):
+        if len(hash_text) != 16 * math.ceil((end - begin) / block_bytes):
             raise FormatError(f"{path}, {name}: {len(hash_text) // 16} block hashes for {end - begin} bytes")
-        layouts[name] = Layout(dtype, shape, len(header) + begin, end - begin, next_block)
+        layouts[name] = Layout(dtype, shape, len(header) + begin, end - begin, next_block, block_bytes)
         array_end, next_block = end, next_block + len(hash_text) // 16
     if len(header) + array_end != size:
         raise FormatError(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 import xxhash
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 P = TypeVar("P", Path, RemotePath, Place)
 MANIFEST_NAME = "manifest.json"
 FORMAT_NAME = "dali_pipeline"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+VERSIONS = (1, 2)  # that are read
 
 
 @dataclass(kw_only=True)
@@ -36,8 +38,9 @@ class ShardTable:
         records: Number of records per shard.
         bytes: File size per shard.
         blocks: Number of hash blocks per shard.
+        steps: Rows of all sequences, or nodes of all graphs, per shard; empty in version 1.
         digests: Header digests, 32 hexadecimal digits per shard, in one string.
-        labels: Number of records per label.
+        labels: Number of records per class; of several labels, of the records that have each; empty for values.
         rows: Fewest and most rows of a record, per axis: `step`, or `graph`, `node` and `edge`.
         ids: Sum of the XXH3-64 of all ids modulo 2**64, 16 hexadecimal digits; empty if unknown, in data sets older than this
             field.
@@ -46,6 +49,7 @@ class ShardTable:
     records: list[int] = field(default_factory=list)
     bytes: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
     digests: str = ""
     labels: dict[str, int] = field(default_factory=dict)
     rows: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -60,6 +64,7 @@ class ShardTable:
         self.records.append(info.records)
         self.bytes.append(info.bytes)
         self.blocks.append(info.blocks)
+        self.steps.append(info.steps)
         self.digests += info.digest
 
     def extend(self, other: ShardTable) -> None:
@@ -69,6 +74,7 @@ class ShardTable:
         self.records += other.records
         self.bytes += other.bytes
         self.blocks += other.blocks
+        self.steps += other.steps
         self.digests += other.digests
         for label, count in other.labels.items():
             self.labels[label] = self.labels.get(label, 0) + count
@@ -95,9 +101,10 @@ class ShardTable:
             path = dataclasses.replace(path, digest=self.digest(shard), nbytes=self.bytes[shard], blocks=self.blocks[shard])
         return Shard(path, nbytes=self.bytes[shard], digest=self.digest(shard), sound=sound, files=files)
 
-    def count(self, label: int, rows: dict[str, int], times: int = 1) -> None:
-        """Add the label and row counts of one record, or of `times` equal ones, to `labels` and `rows`."""
-        self.labels[str(label)] = self.labels.get(str(label), 0) + times
+    def count(self, classes: Iterable[int], rows: dict[str, int], times: int = 1) -> None:
+        """Add the classes and row counts of one record, or of `times` equal ones, to `labels` and `rows`."""
+        for label in classes:
+            self.labels[str(label)] = self.labels.get(str(label), 0) + times
         self._widen({axis: (count, count) for axis, count in rows.items()})
 
 
@@ -124,6 +131,7 @@ class Manifest:
         statistics: Feature statistics of the training split's sequences, or None.
         source: Where the data came from, for people (model, threshold, files left out). It contains no path, because a data set
             may be moved.
+        split: The rule that dealt the splits: `shares` and `seed`, or the owner's own `names`. Empty if not known.
         format: Name of the format.
         version: Version of the format.
         digest: 32 hexadecimal digits over all the rest; the order of every epoch depends on it.
@@ -133,6 +141,7 @@ class Manifest:
     splits: dict[str, dict[Kind, ShardTable]]
     statistics: FeatureStatistics | None = None
     source: dict[str, Any] = field(default_factory=dict)
+    split: dict[str, Any] = field(default_factory=dict)
     format: str = FORMAT_NAME
     version: int = FORMAT_VERSION
     digest: str = ""
@@ -175,10 +184,13 @@ class Manifest:
             manifest = msgspec.json.decode(data, type=cls)
         except (msgspec.DecodeError, UsageError, UnicodeDecodeError, RecursionError) as error:
             raise FormatError(f"{path} is not a {FORMAT_NAME} manifest ({error})") from None
-        if (manifest.format, manifest.version) != (FORMAT_NAME, FORMAT_VERSION):
+        if manifest.format != FORMAT_NAME or manifest.version not in VERSIONS:
             raise FormatError(
-                f"{path} is {manifest.format!r} version {manifest.version}; expected {FORMAT_NAME!r} version {FORMAT_VERSION}"
+                f"{path} is {manifest.format!r} version {manifest.version}; "
+                f"expected {FORMAT_NAME!r} version 1 or {FORMAT_VERSION}"
             )
+        if manifest.version > 1 and (unknown := unknown_key(msgspec.json.decode(data), cls, "")):
+            raise FormatError(f"{path} has the key {unknown!r}, which this release does not know; read it with a newer one")
         # The digest covers the bytes as they are, so a field that a later version adds does not matter.
         head = b'{"digest":"%s"' % manifest.digest.encode()
         digest = xxhash.xxh3_128_hexdigest(b'{"digest":""' + data[len(head) : -1])
@@ -203,3 +215,23 @@ def shard_path(root: P, split: str, kind: Kind, shard: int) -> P:
 def empty_splits(kinds: tuple[Kind, ...] = KINDS) -> dict[str, dict[Kind, ShardTable]]:
     """Return a table without shards for every split and kind."""
     return {split: {kind: ShardTable() for kind in kinds} for split in SPLITS}
+
+
+def unknown_key(value: Any, known: Any, where: str) -> str:
+    """Return the first key in decoded JSON that a dataclass of this module has no field for; "" if there is none."""
+    if dataclasses.is_dataclass(known) and isinstance(value, dict):
+        fields = {each.name: each for each in dataclasses.fields(known)}
+        for key in value:
+            if key not in fields:
+                return f"{where}{key}"
+        hints = get_type_hints(known)
+        found = (unknown_key(value[key], hints[key], f"{where}{key}.") for key in value)
+        return next(filter(None, found), "")
+    arguments = get_args(known)
+    if get_origin(known) is dict and isinstance(value, dict):
+        found = (unknown_key(each, arguments[1], f"{where}{key}.") for key, each in value.items())
+        return next(filter(None, found), "")
+    if isinstance(value, dict) and arguments:  # of several types, the one that is a dataclass
+        classes = [each for each in arguments if dataclasses.is_dataclass(each) or get_origin(each) is dict]
+        return unknown_key(value, classes[0], where) if classes else ""
+    return ""

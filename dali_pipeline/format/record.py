@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from dali_pipeline.errors import DataError, UsageError
-from dali_pipeline.format.encoding import BFLOAT16, encode
+from dali_pipeline.format.arrays import as_array
+from dali_pipeline.format.encoding import BFLOAT16, TEXT, encode
 from dali_pipeline.format.schema import LEVELS, Field, Schema, a_or_an, level_of
 from dali_pipeline.runtime.checks import shown
-from dali_pipeline.types import Array
+from dali_pipeline.types import Array, Kind
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -129,24 +130,27 @@ def _joined(name: str, graphs: list[Any], counts: Sequence[int]) -> Array:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Record:
-    """One example: an id, a class label, and a sequence, graphs, or both.
+    """One example: an id, a label, and a sequence, graphs, or both, with further fields.
 
     Attributes:
         id: Text, or a whole number, which becomes text. Each id is used once per data set.
-        label: Class, a whole number of 0 or more.
+        label: What the schema's label says: a class as a whole number of 0 or more (or as one of its `class_names`), several
+            bools, a value, or None.
         group: Records of one group stay in one split (for example a question id). Default: None, for the id itself.
         sequence: (T, *shape) array-like of real numbers. Default: None.
         graphs: A `Graphs`, or a list of objects with `x`, `edge_index` and perhaps `edge_attr`. Default: None.
+        fields: Further fields, by names such as `step.token_ids`, with one row per step, and `record.score`. Default: none.
 
     Raises:
         DataError: The id or the group is neither text nor a whole number.
     """
 
     id: str
-    label: int
+    label: Any = None
     group: str | None = None
     sequence: Any = None
     graphs: Any = None
+    fields: Mapping[str, Any] = dataclass_field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("id", "group"):
@@ -175,7 +179,7 @@ class Record:
             return cls(**value)
         except (TypeError, RuntimeError) as error:
             fields = f"has the fields {shown(sorted(map(str, value)))}" if isinstance(value, Mapping) else f"is {shown(value)}"
-            raise DataError(f"a record {fields}; expected id, label, group, sequence, graphs") from error
+            raise DataError(f"a record {fields}; expected id, label, group, sequence, graphs, fields") from error
 
     def stored(self, schema: Schema) -> Record:
         """Convert the record to the schema's types, and check it.
@@ -194,7 +198,17 @@ class Record:
             sequence = sequence_rows(self, schema.sequence)
         if graphs is not None and schema.x is not None:
             graphs = graph_rows(self, schema)
-        return replace(self, sequence=sequence, graphs=graphs)
+        label: Any = schema.labels.stored(self.id, self.label)
+        if schema.labels.kind == "class":
+            label = int(label)
+        kind: Kind = "graphs" if sequence is None else "sequences"
+        rows = named_rows(self, schema, kind, 0 if sequence is None else len(sequence)) if self.fields else {}
+        fields = {
+            name: self.fields[name] if f"{name}.counts" in rows else values[0] if name.startswith("record.") else values
+            for name, values in rows.items()
+            if not name.endswith(".counts")
+        }
+        return replace(self, label=label, sequence=sequence, graphs=graphs, fields=Fields(fields))
 
 
 def sequence_rows(record: Record, field: Field) -> Array:
@@ -275,35 +289,71 @@ def _further(where: str, name: str, fields: Mapping[str, Array], field: Field, s
     return _cast(where, name, rows, field)
 
 
-def as_array(name: str, value: Any) -> Array:
-    """Return an array of real numbers, float32 for a bfloat16 tensor.
-
-    Raises DataError, which names the field, for ragged lists, texts, masked values and the like.
-    """
-    if count := masked_values(value):
-        raise DataError(f"{name} has {count} masked values, and a data set holds no masks; expected them filled or left out")
-    try:
-        array = np.asarray(value.float() if str(getattr(value, "dtype", "")) == "torch.bfloat16" else value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"{name} cannot be taken as a NumPy array ({str(error).splitlines()[0]})") from None
-    if array.dtype.kind not in "fiub":
-        raise DataError(f"{name} is {array.dtype}; expected real numbers")
-    return array
-
-
-def masked_values(value: Any) -> int:
-    """Number of values that a masked NumPy array, or a list of some, hides; `np.asarray` would give what lies beneath."""
-    if isinstance(value, np.ma.MaskedArray):
-        return int(np.ma.getmaskarray(value).sum())
-    return sum(map(masked_values, value)) if isinstance(value, list | tuple) else 0
-
-
 def _array(where: str, name: str, value: Any) -> Array:
     """`as_array`, its errors naming the record."""
     try:
         return as_array(name, value)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
+
+
+class Fields(dict[str, Any]):
+    """The further fields of a record, by name; also by the part of the name after the dot."""
+
+    def __missing__(self, name: str) -> Any:
+        for key, value in self.items():
+            if key.partition(".")[2] == name:
+                return value
+        raise KeyError(name)
+
+
+def named_rows(record: Record, schema: Schema, kind: Kind, steps: int) -> dict[str, Array]:
+    """Return the rows of the further fields of one kind of record in their stored types; of texts, the bytes and `.counts`.
+
+    Args:
+        record: The record.
+        schema: The schema.
+        kind: "sequences", which has step fields, or "graphs".
+        steps: Number of steps of the record's sequence.
+
+    Raises:
+        DataError: A field is missing, is unknown, or does not fit; named by record and field.
+    """
+    where, given = f"record {record.id!r}", record.fields
+    expected = {**schema.step_fields, **schema.record_fields}
+    if not isinstance(given, Mapping):
+        raise DataError(f"{where} has the fields {shown(given)}; expected names and values")
+    for name in given:
+        if name not in expected:
+            known = ", ".join(expected) or "none, as the schema has no step. or record. fields"
+            raise DataError(f"{where} has the unknown field {name!r}; expected {known}")
+    rows: dict[str, Array] = {}
+    for name, field in expected.items():
+        level = name.partition(".")[0]
+        if level == "step" and kind != "sequences":
+            continue
+        if given.get(name) is None:
+            raise DataError(f"{where} has no {name}; expected {f'{steps} rows' if level == 'step' else 'one'} as in the schema")
+        if field.dtype == TEXT:
+            rows[name] = np.frombuffer(_text(where, name, given[name]), np.uint8)
+            rows[f"{name}.counts"] = np.array([len(rows[name])])
+            continue
+        values = _array(where, name, given[name])
+        if level == "record":
+            values = values[None]
+        elif values.ndim == 0 or len(values) != steps:
+            raise DataError(f"{where}, {name} has shape {values.shape}; expected {steps} rows, one per step")
+        rows[name] = _cast(where, name, values, field)
+    return rows
+
+
+def _text(where: str, name: str, value: Any) -> bytes:
+    try:
+        if isinstance(value, str):
+            return value.encode()
+    except UnicodeEncodeError:
+        pass
+    raise DataError(f"{where}, {name} is {shown(value)}; expected a text that UTF-8 can hold")
 
 
 def _rows(record: Record, name: str, value: Any, field: Field) -> Array:

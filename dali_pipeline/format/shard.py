@@ -43,6 +43,7 @@ class ShardInfo:
         blocks: Number of hash blocks.
         digest: Digest of the header.
         ids: Sum of the XXH3-64 of the shard's ids modulo 2**64.
+        steps: Number of rows of all sequences, or of nodes of all graphs.
     """
 
     records: int
@@ -50,6 +51,7 @@ class ShardInfo:
     blocks: int
     digest: str
     ids: int
+    steps: int = 0
 
 
 def hash_texts(texts: Iterable[bytes], seed: int = 0) -> Hashes:

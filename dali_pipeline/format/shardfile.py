@@ -118,7 +118,9 @@ class ShardFile:
         self._close()
         blocks = sum(len(text) // 16 for text in hashes.values())
         digest = xxhash.xxh3_128_hexdigest(head)
-        return ShardInfo(records=records, bytes=8 + self._header_bytes + array_end, blocks=blocks, digest=digest, ids=ids)
+        return ShardInfo(
+            records=records, bytes=8 + self._header_bytes + array_end, blocks=blocks, digest=digest, ids=ids, steps=self._rows
+        )
 
     def discard(self) -> None:
         """Remove what was written."""

@@ -82,7 +82,7 @@ def infer_schema(
             if array is not None:
                 dtype = BFLOAT16 if name in graphs.bfloat16 else array.dtype.name
                 fields[name] = _field(graphs.path, name, dtype, array.shape[1:], config)
-    own = {name: fields.pop(name, None) for name in FIELDS}
+    own: dict[str, Any] = {name: fields.pop(name, None) for name in FIELDS}
     return Schema(**own, fields=fields or msgspec.UNSET), choice
 
 
@@ -153,7 +153,7 @@ def _own_schema(data: Dataset, config: ConvertConfig) -> tuple[Schema, LayerChoi
             scale=scale if scale is not None and "sequence" not in config.dtypes else msgspec.UNSET,
             by_layer=ByLayer.of(kept, plain.row_bytes) if by_layer and kept else msgspec.UNSET,
         )
-    own = {name: retyped.pop(name, None) for name in FIELDS[1:]}
+    own: dict[str, Any] = {name: retyped.pop(name, None) for name in FIELDS[1:]}
     return Schema(sequence=sequence, **own, fields=retyped or msgspec.UNSET), choice
 
 

@@ -15,7 +15,7 @@ from dali_pipeline.format.record import Record
 from dali_pipeline.format.schema import Schema
 from dali_pipeline.types import KINDS, Array, Kind
 from dali_pipeline.writing.moments import Moments
-from dali_pipeline.writing.openshard import STREAMED, OpenShard, Stack, as_bytes, record_arrays, whole_label
+from dali_pipeline.writing.openshard import STREAMED, OpenShard, Stack, as_bytes, record_arrays
 
 
 class Dealer(Protocol):
@@ -89,9 +89,11 @@ class ShardFiller:
         for kind, (parts, rows) in arrays.items():
             nbytes, values = sum([part.nbytes for part in parts.values()]), parts.pop(STREAMED[kind])
             self._shard_for(split, kind, nbytes).add([id_], [group], [label], [values], parts)
-            self.contents.splits[split][kind].count(label, rows)
+            self.contents.splits[split][kind].count(self.schema.labels.counted(label), rows)
 
-    def _check(self, record: Record) -> tuple[bytes, bytes, int, str, dict[Kind, tuple[dict[str, Array], dict[str, int]]]]:
+    def _check(
+        self, record: Record
+    ) -> tuple[bytes, bytes, Array | None, str, dict[Kind, tuple[dict[str, Array], dict[str, int]]]]:
         """Return id, group, label and split of a record, and per kind its arrays and its number of rows per axis."""
         group = record.id if record.group is None else record.group
         given = {"sequences": record.sequence, "graphs": record.graphs}
@@ -99,26 +101,35 @@ class ShardFiller:
         if not arrays:
             raise DataError(f"record {record.id!r} has neither of the schema's kinds; expected {' or '.join(self._kinds)}")
         texts = as_bytes(record, "id", record.id), as_bytes(record, "group", group)
-        return *texts, whole_label(record), self.dealer.of(group), arrays
+        return *texts, self.schema.labels.stored(record.id, record.label), self.dealer.of(group), arrays
 
     def _write_stack(self, stack: Stack) -> None:
         """Write the same bytes as its records would give one by one, without a check and small arrays per record."""
-        rows, kind = stack.rows(self.schema), KINDS[0]
+        label, kind = self.schema.labels, KINDS[0]
+        if stack.fields or self.schema.step_fields or self.schema.record_fields:
+            for row in range(len(stack.ids)):
+                self.write(stack.record(row))
+            return
+        rows = stack.rows(self.schema)
+        labels = [label.stored(name, given) for name, given in zip(stack.ids, stack.labels, strict=True)]
         ids, groups = ([text.encode() for text in texts] for texts in (stack.ids, stack.groups))
         length, nbytes = rows.shape[1], rows[0].nbytes + 8
         splits = [self.dealer.of(group) for group in stack.groups]
         for split in dict.fromkeys(splits):
             members = [row for row, row_split in enumerate(splits) if row_split == split]
-            for label, count in Counter(stack.labels[row] for row in members).items():
-                self.contents.splits[split][kind].count(label, {"step": length}, count)
+            for counted, times in Counter(label.counted(labels[row]) for row in members).items():
+                self.contents.splits[split][kind].count(counted, {"step": length}, times)
             while members:
                 shard = self._shard_for(split, kind, nbytes)
                 max_records = max(1, (self.shard_bytes - shard.nbytes) // nbytes)
                 taken, members = members[:max_records], members[max_records:]
                 counts = {"sequence.counts": np.full(len(taken), length)}
-                labels = [stack.labels[row] for row in taken]
                 shard.add(
-                    [ids[row] for row in taken], [groups[row] for row in taken], labels, [rows[row] for row in taken], counts
+                    [ids[row] for row in taken],
+                    [groups[row] for row in taken],
+                    [labels[row] for row in taken],
+                    [rows[row] for row in taken],
+                    counts,
                 )
 
     def _shard_for(self, split: str, kind: Kind, nbytes: int) -> OpenShard:

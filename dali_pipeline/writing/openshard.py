@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dali_pipeline.errors import DataError
 from dali_pipeline.format.digest import EpochDigest
-from dali_pipeline.format.record import Record, graph_rows, masked_values, sequence_rows
+from dali_pipeline.format.record import Record, graph_rows, named_rows, sequence_rows
 from dali_pipeline.format.schema import Schema
 from dali_pipeline.format.shard import ShardInfo
 from dali_pipeline.format.shardfile import ShardFile
@@ -27,12 +27,21 @@ class Stack(NamedTuple):
         groups: N groups, valid UTF-8.
         labels: N labels.
         sequences: (N, T, *row), one sequence per record.
+        fields: Further fields: (N, T, *row) per step, (N, *row) or N texts per record. Default: none.
     """
 
     ids: list[str]
     groups: list[str]
-    labels: list[int]
+    labels: Sequence[Any]
     sequences: Array
+    fields: Mapping[str, Any] = {}
+
+    def record(self, row: int) -> Record:
+        """Return one of the records."""
+        fields = {name: values[row] for name, values in self.fields.items()}
+        return Record(
+            id=self.ids[row], group=self.groups[row], label=self.labels[row], sequence=self.sequences[row], fields=fields
+        )
 
     def rows(self, schema: Schema) -> Array:
         """Return the sequences in the schema's type; raise DataError that names the first record that does not fit."""
@@ -93,7 +102,8 @@ class OpenShard:
         )
         self._ids: list[bytes] = []
         self._groups: list[bytes] = []
-        self._labels: list[int] = []
+        self._labels: list[Array | None] = []
+        self._label = schema.labels
         self._parts: dict[str, _Joined] = {}
         self.nbytes = 0
 
@@ -101,7 +111,7 @@ class OpenShard:
         self,
         ids: Sequence[bytes],
         groups: Sequence[bytes],
-        labels: Sequence[int],
+        labels: Sequence[Array | None],
         values: Sequence[Array],
         arrays: Mapping[str, Array],
     ) -> None:
@@ -133,7 +143,9 @@ class OpenShard:
         """Write the remaining arrays, and finish the shard."""
         if self._waiting:
             self._append_by_layer()
-        arrays: dict[str, Array] = {"labels": np.array(self._labels, np.int64)}
+        arrays: dict[str, Array] = {}
+        if self._label.dtype is not None:
+            arrays["labels"] = np.array(self._labels, self._label.dtype).reshape(-1, *self._label.shape)
         for name, texts in (("ids", self._ids), ("groups", self._groups)):
             arrays[name] = np.frombuffer(b"".join(texts), np.uint8)
             arrays[f"{name}.offsets"] = _offsets(np.array([len(text) for text in texts]))
@@ -154,7 +166,8 @@ def record_arrays(record: Record, schema: Schema, kind: Kind) -> tuple[dict[str,
     if kind == "sequences":
         assert schema.sequence is not None
         rows = sequence_rows(record, schema.sequence)
-        return {"sequence": rows, "sequence.counts": np.array([len(rows)])}, {"step": len(rows)}
+        own = {"sequence": rows, "sequence.counts": np.array([len(rows)])}
+        return own | named_rows(record, schema, kind, len(rows)), {"step": len(rows)}
     graphs = graph_rows(record, schema)
     narrow = np.min_scalar_type(int(graphs.edge_index.max(initial=0)))
     arrays = {
@@ -166,21 +179,8 @@ def record_arrays(record: Record, schema: Schema, kind: Kind) -> tuple[dict[str,
     }
     if graphs.edge_attr is not None:
         arrays["edge_attr"] = graphs.edge_attr
-    arrays |= graphs.fields
+    arrays |= {**graphs.fields, **named_rows(record, schema, kind, 0)}
     return arrays, {"graph": len(graphs.node_counts), "node": len(graphs.x), "edge": graphs.edge_index.shape[1]}
-
-
-def whole_label(record: Record) -> int:
-    """Return the label as an int, whatever type of number it has; raise DataError if it is not whole, or below 0."""
-    try:
-        label = int(record.label)
-        is_whole = not masked_values(record.label) and label == record.label and 0 <= label < 2**63
-    except (TypeError, ValueError, OverflowError, RuntimeError, np.ma.MaskError):  # a meta tensor raises RuntimeError
-        is_whole = False
-    if not is_whole:
-        shown = " ".join(repr(record.label).split())  # the repr of an array has several lines
-        raise DataError(f"record {record.id!r} has the label {shown}; expected a whole number of 0 or more")
-    return label
 
 
 def _offsets(counts: Array) -> Array:
