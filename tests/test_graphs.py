@@ -275,7 +275,7 @@ def test_wrong_content_with_a_right_hash_is_named(
         )
         for name, node_counts in zip("ab", counts, strict=True)
     ]
-    monkeypatch.setattr("dali_pipeline.writing.pending.graph_rows", lambda record, _: record.graphs)
+    monkeypatch.setattr("dali_pipeline.writing.openshard.graph_rows", lambda record, _: record.graphs)
     data = write(tmp_path / "set", records, shares="100/0/0")
     good = 0
     with pytest.raises(dp.FormatError, match=rf"^[^\n]*graphs-00000\.safetensors: {words}$"):
