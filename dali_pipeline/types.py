@@ -1,4 +1,4 @@
-"""Types that all folders share."""
+"""Types and constants that all folders share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[Any]  # of any stored type
+Array = npt.NDArray[Any]  # any stored type
 Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 Kind = Literal["sequences", "graphs"]

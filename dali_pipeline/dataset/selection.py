@@ -130,7 +130,7 @@ class Selection:
         needed = 2 * min(window_bytes, int(self.nbytes.sum())) + SPARE_BYTES
         for root in {shards.root for shards in self.shards}:
             if isinstance(root, RemotePath):
-                root.cache.check_room(needed, f"a window of {window_bytes} bytes")
+                root.cache.check_size(needed, f"a window of {window_bytes} bytes")
 
     def every_row(self) -> Ints:
         """Return `rows`, also if it is None."""

@@ -21,7 +21,7 @@ from dali_pipeline.errors import DataError, FormatError
 from dali_pipeline.format.header import Layout, parse_header
 from dali_pipeline.storage.cache import FIRST_STAMP
 from dali_pipeline.storage.openfile import OpenFile, Piece, kind_of
-from dali_pipeline.storage.reads import bring
+from dali_pipeline.storage.reads import prefetch
 from dali_pipeline.types import BLOCK_BYTES, Array
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Shard:
         if len(self._hashes) != len(sound):
             raise FormatError(f"{path} has {len(self._hashes)} block hashes; expected {len(sound)} as in the manifest")
         if file.stamps is not None:  # names, labels and offsets are neighbours: one request
-            file.bring(
+            file.prefetch(
                 [piece for name, array in self.arrays.items() if array.nbytes <= BLOCK_BYTES for piece in self.pieces(name)]
             )
 
@@ -120,7 +120,7 @@ class Shard:
                 data = self._checked_block(name, layout, block)
                 part[:] = data[begin - block * BLOCK_BYTES : end - block * BLOCK_BYTES]
 
-    def bring(self, name: str, begin: int, end: int) -> bool:
+    def prefetch(self, name: str, begin: int, end: int) -> bool:
         """Prefetch bytes `begin` to `end` of an array; return whether any were absent.
 
         They go to the system's page cache, and blocks never read before are read and hashed here. Blocks of a shard in a store
@@ -131,11 +131,11 @@ class Shard:
             return False
         blocks = range(begin // BLOCK_BYTES, (end - 1) // BLOCK_BYTES + 1)
         if file.stamps is not None:
-            return file.bring(self.pieces(name, blocks), wait=False)
+            return file.prefetch(self.pieces(name, blocks), wait=False)
         unchecked = [block for block in blocks if not self._sound[layout.first_block + block]]
         for block in unchecked:
             self._checked_block(name, layout, block)
-        return bool(unchecked) or bring(file.fd, layout.begin + begin, end - begin)
+        return bool(unchecked) or prefetch(file.fd, layout.begin + begin, end - begin)
 
     def pieces(self, name: str, blocks: Iterable[int] | None = None) -> list[Piece]:
         """Return the blocks of an array, by default all, in the form that a cache takes."""
@@ -145,12 +145,12 @@ class Shard:
             pieces.append(Piece(1 + number, layout.begin + block * BLOCK_BYTES, nbytes, int(self._hashes[number])))
         return pieces
 
-    def wanted(self, name: str, begin: int, end: int, need: float) -> None:
+    def note_need(self, name: str, begin: int, end: int, need: float) -> None:
         """Tell the cache when bytes `begin` to `end` of an array are needed next, as epoch plus the fraction of it that is
         over.
         """
         if begin < end:
-            self.opened().wanted(self.pieces(name, range(begin // BLOCK_BYTES, (end - 1) // BLOCK_BYTES + 1)), need)
+            self.opened().note_need(self.pieces(name, range(begin // BLOCK_BYTES, (end - 1) // BLOCK_BYTES + 1)), need)
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> Array:
         """Read rows `begin` to `end` of an array, by default all, checked."""
@@ -217,7 +217,7 @@ class Shard:
         blocks = range(start // BLOCK_BYTES, (start + len(out) - 1) // BLOCK_BYTES + 1)
         stamps = file.stamps[layout.first_block + blocks.start : layout.first_block + blocks.stop]
         for _ in range(TRIES):
-            file.bring(self.pieces(name, blocks))
+            file.prefetch(self.pieces(name, blocks))
             before = stamps.copy()
             self._pread_file(file, name, layout.begin + start, out)
             if (before >= FIRST_STAMP).all() and (before == stamps).all():

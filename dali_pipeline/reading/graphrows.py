@@ -1,4 +1,4 @@
-"""GraphRows: graphs as they are gathered, in flat arrays, and what is done with them before they are delivered."""
+"""GraphRows: gathered graphs in flat arrays, and what is done with them before delivery."""
 
 from __future__ import annotations
 
@@ -14,11 +14,18 @@ from dali_pipeline.types import Array, Ints
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GraphRows:
-    """Graphs of one or several batches as stored, record-major, then layer; every index local to its graph.
+    """Graphs of one or several batches as stored, record-major, then by layer; every index is local to its graph.
 
-    arrays: by name as stored, `x`, perhaps `edge_attr`, and the schema's further fields, with N, E or G rows · edge_index:
-    (E, 2) in the stored type · node_counts, edge_counts, layer_index: (G,) int64 · graphs_per_record, labels, positions: (B,)
-    int64 · ids: B texts.
+    Attributes:
+        arrays: Arrays by name as stored, `x`, perhaps `edge_attr`, and the schema's further fields, with N, E or G rows.
+        edge_index: (E, 2) in the stored type.
+        node_counts: (G,) int64.
+        edge_counts: (G,) int64.
+        layer_index: (G,) int64.
+        graphs_per_record: (B,) int64.
+        labels: (B,) int64.
+        ids: B texts.
+        positions: (B,) int64.
     """
 
     arrays: Mapping[str, Array]
@@ -32,7 +39,7 @@ class GraphRows:
     positions: Ints
 
     def cut(self, sizes: Ints) -> Iterator[GraphRows]:
-        """Parts of so many records each, one after the other, as views."""
+        """Yield consecutive parts of `sizes` records each, as views."""
         records = ends_of(sizes)
         graphs = ends_of(self.graphs_per_record)[records]
         nodes, edges = ends_of(self.node_counts)[graphs], ends_of(self.edge_counts)[graphs]
@@ -53,8 +60,8 @@ class GraphRows:
             )
 
     def without_light_edges(self, weights: Array, least: float) -> GraphRows:
-        """Those edges alone whose weight, (E,), is not below `least`."""
-        kept = ~(weights < np.float64(least))  # a float would be rounded to the weights' type
+        """Return the graphs without the edges whose weight, (E,), is below `least`."""
+        kept = ~(weights < np.float64(least))  # a Python float would be rounded to the weights' type
         ends = ends_of(self.edge_counts)
         before = ends_of(kept.astype(np.int64))[ends]  # edges kept before each graph
         return replace(
@@ -66,7 +73,12 @@ class GraphRows:
 
 
 def wrong_graphs(edge_index: Array, counts: Ints) -> Ints:
-    """The graphs that have no nodes, or an edge beyond them. edge_index: (E, 2) of all · counts: (G, 2) nodes and edges."""
+    """Return the graphs that have no nodes, or an edge beyond them.
+
+    Args:
+        edge_index: (E, 2) edges of all graphs.
+        counts: (G, 2) nodes and edges of each graph.
+    """
     some = np.flatnonzero(counts[:, 1])
     wrong = counts[:, 0] < 1
     if len(some):
@@ -76,12 +88,12 @@ def wrong_graphs(edge_index: Array, counts: Ints) -> Ints:
 
 
 def ends_of(counts: Ints) -> Ints:
-    """(n + 1,) offsets, beginning with 0."""
+    """Return the offsets of ranges with these counts, (n + 1,), beginning with 0."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
 
 
 def spread(begins: Ints, counts: Ints) -> Ints:
-    """Rows from each begin on, as many as its count, one after the other."""
+    """Return the rows from each begin on, as many as its count, concatenated."""
     ends = np.cumsum(counts)
     rows: Ints = np.repeat(begins - (ends - counts), counts) + np.arange(counts.sum())
     return rows

@@ -1,4 +1,4 @@
-"""SequenceRows: what is gathered of sequences, as stored."""
+"""SequenceRows: gathered sequences, as stored."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ from dali_pipeline.types import Array, Ints
 class SequenceRows:
     """Sequences of one or several batches, as stored.
 
-    values: (R, *row) · starts, lengths: (N,) int64, where each record's rows begin in `values`, and how many they are; behind
-    them zeros up to the next, where the batches were padded · labels, positions: (N,) int64 · ids: N texts.
+    Attributes:
+        values: (R, *row) rows of all records; zeros behind a record if its batch was padded.
+        starts: (N,) int64, first row of each record in `values`.
+        lengths: (N,) int64, number of its rows.
+        labels: (N,) int64.
+        ids: N texts.
+        positions: (N,) int64.
     """
 
     values: Array

@@ -1,4 +1,4 @@
-"""Sources: positions in a split to one gathered batch of rows, read straight from the shards."""
+"""Sources: read the rows of one batch, given as positions in a split, straight from the shards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dali_pipeline.format.layers import Layers, select
 from dali_pipeline.format.schema import Field, Schema
 from dali_pipeline.format.shard import Shard
 from dali_pipeline.reading.gather import gather
-from dali_pipeline.reading.records import Found, RecordIndex
+from dali_pipeline.reading.records import Locations, RecordIndex
 from dali_pipeline.reading.rows import SequenceRows
 from dali_pipeline.runtime.memory import Buffers
 from dali_pipeline.sampling.order import WINDOW_BYTES
@@ -28,15 +28,23 @@ Padded: TypeAlias = Literal["batch"] | None
 
 
 class NotFiniteError(DataError):
-    """A record that holds NaN or infinite values, met by who asked for none."""
+    """Error for a record with NaN or infinite values, if the caller asked for none."""
 
 
 class BatchSource:
-    """What both sources share.
+    """Common part of both sources. Several threads may gather.
 
-    layers: which steps, or graphs, of each record; the others' bytes are not read · finite: whether to look for values that are
-    not, which costs a pass over them. Raises DataError for layers that a record does not have; `gather` raises FormatError for
-    damage, NotFiniteError. Several threads may gather.
+    `gather` raises FormatError for damage, and NotFiniteError.
+
+    Args:
+        selection: Records that positions refer to.
+        schema: Fields of the data set.
+        layers: Steps, or graphs, of each record to read; the bytes of others are not read. Default: all.
+        window_bytes: Bytes that are shuffled together at a time.
+        finite: Whether to check that values are finite, which costs a pass over them. Default: False.
+
+    Raises:
+        DataError: A record does not have these layers.
     """
 
     kind: Kind
@@ -58,92 +66,91 @@ class BatchSource:
         self._index = RecordIndex(selection, self.ragged, window_bytes)
         self._runs: dict[int, list[tuple[int, int]]] = {}
         self._buffers = Buffers()
-        self.cold = True  # whether something lately was not in the page cache, as far as reading ahead has looked
+        self.cold = True  # whether something was recently not in the page cache, as far as read-ahead has checked
         if rows := selection.bounds(self.axis):
-            self._selected(rows[0])  # what the shortest record has, all have
+            self._selected(rows[0])  # layers that the shortest record has, all records have
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_runs": {}}  # other threads add to it while it is pickled
+        return {**self.__dict__, "_runs": {}}  # without a cache that other threads may be changing
 
     @property
     def num_records(self) -> int:
-        """Positions go from 0 to below this."""
+        """Number of records; positions are below it."""
         return self._selection.num_records
 
-    def bring(self, start: int, count: int) -> bool:
-        """Has the system read the values of so many records from position `start` on, of one shard; whether any was not there.
+    def prefetch(self, start: int, count: int) -> bool:
+        """Prefetch the values of `count` records of one shard, from position `start` on; return whether any were absent.
 
-        Blocks not met before are read here, and hashed. Where records differ in size, about the right bytes are read; of one
-        of which most records are not asked for, as in a fold, none. Raises FormatError for damage.
+        Blocks never read before are read here and hashed. If records differ in size, approximately the right bytes are read. If
+        most records of a range are not selected, as in a fold, none are. Raises FormatError for damage.
         """
-        shard, begin, end = self._index.place(start, count)
+        shard, begin, end = self._index.span_of(start, count)
         if end - begin > 2 * count:
             return False
-        return sum(shard.bring(name, *span) for name, spans in self._wanted(start, count) for span in spans) > 0
+        return sum(shard.prefetch(name, *span) for name, spans in self._value_spans(start, count) for span in spans) > 0
 
-    def _wanted(self, start: int, count: int) -> Iterator[tuple[str, Iterable[tuple[int, int]]]]:
-        """By array, from which byte to which the values of so many records from position `start` on lie, as far as they are
-        read; of one shard."""
-        shard, begin, end = self._index.place(start, count)
+    def _value_spans(self, start: int, count: int) -> Iterator[tuple[str, Iterable[tuple[int, int]]]]:
+        """Yield per array the spans of bytes with the values, as far as read, of `count` records of one shard."""
+        shard, begin, end = self._index.span_of(start, count)
         for name in self.streamed:
             if name in shard.arrays:
                 yield name, self._extents(shard, name, begin, end)
 
     @property
     def cache_bytes(self) -> int | None:
-        """Bytes of the cache that what it reads comes through; None where that lies in folders."""
+        """Bytes of the cache that shards are read through; None if all lie in folders."""
         return self._selection.cache_bytes
 
-    def wanted(self, start: int, count: int, need: float) -> None:
-        """Tells the cache when so many records from position `start` on, of one shard, are asked for next."""
-        shard, _, _ = self._index.place(start, count)
-        for name, spans in self._wanted(start, count):
+    def note_need(self, start: int, count: int, need: float) -> None:
+        """Tell the cache when `count` records of one shard, from position `start` on, are needed next."""
+        shard, _, _ = self._index.span_of(start, count)
+        for name, spans in self._value_spans(start, count):
             for span in spans:
-                shard.wanted(name, *span, need)
+                shard.note_need(name, *span, need)
 
     def _extents(self, shard: Shard, name: str, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """From which byte to which the values of records `begin` to `end` lie in an array, as far as they are read."""
+        """Yield the spans of bytes of an array with the values of records `begin` to `end`, as far as they are read."""
         array, records = shard.array(name), max(1, shard.records)
         rows = array.shape[0]
-        width, each = array.nbytes // max(1, rows), rows // records
+        width, record_rows = array.nbytes // max(1, rows), rows // records
         by_layer = self._schema.sequence.layout if self._schema.sequence is not None and name == "sequence" else None
         if by_layer is not None:
-            for step in itertools.chain.from_iterable(range(a, b) for a, b in self._selected(by_layer.steps)):
-                yield from ((a * width, b * width) for a, b in by_layer.spans(begin, end, step, rows))
+            for step in itertools.chain.from_iterable(range(first, last) for first, last in self._selected(by_layer.steps)):
+                yield from ((first * width, last * width) for first, last in by_layer.spans(begin, end, step, rows))
         elif self._layers is None or name != "sequence" or rows % records:
             yield array.nbytes * begin // records, array.nbytes * end // records
         else:
-            for record, (a, b) in itertools.product(range(begin, end), self._selected(each)):
-                yield (record * each + a) * width, (record * each + b) * width
+            for record, (first, last) in itertools.product(range(begin, end), self._selected(record_rows)):
+                yield (record * record_rows + first) * width, (record * record_rows + last) * width
 
     def use(self, memory: Buffers) -> None:
-        """Takes the rows' memory from there from now on."""
+        """Take the memory of rows from these buffers from now on."""
         self._buffers = memory
 
-    def _room(self, name: str, rows: int, field: Field, found: Found, begin: int) -> Array:
-        """Memory for so many rows, of which the first is row `begin` of array `name` in the shard of the first record.
+    def _allocate(self, name: str, rows: int, field: Field, locations: Locations, begin: int) -> Array:
+        """Return memory for `rows` rows; the first is row `begin` of array `name` in the shard of the first record.
 
-        It lies in its cache line as the first row does in the file: where memory stands 1 to 31 bytes beyond the file's place
-        in a page, processors that copy by `rep movsb` (AMD Zen 3 and later) take five times as long.
+        It has the same offset in its cache line as the first row in the file. If memory is 1 to 31 bytes beyond the file's
+        offset in a page, processors that copy by `rep movsb` (AMD Zen 3 and later) take five times as long.
         """
-        phase = (found.shard(0).array(name).begin + begin * field.row_bytes) % 64
+        phase = (locations.shard(0).array(name).begin + begin * field.row_bytes) % 64
         if phase % field.storage.itemsize:
             phase = 0
         return self._buffers.take(rows * field.row_bytes, phase).view(field.storage).reshape(rows, *field.shape)
 
-    def _check_finite(self, name: str, field: Field, values: Array, starts: Ints, found: Found, records: Ints) -> None:
-        """starts: (n,) where the values of each of these `records` begin."""
+    def _check_finite(self, name: str, field: Field, values: Array, starts: Ints, locations: Locations, records: Ints) -> None:
+        """Raise NotFiniteError if a value is not finite; `starts` (n,) are the first rows of these `records`."""
         if all_finite(values, field.dtype):
             return
-        strange = ~np.isfinite(field.values(values)).reshape(len(values), -1).all(axis=1)
-        record = int(records[np.searchsorted(starts, np.argmax(strange), side="right") - 1])
+        not_finite = ~np.isfinite(field.values(values)).reshape(len(values), -1).all(axis=1)
+        record = int(records[np.searchsorted(starts, np.argmax(not_finite), side="right") - 1])
         raise NotFiniteError(
-            f"{found.shard(record).path}, {name}: record {found.ids[record]!r} holds NaN or infinite values; "
+            f"{locations.shard(record).path}, {name}: record {locations.ids[record]!r} holds NaN or infinite values; "
             "on_nan='skip' leaves such records out, 'keep' delivers them"
         )
 
     def _selected(self, count: int) -> list[tuple[int, int]]:
-        """Runs (begin, end) of the selected ones among `count` steps or graphs, in the order asked for."""
+        """Return runs (begin, end) of the selected layers among `count` steps or graphs, in the order asked for."""
         if self._layers is None:
             return [(0, count)]
         if count not in self._runs:
@@ -152,8 +159,8 @@ class BatchSource:
 
     def _select(self, count: int) -> list[tuple[int, int]]:
         chosen = self._chosen(count)
-        cuts = [0, *(at for at in range(1, len(chosen)) if chosen[at] != chosen[at - 1] + 1), len(chosen)]
-        return [(chosen[a], chosen[b - 1] + 1) for a, b in itertools.pairwise(cuts)]
+        cuts = [0, *(index for index in range(1, len(chosen)) if chosen[index] != chosen[index - 1] + 1), len(chosen)]
+        return [(chosen[begin], chosen[end - 1] + 1) for begin, end in itertools.pairwise(cuts)]
 
     def _chosen(self, count: int) -> list[int]:
         try:
@@ -165,23 +172,26 @@ class BatchSource:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Located:
-    """Records whose place in the shards is known, and nothing of their values.
+    """Records whose locations in the shards are known, but not their values.
 
-    found: where they lie · positions: (N,) in the selection · lengths: (N,) int64 steps of each that are selected.
+    Attributes:
+        locations: Locations of the records.
+        positions: (N,) in the selection.
+        lengths: (N,) int64, selected steps of each.
     """
 
-    found: Found
+    locations: Locations
     positions: Ints
     lengths: Ints
 
     def cut(self, begin: int, end: int) -> Located:
-        """Records `begin` to `end` of these."""
+        """Return records `begin` to `end`."""
         part = slice(begin, end)
-        return Located(found=self.found.cut(begin, end), positions=self.positions[part], lengths=self.lengths[part])
+        return Located(locations=self.locations.cut(begin, end), positions=self.positions[part], lengths=self.lengths[part])
 
 
 class SequenceSource(BatchSource):
-    """Gathers sequences."""
+    """Gather sequences."""
 
     kind = "sequences"
     ragged = streamed = ("sequence",)
@@ -194,18 +204,18 @@ class SequenceSource(BatchSource):
         return self._schema.sequence.row_bytes
 
     def lengths(self, positions: Ints) -> Ints:
-        """Steps of the records (N,), as stored; reads what is to be read of them anyway before their values."""
-        found = self._index.locate(positions)
-        return found.ends - found.begins
+        """Return the steps of the records (N,), as stored; reads only what reading their values needs anyway."""
+        locations = self._index.locate(positions)
+        return locations.ends - locations.begins
 
     def locate(self, positions: Ints) -> Located:
         """Look up the records at `positions` (N,), any order, repeats allowed; reads the index alone."""
-        found = self._index.locate(positions)
-        lengths = found.ends - found.begins
+        locations = self._index.locate(positions)
+        lengths = locations.ends - locations.begins
         if self._layers is not None:
             selected = {length: sum(end - begin for begin, end in self._selected(length)) for length in set(lengths.tolist())}
             lengths = np.array([selected[length] for length in lengths.tolist()], np.int64)
-        return Located(found=found, positions=positions, lengths=lengths)
+        return Located(locations=locations, positions=positions, lengths=lengths)
 
     def gather(self, positions: Ints, batch_size: int, padded: Padded) -> SequenceRows:
         """Locate and read the records at `positions` (N,)."""
@@ -214,41 +224,45 @@ class SequenceSource(BatchSource):
     def read(self, located: Located, batch_size: int, padded: Padded) -> SequenceRows:
         """Read records in batches of `batch_size`.
 
-        padded: each record to the longest of its "batch"; None for no padding. Costs one read a record and run of layers that
-        does not go on where the one before ends.
+        Costs one read per record and run of layers that does not continue the one before.
+
+        Args:
+            located: The records.
+            batch_size: Records per batch.
+            padded: "batch" pads each record to the longest of its batch; None does not pad.
         """
         field = self._schema.sequence
         assert field is not None
-        found, lengths, positions = located.found, located.lengths, located.positions
-        begins, ends, records = found.begins, found.ends, np.arange(len(positions))
-        if self._layers is not None:  # every record several times, once for each run of its layers
+        locations, lengths, positions = located.locations, located.lengths, located.positions
+        begins, ends, records = locations.begins, locations.ends, np.arange(len(positions))
+        if self._layers is not None:  # every record once per run of its layers
             runs = [self._selected(length) for length in (ends - begins).tolist()]
-            records = np.repeat(records, [len(each) for each in runs])
-            spans = np.array([span for each in runs for span in each], np.int64)  # (reads, 2)
+            records = np.repeat(records, [len(record_runs) for record_runs in runs])
+            spans = np.array([span for record_runs in runs for span in record_runs], np.int64)  # (reads, 2)
             begins, ends = begins[records] + spans[:, 0], begins[records] + spans[:, 1]
         sizes = lengths  # rows that each record takes in `values`
         if padded is not None:
             sizes = np.repeat(np.maximum.reduceat(lengths, np.arange(0, len(lengths), batch_size)), batch_size)
         starts = np.cumsum(sizes) - sizes
-        at = starts[records] + (np.cumsum(ends - begins) - (ends - begins)) - (np.cumsum(lengths) - lengths)[records]
-        values = self._room("sequence", int(sizes.sum()), field, found, int(begins[0]))
-        for short in np.flatnonzero(lengths < sizes).tolist():
-            values[starts[short] + lengths[short] : starts[short] + sizes[short]] = 0
-        if field.layout is not None:  # every row is a read of its own
+        out_begins = starts[records] + (np.cumsum(ends - begins) - (ends - begins)) - (np.cumsum(lengths) - lengths)[records]
+        values = self._allocate("sequence", int(sizes.sum()), field, locations, int(begins[0]))
+        for record in np.flatnonzero(lengths < sizes).tolist():
+            values[starts[record] + lengths[record] : starts[record] + sizes[record]] = 0
+        if field.layout is not None:  # every row is one read
             counts = ends - begins
-            into = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-            records, at = np.repeat(records, counts), np.repeat(at, counts) + into
-            totals = np.array([part.shard.array("sequence").shape[0] for part in found.parts])[found.which[records]]
-            begins = field.layout.stored(np.repeat(begins, counts) + into, totals)
+            offsets = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+            records, out_begins = np.repeat(records, counts), np.repeat(out_begins, counts) + offsets
+            totals = np.array([part.shard.array("sequence").shape[0] for part in locations.parts])[locations.which[records]]
+            begins = field.layout.stored(np.repeat(begins, counts) + offsets, totals)
             ends = begins + 1
-        gather(found, "sequence", records, begins, ends, values, at)
+        gather(locations, "sequence", records, begins, ends, values, out_begins)
         if self._finite:
-            self._check_finite("sequence", field, values, starts, found, np.arange(len(positions)))
+            self._check_finite("sequence", field, values, starts, locations, np.arange(len(positions)))
         return SequenceRows(
             values=values,
             starts=starts,
             lengths=lengths,
             positions=self._selection.reported_positions(positions),
-            labels=found.labels,
-            ids=found.ids,
+            labels=locations.labels,
+            ids=locations.ids,
         )

@@ -291,7 +291,7 @@ def test_layers_read_their_own_bytes_alone(tmp_path: Path, monkeypatch: pytest.M
         asked.append(nbytes)
         return True
 
-    monkeypatch.setattr("dali_pipeline.format.shard.bring", noted)
+    monkeypatch.setattr("dali_pipeline.format.shard.prefetch", noted)
     for layers, expected in ((slice(2, 4), 2), ([1, 6], 2), (None, 8)):
         loader = dp.GraphLoader(data, batch_size=4, layers=layers, num_workers=0)
         list(loader)

@@ -27,7 +27,7 @@ def sources(data: dp.Dataset, **options: Any) -> tuple[GraphSource, GraphSource]
 
 
 def holds(loader: dp.GraphLoader) -> bool:
-    return loader._source._held is not None
+    return loader._source._in_memory is not None
 
 
 def check_equal(one: GraphRows, other: GraphRows) -> None:
@@ -53,8 +53,8 @@ def data(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
 @pytest.mark.parametrize("options", [{}, {"min_weight": 0.5}, {"finite": True}])
 def test_what_is_held_equals_what_is_read(data: dp.Dataset, options: dict[str, Any]) -> None:
     one, other = sources(data, **options)
-    assert one._held is not None
-    assert one._held._table is not None
+    assert one._in_memory is not None
+    assert one._in_memory._table is not None
     rng = np.random.default_rng(0)
     for positions in (rng.permutation(300), rng.integers(300, size=40), np.array([299]), np.array([7, 7, 0])):
         check_equal(one.gather(positions), other.gather(positions))
@@ -70,7 +70,7 @@ def test_a_loader_holds_after_its_first_epoch_and_reads_no_more(data: dp.Dataset
         pass
     brought: list[bool] = []
     monkeypatch.setattr(GraphSource, "_read", None)
-    monkeypatch.setattr(BatchSource, "bring", lambda *_: brought.append(True))
+    monkeypatch.setattr(BatchSource, "prefetch", lambda *_: brought.append(True))
     later = list(loader)
     assert not brought
     monkeypatch.undo()
@@ -82,7 +82,7 @@ def test_a_loader_holds_after_its_first_epoch_and_reads_no_more(data: dp.Dataset
         for one, other in zip(ours, theirs, strict=True):
             assert all(one[name].equal(other[name]) for name in ("x", "edge_index", "edge_attr", "bond", "energy"))
     assert loader.check_digest(loader.digest) == "300 of 300 records, each once"
-    again = pickle.loads(pickle.dumps(loader._source._held))
+    again = pickle.loads(pickle.dumps(loader._source._in_memory))
     assert again._table is None
 
 
@@ -95,7 +95,7 @@ def test_others_are_read(data: dp.Dataset, options: dict[str, Any]) -> None:
 
 def test_long_records_and_folds_are_read(data: dp.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not holds(dp.GraphLoader(data.folds(2)[0], batch_size=16))
-    monkeypatch.setattr("dali_pipeline.reading.held.HELD_RECORD_BYTES", 50)
+    monkeypatch.setattr("dali_pipeline.reading.inmemory.SHORT_RECORD_BYTES", 50)
     assert not holds(dp.GraphLoader(data, batch_size=16))
 
 
@@ -117,9 +117,9 @@ def test_damage_is_not_held_and_named_by_who_reads_it(tmp_path: Path) -> None:
     first = source.gather(sound)
     for _ in range(60):
         check_equal(source.gather(sound), first)
-    assert source._held is not None
-    assert source._held._table is None
-    assert not source._held._arrays
+    assert source._in_memory is not None
+    assert source._in_memory._table is None
+    assert not source._in_memory._arrays
     with pytest.raises(dp.FormatError, match="graphs-00002"):
         source.gather(np.arange(60))
 
@@ -132,5 +132,5 @@ def test_values_that_are_not_finite_are_held_and_named(tmp_path: Path) -> None:
     for _ in range(3):
         assert sum(int(batch.valid.sum()) for batch in loader) == 39
         assert [records[30].id in told for told in loader.left_out] == [True]
-    assert loader._source._held is not None
-    assert loader._source._held._table is not None
+    assert loader._source._in_memory is not None
+    assert loader._source._in_memory._table is not None

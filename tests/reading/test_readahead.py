@@ -93,7 +93,7 @@ def test_layers_alone_are_asked_for(wide: dp.Dataset, monkeypatch: pytest.Monkey
         loader = dp.SequenceLoader(wide, batch_size=8, engine="torch", layers=layers)
         list(loader)  # every block is known
         asked: list[tuple[int, int]] = []
-        monkeypatch.setattr(shard, "bring", lambda _, offset, nbytes, asked=asked: asked.append((offset, nbytes)) or True)
+        monkeypatch.setattr(shard, "prefetch", lambda _, offset, nbytes, asked=asked: asked.append((offset, nbytes)) or True)
         assert len(list(loader)) == 75
         assert sum(nbytes for _, nbytes in asked) == 600 * rows * WIDTH * 2
         monkeypatch.undo()
@@ -153,7 +153,7 @@ def test_later_epochs_look_at_few_runs_until_one_is_not_there(wide: dp.Dataset, 
         asked.append((offset, nbytes))
         return not there
 
-    monkeypatch.setattr(shard, "bring", brought)
+    monkeypatch.setattr(shard, "prefetch", brought)
     list(loader)
     asked.clear()
     list(loader)

@@ -112,7 +112,7 @@ def test_memory_and_file_are_bounded(tmp_path: Path, caplog: pytest.LogCaptureFi
         for _ in range(3000):
             with span("work"):
                 pass
-            assert len(one._held) <= trace.HELD_EVENTS + 2  # two names
+            assert len(one._buffered) <= trace.FLUSH_EVENTS + 2  # two names
     assert len(read(tmp_path / "trace.json")) == 1500
     assert "holds the first 1500 of 3000 events" in caplog.text
 
@@ -142,13 +142,13 @@ def test_a_full_disk_ends_the_trace_alone(
 ) -> None:
     pwrite = os.pwrite
     with dp.Trace(tmp_path / "trace.json"):
-        for _ in range(trace.HELD_EVENTS):
+        for _ in range(trace.FLUSH_EVENTS):
             with span("work"):
                 pass
         kept = len(read(tmp_path / "trace.json"))
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwrite", lambda fd, text, at: pwrite(fd, text[: max(3, len(text) // 2)], at))
-            for _ in range(trace.HELD_EVENTS):
+            for _ in range(trace.FLUSH_EVENTS):
                 with span("more"):
                     pass
     assert len(read(tmp_path / "trace.json")) == kept > 0
@@ -175,7 +175,7 @@ def test_an_interrupted_run_leaves_a_file_that_opens(tmp_path: Path, how: signal
         process.stdout.readline()
         process.send_signal(how)
         process.wait()
-    assert len(read(tmp_path / "trace.json")) >= 5000 - trace.HELD_EVENTS
+    assert len(read(tmp_path / "trace.json")) >= 5000 - trace.FLUSH_EVENTS
 
 
 def test_a_forked_child_writes_nothing(tmp_path: Path) -> None:

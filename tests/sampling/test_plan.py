@@ -244,7 +244,7 @@ def test_an_epochs_only_batch_has_the_rows_that_it_needs(world_size: int, rows: 
     assert {len(part.positions) for part in parts} == {rows}
     positions, valid = (np.concatenate([getattr(part, name) for part in parts]) for name in ("positions", "valid"))
     assert sorted(positions[valid]) == list(range(20))
-    assert np.array_equal(positions[valid], huge.at(0, np.arange(20)))
+    assert np.array_equal(positions[valid], huge.positions(0, np.arange(20)))
     assert huge.num_valid(0) == 20
     for size in (1, 2, rows, rows + 1):
         plan = EpochPlan(order(global_batch_size=size * world_size), 3, [8, 12], [80, 120])

@@ -148,11 +148,11 @@ def test_reading_ahead_leaves_a_block_to_who_has_it_in_hand(server: Proxy, url: 
     assert stamps is not None
     server.seen.clear()
     with locked_slots(file.path, pieces[1].slot, 1):
-        assert file.bring(pieces, wait=False)
+        assert file.prefetch(pieces, wait=False)
         assert [stamps[piece.slot - 1] >= FIRST_STAMP for piece in pieces] == [True, False, True]
     assert len(server.seen) == 2
-    assert file.bring(pieces)
-    assert not file.bring(pieces)
+    assert file.prefetch(pieces)
+    assert not file.prefetch(pieces)
     assert len(server.seen) == 3
 
 

@@ -1,4 +1,4 @@
-"""HeldGraphs: short records of a split that fits in its window, in memory, where reading each again would take longer."""
+"""InMemoryGraphs: short records of a split that fits in its window, kept in memory because reading each again is slower."""
 
 from __future__ import annotations
 
@@ -21,28 +21,37 @@ from dali_pipeline.types import Array, Ints
 if TYPE_CHECKING:
     from dali_pipeline.dataset.selection import Selection
 
-HELD_RECORD_BYTES = 4 << 10  # longer records are read about as fast
-TABLE_BYTES = 200, 60  # of memory for a record, with its id, and for a graph, beside their values
-AHEAD = 2  # records brought for one that is taken, until all are there
+SHORT_RECORD_BYTES = 4 << 10  # longer records are read from files about as fast
+TABLE_BYTES = 200, 60  # memory per record, with its id, and per graph, beside their values
+AHEAD = 2  # records loaded per record taken, until all are in memory
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Table:
-    """records: (N, 3) label, which graph is its first, number of graphs · graphs: (G, 5) first row and number of its nodes, the
-    same of its edges, layer."""
+    """Where the records are in the arrays.
+
+    Attributes:
+        records: (N, 3) label, first graph, number of graphs.
+        graphs: (G, 5) first row and number of nodes, first row and number of edges, layer.
+        ids: (N,) texts, as objects.
+    """
 
     records: Ints
     graphs: Ints
     ids: npt.NDArray[np.object_]
 
 
-class HeldGraphs:
-    """All records of a selection in memory: a take copies rows, and reads nothing.
+class InMemoryGraphs:
+    """All records of a selection in memory; taking some copies rows and reads nothing.
 
-    They are brought little by little with the first takes, in the thread that takes: a thread beside it would wait for the
-    interpreter lock, and be waited for, longer than it works. Damage is not kept: all is left to be read, and named, elsewhere.
-    fields: the arrays by name, `edge_index` among them, in the widest type stored. Several threads may take. A pickled one is
-    empty.
+    They are loaded little by little with the first takes, in the thread that takes. A thread beside it would wait for the
+    interpreter lock, and be waited for, longer than it works. If anything is damaged, nothing is kept, and records are read,
+    and damage is named, elsewhere. Several threads may take. A pickled one is empty.
+
+    Args:
+        fields: Arrays by name, `edge_index` among them, in the widest type stored.
+        index: Index of the records.
+        selection: The records.
     """
 
     def __init__(self, fields: Mapping[str, Field], index: RecordIndex, selection: Selection) -> None:
@@ -50,34 +59,34 @@ class HeldGraphs:
         self._fields, self._index, self._selection = fields, index, selection
         self._arrays: dict[str, Array] = {}
         self._table: _Table | None = None
-        self._bringing: Generator[int, None, None] | None = self._bring()
+        self._loading: Generator[int, None, None] | None = self._load()
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[type[HeldGraphs], tuple[Mapping[str, Field], RecordIndex, Selection]]:
-        return HeldGraphs, self._arguments
+    def __reduce__(self) -> tuple[type[InMemoryGraphs], tuple[Mapping[str, Field], RecordIndex, Selection]]:
+        return InMemoryGraphs, self._arguments
 
     @staticmethod
     def fits(selection: Selection, window_bytes: int) -> bool:
-        """Whether records are short, and all of them, of a whole split in a folder, take no more memory than a window."""
+        """Return whether records are short, and a whole split of them, in a folder, takes at most a window of memory."""
         _, most = selection.bounds("graph") or (0, 0)
-        each = TABLE_BYTES[0] + TABLE_BYTES[1] * most
+        table_bytes = TABLE_BYTES[0] + TABLE_BYTES[1] * most
         return (
-            selection.record_bytes <= HELD_RECORD_BYTES
-            and int(selection.nbytes.sum()) + each * selection.num_records <= window_bytes
+            selection.record_bytes <= SHORT_RECORD_BYTES
+            and int(selection.nbytes.sum()) + table_bytes * selection.num_records <= window_bytes
             and selection.rows is None
             and selection.cache_bytes is None
         )
 
     @property
     def complete(self) -> bool:
-        """Whether all are here."""
+        """Whether all records are in memory."""
         return self._table is not None
 
     def take(self, positions: Ints, buffers: Buffers) -> GraphRows | None:
-        """The records at `positions` (B,), in that order; None until all are here."""
+        """Return the records at `positions` (B,), in that order; None until all are in memory."""
         if self._table is None:
             with self._lock:
-                self._go_on(AHEAD * len(positions))
+                self._continue(AHEAD * len(positions))
         if (table := self._table) is None:
             return None
         labels, begins, graphs_per_record = np.ascontiguousarray(table.records[positions].T)
@@ -100,25 +109,25 @@ class HeldGraphs:
     def _taken(self, name: str, rows: Ints, buffers: Buffers) -> Array:
         field = self._fields[name]
         out = buffers.take(len(rows) * field.row_bytes).view(field.storage).reshape(len(rows), *field.shape)
-        return np.take(self._arrays[name], rows, axis=0, out=out, mode="clip")  # "raise" would copy once more
+        return np.take(self._arrays[name], rows, axis=0, out=out, mode="clip")  # "raise" would copy again
 
-    def _go_on(self, records: int) -> None:
+    def _continue(self, records: int) -> None:
         try:
-            while records > 0 and self._bringing is not None:
-                records -= next(self._bringing)
-        except (StopIteration, PipelineError, OSError):  # all are here, or will never be
-            self._bringing = None
+            while records > 0 and self._loading is not None:
+                records -= next(self._loading)
+        except (StopIteration, PipelineError, OSError):  # all records are in memory, or never will be
+            self._loading = None
             if self._table is None:
                 self._arrays.clear()
 
-    def _bring(self) -> Generator[int, None, None]:
-        """Reads all records, in order; yields after each part of them their number."""
-        nbytes = int(self._selection.nbytes.sum())  # untouched, what is too much takes none
+    def _load(self) -> Generator[int, None, None]:
+        """Read all records in order; yield the number of records after each index part."""
+        nbytes = int(self._selection.nbytes.sum())  # memory that is never touched takes no space
         for level in LEVELS:
             fields = {name: field for name, field in self._fields.items() if level_of(name) == level}
             for name, field in fields.items():
-                most = nbytes // sum(each.row_bytes for each in fields.values())
-                self._arrays[name] = np.empty((most, *field.shape), field.storage)
+                num_rows = nbytes // sum(field.row_bytes for field in fields.values())
+                self._arrays[name] = np.empty((num_rows, *field.shape), field.storage)
         filled = dict.fromkeys(LEVELS, 0)
         records, graphs, ids = [], [], []
         for part in self._index.parts():
@@ -127,20 +136,22 @@ class HeldGraphs:
                 return
             counts = spans[:, 1::2] - spans[:, ::2]  # (G, 2)
             ends = {"node": spans[[0, -1], [0, 1]], "edge": spans[[0, -1], [2, 3]], "graph": table[[0, -1], [1, 2]]}
-            rows = {level: each.tolist() for level, each in ends.items()}
+            rows = {level: bounds.tolist() for level, bounds in ends.items()}
             for name, array in self._arrays.items():
-                (row, last), at = rows[level_of(name)], filled[level_of(name)]
-                out = array[at : at + last - row]
+                (row, last), begin = rows[level_of(name)], filled[level_of(name)]
+                out = array[begin : begin + last - row]
                 read_rows(part.shard, name, row, last, out)
                 if name == "edge_index" and len(wrong_graphs(out, counts)):
                     return
             graphs_per_record = table[:, 2] - table[:, 1]
             first = filled["graph"] + table[:, 1] - table[0, 1]
             records.append(np.column_stack([table[:, 0], first, graphs_per_record]))
-            nodes, edges = (filled[level] + ends_of(each)[:-1] for level, each in zip(("node", "edge"), counts.T, strict=True))
+            nodes, edges = (
+                filled[level] + ends_of(column)[:-1] for level, column in zip(("node", "edge"), counts.T, strict=True)
+            )
             layers = spread(np.zeros_like(first), graphs_per_record)
             graphs.append(np.column_stack([nodes, counts[:, 0], edges, counts[:, 1], layers]))
             ids.append(part.ids)
-            filled = {level: at + rows[level][1] - rows[level][0] for level, at in filled.items()}
+            filled = {level: end + rows[level][1] - rows[level][0] for level, end in filled.items()}
             yield len(table)
         self._table = _Table(records=np.concatenate(records), graphs=np.concatenate(graphs), ids=np.concatenate(ids))
