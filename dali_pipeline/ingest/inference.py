@@ -1,4 +1,4 @@
-"""Inference: the schema of a source, the numbers of its layers, and how much will be written, from its first records."""
+"""Infer the schema of a source, the numbers of its layers, and the size of the data set, from its first records."""
 
 from __future__ import annotations
 
@@ -27,18 +27,24 @@ from dali_pipeline.types import Array, Kind
 if TYPE_CHECKING:
     from dali_pipeline.ingest.sources import Source
 
-MEASURED_RECORDS, MEASURED_BYTES, NAME_BYTES = 64, 8 << 20, 40  # by which the space that is needed is estimated
+MEASURED_RECORDS, MEASURED_BYTES, NAME_BYTES = 64, 8 << 20, 40  # for the estimate of the disk space
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerChoice:
-    """The layers of each record that are kept. numbers: of each step and each graph of a record, where layers have numbers."""
+    """The layers of each record that are kept.
+
+    Attributes:
+        layers: Layers that the user asked for.
+        numbers: Layer number of each step (sequences) and each graph (graphs) of a record, if the layers have numbers.
+    """
 
     layers: Layers
     numbers: dict[Kind, list[int]]
 
     def of(self, kind: Kind, count: int) -> list[int]:
-        """Return where they stand among the `count` steps or graphs of a record. Raises DataError for layers not there."""
+        """Return the positions of the kept layers among the `count` steps or graphs of a record; raise DataError if one is
+        missing."""
         numbers = self.numbers.get(kind)
         if numbers is None or len(numbers) != count:
             return select(self.layers, count)
@@ -46,30 +52,32 @@ class LayerChoice:
 
     @property
     def kept_numbers(self) -> dict[str, list[int]]:
-        """The numbers of the layers that are kept, as a manifest's source names them."""
+        """Numbers of the kept layers, by their key in a manifest's `source`."""
         names: dict[Kind, str] = {"sequences": "layers", "graphs": "graph_layers"}
         return {
-            names[kind]: [numbers[at] for at in to_positions(self.layers, numbers)] for kind, numbers in self.numbers.items()
+            names[kind]: [numbers[position] for position in to_positions(self.layers, numbers)]
+            for kind, numbers in self.numbers.items()
         }
 
 
 def infer_schema(
-    source: Source, found: Sequence[FileNames], config: ConvertConfig, told: list[str]
+    source: Source, file_names: Sequence[FileNames], config: ConvertConfig, notices: list[str]
 ) -> tuple[Schema, LayerChoice]:
-    """From the first sequence, and the first record whose graphs have edges; the writer checks that all others agree.
+    """Return the schema from the first sequence and the first graphs that have edges; the writer checks all other records.
 
-    A data set of ours keeps its own, but for what the settings ask.
+    If the source is a data set of ours, its schema stays, except for what the settings change. Appends sentences for the user
+    to `notices`.
     """
     if source.reader is OWN:
         return _own_schema(opened(source.root), config)
-    sequence, graphs = _first_records(source, found, config)
+    sequence, graphs = _first_records(source, file_names, config)
     if sequence is None and graphs is None:
         raise DataError(f"{source.root} holds no records that can be taken in; expected at least one")
     counts = {
         "sequences": 0 if sequence is None else len(sequence.rows),
         "graphs": 0 if graphs is None else len(graphs.graphs.node_counts),
     }
-    choice = LayerChoice(layers=config.layers, numbers=_layer_numbers(source, counts, told))
+    choice = LayerChoice(layers=config.layers, numbers=_layer_numbers(source, counts, notices))
     fields: dict[str, Field] = {}
     if sequence is not None:
         rows = sequence.rows
@@ -87,7 +95,7 @@ def infer_schema(
 
 
 class _FirstSequence(NamedTuple):
-    """A sequence, the file that it is in, and the names of its arrays that are bfloat16 there."""
+    """A sequence, its file, and the names of its arrays that are bfloat16 in the file."""
 
     path: Path
     rows: Array
@@ -95,7 +103,7 @@ class _FirstSequence(NamedTuple):
 
 
 class _FirstGraphs(NamedTuple):
-    """Graphs, likewise."""
+    """Graphs, their file, and the names of their arrays that are bfloat16 in the file."""
 
     path: Path
     graphs: Graphs
@@ -103,12 +111,12 @@ class _FirstGraphs(NamedTuple):
 
 
 def _first_records(
-    source: Source, found: Sequence[FileNames], config: ConvertConfig
+    source: Source, file_names: Sequence[FileNames], config: ConvertConfig
 ) -> tuple[_FirstSequence | None, _FirstGraphs | None]:
-    """The first sequence, and the first graphs that have edges, or the first ones where none has."""
+    """Return the first sequence, and the first graphs that have edges, or the first graphs if none has edges."""
     sequence: _FirstSequence | None = None
     graphs: _FirstGraphs | None = None
-    for number, names in enumerate(found):
+    for number, names in enumerate(file_names):
         missing = {"sequences": sequence is None, "graphs": graphs is None or not graphs.graphs.edge_index.size}
         if not len(names.labels) or not any(missing[kind] for kind in names.kinds):
             continue
@@ -129,8 +137,8 @@ def _first_records(
 
 
 def _own_schema(data: Dataset, config: ConvertConfig) -> tuple[Schema, LayerChoice]:
-    """The schema of a data set of ours, in the types that are asked for."""
-    numbers = {kind: found for kind in data.schema.kinds if (found := data.layer_numbers(kind)) is not None}
+    """Return the schema of a data set of ours, with the types of the settings."""
+    numbers = {kind: layer_numbers for kind in data.schema.kinds if (layer_numbers := data.layer_numbers(kind)) is not None}
     choice = LayerChoice(layers=config.layers, numbers=numbers)
     retyped = {
         name: field if name not in config.dtypes else Field(dtype=config.dtypes[name], shape=field.shape)
@@ -139,11 +147,11 @@ def _own_schema(data: Dataset, config: ConvertConfig) -> tuple[Schema, LayerChoi
     sequence = data.schema.sequence
     if sequence is not None:
         lengths = [table.rows["step"] for split in data.splits if len(table := data.table(split, "sequences"))]
-        steps = max((most for _, most in lengths), default=0)
+        steps = max((longest for _, longest in lengths), default=0)
         kept = len(choice.of("sequences", steps)) if steps else 0
         scale = sequence.scales
         if scale is not None and len(scale) > 1:
-            scale = tuple(scale[at] for at in choice.of("sequences", len(scale)))
+            scale = tuple(scale[position] for position in choice.of("sequences", len(scale)))
         by_layer = bool(sequence.layout) if config.by_layer is None else config.by_layer
         dtype = config.dtypes.get("sequence", sequence.dtype)
         plain = Field(dtype=dtype, shape=sequence.shape)
@@ -157,57 +165,59 @@ def _own_schema(data: Dataset, config: ConvertConfig) -> tuple[Schema, LayerChoi
     return Schema(sequence=sequence, **own, fields=retyped or msgspec.UNSET), choice
 
 
-def _layer_numbers(source: Source, counts: dict[str, int], told: list[str]) -> dict[Kind, list[int]]:
-    """Number of each step of a sequence and of each graph, where they are layers of a language model, as far as one can tell.
+def _layer_numbers(source: Source, counts: dict[str, int], notices: list[str]) -> dict[Kind, list[int]]:
+    """Return the layer number of each step and each graph, if they are apparently the layers of a language model.
 
-    Traces have a hidden state for the embeddings, 0, and one per block, or those of the blocks alone; graphs are of blocks.
-    Other sources are taken to be so where a record has one step more than graphs.
+    Traces have one hidden state per block and perhaps one for the embeddings (0); each graph belongs to a block. Records of
+    other sources are taken for such traces if they have one step more than graphs.
     """
     steps, graphs = counts["sequences"], counts["graphs"]
     traces = source.reader.what == TRACES
     if not graphs or steps - graphs not in ((0, 1) if traces else (1,)):
         return {}
     if not traces:
-        told.append(f"records have {steps} steps and {graphs} graphs: taken as layers 0 to {graphs}, and 1 to {graphs}")
+        notices.append(f"records have {steps} steps and {graphs} graphs: taken as layers 0 to {graphs}, and 1 to {graphs}")
     return {"sequences": list(range(graphs + 1 - steps, graphs + 1)), "graphs": list(range(1, graphs + 1))}
 
 
-def written_bytes(source: Source, found: Sequence[FileNames], schema: Schema, choice: LayerChoice) -> int:
-    """About the bytes that will be written: of each kind's files by the first records of the first one; of a store's as many as
-    are read, since opening one means fetching it."""
+def written_bytes(source: Source, file_names: Sequence[FileNames], schema: Schema, choice: LayerChoice) -> int:
+    """Estimate the bytes that will be written.
+
+    For each kind of record, the ratio of written to read bytes is measured on the first records of its first file. For files in
+    a store the ratio is taken to be 1, because measuring would fetch a file.
+    """
     total = 0.0
     for kind in schema.kinds:
-        files = [number for number, names in enumerate(found) if len(names.labels) and kind in names.kinds]
+        files = [number for number, names in enumerate(file_names) if len(names.labels) and kind in names.kinds]
         share = 1.0
-        with suppress(FormatError, DataError):  # whoever reads it says so
+        with suppress(FormatError, DataError):  # the conversion raises it later
             share = _share(source, files[0], schema, choice, kind) if files and source.remote is None else 1.0
         total += share * sum(max(0, source.sizes[number]) for number in files)
     return int(total)
 
 
 def _share(source: Source, number: int, schema: Schema, choice: LayerChoice, kind: Kind) -> float:
-    """Bytes written for each byte of a file."""
+    """Return the bytes written per byte of a file."""
     file, records, written = source.open(number), 0, 0
     for values in file.values():
-        stacked = isinstance(values, Block)
-        many = len(values.sequences) if isinstance(values, Block) else 1
+        count = len(values.sequences) if isinstance(values, Block) else 1
         sequence = values.sequences[0] if isinstance(values, Block) else values.sequence
-        graphs = None if stacked or isinstance(values, Block) else values.graphs
+        graphs = None if isinstance(values, Block) else values.graphs
         if kind == "sequences" and sequence is not None and schema.sequence is not None:
-            written += many * (len(choice.of(kind, len(sequence))) * schema.sequence.row_bytes + NAME_BYTES)
+            written += count * (len(choice.of(kind, len(sequence))) * schema.sequence.row_bytes + NAME_BYTES)
         if kind == "graphs" and graphs is not None:
             kept = graphs if choice.layers is None else graphs.select(choice.of(kind, len(graphs.node_counts)))
             rows = {"node": len(kept.x), "edge": kept.edge_index.shape[1], "graph": len(kept.node_counts)}
             written += sum(field.row_bytes * rows[level_of(name)] for name, field in schema.of_graphs.items())
             written += 4 * rows["edge"] + 16 * rows["graph"] + NAME_BYTES
-        records += many
+        records += count
         if records >= MEASURED_RECORDS or written >= MEASURED_BYTES:
             break
     return written / max(1, records) * len(file) / max(1, source.sizes[number])
 
 
 def _field(path: Path, name: str, dtype: str, shape: tuple[int, ...], config: ConvertConfig, steps: int = 0) -> Field:
-    """A field as stored. steps: of each record that is stored layer by layer; 0 for none."""
+    """Return a field as stored. steps: number of steps per record if it is stored layer by layer, otherwise 0."""
     try:
         field = Field(dtype=config.dtypes.get(name, dtype), shape=shape)
         return replace(field, by_layer=ByLayer.of(steps, field.row_bytes)) if steps else field

@@ -1,4 +1,4 @@
-"""Our own data sets as a source: to be encoded, cut into shards or dealt into splits anew."""
+"""Reader of our own data sets, which `convert` can store in other types, shards or splits."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _open_once = lru_cache(maxsize=1)(open_dataset)
 
 
 def _find(root: Path, _: list[Path]) -> list[Path]:
-    """The shards, split by split, sequences first."""
+    """Return the shards, sequences first, split by split."""
     if not (root / MANIFEST_NAME).is_file():
         return []
-    _open_once.cache_clear()  # it may be another one than a moment ago
+    _open_once.cache_clear()  # the folder may hold another data set than at the last call
     data = open_dataset(root)
     kinds = [(split, kind) for kind in data.schema.kinds for split in data.splits]
     return [data.shard_path(split, kind, number) for split, kind in kinds for number in range(len(data.table(split, kind)))]
@@ -40,8 +40,8 @@ def _open(path: Path, _: str) -> ForeignFile:
     return ForeignFile(
         path=path,
         kinds=(kind,),
-        ids=[one.decode() for one in shard.texts("ids")],
-        groups=[one.decode() for one in shard.texts("groups")],
+        ids=[text.decode() for text in shard.texts("ids")],
+        groups=[text.decode() for text in shard.texts("groups")],
         labels=shard.read("labels").tolist(),
         values=partial(_sequences if kind == "sequences" else _graphs, data, shard),
     )
@@ -61,8 +61,8 @@ def _sequences(data: Dataset, shard: Shard) -> Iterator[Values | Block]:
     while begin < shard.records:
         # a block of records of one length, about 1 MiB
         end = begin + rows_at_a_time(int(lengths[begin]) * field.row_bytes)
-        alike = np.flatnonzero(lengths[begin:end] != lengths[begin])
-        end = min(end, shard.records) if not len(alike) else begin + int(alike[0])
+        other_lengths = np.flatnonzero(lengths[begin:end] != lengths[begin])
+        end = begin + int(other_lengths[0]) if len(other_lengths) else min(end, shard.records)
         rows = field.values(shard.read("sequence", int(offsets[begin]), int(offsets[end])))
         yield Block(rows.reshape(end - begin, int(lengths[begin]), *field.shape), narrow)
         begin = end
@@ -72,8 +72,8 @@ def _graphs(data: Dataset, shard: Shard) -> Iterator[Values | Block]:
     narrow = tuple(name for name, field in data.schema.of_graphs.items() if field.dtype == BFLOAT16)
     graphs, nodes, edges = (shard.read(f"{name}.offsets") for name in ("graphs", "x", "edge_index"))
     for begin, end in itertools.pairwise(graphs.tolist()):
-        read = graphs_between(shard, data.schema, begin, nodes[begin : end + 1], edges[begin : end + 1])
-        yield Values(None, read, narrow)
+        record_graphs = graphs_between(shard, data.schema, begin, nodes[begin : end + 1], edges[begin : end + 1])
+        yield Values(None, record_graphs, narrow)
 
 
 OWN = Reader(what=f"data set ({MANIFEST_NAME})", find=_find, open=_open)

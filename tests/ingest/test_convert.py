@@ -106,7 +106,7 @@ def test_files_are_taken_in_the_order_of_their_numbers(tmp_path: Path) -> None:
 
 def test_killed_and_started_again_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     src = make_folder(tmp_path / "src")
-    monkeypatch.setattr(sources, "STRETCH_BYTES", 1)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 1)
     whole = convert(src, tmp_path / "whole", shard_bytes=700, num_workers=1)
     calls: list[int] = []
     whole_open = sources.Source.open
@@ -130,7 +130,7 @@ def test_killed_and_started_again_gives_the_same_bytes(tmp_path: Path, monkeypat
 @pytest.mark.parametrize("split_by", ["group", "file"])
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split_by: Any) -> None:
     src = make_folder(tmp_path / "src", files=3)
-    monkeypatch.setattr(sources, "STRETCH_BYTES", 1)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 1)
     options = {"shard_bytes": 700, "split_by": split_by, "layers": [1, 0]}
     one = convert(src, tmp_path / "one", num_workers=1, **options)
     for num_workers in (2, 5):
@@ -146,7 +146,7 @@ def test_killed_with_its_workers_and_gone_on_gives_the_same_bytes(tmp_path: Path
     code = (
         f"{HEARS_CTRL_C}import sys, time\nfrom pathlib import Path\n"
         f"sys.path.append({str(HELPERS)!r})\nimport slowly\n"
-        "from dali_pipeline.ingest import convert, sources\nsources.STRETCH_BYTES = 1\nconvert._write = slowly.write\n"
+        "from dali_pipeline.ingest import convert, sources\nsources.CHUNK_BYTES = 1\nconvert._write = slowly.write\n"
         "config = convert.ConvertConfig(shard_bytes=20_000, workers=2)\n"
         "convert.convert(Path(sys.argv[1]), Path(sys.argv[2]), config)\n"
     )
@@ -189,7 +189,7 @@ def test_killed_with_its_workers_and_gone_on_gives_the_same_bytes(tmp_path: Path
 
 def test_a_worker_that_is_killed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     src = make_folder(tmp_path / "src", files=3)
-    monkeypatch.setattr(sources, "STRETCH_BYTES", 1)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 1)
     start = start_workers
 
     def start_and_kill(*arguments: Any) -> Any:
@@ -284,8 +284,8 @@ def test_whole_files_of_one_name_in_many_folders_are_dealt_apart(tmp_path: Path)
 
 def test_space_already_used_is_not_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     src = make_folder(tmp_path / "src", files=3, halves="lstm")
-    monkeypatch.setattr(sources, "STRETCH_BYTES", 1)
-    real, calls = convert_module.write_stretch, 0
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 1)
+    real, calls = convert_module.write_chunk, 0
 
     def dies(*arguments: Any) -> Any:
         nonlocal calls
@@ -295,7 +295,7 @@ def test_space_already_used_is_not_asked_for_again(tmp_path: Path, monkeypatch: 
         return real(*arguments)
 
     with monkeypatch.context() as dying:
-        dying.setattr(convert_module, "write_stretch", dies)
+        dying.setattr(convert_module, "write_chunk", dies)
         with pytest.raises(KeyboardInterrupt):
             convert(src, tmp_path / "dst", num_workers=1)
     sizes = [path.stat().st_size for path in sorted((src / "lstm_solo").iterdir())]
@@ -306,13 +306,13 @@ def test_space_already_used_is_not_asked_for_again(tmp_path: Path, monkeypatch: 
 
 def test_a_file_that_changes_while_it_is_converted_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     src = make_folder(tmp_path / "src", files=2)
-    real = convert_module.write_stretch
+    real = convert_module.write_chunk
 
     def touches(*arguments: Any) -> Any:
         os.utime(src / "gnn" / "batch_0.pt")
         return real(*arguments)
 
-    monkeypatch.setattr(convert_module, "write_stretch", touches)
+    monkeypatch.setattr(convert_module, "write_chunk", touches)
     with pytest.raises(dp.FormatError, match=r"batch_0\.pt changed while it was converted"):
         convert(src, tmp_path / "dst", num_workers=1)
     assert not (tmp_path / "dst" / "manifest.json").exists()
@@ -323,7 +323,7 @@ def test_an_impatient_ctrl_c_still_ends_it(tmp_path: Path) -> None:
     code = (
         f"{HEARS_CTRL_C}import sys\nsys.path.append({str(HELPERS)!r})\nimport slowly\n"
         "from dali_pipeline.cli import app as cli\nfrom dali_pipeline.ingest import convert, sources\n"
-        "sources.STRETCH_BYTES = 1\nconvert._write = slowly.write\n"
+        "sources.CHUNK_BYTES = 1\nconvert._write = slowly.write\n"
         "sys.argv = ['dali_pipeline', 'convert', *sys.argv[1:], '--num-workers', '2']\ncli.main()\n"
     )
     command, environment = [sys.executable, "-c", code, str(src), str(tmp_path / "dst")], os.environ | {"PAUSE": "0.5"}

@@ -56,7 +56,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def src(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(sources, "STRETCH_BYTES", 1)  # a task a file of the eight
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 1)  # a task a file of the eight
     return make_folder(tmp_path / "src", files=4)
 
 
@@ -77,20 +77,20 @@ def test_many_machines_write_what_one_does(cluster: str, src: Path, tmp_path: Pa
 @pytest.mark.slow
 def test_a_killed_worker_costs_its_task_alone(cluster: str, src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert(src, tmp_path / "here", HERE)
-    real, turns = convert_module.write_stretch, tmp_path / "turns"
+    real, turns = convert_module.write_chunk, tmp_path / "turns"
     turns.mkdir()
 
-    def dies_once(job: Any, stretch: range, root: Path, advance: Any) -> Any:
-        turn = len(list(turns.glob(f"{stretch.start}-*")))
-        (turns / f"{stretch.start}-{turn}").touch()
-        written = real(job, stretch, root, advance)
-        if stretch.start == 1 and turn == 0:
+    def dies_once(job: Any, chunk: range, root: Path, advance: Any) -> Any:
+        turn = len(list(turns.glob(f"{chunk.start}-*")))
+        (turns / f"{chunk.start}-{turn}").touch()
+        written = real(job, chunk, root, advance)
+        if chunk.start == 1 and turn == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return written
 
     def write(job: Any, parts: Path, number: int, advance: Any) -> Any:
         part = parts / f"{number}-{os.getpid()}"
-        return part, *dies_once(job, job.source.stretches[number], part, advance)
+        return part, *dies_once(job, job.source.chunks[number], part, advance)
 
     monkeypatch.setattr(convert_module, "_write", write)  # goes to the workers by value
     convert(src, tmp_path / "ray", RAY)

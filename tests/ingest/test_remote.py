@@ -59,7 +59,7 @@ def test_the_same_bytes_and_two_files_a_worker(tmp_path: Path, memory: Any, monk
     """In this process: fsspec's memory is not seen by others."""
     src = npz_folder(tmp_path / "src")
     put(memory, src)
-    monkeypatch.setattr(sources, "STRETCH_BYTES", 3 * (src / "part_0.npz").stat().st_size)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 3 * (src / "part_0.npz").stat().st_size)
     removed = remote._remove
 
     def counting(path: Path, process: int) -> None:
@@ -137,7 +137,7 @@ def test_a_disk_that_fills_is_said(tmp_path: Path, memory: Any, monkeypatch: pyt
 def test_an_interrupted_run_goes_on(tmp_path: Path, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     src = npz_folder(tmp_path / "src")
     put(memory, src)
-    monkeypatch.setattr(sources, "STRETCH_BYTES", 1)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 1)
     config, get, opened = ConvertConfig(num_workers=1, shard_bytes=1 << 10), remote.Remote._get, []
 
     def counted(self: Any, name: str) -> Any:

@@ -21,7 +21,7 @@ from tests.helpers.work import fails_at_three, imports_torch, square
 
 THREADS = "import torch\ntorch.set_num_threads(4)\nassert torch.rand(2000, 2000).matmul(torch.rand(2000, 2000)).sum() > 0\n"
 CONVERT = (
-    "from pathlib import Path\nfrom dali_pipeline.ingest import convert, sources\nsources.STRETCH_BYTES = 1\n"
+    "from pathlib import Path\nfrom dali_pipeline.ingest import convert, sources\nsources.CHUNK_BYTES = 1\n"
     "data = convert.convert(Path('src'), Path('dst'), convert.ConvertConfig(num_workers=2))\n"
     "assert data.num_records('train', 'sequences')\n"
 )
