@@ -73,9 +73,15 @@ def forward(model: nn.Module, batch: Batch, noise_key: int | None = None) -> Out
     elif noise_key is None:
         output = model(batch.graphs, batch.graphs_per_record, batch.last_node)
     else:
-        keys_B = to_device(mix(mix(batch.positions) + noise_key), batch.labels.device)
+        keys_B = to_device(mix(mix(batch.positions) + noise_key), batch.valid.device)
         output = model(batch.graphs, batch.graphs_per_record, batch.last_node, keys_B)
     return output
+
+
+def classes_of(batch: Batch) -> torch.Tensor:
+    """Return the classes of a batch's records, (B,) int64; `check_labels` has refused data without classes."""
+    assert batch.labels is not None
+    return batch.labels
 
 
 def record_losses(output: Output, labels_B: torch.Tensor) -> torch.Tensor:

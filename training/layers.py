@@ -22,6 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from dali_pipeline import DataError, Dataset, SequenceLoader
 from dali_pipeline.format.layers import parse_layers, select, to_positions
 from dali_pipeline.storage.whole import write_whole
+from training.build import classes_of
 from training.intervals import auroc_interval
 from training.metrics import Floats, Predictions, area_under_roc
 
@@ -90,10 +91,10 @@ def write_layers(path: Path, found: LayerScores) -> None:
 def _layer(data: Dataset, split: str, step: int, seed: int) -> tuple[Floats, Floats, Floats]:
     """One step of a split's sequences, (N, F) float32, with labels and positions, (N,); MOST_RECORDS or so at most."""
     whole: dict[str, Any] = {"rank": 0, "world_size": 1, "engine": "torch", "device": "cpu"}
-    loader = SequenceLoader(data, split, batch_size=256, seed=seed, layers=[step], **whole)
+    loader = SequenceLoader(data, split, batch_size=256, seed=seed, steps=[step], **whole)
     parts, count = [], 0
     for batch in loader:
-        parts.append((batch.sequences[batch.valid].flatten(1), batch.labels[batch.valid], batch.positions[batch.valid]))
+        parts.append((batch.sequences[batch.valid].flatten(1), classes_of(batch)[batch.valid], batch.positions[batch.valid]))
         count += len(parts[-1][1])
         if count >= MOST_RECORDS:
             break

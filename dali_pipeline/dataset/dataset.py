@@ -253,6 +253,8 @@ class Dataset:
         Returns:
             The numbers; None if steps or graphs are not layers, or the data set does not record their numbers.
         """
+        if kind == "sequences" and self.schema.layers:
+            return list(self.schema.layers)
         numbers = self.manifest.source.get("layers" if kind == "sequences" else "graph_layers")
         known = isinstance(numbers, list) and bool(numbers) and all(type(number) is int and number >= 0 for number in numbers)
         return list(numbers) if known and numbers is not None else None

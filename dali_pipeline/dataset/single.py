@@ -99,14 +99,20 @@ def sequence_at(shard: Shard, schema: Schema, row: int) -> Array:
     """Read the sequence of one record, (T, *shape)."""
     field = schema.sequence
     assert field is not None
+    begin, end = shard.read("sequence.offsets", row, row + 2).tolist()
+    if schema.layer_axis is not None:
+        layers = field.shape[schema.layer_axis]
+        stored = shard.read("sequence", begin * layers, end * layers)  # layer by layer
+        by_layer = stored.reshape(layers, end - begin, *stored.shape[1:])
+        return field.values(np.moveaxis(by_layer, 0, 1 + schema.layer_axis))
     if field.layout is None:
-        return field.values(shard.read("sequence", *shard.read("sequence.offsets", row, row + 2).tolist()))
-    # Rows lie layer by layer: a block of `records` records contains all first steps, then all second steps.
+        return field.values(shard.read("sequence", begin, end))
+    # rows of several records lie layer by layer: a block of `records` records holds all first steps, then all second ones
     first = row // field.layout.records * field.layout.records
     count, steps = min(field.layout.records, shard.records - first), field.layout.steps
     begin = first * steps + row - first
-    stored = [shard.read("sequence", stored_row, stored_row + 1) for stored_row in range(begin, begin + steps * count, count)]
-    return field.values(np.concatenate(stored))
+    rows = [shard.read("sequence", at, at + 1) for at in range(begin, begin + steps * count, count)]
+    return field.values(np.concatenate(rows))
 
 
 def graphs_at(shard: Shard, schema: Schema, row: int) -> Graphs:

@@ -206,6 +206,12 @@ def _axis_names(axes: Any, count: int) -> tuple[str, ...]:
     return tuple(axes)
 
 
+def unit_field(field: Field, layer_axis: int) -> Field:
+    """Return the field of one layer of one step: a sequence with a layer axis is stored layer by layer within a record."""
+    rest = tuple(size for axis, size in enumerate(field.shape) if axis != layer_axis)
+    return Field(dtype=field.dtype, shape=rest)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schema:
     """Fields of every record of a data set; it has sequences, graphs, or both.

@@ -22,7 +22,7 @@ from dali_pipeline.format.header import Layout, parse_header
 from dali_pipeline.storage.cache import FIRST_STAMP
 from dali_pipeline.storage.openfile import OpenFile, Piece, kind_of
 from dali_pipeline.storage.reads import prefetch
-from dali_pipeline.types import BLOCK_BYTES, Array
+from dali_pipeline.types import Array
 
 if TYPE_CHECKING:
     from dali_pipeline.storage.cachedfile import Place
@@ -90,7 +90,12 @@ class Shard:
             raise FormatError(f"{path} has {len(self._hashes)} block hashes; expected {len(sound)} as in the manifest")
         if file.stamps is not None:  # names, labels and offsets are neighbours: one request
             file.prefetch(
-                [piece for name, array in self.arrays.items() if array.nbytes <= BLOCK_BYTES for piece in self.pieces(name)]
+                [
+                    piece
+                    for name, array in self.arrays.items()
+                    if array.nbytes <= array.block_bytes
+                    for piece in self.pieces(name)
+                ]
             )
 
     def array(self, name: str) -> Layout:
@@ -106,19 +111,19 @@ class Shard:
             raise FormatError(f"{self.path}, {name}: bytes {start} to {stop} asked of {layout.nbytes}; offsets do not fit")
         if start == stop:
             return
-        first, last = layout.first_block + start // BLOCK_BYTES, layout.first_block + (stop - 1) // BLOCK_BYTES
+        first, last = layout.first_block + start // layout.block_bytes, layout.first_block + (stop - 1) // layout.block_bytes
         if sound[first] and sound[last] and (last < first + 2 or all(sound[first + 1 : last])):
             self._pread(name, start, out)
             return
         blocks = range(first - layout.first_block, last - layout.first_block + 1)
         for block in blocks:  # copy the part of `out` that lies in each
-            begin, end = max(start, block * BLOCK_BYTES), min(stop, (block + 1) * BLOCK_BYTES)
+            begin, end = max(start, block * layout.block_bytes), min(stop, (block + 1) * layout.block_bytes)
             part = out[begin - start : end - start]
             if self._sound[layout.first_block + block]:
                 self._pread(name, begin, part)
             else:
                 data = self._checked_block(name, layout, block)
-                part[:] = data[begin - block * BLOCK_BYTES : end - block * BLOCK_BYTES]
+                part[:] = data[begin - block * layout.block_bytes : end - block * layout.block_bytes]
 
     def prefetch(self, name: str, begin: int, end: int) -> bool:
         """Prefetch bytes `begin` to `end` of an array; return whether any were absent.
@@ -129,7 +134,7 @@ class Shard:
         layout, file = self.array(name), self.opened()
         if not 0 <= begin < end <= layout.nbytes:
             return False
-        blocks = range(begin // BLOCK_BYTES, (end - 1) // BLOCK_BYTES + 1)
+        blocks = range(begin // layout.block_bytes, (end - 1) // layout.block_bytes + 1)
         if file.stamps is not None:
             return file.prefetch(self.pieces(name, blocks), wait=False)
         unchecked = [block for block in blocks if not self._sound[layout.first_block + block]]
@@ -140,9 +145,9 @@ class Shard:
     def pieces(self, name: str, blocks: Iterable[int] | None = None) -> list[Piece]:
         """Return the blocks of an array, by default all, in the form that a cache takes."""
         layout, pieces = self.array(name), []
-        for block in range(-(-layout.nbytes // BLOCK_BYTES)) if blocks is None else blocks:
-            nbytes, number = min(BLOCK_BYTES, layout.nbytes - block * BLOCK_BYTES), layout.first_block + block
-            pieces.append(Piece(1 + number, layout.begin + block * BLOCK_BYTES, nbytes, int(self._hashes[number])))
+        for block in range(-(-layout.nbytes // layout.block_bytes)) if blocks is None else blocks:
+            nbytes, number = min(layout.block_bytes, layout.nbytes - block * layout.block_bytes), layout.first_block + block
+            pieces.append(Piece(1 + number, layout.begin + block * layout.block_bytes, nbytes, int(self._hashes[number])))
         return pieces
 
     def note_need(self, name: str, begin: int, end: int, need: float) -> None:
@@ -150,7 +155,8 @@ class Shard:
         over.
         """
         if begin < end:
-            self.opened().note_need(self.pieces(name, range(begin // BLOCK_BYTES, (end - 1) // BLOCK_BYTES + 1)), need)
+            block_bytes = self.array(name).block_bytes
+            self.opened().note_need(self.pieces(name, range(begin // block_bytes, (end - 1) // block_bytes + 1)), need)
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> Array:
         """Read rows `begin` to `end` of an array, by default all, checked."""
@@ -165,9 +171,10 @@ class Shard:
 
     def blocks(self, name: str) -> Iterator[tuple[int, Array, bool]]:
         """Yield each block of an array: first byte, bytes (valid until the next block), and whether its hash is right."""
-        layout, buffer = self.array(name), np.empty(BLOCK_BYTES, np.uint8)
-        for number, start in enumerate(range(0, layout.nbytes, BLOCK_BYTES)):
-            data = buffer[: min(BLOCK_BYTES, layout.nbytes - start)]
+        layout = self.array(name)
+        buffer = np.empty(layout.block_bytes, np.uint8)
+        for number, start in enumerate(range(0, layout.nbytes, layout.block_bytes)):
+            data = buffer[: min(layout.block_bytes, layout.nbytes - start)]
             try:
                 self._pread(name, start, data.data)
                 sound = xxhash.xxh3_64_intdigest(data.data) == self._hashes[layout.first_block + number]
@@ -183,8 +190,8 @@ class Shard:
         return [data[begin:end] for begin, end in itertools.pairwise(offsets)]
 
     def _checked_block(self, name: str, layout: Layout, block: int) -> memoryview:
-        start = block * BLOCK_BYTES
-        data = np.empty(min(BLOCK_BYTES, layout.nbytes - start), np.uint8).data
+        start = block * layout.block_bytes
+        data = np.empty(min(layout.block_bytes, layout.nbytes - start), np.uint8).data
         self._pread(name, start, data)
         piece = self.pieces(name, [block])[0]
         sound = xxhash.xxh3_64_intdigest(data) == piece.hash
@@ -214,7 +221,7 @@ class Shard:
         file, layout = self.opened(), self.array(name)
         if file.stamps is None:
             return self._pread_file(file, name, layout.begin + start, out)
-        blocks = range(start // BLOCK_BYTES, (start + len(out) - 1) // BLOCK_BYTES + 1)
+        blocks = range(start // layout.block_bytes, (start + len(out) - 1) // layout.block_bytes + 1)
         stamps = file.stamps[layout.first_block + blocks.start : layout.first_block + blocks.stop]
         for _ in range(TRIES):
             file.prefetch(self.pieces(name, blocks))

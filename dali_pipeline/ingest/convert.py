@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,9 @@ def convert(src: Path, dst: Path, config: ConvertConfig | None = None, remote: R
                 for number, (part, contents, left_out) in results:
                     writer.adopt(part, contents, number + 1, left_out)
         source.check_unchanged()
+        if job.schema.step_axis == "layer" and not job.schema.layers and writer.steps[0] != writer.steps[1]:
+            writer.schema = replace(job.schema, step_axis="step")  # sequences of different lengths lie along no layers
+        writer.rule = job.rule
     return open_dataset(dst)
 
 
@@ -216,7 +220,8 @@ def _records(job: Job, number: int) -> Iterator[Record | Stack]:
             break
         names = slice(begin, end)
         if isinstance(values, Block):
-            yield _stack(job, Stack(ids[names], file.groups[names], file.labels[names], values.sequences), values.bfloat16)
+            stack = Stack(ids[names], file.groups[names], file.labels[names], values.sequences, values.fields)
+            yield _stack(job, stack, values.bfloat16)
         else:
             yield _record(job, ids[begin], file.groups[begin], file.labels[begin], values)
     if end != len(file):
@@ -226,28 +231,41 @@ def _records(job: Job, number: int) -> Iterator[Record | Stack]:
 def _stack(job: Job, stack: Stack, bfloat16: Sequence[str]) -> Stack:
     """Return a stack of records with the layers that are kept."""
     if job.config.layers is not None:
-        chosen = job.choice.of("sequences", stack.sequences.shape[1])
-        stack = stack._replace(sequences=stack.sequences[:, chosen])
+        stack = stack._replace(**_kept_layers(job, stack.sequences, stack.fields, 1))
     if "sequence" not in job.config.dtypes:
         _check_width(stack.ids[0], "sequence", stack.sequences, job.schema.sequence, bfloat16)
     return stack
 
 
-def _record(job: Job, name: str, group: str, label: int, values: Values) -> Record:
+def _record(job: Job, name: str, group: str, label: Any, values: Values) -> Record:
     """Return a record with the layers that are kept."""
-    (sequence, graphs, bfloat16), schema = values, job.schema
+    (sequence, graphs, bfloat16, fields), schema = values, job.schema
     if job.config.layers is not None:
-        sequence = None if sequence is None else sequence[job.choice.of("sequences", len(sequence))]
+        if sequence is not None:
+            kept = _kept_layers(job, sequence, fields, 0)
+            sequence, fields = kept["sequences"], kept["fields"]
         graphs = None if graphs is None else graphs.select(job.choice.of("graphs", len(graphs.node_counts)))
     if graphs is not None and graphs.edge_attr is not None and schema.edge_attr is None:
         raise DataError(f"record {name!r} has edge_attr, which the first graphs with edges had not; expected all or none")
-    rows = {"sequence": sequence}
+    rows = {"sequence": sequence, **{key: values for key, values in fields.items() if not isinstance(values, str)}}
     if graphs is not None:
         rows |= {"x": graphs.x, "edge_attr": graphs.edge_attr, **graphs.fields}
     for field_name, array in rows.items():
         if field_name not in job.config.dtypes:
-            _check_width(name, field_name, array, schema.named.get(field_name) or getattr(schema, field_name), bfloat16)
-    return Record(id=name, group=group, label=label, sequence=sequence, graphs=graphs)
+            field = (schema.fields or {}).get(field_name) or getattr(schema, field_name, None)
+            _check_width(name, field_name, array, field, bfloat16)
+    return Record(id=name, group=group, label=label, sequence=sequence, graphs=graphs, fields=fields)
+
+
+def _kept_layers(job: Job, sequences: Array, fields: Mapping[str, Any], steps_axis: int) -> dict[str, Any]:
+    """Return the kept layers of sequences, whose steps lie along an axis, and of their step fields."""
+    layer_axis = job.schema.layer_axis
+    if layer_axis is not None:
+        axis = steps_axis + 1 + layer_axis
+        return {"sequences": np.take(sequences, job.choice.of("sequences", sequences.shape[axis]), axis), "fields": fields}
+    chosen = job.choice.of("sequences", sequences.shape[steps_axis])
+    kept = {name: np.take(rows, chosen, steps_axis) if name.startswith("step.") else rows for name, rows in fields.items()}
+    return {"sequences": np.take(sequences, chosen, steps_axis), "fields": kept}
 
 
 def _check_width(name: str, field_name: str, rows: Array | None, field: Field | None, bfloat16: Sequence[str]) -> None:

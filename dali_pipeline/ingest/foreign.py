@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dali_pipeline.errors import FormatError
+from dali_pipeline.format.label import Label
 from dali_pipeline.format.record import Graphs
 from dali_pipeline.types import Array, Kind
 
@@ -20,19 +21,22 @@ from dali_pipeline.types import Array, Kind
 class Values(NamedTuple):
     """Values of one record; None for a kind that the file does not have.
 
-    bfloat16: names of the arrays that are bfloat16 in the file; they are float32 here, because NumPy has no bfloat16.
+    bfloat16: names of the arrays that are bfloat16 in the file; they are float32 here, because NumPy has no bfloat16. fields:
+    further fields by names such as `step.token_ids` and `record.score`.
     """
 
     sequence: Array | None
     graphs: Graphs | None
     bfloat16: tuple[str, ...] = ()
+    fields: Mapping[str, Any] = {}
 
 
 class Block(NamedTuple):
-    """Values of several records: sequences (N, T, *row), all of one length. bfloat16: like in `Values`."""
+    """Values of several records: sequences (N, T, *row), all of one length. bfloat16, fields: like in `Values`, stacked."""
 
     sequences: Array
     bfloat16: tuple[str, ...] = ()
+    fields: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,10 @@ class ForeignFile:
         ids: Ids of the records, or None if they are made by numbering `groups`.
         groups: Groups (question ids) of the records.
         labels: Labels of the records.
+        label: What a label is. Default: a class.
+        step_axis: Name of the axis along which the rows of a sequence lie; "layer" becomes "step" if records differ in length.
+        axes: Names of a row's axes. Default: none.
+        layers: Layer numbers along the axis named layer. Default: none known.
         values: Returns an iterator that reads the records in order, one or a block at a time. The iterator raises FormatError
             or DataError for a record that does not have the format.
         not_taken: Names of other parts of the file, which are not converted.
@@ -54,9 +62,13 @@ class ForeignFile:
     kinds: tuple[Kind, ...]
     ids: list[str] | None
     groups: list[str]
-    labels: list[int]
+    labels: Sequence[Any]
     values: Callable[[], Iterator[Values | Block]]
     not_taken: tuple[str, ...] = ()
+    label: Label = field(default_factory=Label)
+    step_axis: str = "step"
+    axes: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -248,8 +260,13 @@ def without_padding(path: Path, values: Iterable[Values | Block], real: list[Arr
     record = 0
     for part in values:
         sequences = part.sequences if isinstance(part, Block) else [part.sequence]
-        for sequence in sequences:
+        for number, sequence in enumerate(sequences):
             assert sequence is not None
             graphs = None if isinstance(part, Block) else part.graphs
-            yield Values(cut_padding(path, record, sequence, real[record]), graphs, part.bfloat16)
+            fields = {name: rows[number] for name, rows in part.fields.items()} if isinstance(part, Block) else part.fields
+            cut = {
+                name: cut_padding(path, record, rows, real[record]) if name.startswith("step.") else rows
+                for name, rows in fields.items()
+            }
+            yield Values(cut_padding(path, record, sequence, real[record]), graphs, part.bfloat16, cut)
             record += 1

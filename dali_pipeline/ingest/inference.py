@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
+import numpy as np
 
 from dali_pipeline.dataset.dataset import Dataset
 from dali_pipeline.errors import DataError, FormatError, UsageError
-from dali_pipeline.format.encoding import BFLOAT16
+from dali_pipeline.format.encoding import BFLOAT16, TEXT
+from dali_pipeline.format.label import Label
 from dali_pipeline.format.layers import Layers, select, to_positions
 from dali_pipeline.format.layout import ByLayer
 from dali_pipeline.format.record import Graphs
 from dali_pipeline.format.schema import Field, Schema, level_of
 from dali_pipeline.ingest.config import FIELDS, ConvertConfig
-from dali_pipeline.ingest.foreign import Block
+from dali_pipeline.ingest.foreign import Block, ForeignFile, Values
 from dali_pipeline.ingest.names import FileNames
 from dali_pipeline.ingest.own import OWN, opened
 from dali_pipeline.ingest.readers.traces import TRACES
@@ -90,24 +92,62 @@ def infer_schema(
             if array is not None:
                 dtype = BFLOAT16 if name in graphs.bfloat16 else array.dtype.name
                 fields[name] = _field(graphs.path, name, dtype, array.shape[1:], config)
+    firsts = [first for first in (sequence, graphs) if first is not None]
+    narrow = {name for first in firsts for name in first.bfloat16}
+    for name, rows in firsts[0].fields.items():
+        fields[name] = _further_field(firsts[0].file.path, name, rows, name in narrow, config)
     own: dict[str, Any] = {name: fields.pop(name, None) for name in FIELDS}
-    return Schema(**own, fields=fields or msgspec.UNSET), choice
+    return _described(Schema(**own, fields=fields or msgspec.UNSET), firsts[0].file), choice
+
+
+def _further_field(path: Path, name: str, rows: Array | str, narrow: bool, config: ConvertConfig) -> Field:
+    """Return a step or record field as stored. narrow: whether it is bfloat16 in the file."""
+    if isinstance(rows, str):
+        return Field(dtype=TEXT)
+    row = rows.shape[1:] if name.startswith("step.") else rows.shape
+    return _field(path, name, BFLOAT16 if narrow else rows.dtype.name, row, config)
+
+
+def _described(schema: Schema, file: ForeignFile) -> Schema:
+    """Return the schema with the names of axes, the layer numbers and the kind of label that a file tells."""
+    sequence = schema.sequence
+    if sequence is not None and file.axes:
+        sequence = replace(sequence, axes=file.axes)
+    return replace(
+        schema,
+        sequence=sequence,
+        step_axis=msgspec.UNSET if sequence is None else file.step_axis,
+        layers=file.layers or msgspec.UNSET,
+        label=msgspec.UNSET if file.label == Label() else file.label,
+    )
 
 
 class _FirstSequence(NamedTuple):
     """A sequence, its file, and the names of its arrays that are bfloat16 in the file."""
 
-    path: Path
+    file: ForeignFile
     rows: Array
     bfloat16: tuple[str, ...]
+    fields: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """The file's path."""
+        return self.file.path
 
 
 class _FirstGraphs(NamedTuple):
     """Graphs, their file, and the names of their arrays that are bfloat16 in the file."""
 
-    path: Path
+    file: ForeignFile
     graphs: Graphs
     bfloat16: tuple[str, ...]
+    fields: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """The file's path."""
+        return self.file.path
 
 
 def _first_records(
@@ -120,14 +160,14 @@ def _first_records(
         missing = {"sequences": sequence is None, "graphs": graphs is None or not graphs.graphs.edge_index.size}
         if not len(names.labels) or not any(missing[kind] for kind in names.kinds):
             continue
-        path = source.files[number]
         try:
-            for values in source.open(number).values():
+            file = source.open(number)
+            for values in file.values():
                 rows, first = (values.sequences[0], None) if isinstance(values, Block) else values[:2]
                 if rows is not None and sequence is None:
-                    sequence = _FirstSequence(path, rows, values.bfloat16)
+                    sequence = _FirstSequence(file, rows, values.bfloat16, _first_fields(values))
                 if first is not None and (graphs is None or first.edge_index.size):
-                    graphs = _FirstGraphs(path, first, values.bfloat16)
+                    graphs = _FirstGraphs(file, first, values.bfloat16, _first_fields(values))
                 if first is None or first.edge_index.size:
                     break
         except (FormatError, DataError):
@@ -136,32 +176,51 @@ def _first_records(
     return sequence, graphs
 
 
+def _first_fields(values: Values | Block) -> dict[str, Any]:
+    """Return the further fields of the first record, as arrays or texts."""
+    fields = {name: rows[0] for name, rows in values.fields.items()} if isinstance(values, Block) else values.fields
+    return {name: rows if isinstance(rows, str) else np.asarray(rows) for name, rows in fields.items()}
+
+
 def _own_schema(data: Dataset, config: ConvertConfig) -> tuple[Schema, LayerChoice]:
     """Return the schema of a data set of ours, with the types of the settings."""
     numbers = {kind: layer_numbers for kind in data.schema.kinds if (layer_numbers := data.layer_numbers(kind)) is not None}
     choice = LayerChoice(layers=config.layers, numbers=numbers)
     retyped = {
         name: field if name not in config.dtypes else Field(dtype=config.dtypes[name], shape=field.shape)
-        for name, field in data.schema.of_graphs.items()
+        for name, field in {**data.schema.of_graphs, **data.schema.step_fields, **data.schema.record_fields}.items()
     }
     sequence = data.schema.sequence
     if sequence is not None:
         lengths = [table.rows["step"] for split in data.splits if len(table := data.table(split, "sequences"))]
         steps = max((longest for _, longest in lengths), default=0)
-        kept = len(choice.of("sequences", steps)) if steps else 0
+        layer_axis = data.schema.layer_axis
+        kept = 0
+        shape = sequence.shape
+        if layer_axis is not None:
+            layers = len(choice.of("sequences", shape[layer_axis]))
+            shape = (*shape[:layer_axis], layers, *shape[layer_axis + 1 :])
+        elif steps:
+            kept = len(choice.of("sequences", steps))
         scale = sequence.scales
         if scale is not None and len(scale) > 1:
             scale = tuple(scale[position] for position in choice.of("sequences", len(scale)))
         by_layer = bool(sequence.layout) if config.by_layer is None else config.by_layer
         dtype = config.dtypes.get("sequence", sequence.dtype)
-        plain = Field(dtype=dtype, shape=sequence.shape)
+        plain = Field(dtype=dtype, shape=shape)
         sequence = Field(
             dtype=dtype,
-            shape=sequence.shape,
+            shape=shape,
+            axes=sequence.axes,
             scale=scale if scale is not None and "sequence" not in config.dtypes else msgspec.UNSET,
             by_layer=ByLayer.of(kept, plain.row_bytes) if by_layer and kept else msgspec.UNSET,
         )
     own: dict[str, Any] = {name: retyped.pop(name, None) for name in FIELDS[1:]}
+    own |= {"step_axis": data.schema.step_axis, "label": data.schema.label}
+    if sequence is not None and data.manifest.version == 1 and choice.numbers.get("sequences"):
+        own["step_axis"] = "layer"
+    if data.schema.layers:
+        own["layers"] = tuple(choice.kept_numbers["layers"])
     return Schema(sequence=sequence, **own, fields=retyped or msgspec.UNSET), choice
 
 

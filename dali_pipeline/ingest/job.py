@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dali_pipeline.errors import DataError, FormatError
 from dali_pipeline.format.schema import Field, Schema
@@ -59,6 +59,12 @@ class Job:
         """Return the rule that assigns the groups of a file to splits."""
         return self.dealer.of_file(number) if isinstance(self.dealer, OwnSplits) else self.dealer
 
+    @property
+    def rule(self) -> dict[str, Any]:
+        """The rule that dealt the splits, as the manifest records it; empty if the owner's own splits were kept."""
+        rule = self.config.split or SplitRule()
+        return {} if isinstance(self.dealer, OwnSplits) else {"shares": list(rule.shares), "seed": rule.seed}
+
 
 def prepare(source: Source, config: ConvertConfig, numbers: Iterable[int]) -> Job:
     """Read names and labels of every file; determine ids, splits and schema."""
@@ -94,7 +100,7 @@ def prepare(source: Source, config: ConvertConfig, numbers: Iterable[int]) -> Jo
     schema, choice = infer_schema(source, file_names, config, notices)
     if schema.sequence is not None and config.dtypes.get("sequence") == "int8":
         scaled = _scaled(source, file_names, config, choice)
-        schema = replace(schema, sequence=replace(scaled, by_layer=schema.sequence.by_layer))
+        schema = replace(schema, sequence=replace(scaled, by_layer=schema.sequence.by_layer, axes=schema.sequence.axes))
     return Job(
         source=source,
         config=config,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -26,7 +27,7 @@ class FileNames:
         explicit: Whether the file has ids.
         texts: Hashes of the ids if the file has them, otherwise of the groups.
         groups: Hashes of the groups.
-        labels: Labels of the records.
+        labels: Labels of the records; hashes of them, if they are not classes.
         numbered: Names that look numbered; for example, `q#1` is its row, the hash of `q`, and 1.
     """
 
@@ -55,9 +56,17 @@ class FileNames:
             explicit=file.ids is not None,
             texts=texts,
             groups=groups,
-            labels=np.array(file.labels, np.int64),
+            labels=_label_keys(file.labels),
             numbered=numbered,
         )
+
+
+def _label_keys(labels: Sequence[Any]) -> Ints:
+    """Return a number per label, equal for equal labels: a class itself, or a hash."""
+    if all(isinstance(label, int) for label in labels):
+        return np.array(labels, np.int64)
+    hashed = [0 if label is None else xxhash.xxh3_64_intdigest(np.asarray(label).tobytes()) >> 1 for label in labels]
+    return np.array(hashed, np.int64)
 
 
 class Disagreement(DataError):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dali_pipeline.dataset.dataset import Dataset, open_dataset
 from dali_pipeline.dataset.selection import Shards
-from dali_pipeline.dataset.single import graphs_between
+from dali_pipeline.dataset.single import fields_at, graphs_between, sequence_at
 from dali_pipeline.format.encoding import BFLOAT16
+from dali_pipeline.format.label import Label
 from dali_pipeline.format.manifest import MANIFEST_NAME
+from dali_pipeline.format.schema import Field
 from dali_pipeline.format.shard import Shard
 from dali_pipeline.ingest.foreign import Block, ForeignFile, Reader, Values, rows_at_a_time
 from dali_pipeline.storage.files import Files
@@ -42,16 +45,28 @@ def _open(path: Path, _: str) -> ForeignFile:
         kinds=(kind,),
         ids=[text.decode() for text in shard.texts("ids")],
         groups=[text.decode() for text in shard.texts("groups")],
-        labels=shard.read("labels").tolist(),
+        labels=labels_of(data.schema.labels, shard),
         values=partial(_sequences if kind == "sequences" else _graphs, data, shard),
     )
 
 
+def labels_of(label: Label, shard: Shard) -> list[Any]:
+    """Return every record's label as `ShardWriter` takes it."""
+    if label.dtype is None:
+        return [None] * shard.records
+    stored = shard.read("labels")
+    return stored.tolist() if label.kind == "class" else list(stored)
+
+
 def _sequences(data: Dataset, shard: Shard) -> Iterator[Values | Block]:
-    field, offsets = data.schema.sequence, shard.read("sequence.offsets")
+    schema, field, offsets = data.schema, data.schema.sequence, shard.read("sequence.offsets")
     assert field is not None
     lengths, begin = np.diff(offsets), 0
-    narrow = ("sequence",) if field.dtype == BFLOAT16 else ()
+    narrow = _narrow({"sequence": field, **schema.step_fields, **schema.record_fields})
+    if schema.layer_axis is not None or schema.step_fields or schema.record_fields:
+        for row in range(shard.records):
+            yield Values(sequence_at(shard, schema, row), None, narrow, fields_at(shard, schema, row))
+        return
     while field.layout is not None and begin < shard.records:
         end, steps = min(begin + field.layout.records, shard.records), field.layout.steps
         stored = shard.read("sequence", begin * steps, end * steps).reshape(steps, end - begin, *field.shape)
@@ -69,11 +84,16 @@ def _sequences(data: Dataset, shard: Shard) -> Iterator[Values | Block]:
 
 
 def _graphs(data: Dataset, shard: Shard) -> Iterator[Values | Block]:
-    narrow = tuple(name for name, field in data.schema.of_graphs.items() if field.dtype == BFLOAT16)
+    narrow = _narrow({**data.schema.of_graphs, **data.schema.record_fields})
     graphs, nodes, edges = (shard.read(f"{name}.offsets") for name in ("graphs", "x", "edge_index"))
-    for begin, end in itertools.pairwise(graphs.tolist()):
+    for row, (begin, end) in enumerate(itertools.pairwise(graphs.tolist())):
         record_graphs = graphs_between(shard, data.schema, begin, nodes[begin : end + 1], edges[begin : end + 1])
-        yield Values(None, record_graphs, narrow)
+        yield Values(None, record_graphs, narrow, fields_at(shard, data.schema, row))
+
+
+def _narrow(fields: Mapping[str, Field]) -> tuple[str, ...]:
+    """Return the names of fields that are stored as bfloat16, and read as float32."""
+    return tuple(name for name, field in fields.items() if field.dtype == BFLOAT16)
 
 
 OWN = Reader(what=f"data set ({MANIFEST_NAME})", find=_find, open=_open)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ from torch_geometric.data import Batch, Data
 
 from dali_pipeline.format.encoding import BFLOAT16
 from dali_pipeline.format.schema import Field, Schema, level_of
+from dali_pipeline.loaders.fields import Fields, field_tensors, moved_fields, tensors_of
 from dali_pipeline.loaders.sidestream import to_device
 from dali_pipeline.reading.graphrows import GraphRows, ends_of
 from dali_pipeline.runtime.memory import Buffers
@@ -35,20 +37,22 @@ class GraphBatch:
         graphs_per_record: (B,) int64 on the CPU, where `pack_padded_sequence` wants it.
         layer_index: (G,) int64, the number of each graph in its stored record.
         last_node: (G,) int64, the row in x of each graph's last node.
-        labels: (B,) int64.
+        labels: (B,) int64 classes, (B, K) bool of several labels, (B, *shape) float32 values; None if there are none.
         valid: (B,) bool. A record that is not valid is padding and repeats a real record.
         ids: B texts.
         positions: (B,) int64 on the CPU: the records' numbers in their split.
+        fields: Further fields of records by name, (B, *row) on the device, in types as in `SequenceBatch`; lists of B texts.
     """
 
     graphs: Batch
     graphs_per_record: torch.Tensor
     layer_index: torch.Tensor
     last_node: torch.Tensor
-    labels: torch.Tensor
+    labels: torch.Tensor | None
     valid: torch.Tensor
     ids: list[str]
     positions: torch.Tensor
+    fields: Fields = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -63,6 +67,7 @@ class GraphBatch:
         graphs = self.graphs
         values = [*graphs.to_dict().values(), *graphs._slice_dict.values(), *graphs._inc_dict.values(), *vars(self).values()]
         yield from (value for value in values if torch.is_tensor(value))
+        yield from tensors_of(self.fields)
 
     def to(self, device: str | torch.device) -> GraphBatch:
         """Return the batch on a device; `graphs_per_record` and `positions` stay on the CPU.
@@ -76,9 +81,10 @@ class GraphBatch:
         Returns:
             A new batch; this one is unchanged.
         """
-        on_device = ("layer_index", "last_node", "labels", "valid")
-        moved = {name: getattr(self, name).to(device) for name in on_device}
-        return replace(self, graphs=copy(self.graphs).to(device), **moved)  # a copy, for PyG moves in place
+        moved = {name: getattr(self, name).to(device) for name in ("layer_index", "last_node", "valid")}
+        labels, fields = None if self.labels is None else self.labels.to(device), moved_fields(self.fields, device)
+        graphs = copy(self.graphs).to(device)  # a copy, for PyG moves in place
+        return replace(self, graphs=graphs, labels=labels, fields=fields, **moved)
 
 
 class Collator:
@@ -88,14 +94,24 @@ class Collator:
 
     Args:
         schema: Schema of the data set.
+        fields: Fields of graphs that are delivered, by name.
         device: Device of the batches.
         dtype: Floating type of x and edge_attr as delivered.
         copies: Whether to copy values on the CPU even if they are stored as `dtype`, because their memory is reused.
         one_graph: Whether every record is delivered as one graph, whose label PyG calls `y`.
     """
 
-    def __init__(self, schema: Schema, device: torch.device, dtype: torch.dtype, *, copies: bool, one_graph: bool) -> None:
-        self._fields = schema.of_graphs
+    def __init__(
+        self,
+        schema: Schema,
+        fields: Mapping[str, Field],
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        copies: bool,
+        one_graph: bool,
+    ) -> None:
+        self._schema, self._fields = schema, fields
         self._device, self._dtype = device, dtype
         self._buffers, self._copies, self._labels_are_y = Buffers(), copies, one_graph
 
@@ -105,8 +121,13 @@ class Collator:
         # boundaries at which PyG separates the graphs, on the CPU like in PyG: (G + 1,) each
         first_rows = {"node": ends_of(rows.node_counts), "edge": ends_of(rows.edge_counts), "graph": np.arange(num_graphs + 1)}
         cuts = {level: torch.from_numpy(ends) for level, ends in first_rows.items()}
-        small = (rows.node_counts, rows.edge_counts, first_rows["node"], rows.layer_index, rows.labels, valid)
-        node_counts, edge_counts, node_ptr, layer_index, labels, valid_B = self._move_together(small)
+        small = [rows.node_counts, rows.edge_counts, first_rows["node"], rows.layer_index, valid]
+        labels: torch.Tensor | None = None
+        if rows.labels is not None and rows.labels.dtype == np.int64:
+            small.append(rows.labels)  # classes: in the same copy
+        node_counts, edge_counts, node_ptr, layer_index, valid_B, *classes = self._move_together(small)
+        if rows.labels is not None:
+            labels = classes[0] if classes else self._move(rows.labels)
         graphs, slices, increments = copy(_EMPTY), {}, {}
         numbers, zeros = torch.arange(num_graphs, device=self._device), torch.zeros(num_graphs, dtype=torch.int64)
         for name, values in self.values(rows).items():
@@ -118,7 +139,7 @@ class Collator:
         edge_index.copy_(self._move(rows.edge_index).t())
         edge_index += first_nodes(node_ptr, edge_counts, len(rows.edge_index))
         graphs.edge_index, slices["edge_index"], increments["edge_index"] = edge_index, cuts["edge"], cuts["node"][:-1]
-        if self._labels_are_y:
+        if self._labels_are_y and labels is not None:
             graphs.y, slices["y"], increments["y"] = labels, cuts["graph"], zeros
         graphs.batch = _repeat(numbers, node_counts, len(rows.arrays["x"]))
         graphs.ptr = node_ptr
@@ -133,6 +154,7 @@ class Collator:
             valid=valid_B.bool(),
             ids=rows.ids,
             positions=torch.from_numpy(rows.positions),
+            fields=field_tensors(rows.fields, self._schema, self._dtype, self._device),
         )
 
     def values(self, rows: GraphRows) -> dict[str, torch.Tensor]:

@@ -51,6 +51,7 @@ class Decoding:
         statistics: FeatureStatistics | None,
         dtype: torch.dtype,
         device: torch.device,
+        row_layers: tuple[int, list[int]] | None = None,
     ) -> Decoding:
         """Return the decoding of a field.
 
@@ -60,6 +61,7 @@ class Decoding:
             statistics: Statistics to normalise every feature with, or None. A feature that never varies becomes 0.
             dtype: Type of the delivered values.
             device: Device to decode on.
+            row_layers: Which axis of a row is the layer, and the numbers of those that are read; None for all.
         """
         scale = mean = inverse = None
         if field.scales:
@@ -69,6 +71,13 @@ class Decoding:
             mean = torch.tensor(statistics.mean, dtype=torch.float32).reshape(field.shape)
             std = torch.tensor(statistics.std, dtype=torch.float32).reshape(field.shape)
             inverse = 1 / torch.where(std > 0, std, 1)
+        if row_layers is not None:
+            axis, chosen = row_layers
+            index = torch.tensor(chosen)
+            scale, mean, inverse = (
+                None if tensor is None else tensor.index_select(tensor.dim() - len(field.shape) + axis, index)
+                for tensor in (scale, mean, inverse)
+            )
         scale, mean, inverse = (None if tensor is None else tensor.to(device) for tensor in (scale, mean, inverse))
         bfloat16 = field.dtype == BFLOAT16
         idle = scale is None and mean is None and field.dtype == str(dtype).removeprefix("torch.")

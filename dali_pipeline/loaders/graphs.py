@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from typing import Any, Literal, get_args
@@ -52,6 +52,7 @@ class GraphLoader(Loader[GraphBatch]):
             one thread per four cores with a GPU, 4 at most. Without a GPU it starts one; but none on one core, and none on two
             cores if records are below 32 KiB.
         layers: Graphs of each record to read, as a slice or a list of numbers; nothing else is read. By default all.
+        fields: Names of the further fields to read and deliver, of records and of graphs; [] for none. By default all.
         device: Like in `SequenceLoader`.
         dtype: Floating type of x and edge_attr as delivered.
         window_bytes, num_partitions, on_error: Like in `SequenceLoader`.
@@ -86,6 +87,7 @@ class GraphLoader(Loader[GraphBatch]):
         drop_last: bool = False,
         num_workers: NumWorkers = "auto",
         layers: Layers = None,
+        fields: Collection[str] | None = None,
         device: str | torch.device = "auto",
         dtype: torch.dtype = torch.float32,
         window_bytes: int = WINDOW_BYTES,
@@ -110,6 +112,7 @@ class GraphLoader(Loader[GraphBatch]):
             drop_last=drop_last,
             num_workers=num_workers,
             layers=layers,
+            fields=fields,
             device=device,
             dtype=dtype,
             window_bytes=window_bytes,
@@ -142,6 +145,7 @@ class GraphLoader(Loader[GraphBatch]):
             self.order.window_bytes,
             finite=on_nan != "keep",
             min_weight=min_weight,
+            fields=fields,
             may_hold=self.order.shuffle
             and self.num_workers in ("auto", 0)
             and self.world.alone,  # in order, reads are long anyway
@@ -150,7 +154,7 @@ class GraphLoader(Loader[GraphBatch]):
         shared = self.num_workers not in ("auto", 0)  # the arrays of a worker process are valid only until its next superbatch
         counts = self.selection.bounds("graph")
         one_graph = counts is not None and all(len(select(layers, count)) == 1 for count in counts)
-        self._collator = Collator(data.schema, self.device, dtype, copies=shared, one_graph=one_graph)
+        self._collator = Collator(data.schema, source.fields, self.device, dtype, copies=shared, one_graph=one_graph)
         self._oversize = oversize
         self._epoch_steps = (-1, 0)  # an epoch, and its number of steps with the budget
         record_bytes = max(1, int(self.selection.record_bytes))

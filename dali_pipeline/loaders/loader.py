@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import closing
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -79,7 +79,12 @@ class Loader(IterableDataset[Batch]):
         self.world = World.detect(options.rank, options.world_size)
         self.device = resolve_device(options.device, self.world)
         self.budgeted = options.budgeted
-        self.selection = reweighed(data.select(options.split, self.kind), options.class_balanced, options.group_weights)
+        selection = data.select(options.split, self.kind)
+        if options.class_balanced and data.schema.labels.kind != "class":
+            kind = data.schema.labels.kind
+            raise DataError(f"class_balanced needs one class per record; the labels of {data.root} are of kind {kind!r}")
+        self._check_fields(options.fields)
+        self.selection = reweighed(selection, options.class_balanced, options.group_weights)
         self.order = options.order(self.selection.digest, self.world.world_size)
         self._num_records = self.selection.num_draws or self.selection.num_records
         self._first_plan = self.plan(epoch=0)
@@ -96,6 +101,15 @@ class Loader(IterableDataset[Batch]):
         self.left_out: list[str] = []
         self._iterating_process: int | None = None  # id of the process that iterates
         self._expected_digest: EpochDigest | None = None  # digest of a whole epoch, computed when it is first needed
+
+    def _check_fields(self, names: Collection[str] | None) -> None:
+        """Raise UsageError for the name of a field that records of this kind do not have."""
+        schema = self.data.schema
+        own = schema.step_fields if self.kind == "sequences" else schema.named
+        known = [name.partition(".")[2] for name in (*own, *schema.record_fields)]
+        for name in names or ():
+            if name not in known:
+                raise UsageError(f"fields has {name!r}; expected some of {', '.join(known) or 'none, as there are none'}")
 
     def _positions(self, layers: Layers, axis: str) -> Layers:
         """Return the positions of the layers asked for, if the data set records the numbers of its layers; else `layers`."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import chain, repeat
 from typing import Any, Literal, get_args
 
@@ -14,23 +16,25 @@ import torch
 
 from dali_pipeline.dataset.dataset import Dataset, View
 from dali_pipeline.errors import DataError, FormatError, UsageError
-from dali_pipeline.format.layers import Layers, select
+from dali_pipeline.format.layers import Layers, select, to_positions
 from dali_pipeline.loaders.dali import check_dali, device_id, import_dali, iterate
 from dali_pipeline.loaders.decoding import Decoding, sequence_graph
 from dali_pipeline.loaders.device import check_memory
+from dali_pipeline.loaders.fields import Fields, cut_fields, field_tensors, moved_fields, tensors_of
 from dali_pipeline.loaders.loader import LoadedBatch, Loader, Position
-from dali_pipeline.loaders.options import LoaderOptions, NumWorkers, OnError, OnNan
+from dali_pipeline.loaders.options import LoaderOptions, NumWorkers, OnError, OnNan, plain_selection
 from dali_pipeline.loaders.sidestream import UnderWay, a_batch_ahead, to_device
 from dali_pipeline.reading.source import Padded, SequenceSource
 from dali_pipeline.reading.superbatch import SUPERBATCH_BYTES, Part, SequenceGatherer, Superbatch, superbatches
 from dali_pipeline.runtime.ahead import background_threads, belonging_to_this_process, cores_beside, map_ahead, on_threads
-from dali_pipeline.runtime.checks import one_of, refuses_old_keywords, truth
+from dali_pipeline.runtime.checks import one_of, refuses_old_keywords, shown, truth
 from dali_pipeline.runtime.memory import Buffers
 from dali_pipeline.runtime.trace import span, spans
 from dali_pipeline.sampling.order import WINDOW_BYTES
 from dali_pipeline.sampling.plan import EpochPlan
 from dali_pipeline.types import Array, Ints
 
+log = logging.getLogger("dali_pipeline")
 Engine = Literal["dali", "torch"]
 PREFETCH_SUPERBATCHES = 2  # number of superbatches that DALI prefetches
 SUPERBATCH_STEPS = 64
@@ -43,20 +47,26 @@ class SequenceBatch:
     """One batch of one rank.
 
     Attributes:
-        sequences: (B, T, F) in the loader's dtype, on its device; zero behind a sequence's end. T is the batch's longest.
+        sequences: (B, T, *row) in the loader's dtype, on its device; zero behind a sequence's end. T is the batch's longest.
+            If an axis of the row is named layer, it is a view (not contiguous), because layers are stored one by one.
         lengths: (B,) int64 on the CPU, where `pack_padded_sequence` wants them.
-        labels: (B,) int64 on the device.
+        labels: On the device: (B,) int64 classes, (B, K) bool of several labels, (B, *shape) float32 values; None if there are
+            none.
         valid: (B,) bool on the device. A row that is not valid is padding and repeats a real record.
         ids: B texts.
         positions: (B,) int64 on the CPU: the records' numbers in their split.
+        fields: Further fields by name, on the device: (B, T, *row) of steps, `Field.pad` behind a sequence's end; (B, *row) of
+            records. Real numbers in the loader's dtype or as stored if that is wider, whole ones as int64, bools, and lists of
+            B texts.
     """
 
     sequences: torch.Tensor
     lengths: torch.Tensor
-    labels: torch.Tensor
+    labels: torch.Tensor | None
     valid: torch.Tensor
     ids: list[str]
     positions: torch.Tensor
+    fields: Fields = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -68,7 +78,8 @@ class SequenceBatch:
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that are on the loader's device."""
-        yield from (self.sequences, self.labels, self.valid)
+        yield from (tensor for tensor in (self.sequences, self.labels, self.valid) if tensor is not None)
+        yield from tensors_of(self.fields)
 
     def to(self, device: str | torch.device) -> SequenceBatch:
         """Return the batch on a device; `lengths` and `positions` stay on the CPU.
@@ -82,11 +93,17 @@ class SequenceBatch:
         Returns:
             A new batch; this one is unchanged.
         """
-        moved = {name: getattr(self, name).to(device) for name in ("sequences", "labels", "valid")}
-        return replace(self, **moved)
+        labels = None if self.labels is None else self.labels.to(device)
+        fields = moved_fields(self.fields, device)
+        return replace(self, sequences=self.sequences.to(device), labels=labels, valid=self.valid.to(device), fields=fields)
 
 
 Loaded = Generator[Superbatch, None, None]
+
+
+@cache
+def _warn_of_steps(root: str) -> None:
+    log.warning("%s does not name its axes (format version 1): layers= chooses steps by position, as steps= does", root)
 
 
 class SequenceLoader(Loader[SequenceBatch]):
@@ -110,7 +127,11 @@ class SequenceLoader(Loader[SequenceBatch]):
         num_workers: Threads that gather ahead; 0 gathers in the caller's thread. "auto" is one thread per four cores with a
             GPU, 4 at most. Without a GPU it is 1; but 0 on one core, and on two cores if records are below 32 KiB or are
             delivered as they are stored.
-        layers: Steps of each sequence to read, as a slice or a list of numbers; nothing else is read. By default all.
+        layers: Layers to read, as a slice or a list of the numbers that the data set records (0 for the embeddings, l for the
+            output of block l; 0, 1, 2 and so on if it records none; negative numbers count from the end). They lie along the
+            axis named layer: the steps, or an axis of each step. Nothing else is read. By default all.
+        steps: Steps to read, by position, as a slice or a list of numbers. By default all.
+        fields: Names of the further fields to read and deliver, such as ["token_ids"]; [] for none. By default all.
         device: Where batches go: "auto" (this process's GPU if there is one), "cpu", "cuda" or "cuda:N".
         dtype: Floating type of the delivered sequences.
         window_bytes: Bytes of shards that are shuffled together at a time, 256 MiB by default. A larger window mixes better and
@@ -160,6 +181,8 @@ class SequenceLoader(Loader[SequenceBatch]):
         drop_last: bool = False,
         num_workers: NumWorkers = "auto",
         layers: Layers = None,
+        steps: Layers = None,
+        fields: Collection[str] | None = None,
         device: str | torch.device = "auto",
         dtype: torch.dtype = torch.float32,
         window_bytes: int = WINDOW_BYTES,
@@ -185,6 +208,7 @@ class SequenceLoader(Loader[SequenceBatch]):
             drop_last=drop_last,
             num_workers=num_workers,
             layers=layers,
+            fields=fields,
             device=device,
             dtype=dtype,
             window_bytes=window_bytes,
@@ -201,10 +225,10 @@ class SequenceLoader(Loader[SequenceBatch]):
         on_gpu = engine == "dali" and self.device.type == "cuda"
         if on_gpu:
             check_dali()
-        layers = self._positions(options.layers, "step")
+        layers, row_layers = self._chosen(options.layers, plain_selection("steps", steps))
         self.engine = engine
-        steps = self.selection.bounds("step")
-        equal_lengths = steps is not None and steps[0] == steps[1]
+        num_steps = self.selection.bounds("step")
+        equal_lengths = num_steps is not None and num_steps[0] == num_steps[1]
         field = data.schema.sequence
         assert field is not None
         if self.order.bucket_by_length and FormatError in self.skips:
@@ -214,9 +238,11 @@ class SequenceLoader(Loader[SequenceBatch]):
                 raise DataError("a mix has no feature statistics, as those of its data sets differ; expected normalize=False")
             raise DataError(f"{data.root} has no feature statistics to normalize with; expected those of a training split")
         statistics = data.manifest.statistics if normalize else None
-        self._decoding = Decoding.of(field, layers, statistics, dtype, self.device)
+        self._decoding = Decoding.of(field, layers, statistics, dtype, self.device, row_layers)
         # On the way to a GPU, padding would be more bytes to copy. On the CPU, records are read straight into padded rows.
-        self._decodes_in_dali = on_gpu and self._decoding.in_dali and field.dtype not in NOT_FOR_DALI
+        self._decodes_in_dali = (
+            on_gpu and self._decoding.in_dali and field.dtype not in NOT_FOR_DALI and data.schema.layer_axis is None
+        )
         self._pads_in_dali = self._decodes_in_dali and not equal_lengths
         record_bytes = self.selection.record_bytes
         batch_bytes = int(self.batch_size * record_bytes)
@@ -227,16 +253,55 @@ class SequenceLoader(Loader[SequenceBatch]):
         decodes = self.device.type == "cpu" and not self._decoding.idle
         self.cores = cores_beside(busy if decodes else 0)  # for torch in the caller's thread
         self._source = source = SequenceSource(
-            self.selection, data.schema, layers, window_bytes=self.order.window_bytes, finite=on_nan != "keep"
+            self.selection,
+            data.schema,
+            layers,
+            window_bytes=self.order.window_bytes,
+            finite=on_nan != "keep",
+            fields=fields,
+            row_layers=None if row_layers is None else row_layers[1],
         )
         if self.device.type == "cuda":
-            longest = len(select(layers, steps[1])) if steps is not None else 1
+            longest = len(select(layers, num_steps[1])) if num_steps is not None else 1
             nbytes = self.batch_size * longest * source.row_bytes // field.storage.itemsize * dtype.itemsize
             check_memory(self.device, nbytes, f"a batch of {self.batch_size} sequences of {longest} steps")
             source.use(Buffers(pinned=True))
         bits, skips = self._decoding.bfloat16, self.skips
         padded: Padded = None if self._pads_in_dali else "batch"
         self._superbatches = SequenceGatherer(source, self.world, self.batch_size, padded, bits=bits, skips=skips)
+
+    def _chosen(self, layers: Layers, steps: Layers) -> tuple[Layers, tuple[int, list[int]] | None]:
+        """Return the positions of the steps to read; and, if an axis of the rows is named layer, that axis and its positions.
+
+        Raises UsageError if layers are asked for and no axis is named layer, DataError for layers that are not there.
+        """
+        data, schema = self.data, self.data.schema
+        if layers is None:
+            return steps, None
+        if schema.layer_axis is not None and schema.sequence is not None:
+            numbers = schema.layers or range(schema.sequence.shape[schema.layer_axis])
+            try:
+                return steps, (schema.layer_axis, to_positions(layers, numbers))
+            except DataError as error:
+                raise DataError(f"{error} in split {self.split!r} of {data.root}") from None
+        if steps is not None:
+            raise UsageError(f"layers and steps both choose steps of {data.root}, as no axis of a step is a layer; give one")
+        if schema.steps != "layer" and data.manifest.version > 1:
+            raise UsageError(
+                f"layers are {shown(layers)}, and {data.root} has no axis named layer: its steps are named {schema.steps!r}; "
+                "expected steps="
+            )
+        if schema.steps != "layer" and data.layer_numbers(self.kind) is None:
+            _warn_of_steps(str(data.root))
+        return self._positions(layers, "step"), None
+
+    def _batch_view(self, values: torch.Tensor, steps: int) -> torch.Tensor:
+        """Return the gathered rows of one batch, each record padded to `steps` steps, as (B, steps, *row)."""
+        axis = self.data.schema.layer_axis
+        if axis is None:
+            return values.view(self.batch_size, steps, *values.shape[1:])
+        by_layer = values.view(self.batch_size, self._source.parts_per_record, steps, *values.shape[1:])
+        return by_layer.movedim(1, 2 + axis)
 
     def gathered(self, plan: EpochPlan, step: int) -> Superbatch:
         """Gather one batch as stored, and pad it even if the loader leaves padding to DALI."""
@@ -249,7 +314,7 @@ class SequenceLoader(Loader[SequenceBatch]):
 
     def decoded(self, gathered: Superbatch) -> torch.Tensor:
         """Decode a gathered batch with torch: (B, T, F) in the loader's dtype, on its device."""
-        values = torch.from_numpy(gathered.rows.values).view(self.batch_size, -1, *gathered.rows.values.shape[1:])
+        values = self._batch_view(torch.from_numpy(gathered.rows.values), gathered.longest[0])
         with on_threads(self.cores):
             return self._decoding.run(values.to(self.device), gathered.rows.lengths)
 
@@ -300,7 +365,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         for batch, steps in zip(torch.split(values, [self.batch_size * steps for steps in longest]), longest, strict=True):
             with span("copy", self.device.type != "cpu"):
                 moved = batch.to(self.device, non_blocking=True)
-            yield moved.view(self.batch_size, steps, *values.shape[1:])
+            yield self._batch_view(moved, steps)
 
     def _decode_unpadded(self, superbatch: Superbatch, values: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield the decoded values of the only batch of a superbatch that was gathered without padding."""
@@ -374,18 +439,30 @@ class SequenceLoader(Loader[SequenceBatch]):
     def _deliver(self, superbatch: Superbatch, values: Iterable[torch.Tensor]) -> Iterator[LoadedBatch[SequenceBatch]]:
         """Yield the batches of a superbatch, from the values of each batch."""
         rows, size = superbatch.rows, self.batch_size
-        columns = [torch.from_numpy(column) for column in (rows.labels, superbatch.valid, rows.lengths, rows.positions)]
+        columns = [torch.from_numpy(column) for column in (superbatch.valid, rows.lengths, rows.positions)]
+        stored_labels = None if rows.labels is None else torch.from_numpy(rows.labels)
         with span("copy", self.device.type != "cpu"):
-            columns[:2] = [to_device(column, self.device) for column in columns[:2]]
+            columns[0] = to_device(columns[0], self.device)
+            labels_on_device = None if stored_labels is None else to_device(stored_labels, self.device)
+            all_fields = field_tensors(rows.fields, self.data.schema, self.dtype, self.device)
         batch_columns = (torch.split(column, size) for column in columns)
-        for begin, batch, labels, valid, lengths, positions in zip(superbatch.begins, values, *batch_columns, strict=True):
+        batch_labels = repeat(None) if labels_on_device is None else torch.split(labels_on_device, size)
+        batch_fields = cut_fields(all_fields, self.data.schema, size, superbatch.longest)
+        by_batch = zip(superbatch.begins, values, *batch_columns, batch_fields, strict=True)
+        for (begin, batch, valid, lengths, positions, fields), labels in zip(by_batch, batch_labels, strict=False):
             end = begin + size
             if not (self._decodes_in_dali or superbatch.sparse):
                 with span("decode"), on_threads(self.cores):
                     batch = self._decoding.run(batch, rows.lengths[begin:end])
             ids = rows.ids[begin:end]
             delivered = SequenceBatch(
-                sequences=batch.contiguous(), lengths=lengths, labels=labels, valid=valid, ids=ids, positions=positions
+                sequences=batch if self._source.layered else batch.contiguous(),
+                lengths=lengths,
+                labels=labels,
+                valid=valid,
+                ids=ids,
+                positions=positions,
+                fields=fields,
             )
             yield LoadedBatch(delivered, ids, superbatch.valid[begin:end], superbatch.left_out)
 

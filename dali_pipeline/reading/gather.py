@@ -12,7 +12,9 @@ from dali_pipeline.reading.records import IndexPart, Locations
 from dali_pipeline.storage.cache import FIRST_STAMP
 from dali_pipeline.storage.openfile import OpenFile
 from dali_pipeline.storage.reads import read_many
-from dali_pipeline.types import BLOCK_BYTES, Array, Ints
+from dali_pipeline.types import Array, Ints
+
+MOST_BLOCKS = 64  # of a read that is not looked at block by block
 
 
 def gather(locations: Locations, name: str, records: Ints, begins: Ints, ends: Ints, out: Array, out_begins: Ints) -> None:
@@ -60,20 +62,24 @@ def _gather(
 ) -> None:
     width = out.dtype.itemsize * math.prod(out.shape[1:])
     files: list[OpenFile] = []  # kept open until the reads are done
-    # (parts, 5): file descriptor, whether the stored type is that of `out`; first byte, size and first block of the array
-    table = np.empty((len(parts), 5), np.int64)
+    # (parts, 6): file descriptor, whether the stored type is that of `out`; first byte, size, first block and bytes of a block
+    # of the array
+    table = np.empty((len(parts), 6), np.int64)
     for number, part in enumerate(parts):
         layout, alike = part.shard.array(name), _agrees(part.shard, name, out)
         files.append(part.shard.opened())
-        table[number] = files[-1].fd, alike, layout.begin, layout.nbytes, part.first_block + layout.first_block
-    fds, alike, begin, nbytes, block = table[which].T
+        first_block = part.first_block + layout.first_block
+        table[number] = files[-1].fd, alike, layout.begin, layout.nbytes, first_block, layout.block_bytes
+    fds, alike, begin, nbytes, block, block_bytes = table[which].T
     starts, stops, sound = begins * width, ends * width, locations.sound
-    # as in Shard.read_into: inside the array, and in one or two blocks, both sound
+    # as in Shard.read_into: inside the array, and in sound blocks
     direct = (alike > 0) & (starts >= 0) & (starts < stops) & (stops <= nbytes)
-    first, last = block + starts // BLOCK_BYTES, block + (stops - 1) // BLOCK_BYTES
-    direct &= last < first + 2
-    direct[direct] = (sound[first[direct]] & sound[last[direct]]) > 0
+    first, last = block + starts // block_bytes, block + (stops - 1) // block_bytes
     cached = any(file.stamps is not None for file in files)
+    direct &= last < first + (2 if cached else MOST_BLOCKS)
+    direct[direct] = (sound[first[direct]] & sound[last[direct]]) > 0
+    for inner in range(1, int((last - first)[direct].max(initial=0))):
+        direct[direct] = sound[np.minimum(first + inner, last)[direct]] > 0
     if cached:  # Blocks of a store's cache may be evicted at any time. An unchanged stamp proves that they were not.
         shard_begins = np.array([part.first_block for part in parts])[which]  # first block of each shard
         own_blocks = first - shard_begins, last - shard_begins

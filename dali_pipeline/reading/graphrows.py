@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from dali_pipeline.format.schema import level_of
+from dali_pipeline.reading.rows import FieldRows
 from dali_pipeline.types import Array, Ints
 
 
@@ -23,9 +24,10 @@ class GraphRows:
         edge_counts: (G,) int64.
         layer_index: (G,) int64.
         graphs_per_record: (B,) int64.
-        labels: (B,) int64.
+        labels: (B, *shape) in the stored type, or None.
         ids: B texts.
         positions: (B,) int64.
+        fields: Further fields of records as stored, by the names after their dots: (B, *shape), or B texts.
     """
 
     arrays: Mapping[str, Array]
@@ -34,9 +36,10 @@ class GraphRows:
     edge_counts: Ints
     layer_index: Ints
     graphs_per_record: Ints
-    labels: Ints
+    labels: Array | None
     ids: list[str]
     positions: Ints
+    fields: Mapping[str, FieldRows] = field(default_factory=dict)
 
     def cut(self, sizes: Ints) -> Iterator[GraphRows]:
         """Yield consecutive parts of `sizes` records each, as views."""
@@ -46,17 +49,18 @@ class GraphRows:
         cuts = np.stack([records, graphs, nodes, edges], axis=1).tolist()
         for begin, end in itertools.pairwise(cuts):
             record, graph, node, edge = (slice(*span) for span in zip(begin, end, strict=True))
-            rows = {"node": node, "edge": edge, "graph": graph}
+            level_rows = {"node": node, "edge": edge, "graph": graph}
             yield GraphRows(
-                arrays={name: array[rows[level_of(name)]] for name, array in self.arrays.items()},
+                arrays={name: array[level_rows[level_of(name)]] for name, array in self.arrays.items()},
                 edge_index=self.edge_index[edge],
                 node_counts=self.node_counts[graph],
                 edge_counts=self.edge_counts[graph],
                 layer_index=self.layer_index[graph],
                 graphs_per_record=self.graphs_per_record[record],
-                labels=self.labels[record],
+                labels=None if self.labels is None else self.labels[record],
                 ids=self.ids[record],
                 positions=self.positions[record],
+                fields={name: rows[record] for name, rows in self.fields.items()},
             )
 
     def without_light_edges(self, weights: Array, least: float) -> GraphRows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from dali_pipeline.reading.gather import gather
 from dali_pipeline.reading.graphrows import GraphRows, spread, wrong_graphs
 from dali_pipeline.reading.inmemory import InMemoryGraphs
 from dali_pipeline.reading.records import Locations
-from dali_pipeline.reading.source import BatchSource
+from dali_pipeline.reading.source import BatchSource, chosen_fields
 from dali_pipeline.sampling.order import WINDOW_BYTES
 from dali_pipeline.types import Array, Ints
 
@@ -52,14 +52,17 @@ class GraphSource(BatchSource):
         finite: bool = False,
         min_weight: float | None = None,
         may_hold: bool = False,
+        fields: Collection[str] | None = None,
     ) -> None:
-        super().__init__(selection, schema, layers, window_bytes, finite=finite)
-        self.fields = schema.of_graphs
+        super().__init__(selection, schema, layers, window_bytes, finite=finite, fields=fields)
+        own = {name: field for name, field in schema.of_graphs.items() if name not in schema.named}
+        self.fields = own | chosen_fields(schema.named, fields)
         self.streamed = ("edge_index", *self.fields)
         self._min_weight = min_weight
         self._in_memory: InMemoryGraphs | None = None
         nodes = selection.bounds("node")  # fewest and most per record
-        if may_hold and layers is None and nodes is not None and InMemoryGraphs.fits(selection, window_bytes):
+        simple = schema.labels.kind == "class" and not self.record_fields
+        if may_hold and simple and layers is None and nodes is not None and InMemoryGraphs.fits(selection, window_bytes):
             indices = Field(dtype=np.min_scalar_type(max(0, nodes[1] - 1)).name, shape=(2,))
             self._in_memory = InMemoryGraphs({"edge_index": indices, **self.fields}, self._index, selection)
 
@@ -115,6 +118,7 @@ class GraphSource(BatchSource):
             labels=locations.labels,
             ids=locations.ids,
             positions=positions,
+            fields=self._read_record_fields(locations),
         )
 
     def sizes(self, positions: Ints) -> Ints:

@@ -145,7 +145,8 @@ class InMemoryGraphs:
                     return
             graphs_per_record = table[:, 2] - table[:, 1]
             first = filled["graph"] + table[:, 1] - table[0, 1]
-            records.append(np.column_stack([table[:, 0], first, graphs_per_record]))
+            assert part.labels is not None
+            records.append(np.column_stack([part.labels, first, graphs_per_record]))
             nodes, edges = (
                 filled[level] + ends_of(column)[:-1] for level, column in zip(("node", "edge"), counts.T, strict=True)
             )

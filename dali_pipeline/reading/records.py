@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,22 +31,27 @@ class IndexPart:
     Attributes:
         shard: The shard.
         first_block: Number of the shard's first block among all blocks of the index.
-        table: (n, 3) int64, label, and where the rows of the first ragged array begin and end.
+        table: (n, 3) int64, row in the shard, and where the rows of the first ragged array begin and end.
+        labels: (n, *shape) in the stored type, or None.
         ids: (n,) texts, as objects.
+        texts: (n,) texts, as objects, of each text field that is read.
         spans: (rows of the first ragged array, 2 per other ragged array), where its rows begin and end.
     """
 
     shard: Shard
     first_block: int
     table: Ints
+    labels: Array | None
     ids: Array
+    texts: Mapping[str, Array]
     spans: Ints
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory, approximately."""
-        texts = sum(map(len, self.ids))
-        return 100 * len(self.ids) + texts + self.spans.nbytes
+        characters = sum(sum(map(len, texts)) for texts in (self.ids, *self.texts.values()))
+        labels = 0 if self.labels is None else self.labels.nbytes
+        return 100 * len(self.ids) * (1 + len(self.texts)) + characters + labels + self.spans.nbytes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,20 +61,24 @@ class Locations:
     Attributes:
         parts: Index parts that the records are in.
         which: (N,) number of each record's part in `parts`.
-        labels: (N,) int64.
+        labels: (N, *shape) in the stored type, or None.
+        rows: (N,) int64, row of each record in its shard.
         begins: (N,) int64, first row of each record in the first ragged array.
         ends: (N,) int64, row behind its last one.
         ids: N texts.
+        texts: N texts of each text field that is read.
         sound: (blocks,) uint8 of the whole index, 1 once a block's hash was right.
         files_at_once: Number of files that may be open.
     """
 
     parts: list[IndexPart]
     which: Ints
-    labels: Ints
+    labels: Array | None
+    rows: Ints
     begins: Ints
     ends: Ints
     ids: list[str]
+    texts: Mapping[str, list[str]]
     sound: Array
     files_at_once: int
 
@@ -85,10 +94,12 @@ class Locations:
             self,
             parts=[self.parts[number] for number in chosen.tolist()],
             which=which,
-            labels=self.labels[part],
+            labels=None if self.labels is None else self.labels[part],
+            rows=self.rows[part],
             begins=self.begins[part],
             ends=self.ends[part],
             ids=self.ids[part],
+            texts={name: texts[part] for name, texts in self.texts.items()},
         )
 
 
@@ -103,12 +114,20 @@ class RecordIndex:
         ragged: Arrays whose offsets are read: the first with one entry per record, the others with one per row of the first.
         window_bytes: Size of the cached index in bytes, at most about this.
         sound: Memory with one byte per block, 1 once its hash was right. Default: new memory.
+        texts: Text fields of records that are read with the ids. Default: none.
+        labels: Whether records have labels. Default: True.
     """
 
     def __init__(
-        self, selection: Selection, ragged: Sequence[str], window_bytes: int, sound: SharedBytes | None = None
+        self,
+        selection: Selection,
+        ragged: Sequence[str],
+        window_bytes: int,
+        sound: SharedBytes | None = None,
+        texts: Sequence[str] = (),
+        labels: bool = True,
     ) -> None:
-        self._selection, self._ragged = selection, ragged
+        self._selection, self._ragged, self._texts, self._labels = selection, ragged, tuple(texts), labels
         # shards, and blocks, are numbered through all tables
         tables = [shards.table for shards in selection.shards]
         self._first_shards = np.cumsum([0, *map(len, tables)]).tolist()
@@ -116,7 +135,7 @@ class RecordIndex:
         self._block_ends = np.cumsum(np.concatenate([np.zeros(1, np.int64), *blocks]))
         # one byte per block, 1 once its hash was right; in shared memory, so workers share it
         shared = SharedBytes(max(1, int(self._block_ends[-1]))) if sound is None else sound
-        self._arguments = selection, ragged, window_bytes, shared
+        self._arguments = selection, ragged, window_bytes, shared, self._texts, labels
         self._memory = shared.memory
         self._sound = np.frombuffer(self._memory, np.uint8)
         self._numbers = np.asarray(self._first_shards)[selection.table] + selection.number  # (entries,)
@@ -126,7 +145,7 @@ class RecordIndex:
         self._shards: Recent[int, Shard] = Recent(MAX_SHARDS)
         self._parts: Recent[tuple[int, int], IndexPart] = Recent(max(window_bytes, LEAST_INDEX_BYTES))
 
-    def __reduce__(self) -> tuple[type[RecordIndex], tuple[Selection, Sequence[str], int, SharedBytes]]:
+    def __reduce__(self) -> tuple[type[RecordIndex], tuple[Any, ...]]:
         return RecordIndex, self._arguments
 
     def locate(self, positions: Ints) -> Locations:
@@ -145,14 +164,21 @@ class RecordIndex:
         inverse = np.empty_like(order)
         inverse[order] = np.arange(len(order))
         table = np.concatenate([part.table[chosen] for part, chosen in zip(parts, part_rows, strict=True)])[inverse]
-        labels, begins, ends = np.ascontiguousarray(table.T)
+        shard_rows, begins, ends = np.ascontiguousarray(table.T)
+
+        def joined(arrays: Iterable[Array]) -> Array:
+            taken: Array = np.concatenate([array[chosen] for array, chosen in zip(arrays, part_rows, strict=True)])[inverse]
+            return taken
+
         return Locations(
             parts=parts,
             which=np.repeat(np.arange(len(parts)), [len(chosen) for chosen in part_rows])[inverse],
-            labels=labels,
+            labels=joined(part.labels for part in parts if part.labels is not None) if self._labels else None,
+            rows=shard_rows,
             begins=begins,
             ends=ends,
-            ids=np.concatenate([part.ids[chosen] for part, chosen in zip(parts, part_rows, strict=True)])[inverse].tolist(),
+            ids=joined(part.ids for part in parts).tolist(),
+            texts={name: joined([part.texts[name] for part in parts]).tolist() for name in self._texts},
             sound=self._sound,
             files_at_once=self._files.limit,
         )
@@ -191,7 +217,7 @@ class RecordIndex:
         shard = self._shard(number)
         end = min(first + INDEX_ROWS, shard.records)
         leading, *following = self._ragged
-        offsets = {name: shard.read(f"{name}.offsets", first, end + 1) for name in ("ids", leading)}
+        offsets = {name: shard.read(f"{name}.offsets", first, end + 1) for name in ("ids", *self._texts, leading)}
         begin_row, end_row = int(offsets[leading][0]), int(offsets[leading][-1])
         offsets |= {name: shard.read(f"{name}.offsets", begin_row, end_row + 1) for name in following}
         for name, array in offsets.items():
@@ -199,23 +225,29 @@ class RecordIndex:
                 raise FormatError(
                     f"{shard.path}, {name}.offsets do not begin with 0 or go backward between records {first} and {end}"
                 )
-        cuts = offsets.pop("ids")
-        ids = shard.read("ids", int(cuts[0]), int(cuts[-1])).tobytes()
+        texts: dict[str, Array] = {}
+        for name in ("ids", *self._texts):
+            cuts = offsets.pop(name)
+            data = shard.read(name, int(cuts[0]), int(cuts[-1])).tobytes()
+            texts[name] = np.array(_texts(shard, name, data, (cuts - cuts[0]).tolist()), object)
         rows = offsets.pop(leading)
         return IndexPart(
             shard=shard,
             first_block=int(self._block_ends[number]),
-            table=np.stack([shard.read("labels", first, end), rows[:-1], rows[1:]], axis=1, dtype=np.int64),
-            ids=np.array(_texts(shard, ids, (cuts - cuts[0]).tolist()), object),
+            table=np.stack([np.arange(first, end), rows[:-1], rows[1:]], axis=1, dtype=np.int64),
+            labels=shard.read("labels", first, end) if self._labels else None,
+            ids=texts.pop("ids"),
+            texts=texts,
             spans=np.stack([bound for array in offsets.values() for bound in (array[:-1], array[1:])] or [cuts[:0]], axis=1),
         )
 
 
-def _texts(shard: Shard, texts: bytes, cuts: list[int]) -> list[str]:
+def _texts(shard: Shard, name: str, texts: bytes, cuts: list[int]) -> list[str]:
     try:
         if texts.isascii():
             decoded = texts.decode()
             return [decoded[begin:end] for begin, end in itertools.pairwise(cuts)]
         return [texts[begin:end].decode() for begin, end in itertools.pairwise(cuts)]
     except UnicodeDecodeError as error:
-        raise FormatError(f"{shard.path}, ids: the bytes of a record's id are not UTF-8 ({error.reason})") from None
+        what = "id" if name == "ids" else "text"
+        raise FormatError(f"{shard.path}, {name}: the bytes of a record's {what} are not UTF-8 ({error.reason})") from None

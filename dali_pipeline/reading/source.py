@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import msgspec
 import numpy as np
 
 from dali_pipeline.errors import DataError
-from dali_pipeline.format.encoding import all_finite
+from dali_pipeline.format.encoding import TEXT, all_finite, encode
 from dali_pipeline.format.layers import Layers, select
-from dali_pipeline.format.schema import Field, Schema
+from dali_pipeline.format.schema import Field, Schema, unit_field
 from dali_pipeline.format.shard import Shard
 from dali_pipeline.reading.gather import gather
 from dali_pipeline.reading.records import Locations, RecordIndex
-from dali_pipeline.reading.rows import SequenceRows
+from dali_pipeline.reading.rows import FieldRows, SequenceRows
 from dali_pipeline.runtime.memory import Buffers
 from dali_pipeline.sampling.order import WINDOW_BYTES
 from dali_pipeline.types import Array, Ints, Kind
@@ -42,9 +43,10 @@ class BatchSource:
         layers: Steps, or graphs, of each record to read; the bytes of others are not read. Default: all.
         window_bytes: Bytes that are shuffled together at a time.
         finite: Whether to check that values are finite, which costs a pass over them. Default: False.
+        fields: Names, without their level, of the further fields to read; no byte of others is read. Default: all.
 
     Raises:
-        DataError: A record does not have these layers.
+        DataError: A record does not have these layers, or the schema not these fields.
     """
 
     kind: Kind
@@ -60,10 +62,14 @@ class BatchSource:
         window_bytes: int = WINDOW_BYTES,
         *,
         finite: bool = False,
+        fields: Collection[str] | None = None,
     ) -> None:
         self._selection, self._schema, self._layers, self._finite = selection, schema, layers, finite
         selection.check_cache(window_bytes)
-        self._index = RecordIndex(selection, self.ragged, window_bytes)
+        self.record_fields = chosen_fields(schema.record_fields, fields)
+        texts = [name for name, field in self.record_fields.items() if field.dtype == TEXT]
+        labels = schema.labels.dtype is not None
+        self._index = RecordIndex(selection, self.ragged, window_bytes, texts=texts, labels=labels)
         self._runs: dict[int, list[tuple[int, int]]] = {}
         self._buffers = Buffers()
         self.cold = True  # whether something was recently not in the page cache, as far as read-ahead has checked
@@ -123,6 +129,22 @@ class BatchSource:
             for record, (first, last) in itertools.product(range(begin, end), self._selected(record_rows)):
                 yield (record * record_rows + first) * width, (record * record_rows + last) * width
 
+    def _read_record_fields(self, locations: Locations) -> dict[str, FieldRows]:
+        """Read the record fields of N records, by the names after their dots: (N, *shape), or N texts."""
+        read: dict[str, FieldRows] = {}
+        for name, field in self.record_fields.items():
+            short = name.partition(".")[2]
+            if field.dtype == TEXT:
+                read[short] = locations.texts[name]
+                continue
+            records = np.arange(len(locations.rows))
+            out = np.empty((len(records), *field.shape), field.storage)
+            gather(locations, name, records, locations.rows, locations.rows + 1, out, records)
+            if self._finite:
+                self._check_finite(name, field, out, records, locations, records)
+            read[short] = out
+        return read
+
     def use(self, memory: Buffers) -> None:
         """Take the memory of rows from these buffers from now on."""
         self._buffers = memory
@@ -170,6 +192,11 @@ class BatchSource:
             raise DataError(f"{error} in split {shards.split!r} of {shards.root}") from None
 
 
+def chosen_fields(fields: Mapping[str, Field], names: Collection[str] | None) -> dict[str, Field]:
+    """Return the fields whose names, without their level, are asked for; None asks for all."""
+    return {name: field for name, field in fields.items() if names is None or name.partition(".")[2] in names}
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Located:
     """Records whose locations in the shards are known, but not their values.
@@ -191,17 +218,54 @@ class Located:
 
 
 class SequenceSource(BatchSource):
-    """Gather sequences."""
+    """Gather sequences.
+
+    Args:
+        selection, schema, layers, window_bytes, finite, fields: As in `BatchSource`; `layers` are numbers of steps.
+        row_layers: Numbers of the layers to read, if an axis of the rows is named layer. Default: all.
+    """
 
     kind = "sequences"
-    ragged = streamed = ("sequence",)
+    ragged = ("sequence",)
     axis = "step"
+
+    def __init__(
+        self,
+        selection: Selection,
+        schema: Schema,
+        layers: Layers = None,
+        window_bytes: int = WINDOW_BYTES,
+        *,
+        finite: bool = False,
+        fields: Collection[str] | None = None,
+        row_layers: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(selection, schema, layers, window_bytes, finite=finite, fields=fields)
+        assert schema.sequence is not None
+        self.step_fields = chosen_fields(schema.step_fields, fields)
+        self.streamed = ("sequence", *self.step_fields)
+        # A sequence with a layer axis is stored as one part per layer, (layers, steps, *rest). `unit` is one step of a part.
+        self.unit = schema.sequence
+        self.stored_layers, self._parts_read = 1, np.zeros(1, np.int64)
+        if schema.layer_axis is not None:
+            self.unit = unit_field(schema.sequence, schema.layer_axis)
+            self.stored_layers = schema.sequence.shape[schema.layer_axis]
+            self._parts_read = np.arange(self.stored_layers) if row_layers is None else np.array(row_layers, np.int64)
+
+    @property
+    def parts_per_record(self) -> int:
+        """Number of layers of each record that are read, if the rows have a layer axis; otherwise 1."""
+        return len(self._parts_read)
+
+    @property
+    def layered(self) -> bool:
+        """Whether an axis of the rows is named layer, so that each layer of a record is stored on its own."""
+        return self._schema.layer_axis is not None
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a step as stored."""
-        assert self._schema.sequence is not None
-        return self._schema.sequence.row_bytes
+        """Bytes of a step as stored, as far as it is read."""
+        return self.unit.row_bytes * self.parts_per_record
 
     def lengths(self, positions: Ints) -> Ints:
         """Return the steps of the records (N,), as stored; reads only what reading their values needs anyway."""
@@ -224,15 +288,14 @@ class SequenceSource(BatchSource):
     def read(self, located: Located, batch_size: int, padded: Padded) -> SequenceRows:
         """Read records in batches of `batch_size`.
 
-        Costs one read per record and run of layers that does not continue the one before.
+        Costs one read per record, layer of its rows, and run of steps that does not continue the one before; and one per record
+        and step field.
 
         Args:
             located: The records.
             batch_size: Records per batch.
-            padded: "batch" pads each record to the longest of its batch; None does not pad.
+            padded: "batch" pads each record to the longest of its batch; None does not pad. Step fields are always padded.
         """
-        field = self._schema.sequence
-        assert field is not None
         locations, lengths, positions = located.locations, located.lengths, located.positions
         begins, ends, records = locations.begins, locations.ends, np.arange(len(positions))
         if self._layers is not None:  # every record once per run of its layers
@@ -240,14 +303,51 @@ class SequenceSource(BatchSource):
             records = np.repeat(records, [len(record_runs) for record_runs in runs])
             spans = np.array([span for record_runs in runs for span in record_runs], np.int64)  # (reads, 2)
             begins, ends = begins[records] + spans[:, 0], begins[records] + spans[:, 1]
-        sizes = lengths  # rows that each record takes in `values`
-        if padded is not None:
-            sizes = np.repeat(np.maximum.reduceat(lengths, np.arange(0, len(lengths), batch_size)), batch_size)
+        reads = _Reads(records=records, begins=begins, ends=ends, lengths=lengths)
+        longest = np.repeat(np.maximum.reduceat(lengths, np.arange(0, len(lengths), batch_size)), batch_size)
+        sizes = lengths if padded is None else longest[: len(lengths)]
         starts = np.cumsum(sizes) - sizes
-        out_begins = starts[records] + (np.cumsum(ends - begins) - (ends - begins)) - (np.cumsum(lengths) - lengths)[records]
-        values = self._allocate("sequence", int(sizes.sum()), field, locations, int(begins[0]))
+        values = self._read_values(locations, reads, sizes, starts)
+        if self._finite:
+            unit_starts = starts * self.parts_per_record
+            self._check_finite("sequence", self.unit, values, unit_starts, locations, np.arange(len(positions)))
+        fields = self._read_record_fields(locations)
+        if self.step_fields:
+            sizes = longest[: len(lengths)]
+            field_starts = np.cumsum(sizes) - sizes
+            for name, field in self.step_fields.items():
+                fields[name.partition(".")[2]] = self._read_step_field(name, field, locations, reads, sizes, field_starts)
+        return SequenceRows(
+            values=values,
+            starts=starts,
+            lengths=lengths,
+            positions=self._selection.reported_positions(positions),
+            labels=locations.labels,
+            ids=locations.ids,
+            fields=fields,
+        )
+
+    def _read_values(self, locations: Locations, reads: _Reads, sizes: Ints, starts: Ints) -> Array:
+        """Read the sequences into rows of `unit`: per record all layers that are read, each `sizes[record]` steps."""
+        unit, parts, field = self.unit, self.parts_per_record, self._schema.sequence
+        assert field is not None
+        records, begins, ends, lengths = reads.records, reads.begins, reads.ends, reads.lengths
+        out_begins = starts[records] + reads.offsets()
+        first = int(begins[0])
+        if self.layered:
+            counts, stored = ends - begins, locations.ends - locations.begins
+            first_steps = locations.begins[records]
+            records, counts, inner = (np.repeat(array, parts) for array in (records, counts, begins - first_steps))
+            part_number = np.tile(np.arange(parts), len(begins))
+            first_unit = np.repeat(first_steps, parts) * self.stored_layers
+            begins = first_unit + self._parts_read[part_number] * stored[records] + inner
+            ends = begins + counts
+            out_begins = starts[records] * parts + part_number * sizes[records] + np.repeat(reads.offsets(), parts)
+            first = int(begins[0])
+        values = self._allocate("sequence", int(sizes.sum()) * parts, unit, locations, first)
         for record in np.flatnonzero(lengths < sizes).tolist():
-            values[starts[record] + lengths[record] : starts[record] + sizes[record]] = 0
+            begin, size = int(starts[record]) * parts, int(sizes[record])
+            values[begin : begin + size * parts].reshape(parts, size, *unit.shape)[:, int(lengths[record]) :] = 0
         if field.layout is not None:  # every row is one read
             counts = ends - begins
             offsets = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -256,13 +356,51 @@ class SequenceSource(BatchSource):
             begins = field.layout.stored(np.repeat(begins, counts) + offsets, totals)
             ends = begins + 1
         gather(locations, "sequence", records, begins, ends, values, out_begins)
+        return values
+
+    def _read_step_field(
+        self, name: str, field: Field, locations: Locations, reads: _Reads, sizes: Ints, starts: Ints
+    ) -> Array:
+        """Read one field of the steps that are read, (sum of sizes, *row), each record padded to `sizes[record]` rows."""
+        out = np.empty((int(sizes.sum()), *field.shape), field.storage)
+        pad = 0 if field.pad is msgspec.UNSET else encode(np.array(field.pad), field.dtype, None)[0]
+        for record in np.flatnonzero(reads.lengths < sizes).tolist():
+            out[starts[record] + reads.lengths[record] : starts[record] + sizes[record]] = pad
+        out_begins = starts[reads.records] + reads.offsets()
+        gather(locations, name, reads.records, reads.begins, reads.ends, out, out_begins)
         if self._finite:
-            self._check_finite("sequence", field, values, starts, locations, np.arange(len(positions)))
-        return SequenceRows(
-            values=values,
-            starts=starts,
-            lengths=lengths,
-            positions=self._selection.reported_positions(positions),
-            labels=locations.labels,
-            ids=locations.ids,
-        )
+            self._check_finite(name, field, out, starts, locations, np.arange(len(sizes)))
+        return out
+
+    def _extents(self, shard: Shard, name: str, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        if name != "sequence" or self.parts_per_record == self.stored_layers:
+            yield from super()._extents(shard, name, begin, end)
+            return
+        width, offsets = self.unit.row_bytes, shard.read("sequence.offsets", begin, end + 1).tolist()
+        for first, last in itertools.pairwise(offsets):
+            for part in self._parts_read.tolist():
+                row = first * self.stored_layers + part * (last - first)
+                yield row * width, (row + last - first) * width
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Reads:
+    """Runs of steps that are read of N records, in the order of the records.
+
+    Attributes:
+        records: (n,) record of each run.
+        begins: (n,) its first step in the shard.
+        ends: (n,) step behind its last.
+        lengths: (N,) steps that are read of each record.
+    """
+
+    records: Ints
+    begins: Ints
+    ends: Ints
+    lengths: Ints
+
+    def offsets(self) -> Ints:
+        """Return how many steps of the same record are read before each run."""
+        counts = self.ends - self.begins
+        before: Ints = np.cumsum(counts) - counts - (np.cumsum(self.lengths) - self.lengths)[self.records]
+        return before

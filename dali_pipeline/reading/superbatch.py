@@ -151,7 +151,7 @@ class SequenceGatherer:
             stored = int(located.lengths[rows].sum()) * row_bytes
             padded = int(longest[begin:end].sum()) * size * row_bytes
             lone = padded > SUPERBATCH_BYTES and self._padded is not None
-            sparse = lone and 2 * stored <= padded
+            sparse = lone and 2 * stored <= padded and not self._source.layered
             part = Part(
                 steps=steps[begin:end],
                 nbytes=stored if sparse or self._padded is None else padded,

@@ -21,9 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dali_pipeline.sampling.order import ACROSS_GROUPS, RUNS, WITHIN_GROUPS, Order, hashed_keys, purpose_key
-from dali_pipeline.types import BLOCK_BYTES, Ints
+from dali_pipeline.types import Ints
 
 RUNS_PER_WINDOW, RUNS_PER_SHARD = 64, 8
+LEAST_RUN_BYTES = 1 << 20  # of a run, if the window allows; a hash block of version 1, so that orders stay
 MAX_RUN_BYTES = 4 << 20  # longer runs are read no faster, and mix less
 TOUCHED_BLOCKS = 4  # hash blocks touched by a record beside its own bytes: two, and two by its edges
 MAX_RUNS = 1 << 22  # per partition: their order is in memory, some 100 bytes each while it is computed
@@ -139,12 +140,12 @@ def _cut_into_runs(starts: Ints, records: Ints, nbytes: Ints, window_bytes: int,
     A run that is cut inside a shard touches one hash block more than it fills. If the blocks of one batch's records alone could
     fill the window, its bytes include that block, so that a resume still reads at most one window.
     """
-    run_bytes = np.minimum(min(max(window_bytes // RUNS_PER_WINDOW, BLOCK_BYTES), MAX_RUN_BYTES), nbytes // RUNS_PER_SHARD)
+    run_bytes = np.minimum(min(max(window_bytes // RUNS_PER_WINDOW, LEAST_RUN_BYTES), MAX_RUN_BYTES), nbytes // RUNS_PER_SHARD)
     run_counts = np.clip(-(-nbytes // np.maximum(run_bytes, 1)), 1, np.maximum(records, 1))
     if run_counts.sum() > MAX_RUNS:
         run_counts = np.maximum(1, run_counts * MAX_RUNS // run_counts.sum())
     record_bytes = int((nbytes // np.maximum(records, 1)).max(initial=0))
-    blocks_fill_window = batch_size * (record_bytes + TOUCHED_BLOCKS * BLOCK_BYTES) > window_bytes
+    blocks_fill_window = batch_size * (record_bytes + TOUCHED_BLOCKS * LEAST_RUN_BYTES) > window_bytes
     shard = np.repeat(np.arange(len(records)), run_counts)
     run = np.arange(len(shard)) - np.repeat(np.cumsum(run_counts) - run_counts, run_counts)
     begin = run * records[shard] // run_counts[shard]
@@ -153,7 +154,7 @@ def _cut_into_runs(starts: Ints, records: Ints, nbytes: Ints, window_bytes: int,
     return (
         starts[shard] + begin,
         run_records,
-        run_nbytes + (np.minimum(BLOCK_BYTES, nbytes[shard] - run_nbytes) if blocks_fill_window else 0),
+        run_nbytes + (np.minimum(LEAST_RUN_BYTES, nbytes[shard] - run_nbytes) if blocks_fill_window else 0),
     )
 
 

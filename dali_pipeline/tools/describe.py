@@ -100,11 +100,10 @@ def _sample(data: Dataset, kind: Kind) -> list[dict[str, Any]]:
     positions = np.arange(min(SAMPLES, data.num_records(split, kind)))
     rows: SequenceRows | GraphRows
     if kind == "sequences":
-        rows = SequenceSource(data.select(split, kind), data.schema).gather(positions, len(positions), None)
+        source = SequenceSource(data.select(split, kind), data.schema)
+        rows = source.gather(positions, len(positions), None)
         shapes = [{"steps": int(length)} for length in rows.lengths]
-        field = data.schema.sequence
-        assert field is not None
-        firsts = field.values(rows.values)[rows.starts]
+        firsts = source.unit.values(rows.values)[rows.starts * source.parts_per_record]
     else:
         graphs = GraphSource(data.select(split, kind), data.schema).gather(positions)
         record = np.repeat(np.arange(len(positions)), graphs.graphs_per_record)
@@ -119,9 +118,10 @@ def _sample(data: Dataset, kind: Kind) -> list[dict[str, Any]]:
         assert data.schema.x is not None
         first_nodes = (np.cumsum(graphs.node_counts) - graphs.node_counts)[np.unique(record, return_index=True)[1]]
         rows, firsts = graphs, data.schema.x.values(graphs.arrays["x"][first_nodes])
+    labels = [None] * len(positions) if rows.labels is None else rows.labels.tolist()
     return [
-        {"split": split, "id": id_, "label": int(label), **shape, "first_row": first.reshape(-1)[:6].astype(float).tolist()}
-        for id_, label, shape, first in zip(rows.ids, rows.labels, shapes, firsts, strict=True)
+        {"split": split, "id": id_, "label": label, **shape, "first_row": first.reshape(-1)[:6].astype(float).tolist()}
+        for id_, label, shape, first in zip(rows.ids, labels, shapes, firsts, strict=True)
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 from dali_pipeline.errors import DataError
 from dali_pipeline.format.digest import EpochDigest
 from dali_pipeline.format.record import Record, graph_rows, named_rows, sequence_rows
-from dali_pipeline.format.schema import Schema
+from dali_pipeline.format.schema import Schema, unit_field
 from dali_pipeline.format.shard import ShardInfo
 from dali_pipeline.format.shardfile import ShardFile
 from dali_pipeline.types import Array, Kind
@@ -90,6 +91,11 @@ class OpenShard:
         streamed = schema.sequence if kind == "sequences" else schema.x
         assert streamed is not None
         self._layers, self._on_rows = streamed.layout, on_rows
+        self._layer_axis = schema.layer_axis if kind == "sequences" else None
+        self._rows_per_step = 1
+        if self._layer_axis is not None:  # the layers of a record are stored one after the other
+            self._rows_per_step = streamed.shape[self._layer_axis]
+            streamed = unit_field(streamed, self._layer_axis)
         self._waiting: list[Array] = []  # records of the next block of a layout by layer
         self._file = ShardFile(
             path,
@@ -98,7 +104,7 @@ class OpenShard:
             streamed.dtype,
             streamed.shape,
             expected_bytes=expected_bytes,
-            see=None if self._layers else on_rows,
+            see=None if self._layers or self._layer_axis is not None else on_rows,
         )
         self._ids: list[bytes] = []
         self._groups: list[bytes] = []
@@ -121,6 +127,9 @@ class OpenShard:
         self._labels += labels
         for rows in values:
             self.nbytes += rows.nbytes
+            if self._layer_axis is not None:
+                self._append_layers(rows)
+                continue
             if self._layers is None:
                 self._file.append(rows)
                 continue
@@ -130,6 +139,14 @@ class OpenShard:
         for name, array in arrays.items():
             self._parts.setdefault(name, _Joined()).add(array)
             self.nbytes += array.nbytes
+
+    def _append_layers(self, rows: Array) -> None:
+        """Append one record (T, *row) as (layers, T, *rest)."""
+        assert self._layer_axis is not None
+        if self._on_rows is not None:
+            self._on_rows(rows)
+        for layer in range(self._rows_per_step):
+            self._file.append(np.take(rows, layer, axis=1 + self._layer_axis))
 
     def _append_by_layer(self) -> None:
         stacked = np.stack(self._waiting)  # (N, T, *row)
@@ -154,7 +171,8 @@ class OpenShard:
                 arrays[name.removesuffix("counts") + "offsets"] = _offsets(parts.whole)
             else:
                 arrays[name] = parts.whole  # edge_index: the widest of its records' types
-        return self._file.close(len(self._labels), arrays, EpochDigest.of(self._ids).total)
+        info = self._file.close(len(self._labels), arrays, EpochDigest.of(self._ids).total)
+        return replace(info, steps=info.steps // self._rows_per_step)
 
     def discard(self) -> None:
         """Remove what was written."""

@@ -97,6 +97,8 @@ class ShardWriter:
             self.root, schema, shard_bytes, SplitRule() if split is None else split, self._journal.contents
         )
         self._closed = False
+        rule = SplitRule() if split is None else split
+        self.rule: dict[str, Any] = {"shares": list(rule.shares), "seed": rule.seed} if isinstance(rule, SplitRule) else {}
 
     @property
     def cursor(self) -> int:
@@ -148,6 +150,14 @@ class ShardWriter:
         self._folder.save()
 
     @property
+    def steps(self) -> tuple[int, int]:
+        """Fewest and most steps of a sequence in all shards finished so far; (0, 0) before the first."""
+        bounds = [
+            tables["sequences"].rows["step"] for tables in self._journal.contents.splits.values() if tables["sequences"].rows
+        ]
+        return min((fewest for fewest, _ in bounds), default=0), max((most for _, most in bounds), default=0)
+
+    @property
     def parts(self) -> Path:
         """Folder within `root` for the shards that `adopt` takes over; removed once the data set is complete."""
         return self._folder.parts
@@ -192,6 +202,7 @@ class ShardWriter:
             splits={split: {kind: tables[kind] for kind in self.schema.kinds} for split, tables in contents.splits.items()},
             statistics=contents.moments.statistics(),
             source=source,
+            split=self.rule,
         ).save(self.root)
         self._closed = True
         self._folder.finish()

@@ -107,6 +107,7 @@ def extract(
         sequence=Field(dtype=config.dtype, shape=(hidden,)),
         x=Field(dtype=config.dtype, shape=(hidden,)) if graphs else None,
         edge_attr=Field(dtype=config.dtype) if graphs else None,
+        step_axis="layer",
     )
     source = {
         "made_by": "extract",

@@ -98,6 +98,7 @@ def open_file(path: Path, name: str) -> ForeignFile:
         ids=None,
         groups=[as_text(path, "question_ids", question) for question in questions],
         labels=whole_numbers(path, "labels", labels_),
+        step_axis="layer",
         values=read,
         not_taken=(*sorted(str(name) for name in content.keys() - taken), *not_taken),
     )

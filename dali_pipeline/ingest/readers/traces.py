@@ -87,6 +87,7 @@ def open_file(path: Path, name: str, options: TraceOptions) -> ForeignFile:
         ids=None,
         groups=groups,
         labels=whole_numbers(path, "label", labels),
+        step_axis="layer",
         values=partial(_values, path, options.attention_threshold),
         not_taken=tuple(
             sorted({str(key) for trace in traces for key in trace} - TAKEN - ({"label"} if options.scores is None else set()))
