@@ -147,7 +147,7 @@ def test_killed_with_its_workers_and_gone_on_gives_the_same_bytes(tmp_path: Path
         f"{HEARS_CTRL_C}import sys, time\nfrom pathlib import Path\n"
         f"sys.path.append({str(HELPERS)!r})\nimport slowly\n"
         "from dali_pipeline.ingest import convert, sources\nsources.CHUNK_BYTES = 1\nconvert._write = slowly.write\n"
-        "config = convert.ConvertConfig(shard_bytes=20_000, workers=2)\n"
+        "config = convert.ConvertConfig(shard_bytes=20_000, num_workers=2)\n"
         "convert.convert(Path(sys.argv[1]), Path(sys.argv[2]), config)\n"
     )
 

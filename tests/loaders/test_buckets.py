@@ -8,7 +8,6 @@ import pytest
 
 import dali_pipeline as dp
 from tests import laws
-from tests.helpers.records import make_records, write
 
 
 @pytest.fixture
@@ -18,24 +17,6 @@ def make(data: dp.Dataset) -> laws.Make:
         return dp.SequenceLoader(**chosen)
 
     return make_loader
-
-
-def test_the_laws_hold(make: laws.Make, tmp_path: Any) -> None:
-    laws.each_record_once(make, world_sizes=(1, 2, 3, 16))
-    laws.each_record_once(
-        lambda **options: make(batch_size=4, num_partitions=4, window_bytes=10**6, **options), world_sizes=(1, 2, 4)
-    )
-    laws.drop_drops(make)
-    laws.order_ignores(make, {"num_workers": 0}, {"num_workers": 3}, {"engine": "dali"})
-    laws.global_order_ignores_world(make, batch_size=16)
-    laws.epochs_differ_and_repeat(make)
-    laws.resumes_exactly(make, steps=(1, 2, len(make()) - 1, len(make())))
-    laws.resumes_with_another_world(make, batch_size=16)
-    laws.refuses_foreign_states(make, write(tmp_path / "other", make_records(300, seed=1)))
-    laws.batches_stay(make)
-    laws.digest_tells_the_epoch(make, world_sizes=(1, 2))
-    with pytest.raises(dp.StateError, match="bucket_by_length True; this loader has False"):
-        make(bucket_by_length=False).load_state_dict(make().state_dict())
 
 
 @pytest.mark.parametrize(

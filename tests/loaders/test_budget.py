@@ -1,9 +1,7 @@
-"""Batches filled up to a number of nodes and edges: the laws of the other batches, and what a budget promises."""
+"""Batches filled up to a number of nodes and edges: what a budget promises, beside the laws (test_laws.py)."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -55,99 +53,6 @@ def test_batches_are_as_full_as_the_budget_allows(make: laws.Make, records: dict
             more = of(records[behind.ids[0]])
             assert nodes + more[0] > NODES or edges + more[1] > EDGES
     assert len({len(batch) for batch in batches}) > 1
-
-
-@pytest.mark.parametrize(("world_size", "num_partitions"), [(1, 1), (3, 1), (2, 2), (4, 2), (1, 2), (2, 4), (8, 4)])
-def test_each_record_once_in_equal_steps(plain: laws.Make, world_size: int, num_partitions: int) -> None:
-    ranks = [plain(rank=rank, world_size=world_size, num_partitions=num_partitions) for rank in range(world_size)]
-    for _ in range(2):
-        seen: Counter[str] = Counter()
-        told = {len(loader) for loader in ranks} if ranks[0].state_dict()["epoch"] == 0 else None
-        epochs = [list(loader) for loader in ranks]
-        steps = {len(batches) for batches in epochs}
-        assert steps == {len(loader) for loader in ranks} == (told or steps)
-        assert len(steps) == 1
-        for batch in (batch for batches in epochs for batch in batches):
-            seen.update(one for one, valid in zip(batch.ids, batch.valid.tolist(), strict=True) if valid)
-            assert batch.valid.all() or (len(batch) == 1 and not batch.valid.any())
-        assert len(seen) == ranks[0].num_records > 0
-        assert set(seen.values()) == {1}
-        digest = sum((loader.digest for loader in ranks), dp.EpochDigest())
-        assert ranks[0].check_digest(digest).endswith("each once")
-
-
-@pytest.mark.parametrize(("world_size", "num_partitions"), [(1, 1), (4, 1), (4, 2), (1, 2)])
-def test_drop_ends_before_a_rank_would_have_padding(plain: laws.Make, world_size: int, num_partitions: int) -> None:
-    pad, drop = (
-        [
-            plain(rank=rank, world_size=world_size, num_partitions=num_partitions, drop_last=drop_last)
-            for rank in range(world_size)
-        ]
-        for drop_last in (False, True)
-    )
-    padded, dropped = ([list(loader) for loader in ranks] for ranks in (pad, drop))
-    whole = [all(bool(batch.valid.all()) for batch in step) for step in zip(*padded, strict=True)]
-    expected = list(zip(*padded, strict=True))[: whole.index(False) if False in whole else None]
-    assert [[batch.ids for batch in step] for step in zip(*dropped, strict=True)] == [
-        [one.ids for one in step] for step in expected
-    ]
-    assert {len(loader) for loader in drop} == {len(expected)}
-    assert drop[0].check_digest(sum((loader.digest for loader in drop), dp.EpochDigest())).endswith("the rest dropped")
-
-
-def test_batches_do_not_depend_on_the_world(plain: laws.Make) -> None:
-    alone = [batch.ids for batch in plain()]
-    for world_size in (2, 3):
-        ranks = [plain(rank=rank, world_size=world_size) for rank in range(world_size)]
-        steps = list(zip(*ranks, strict=True))
-        assert [batch.ids for step in steps for batch in step if batch.valid.all()] == alone
-
-
-def test_order_ignores_workers(make: laws.Make) -> None:
-    laws.order_ignores(make, {"num_workers": 0}, {"num_workers": 1}, {"num_workers": "auto"})
-
-
-def test_epochs_differ_and_repeat(make: laws.Make) -> None:
-    laws.epochs_differ_and_repeat(make)
-
-
-def test_resumes_exactly(make: laws.Make) -> None:
-    laws.resumes_exactly(make, steps=(1, len(make()) - 2))
-
-
-def test_resumes_exactly_in_several_partitions(plain: laws.Make) -> None:
-    laws.resumes_exactly(lambda **options: plain(num_partitions=2, **options), steps=(3,))
-
-
-def test_batches_stay_and_iterators_are_independent(make: laws.Make) -> None:
-    laws.batches_stay(make)
-    expected = make()
-    epochs = [[batch.ids for batch in expected] for _ in range(2)]
-    loader = make()
-    one, other = iter(loader), iter(loader)
-    seen: list[list[list[str]]] = [[], []]
-    for _ in range(min(map(len, epochs))):
-        for batches, ids in zip((one, other), seen, strict=True):
-            ids.append(next(batches).ids)
-    for batches, ids in zip((one, other), seen, strict=True):
-        ids += [batch.ids for batch in batches]
-    assert seen == epochs
-
-
-@pytest.mark.parametrize("num_partitions", [1, 2])
-def test_resumes_with_another_world(plain: laws.Make, num_partitions: int) -> None:
-    """What is left at the stop comes once, in the batches that one process would have made of it."""
-    ranks = [plain(rank=rank, world_size=4, num_partitions=num_partitions) for rank in range(4)]
-    iterators = [iter(loader) for loader in ranks]
-    before = [[next(each) for each in iterators] for _ in range(2)]
-    states = [loader.state_dict() for loader in ranks]
-    assert all(state == states[0] for state in states)
-    others = [plain(rank=rank, world_size=2, num_partitions=num_partitions) for rank in range(2)]
-    for loader in others:
-        loader.load_state_dict(json.loads(json.dumps(states[0])))
-    after = [batch for step in zip(*others, strict=True) for batch in step if batch.valid.all()]
-    ours = {tuple(batch.ids) for step in before for batch in step} | {tuple(batch.ids) for batch in after}
-    assert ours == {tuple(batch.ids) for batch in plain(num_partitions=num_partitions) if batch.valid.all()}
 
 
 def test_a_state_of_another_budget_is_refused(plain: laws.Make, data: dp.Dataset) -> None:

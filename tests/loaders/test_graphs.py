@@ -34,52 +34,9 @@ def make(data: dp.Dataset, num_workers: Any) -> laws.Make:
     return make_loader
 
 
-def test_each_record_once(make: laws.Make) -> None:
-    laws.each_record_once(make, world_sizes=(1, 3))
-    laws.each_record_once(lambda **options: make(batch_size=4, num_partitions=4, window_bytes=1, **options), world_sizes=(2,))
-
-
-def test_a_huge_batch_is_what_there_is(make: laws.Make) -> None:
-    laws.a_huge_batch_is_what_there_is(make)
-
-
-def test_drop_drops(make: laws.Make) -> None:
-    laws.drop_drops(make)
-
-
-def test_order_ignores_workers(make: laws.Make) -> None:
-    laws.order_ignores(make, {"num_workers": 0}, {"num_workers": 1}, {"num_workers": 2}, {"num_workers": "auto"})
-
-
-def test_global_order_ignores_world(make: laws.Make) -> None:
-    laws.global_order_ignores_world(make, batch_size=16)
-
-
-def test_epochs_differ_and_repeat(make: laws.Make) -> None:
-    laws.epochs_differ_and_repeat(make)
-
-
-def test_resumes_exactly(make: laws.Make) -> None:
-    steps = len(make())
-    laws.resumes_exactly(make, steps=(1, steps - 1, steps))
-
-
-def test_resumes_with_another_world(make: laws.Make) -> None:
-    laws.resumes_with_another_world(make, batch_size=16)
-
-
-def test_refuses_foreign_states(make: laws.Make, data: dp.Dataset, tmp_path: Path) -> None:
-    laws.refuses_foreign_states(make, write(tmp_path / "other", make_records(300, seed=1)))
+def test_a_state_of_sequences_is_refused(make: laws.Make, data: dp.Dataset) -> None:
     with pytest.raises(dp.StateError, match="loader of sequences; this one loads graphs"):
         make().load_state_dict(dp.SequenceLoader(data, batch_size=16, window_bytes=6000).state_dict())
-
-
-def test_batches_stay(make: laws.Make) -> None:
-    laws.batches_stay(make)
-
-
-def test_iterators_are_independent(make: laws.Make) -> None:
-    laws.iterators_are_independent(make)
 
 
 @pytest.mark.parametrize("layers", [None, slice(1, None), [2, 0], [-1]])

@@ -20,8 +20,6 @@ import psutil
 import pytest
 
 import dali_pipeline as dp
-from dali_pipeline.storage import files as files_module
-from dali_pipeline.storage.openfile import OpenFile
 from tests import laws
 from tests.helpers.batches import assert_same, fingerprint
 from tests.helpers.records import make_records, write
@@ -44,35 +42,6 @@ def make(request: pytest.FixtureRequest, data: dp.Dataset) -> laws.Make:
         return chosen.pop("loader")(data, **chosen)
 
     return make_loader
-
-
-def test_digest(make: laws.Make) -> None:
-    laws.digest_tells_the_epoch(make, world_sizes=(1, 2))
-
-
-def test_loops_end_as_told(make: laws.Make) -> None:
-    laws.loops_end_as_told(make)
-
-
-def test_state_is_cheap(make: laws.Make) -> None:
-    laws.state_is_cheap(make)
-
-
-def test_nodes_open_their_own_shards(make: laws.Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths: set[str] = set()
-
-    class Noted(OpenFile):
-        def __init__(self, path: Path) -> None:
-            paths.add(str(path))
-            super().__init__(path)
-
-    def opened() -> set[str]:
-        found = set(paths)
-        paths.clear()
-        return found
-
-    monkeypatch.setattr(files_module, "OpenFile", Noted)
-    laws.nodes_open_their_own_shards(make, opened)
 
 
 def _is_orphan(path: Path) -> bool:

@@ -35,55 +35,6 @@ def make(data: dp.Dataset, engine: str) -> laws.Make:
     return make_loader
 
 
-def test_each_record_once(make: laws.Make) -> None:
-    laws.each_record_once(make, world_sizes=(1, 2, 3, 16))
-    laws.each_record_once(
-        lambda **options: make(batch_size=4, num_partitions=4, window_bytes=1, **options), world_sizes=(1, 2, 4)
-    )
-
-
-def test_a_huge_batch_is_what_there_is(make: laws.Make) -> None:
-    laws.a_huge_batch_is_what_there_is(make)
-
-
-def test_drop_drops(make: laws.Make) -> None:
-    laws.drop_drops(make)
-
-
-def test_order_ignores_workers_and_engine(make: laws.Make) -> None:
-    laws.order_ignores(make, {"num_workers": 0}, {"num_workers": 3}, {"engine": "torch"}, {"engine": "dali"})
-
-
-def test_global_order_ignores_world(make: laws.Make) -> None:
-    laws.global_order_ignores_world(make, batch_size=16)
-
-
-def test_epochs_differ_and_repeat(make: laws.Make) -> None:
-    laws.epochs_differ_and_repeat(make)
-
-
-def test_resumes_exactly(make: laws.Make) -> None:
-    steps = len(make())
-    laws.resumes_exactly(make, steps=(1, 2, steps - 1, steps))
-
-
-def test_resumes_with_another_world(make: laws.Make) -> None:
-    laws.resumes_with_another_world(make, batch_size=16)
-
-
-def test_refuses_foreign_states(make: laws.Make, tmp_path: Path) -> None:
-    laws.refuses_foreign_states(make, write(tmp_path / "other", make_records(300, seed=1)))
-
-
-def test_batches_stay(make: laws.Make) -> None:
-    laws.batches_stay(make)
-    laws.batches_stay(lambda **options: make(dtype=torch.float16, **options))
-
-
-def test_iterators_are_independent(make: laws.Make) -> None:
-    laws.iterators_are_independent(make)
-
-
 def test_equal_lengths_need_no_padding(tmp_path: Path, engine: Any) -> None:
     records = {record.id: record for record in make_records(40, ragged=False)}
     data = write(tmp_path / "set", list(records.values()))
