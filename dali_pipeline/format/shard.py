@@ -109,7 +109,7 @@ class Shard:
             self._pread(name, start, out)
             return
         blocks = range(first - layout.first_block, last - layout.first_block + 1)
-        for block in blocks:  # copy the part of `out` that lies in each
+        for block in blocks:  # fill the part of `out` that each one covers
             begin, end = max(start, block * BLOCK_BYTES), min(stop, (block + 1) * BLOCK_BYTES)
             part = out[begin - start : end - start]
             if self._sound[layout.first_block + block]:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from dali_pipeline.errors import UsageError
 
 T = TypeVar("T")
-MOST_EVENTS = 500_000  # some 50 MB, about what the viewers take
+MOST_EVENTS = 500_000  # some 50 MB, about what the viewers can open
 FLUSH_SECONDS, FLUSH_EVENTS = 1.0, 1000  # events buffered in memory, which is all that SIGKILL loses
 _END = b"\n]\n"
 _NOTHING = nullcontext()

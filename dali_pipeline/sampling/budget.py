@@ -216,9 +216,9 @@ class BudgetPlan:
         for axis, limit in self._limits:
             over = np.flatnonzero(sizes[:, axis] > limit)
             if len(over):
-                what, found = ("nodes", "edges")[axis], sizes[over[0], axis]
+                unit, count = ("nodes", "edges")[axis], sizes[over[0], axis]
                 raise DataError(
-                    f"{self._name(int(positions[over[0]]))} has {found:,} {what}; expected at most max_{what}={limit:,}, "
+                    f"{self._name(int(positions[over[0]]))} has {count:,} {unit}; expected at most max_{unit}={limit:,}, "
                     "or oversize='alone', which delivers it as a batch of its own"
                 )
 

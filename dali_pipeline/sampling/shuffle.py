@@ -60,7 +60,7 @@ class WindowShuffle:
         self._last_runs = _group_last(nbytes, group_bytes)  # (groups,) last run of each group
         self._group_ends = self._run_ends[self._last_runs]
         group_starts = np.concatenate([[0], self._group_ends[:-1]]).astype(np.int64)
-        # block_ends: (groups + 1,) from the middle of a group to the middle of the next, between two batches where it can be,
+        # block_ends: (groups + 1,) from the middle of a group to the middle of the next, between two batches if possible,
         # so that no batch needs three groups
         middles = (group_starts + self._group_ends) // 2
         between = middles // batch_size * batch_size

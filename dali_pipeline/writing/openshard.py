@@ -81,7 +81,7 @@ class OpenShard:
         streamed = schema.sequence if kind == "sequences" else schema.x
         assert streamed is not None
         self._layers, self._on_rows = streamed.layout, on_rows
-        self._waiting: list[Array] = []  # records of the next block of a layout by layer
+        self._waiting: list[Array] = []  # records of the next block, if the layout is by layer
         self._file = ShardFile(
             path,
             kind,
