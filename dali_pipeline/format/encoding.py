@@ -72,8 +72,9 @@ def decode(rows: Array, dtype: str, scale: Scale | Array | None, first: int = 0)
 
 
 def all_finite(rows: Array, dtype: str) -> bool:
-    """Return whether no stored value is NaN or infinite: these have the highest bit patterns of their sign. Integers are
-    finite.
+    """Return whether no stored value is NaN or infinite; integers always are finite.
+
+    NaN and infinity have the highest bit patterns of their sign.
     """
     if dtype not in _INFINITE:
         return bool(np.isfinite(rows).all())

@@ -28,6 +28,8 @@ log = logging.getLogger("dali_pipeline")
 
 @dataclass
 class _Track:
+    """Row of a thread in the picture."""
+
     thread: threading.Thread
     number: int
     end: float  # end of its last event
@@ -189,6 +191,8 @@ def add(name: str, begin: float, end: float, worker: int | None = None) -> None:
 
 
 class _Span(AbstractContextManager[None]):
+    """Context manager that adds its block to a trace."""
+
     def __init__(self, trace: Trace, name: str) -> None:
         self._trace, self._name = trace, name
 

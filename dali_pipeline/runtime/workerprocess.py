@@ -35,7 +35,7 @@ class SharedBytes:
     """Zeroed memory of `nbytes` bytes, at `memory`, that workers share.
 
     It is a file without a name, known by its descriptor: a container's small /dev/shm is no limit, and a process that is killed
-    leaves nothing behind. Pickled for a worker it is the same memory; pickled for anything else it begins anew, zeroed.
+    leaves nothing behind. Pickled for a worker it is the same memory; pickled for anything else it is new, zeroed memory.
     """
 
     def __init__(self, nbytes: int) -> None:

@@ -199,6 +199,7 @@ class EpochPlan:
         return self.epoch + after + later_shuffle.fractions(starts)
 
     def _following(self, after: int) -> EpochPlan:
+        """Return the plan of a later epoch, made once; the plan itself for 0. `after` is 0 or 1."""
         if after and self._following_plan is None:
             self._following_plan = EpochPlan(self.order, self.epoch + after, self._records, self._nbytes, lengths=self._lengths)
         return self._following_plan if after and self._following_plan is not None else self
@@ -233,7 +234,7 @@ class EpochPlan:
 
 
 def _take(shuffle: WindowShuffle | DrawnShuffle, cursors: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
-    """Return the records at cursors (steps, n) and their validity; behind the last record it is repeated, not valid."""
+    """Return the records at cursors (steps, n) and their validity; after the last record it is repeated, not valid."""
     positions = shuffle.positions(np.minimum(cursors, shuffle.num_records - 1).reshape(-1))
     return positions.reshape(cursors.shape), cursors < shuffle.num_records
 

@@ -125,7 +125,7 @@ class WindowShuffle:
         return indices
 
     def _halves(self, group: int) -> tuple[Ints, Ints]:
-        """Return the group's indices in the line, permuted, as the half before its middle and the half behind it."""
+        """Return the group's indices in the line, permuted, as the half before its middle and the half after it."""
         begin = int(self._group_ends[group - 1]) if group else 0
         line = np.arange(begin, int(self._group_ends[group]))
         line = line[np.argsort(hashed_keys(line, self._key[WITHIN_GROUPS]), kind="stable")]
@@ -163,7 +163,7 @@ def _group_last(nbytes: Ints, limit: int) -> Ints:
     The end of a group that begins at any run is computed for all runs at once. What remains is one step per group.
     """
     ends = np.cumsum(nbytes)
-    # Index behind the last run of a group that begins at each run, then from group to group.
+    # Index after the last run of a group that begins at each run, then from group to group.
     group_ends = np.maximum(np.searchsorted(ends, ends - nbytes + limit, side="right"), np.arange(1, len(ends) + 1))
     next_begin, begin = group_ends.data, 0  # an access costs a third of one to an array
     last: list[int] = []

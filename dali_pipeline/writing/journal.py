@@ -108,7 +108,7 @@ class WorkFolder:
         return self.root / PARTS_NAME
 
     def adopt(self, part: Path, contents: Contents) -> None:
-        """Move the shards that a filler wrote under `part` behind the existing ones. They are final once `save` has run."""
+        """Move the shards that a filler wrote under `part` after the existing ones. They are final once `save` has run."""
         own_contents = self.journal.contents
         for split, kind, shard in contents.shards:
             path = shard_path(self.root, split, kind, len(own_contents.splits[split][kind]) + shard)
