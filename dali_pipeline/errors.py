@@ -9,7 +9,7 @@ from contextlib import contextmanager
 class PipelineError(Exception):
     """Base of all errors with a message for the user: one sentence that says what is wrong, where, and what was expected.
 
-    Raised directly if the machine fails rather than the data or the call: a full disk, too little memory, a worker that died.
+    It is raised itself if neither the data nor the call is at fault, for example for a full disk or a worker that died.
     """
 
 

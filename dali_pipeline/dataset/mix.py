@@ -85,11 +85,11 @@ def _checked(datasets: Sequence[Dataset], weights: Sequence[float] | None) -> tu
                 f"{other.root} has another schema than {sets[0].root}; expected the same, so convert with one --dtype"
             )
         for kind in sets[0].schema.kinds:
-            ours, theirs = (data.layer_numbers(kind) for data in (sets[0], other))
-            if ours != theirs:
+            first_layers, other_layers = (data.layer_numbers(kind) for data in (sets[0], other))
+            if first_layers != other_layers:
                 raise DataError(
-                    f"{other.root} has the layers {theirs} in its {kind}, and {sets[0].root} {ours}; expected the same, so "
-                    "convert with one --layers"
+                    f"{other.root} has the layers {other_layers} in its {kind}, and {sets[0].root} {first_layers}; "
+                    "expected the same, so convert with one --layers"
                 )
     return sets, shares
 

@@ -17,7 +17,7 @@ from dali_pipeline.storage.cachedfile import Place, RemotePath
 from dali_pipeline.storage.files import Files
 from dali_pipeline.types import Array, Ints, Kind
 
-SPARE_BYTES = 16 << 20  # of a cache, for headers, names, and blocks shared by runs
+SPARE_BYTES = 16 << 20  # reserved in a cache for headers, names, and blocks shared by runs
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

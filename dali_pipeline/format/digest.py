@@ -145,7 +145,8 @@ class Delivered:
         hashes = list(map(xxhash.xxh3_64_intdigest, map(str.encode, ids if valid.all() else compress(ids, valid))))
         self._records, self._total = self._records + len(hashes), self._total + sum(hashes)
         self._left_out += left_out
-        self._hashes += [np.array(hashes, np.uint64)] if self._drawn else []
+        if self._drawn:
+            self._hashes.append(np.array(hashes, np.uint64))
 
     @property
     def digest(self) -> EpochDigest:

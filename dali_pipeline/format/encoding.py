@@ -73,8 +73,9 @@ def decode(rows: Array, dtype: str, scale: Scale | Array | None, first: int = 0)
 
 
 def all_finite(rows: Array, dtype: str) -> bool:
-    """Return whether no stored value is NaN or infinite: these have the highest bit patterns of their sign. Integers are
-    finite.
+    """Return whether no stored value is NaN or infinite; integers always are finite.
+
+    NaN and infinity have the highest bit patterns of their sign.
     """
     if dtype not in _INFINITE:
         return bool(np.isfinite(rows).all())
@@ -87,5 +88,5 @@ def scale_for(greatest: Array) -> Scale:
     flat = greatest.reshape(len(greatest), -1).astype(np.float64) / LARGEST
     flat = np.where(flat > 0, flat.clip(_LEAST), 1)
     unit = 10.0 ** (np.floor(np.log10(flat)) + 1 - _DIGITS)
-    rounded = np.ceil(flat / unit - 1e-9) * unit  # up, so that the greatest fits
+    rounded = np.ceil(flat / unit - 1e-9) * unit  # rounded up, so that the greatest value fits
     return tuple(tuple(float(f"{number:.{_DIGITS - 1}e}") for number in row) for row in rounded.tolist())

@@ -52,7 +52,7 @@ def parse_header(path: Place, header: bytes, size: int) -> tuple[str, int, dict[
 
     Args:
         path: The shard, for messages.
-        header: The 8-byte length and the JSON behind it.
+        header: The 8-byte length and the JSON after it.
         size: Bytes of the file.
 
     Returns:

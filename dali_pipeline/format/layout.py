@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-TOGETHER_BYTES = 1 << 20  # of one layer: one hash block, so that the blocks of a layer contain little else
+TOGETHER_BYTES = 1 << 20  # per layer: one hash block, so that the blocks of a layer contain little else
 
 
 @dataclass(frozen=True, kw_only=True)

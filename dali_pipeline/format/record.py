@@ -57,13 +57,13 @@ class Graphs:
         """
         try:
             names: list[Any] = [] if isinstance(fields, str) else list(fields)
-        except (TypeError, RuntimeError):  # of a tensor without values, RuntimeError
+        except (TypeError, RuntimeError):  # a tensor without values raises RuntimeError
             names = [None]
         if isinstance(fields, str) or not all(isinstance(name, str) and level_of(name) in LEVELS for name in names):
             raise UsageError(f"fields are {shown(fields)}; expected names such as node.pos")
         try:
             parts = list(graphs)
-        except (TypeError, RuntimeError):  # of a tensor without values, RuntimeError
+        except (TypeError, RuntimeError):  # a tensor without values raises RuntimeError
             raise DataError(f"a record's graphs are {shown(graphs)}; expected Graphs, or a list of graphs") from None
         if not parts:
             raise DataError("a record has no graphs; expected at least one")
@@ -100,9 +100,9 @@ class Graphs:
         Returns:
             A `Graphs` with copies of their arrays.
         """
-        nodes, edges = np.cumsum([0, *self.node_counts]), np.cumsum([0, *self.edge_counts])
-        node_rows = np.concatenate([np.arange(nodes[at], nodes[at + 1]) for at in layers])
-        edge_rows = np.concatenate([np.arange(edges[at], edges[at + 1]) for at in layers])
+        node_offsets, edge_offsets = np.cumsum([0, *self.node_counts]), np.cumsum([0, *self.edge_counts])
+        node_rows = np.concatenate([np.arange(node_offsets[layer], node_offsets[layer + 1]) for layer in layers])
+        edge_rows = np.concatenate([np.arange(edge_offsets[layer], edge_offsets[layer + 1]) for layer in layers])
         rows = {"node": node_rows, "edge": edge_rows, "graph": np.array(layers)}
         return Graphs(
             x=self.x[node_rows],
@@ -290,7 +290,7 @@ def _further(where: str, name: str, fields: Mapping[str, Array], field: Field, s
 
 
 def _array(where: str, name: str, value: Any) -> Array:
-    """`as_array`, its errors naming the record."""
+    """Return `as_array` of a value, with the record in its errors."""
     try:
         return as_array(name, value)
     except DataError as error:
@@ -364,7 +364,7 @@ def _rows(record: Record, name: str, value: Any, field: Field) -> Array:
 
 
 def _cast(where: str, name: str, rows: Array, field: Field) -> Array:
-    """`rows` in the field's stored type; a value the type cannot hold is an error, never an infinity or a wrapped number."""
+    """Return rows in the field's stored type; a value that the type cannot hold is an error, never infinity or wrapped."""
     if rows.shape[1:] != field.shape:
         raise DataError(f"{where}, {name} has rows of shape {rows.shape[1:]}; expected {field.shape} as in the schema")
     if field.layout and len(rows) != field.layout.steps:

@@ -98,7 +98,7 @@ class Field:
             return
         try:
             sound = bool(self.scale) and all(0 < number < np.inf for row in self.scale for number in row)
-        except (TypeError, ValueError, RuntimeError):  # no rows of numbers
+        except (TypeError, ValueError, RuntimeError):  # not rows of numbers
             sound = False
         if self.dtype != "int8" or not sound or {len(row) for row in self.scale} != {math.prod(self.shape)}:
             raise UsageError(

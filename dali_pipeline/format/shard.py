@@ -1,7 +1,7 @@
-"""Shard: a safetensors file of concatenated arrays, their offsets, and a hash of every block. docs/format.md specifies the
-bytes.
+"""Shard: a safetensors file of concatenated arrays, their offsets, and a hash of every block.
 
-Shards are read with `pread`. Each block is checked against its hash the first time this process reads it.
+docs/format.md specifies the bytes. Shards are read with `pread`. Each block is checked against its hash the first time this
+process reads it.
 """
 
 from __future__ import annotations
@@ -151,8 +151,9 @@ class Shard:
         return pieces
 
     def note_need(self, name: str, begin: int, end: int, need: float) -> None:
-        """Tell the cache when bytes `begin` to `end` of an array are needed next, as epoch plus the fraction of it that is
-        over.
+        """Tell the cache when bytes `begin` to `end` of an array are needed next.
+
+        The time is the epoch plus the fraction of it that is over.
         """
         if begin < end:
             block_bytes = self.array(name).block_bytes

@@ -41,7 +41,7 @@ class ShardFile:
         dtype: Its stored type.
         shape: Shape of one row.
         expected_bytes: Expected size of the file, from which the space for the header is computed.
-        see: Called with the streamed rows, some thousand at a time, in order. Default: None.
+        on_rows: Called with the streamed rows, some thousand at a time, in order. Default: None.
 
     Raises:
         PipelineError: The disk is full, or the folder cannot be written to.
@@ -56,9 +56,9 @@ class ShardFile:
         shape: tuple[int, ...],
         *,
         expected_bytes: int,
-        see: Callable[[Array], None] | None = None,
+        on_rows: Callable[[Array], None] | None = None,
     ) -> None:
-        self.path, self._kind, self._name, self._see = path, kind, name, see
+        self.path, self._kind, self._name, self._on_rows = path, kind, name, on_rows
         row_bytes = storage(dtype).itemsize * math.prod(shape)
         self._dtype, self._buffer = dtype, np.empty((max(1, BUFFER_BYTES // row_bytes), *shape), storage(dtype))
         self._filled = 0
@@ -129,7 +129,7 @@ class ShardFile:
         self._close()
 
     def _spill(self) -> None:
-        """Write the buffered rows to the disk, the hash and `see`."""
+        """Write the buffered rows to the disk, the hash and `on_rows`."""
         rows, self._filled = self._buffer[: self._filled], 0
         if not len(rows):
             return
@@ -153,8 +153,8 @@ class ShardFile:
             self.discard()
             raise self._failed(error) from error
         self._rows += len(rows)
-        if self._see is not None:
-            self._see(rows)
+        if self._on_rows is not None:
+            self._on_rows(rows)
 
     def _write(self, data: memoryview, at: int) -> None:
         done = 0

@@ -28,7 +28,7 @@ def gather(locations: Locations, name: str, records: Ints, begins: Ints, ends: I
         name: Name of the array.
         records: (n,) record of each read, as index into the locations.
         begins: (n,) first row of each read in its shard.
-        ends: (n,) row behind the last one.
+        ends: (n,) row after the last one.
         out: Contiguous (R, *row); a narrower stored type is widened.
         out_begins: (n,) first row of each read in `out`.
     """

@@ -83,11 +83,11 @@ def wrong_graphs(edge_index: Array, counts: Ints) -> Ints:
         edge_index: (E, 2) edges of all graphs.
         counts: (G, 2) nodes and edges of each graph.
     """
-    some = np.flatnonzero(counts[:, 1])
+    with_edges = np.flatnonzero(counts[:, 1])
     wrong = counts[:, 0] < 1
-    if len(some):
-        highest = np.maximum.reduceat(edge_index.reshape(-1), 2 * ends_of(counts[:, 1])[some])
-        wrong[some] |= highest >= counts[some, 0]
+    if len(with_edges):
+        highest = np.maximum.reduceat(edge_index.reshape(-1), 2 * ends_of(counts[:, 1])[with_edges])
+        wrong[with_edges] |= highest >= counts[with_edges, 0]
     return np.flatnonzero(wrong)
 
 

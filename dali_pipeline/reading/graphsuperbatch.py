@@ -34,7 +34,7 @@ class GraphSuperbatch:
     left_out: tuple[str, ...] = ()
 
     def batches(self) -> Iterator[tuple[GraphRows, Mask, Cursors]]:
-        """Yield each batch as views: its graphs, their validity, and the cursors of the partitions behind it."""
+        """Yield each batch as views: its graphs, their validity, and the cursors of the partitions after it."""
         sizes, cursors = self.portion.sizes, self.portion.cursors
         valid = np.split(self.portion.shares.valid, np.cumsum(sizes)[:-1])
         return zip(self.rows.cut(sizes), valid, cursors or ((),) * len(sizes), strict=True)

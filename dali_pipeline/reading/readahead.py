@@ -35,7 +35,7 @@ class ReadAhead:
 
     def __init__(self, source: BatchSource, plan: EpochPlan, world: World) -> None:
         self._source, self._plan, self._world = source, plan, world
-        self._requested: dict[int, int] = {}  # by partition, the group behind the last one requested
+        self._requested: dict[int, int] = {}  # by partition, the group after the last one requested
         self._pool: ThreadPoolExecutor | None = None
         self._unchecked: list[tuple[int, int]] = []  # runs recently due that were not checked
         self._process = os.getpid()

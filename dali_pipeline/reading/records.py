@@ -64,7 +64,7 @@ class Locations:
         labels: (N, *shape) in the stored type, or None.
         rows: (N,) int64, row of each record in its shard.
         begins: (N,) int64, first row of each record in the first ragged array.
-        ends: (N,) int64, row behind its last one.
+        ends: (N,) int64, row after its last one.
         ids: N texts.
         texts: N texts of each text field that is read.
         sound: (blocks,) uint8 of the whole index, 1 once a block's hash was right.
@@ -106,7 +106,7 @@ class Locations:
 class RecordIndex:
     """Index of a selection's records by position.
 
-    Several threads may share it. A pickled one begins anew, without its cache; in a worker it keeps the known sound blocks.
+    Several threads may share it. A pickled one has an empty cache; in a worker it keeps the known sound blocks.
     Methods raise FormatError for damage.
 
     Args:
@@ -139,7 +139,7 @@ class RecordIndex:
         self._memory = shared.memory
         self._sound = np.frombuffer(self._memory, np.uint8)
         self._numbers = np.asarray(self._first_shards)[selection.table] + selection.number  # (entries,)
-        self._ends = np.cumsum(selection.records)  # (entries,) position behind the last record of each entry
+        self._ends = np.cumsum(selection.records)  # (entries,) position after the last record of each entry
         self._starts = self._ends - selection.records
         self._files = Files()
         self._shards: Recent[int, Shard] = Recent(MAX_SHARDS)
@@ -184,7 +184,7 @@ class RecordIndex:
         )
 
     def span_of(self, position: int, count: int) -> tuple[Shard, int, int]:
-        """Return the shard of `count` records of one entry, their first row, and the row behind their last."""
+        """Return the shard of `count` records of one entry, their first row, and the row after their last."""
         entry = int(np.searchsorted(self._ends, position, side="right"))
         selected_rows = self._selection.rows
         first, last = position - int(self._starts[entry]), position + count - 1 - int(self._starts[entry])

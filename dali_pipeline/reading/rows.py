@@ -16,7 +16,7 @@ class SequenceRows:
     """Sequences of one or several batches, as stored.
 
     Attributes:
-        values: (R, *row) rows of all records; zeros behind a record if its batch was padded.
+        values: (R, *row) rows of all records; zeros after a record if its batch was padded.
         starts: (N,) int64, first row of each record in `values`.
         lengths: (N,) int64, number of its rows.
         labels: (N, *shape) in the stored type, or None.

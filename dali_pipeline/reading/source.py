@@ -52,7 +52,7 @@ class BatchSource:
     kind: Kind
     ragged: tuple[str, ...]
     streamed: tuple[str, ...]  # arrays of values
-    axis: str  # what `layers` chooses among, by its name in the manifest
+    axis: str  # axis that `layers` chooses from, by its name in the manifest
 
     def __init__(
         self,

@@ -41,7 +41,7 @@ class Buffers:
         return partial(type(self), self._pieces.maxlen or 0, pinned=self._pinned), ()
 
     def take(self, nbytes: int, phase: int = 0) -> Array:
-        """Return `nbytes` bytes, uint8, not initialised; large ones begin `phase` bytes (below 4096) behind a page boundary."""
+        """Return `nbytes` bytes, uint8, not initialised; large ones begin `phase` bytes (below 4096) after a page boundary."""
         if nbytes < _UNIT // 2:  # the allocator reuses it anyway
             return pinned_bytes(nbytes) if self._pinned else np.empty(nbytes, np.uint8)
         piece_bytes = -(-(nbytes + _PAGE) // _UNIT) * _UNIT

@@ -44,7 +44,7 @@ class Arena(Buffers):
         self._used = 0
 
     def take(self, nbytes: int, phase: int = 0) -> Array:
-        """Return `nbytes` bytes, uint8, `phase` bytes behind a multiple of 64."""
+        """Return `nbytes` bytes, uint8, `phase` bytes after a multiple of 64."""
         begin = -(-self._used // _ALIGNED) * _ALIGNED + phase % _ALIGNED
         if begin + nbytes > len(self._bytes):
             return np.empty(nbytes, np.uint8)

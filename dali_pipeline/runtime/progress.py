@@ -20,6 +20,8 @@ from rich.text import Text
 
 
 class _Rate(ProgressColumn):
+    """Column with the speed of a task, in units per second."""
+
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed or 0.0
         return Text(f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.2f}/s")

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from dali_pipeline.errors import UsageError
 
 T = TypeVar("T")
-MOST_EVENTS = 500_000  # some 50 MB, about what the viewers take
+MOST_EVENTS = 500_000  # some 50 MB, about what the viewers can open
 FLUSH_SECONDS, FLUSH_EVENTS = 1.0, 1000  # events buffered in memory, which is all that SIGKILL loses
 _END = b"\n]\n"
 _NOTHING = nullcontext()
@@ -28,6 +28,8 @@ log = logging.getLogger("dali_pipeline")
 
 @dataclass
 class _Track:
+    """Row of a thread in the picture."""
+
     thread: threading.Thread
     number: int
     end: float  # end of its last event
@@ -37,8 +39,8 @@ class Trace(AbstractContextManager["Trace"]):
     """Write every `span` of this process, and the times of a StepTimer, to a file until the end of the block.
 
     The file is an array of complete events (Trace Event Format), closed at every write, so the file of an interrupted run opens
-    too. It is written at most once per second or 1000 events. A disk that fills up ends the trace with a line in the log, and
-    not the run.
+    too. It is written once per second, or per 1000 events, while something happens. A disk that fills up ends the trace with a
+    line in the log, and not the run.
 
     Costs some microseconds per event, and less than one per span while no trace is written. Memory and disk are bounded by
     `most`.
@@ -57,7 +59,7 @@ class Trace(AbstractContextManager["Trace"]):
     """
 
     def __init__(self, path: str | os.PathLike[str], most: int = MOST_EVENTS) -> None:
-        self.path, self._most = Path(path), most
+        self.path, self._max_events = Path(path), most
 
     def __enter__(self) -> Trace:
         global _active
@@ -69,11 +71,11 @@ class Trace(AbstractContextManager["Trace"]):
             raise UsageError(
                 f"{self.path} cannot be written ({error.strerror}); expected the name of a file in a folder that is there"
             ) from None
-        self._lock, self._process, self._began = threading.Lock(), os.getpid(), time.perf_counter()
+        self._lock, self._process, self._begin_seconds = threading.Lock(), os.getpid(), time.perf_counter()
         self._buffered: list[dict[str, Any]] = []
         self._tracks: dict[str, list[_Track]] = {}  # by name of the threads
         self._workers: set[int] = set()
-        self._events, self._at, self._wrote, self._open = 0, 0, self._began, True
+        self._events, self._end_offset, self._last_write, self._open = 0, 0, self._begin_seconds, True
         self._name("process_name", self._process, self._process, Path(sys.argv[0]).name or "python")
         self._write()
         _active = self
@@ -88,8 +90,8 @@ class Trace(AbstractContextManager["Trace"]):
             self._write()
             self._open = False
             os.close(self._fd)
-        if self._events > self._most:
-            log.warning("%s holds the first %d of %d events", self.path, self._most, self._events)
+        if self._events > self._max_events:
+            log.warning("%s holds the first %d of %d events", self.path, self._max_events, self._events)
 
     def add(self, name: str, begin: float, end: float, worker: int | None = None) -> None:
         """Add an event.
@@ -104,17 +106,17 @@ class Trace(AbstractContextManager["Trace"]):
             return
         with self._lock:
             self._events += 1
-            if not self._open or self._events > self._most:
+            if not self._open or self._events > self._max_events:
                 return
             if worker and worker not in self._workers:
                 self._workers.add(worker)
                 self._name("process_name", worker, worker, "worker process")
                 self._name("thread_name", worker, worker, "gather")
             thread = worker or self._line(threading.current_thread(), begin, end)
-            event: dict[str, Any] = {"name": name, "ph": "X", "ts": round((begin - self._began) * 1e6, 3)}
+            event: dict[str, Any] = {"name": name, "ph": "X", "ts": round((begin - self._begin_seconds) * 1e6, 3)}
             event |= {"dur": round((end - begin) * 1e6, 3), "pid": worker or self._process, "tid": thread}
             self._buffered.append(event)
-            if len(self._buffered) >= FLUSH_EVENTS or end - self._wrote >= FLUSH_SECONDS:
+            if len(self._buffered) >= FLUSH_EVENTS or end - self._last_write >= FLUSH_SECONDS:
                 self._write()
 
     def _line(self, thread: threading.Thread, begin: float, end: float) -> int:
@@ -136,22 +138,22 @@ class Trace(AbstractContextManager["Trace"]):
 
     def _write(self) -> None:
         """Write the buffered events over the end of the array, and a new end, in one call."""
-        self._wrote = time.perf_counter()
+        self._last_write = time.perf_counter()
         if not self._open or not self._buffered:
             return
-        lines = (b",\n" if self._at else b"[\n") + b",\n".join(json.dumps(event).encode() for event in self._buffered)
+        lines = (b",\n" if self._end_offset else b"[\n") + b",\n".join(json.dumps(event).encode() for event in self._buffered)
         self._buffered = []
         try:
-            if os.pwrite(self._fd, lines + _END, self._at) == len(lines + _END):
-                self._at += len(lines)
+            if os.pwrite(self._fd, lines + _END, self._end_offset) == len(lines + _END):
+                self._end_offset += len(lines)
                 return
             why = "the disk is full"
         except OSError as error:
             why = str(error.strerror)
         self._open = False
         with suppress(OSError):
-            os.ftruncate(self._fd, self._at)
-            os.pwrite(self._fd, _END, self._at)
+            os.ftruncate(self._fd, self._end_offset)
+            os.pwrite(self._fd, _END, self._end_offset)
         log.warning("the trace %s ends early (%s); the run goes on", self.path, why)
 
 
@@ -189,6 +191,8 @@ def add(name: str, begin: float, end: float, worker: int | None = None) -> None:
 
 
 class _Span(AbstractContextManager[None]):
+    """Context manager that adds its block to a trace."""
+
     def __init__(self, trace: Trace, name: str) -> None:
         self._trace, self._name = trace, name
 

@@ -35,7 +35,7 @@ class SharedBytes:
     """Zeroed memory of `nbytes` bytes, at `memory`, that workers share.
 
     It is a file without a name, known by its descriptor: a container's small /dev/shm is no limit, and a process that is killed
-    leaves nothing behind. Pickled for a worker it is the same memory; pickled for anything else it begins anew, zeroed.
+    leaves nothing behind. Pickled for a worker it is the same memory; pickled for anything else it is new, zeroed memory.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -83,7 +83,7 @@ class WorkerProcess:
             del _passing.descriptors
         self.pipe, theirs = Pipe()
         command = [get_executable(), "-P", "-c", _BOOT, str(Path(__file__).parents[2])]
-        # blocked while the worker starts, as a Ctrl-C would end it with a traceback before it can ignore it
+        # blocked while the worker starts: a Ctrl-C would end it with a traceback before it can ignore the signal
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._process = subprocess.Popen(
@@ -178,7 +178,7 @@ def main(descriptor: str, parent: str) -> None:
         serve, arguments = pickle.loads(pipe.recv_bytes())
         serve(pipe, *arguments)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the parent wants no more
+        pass  # the parent has closed the pipe
 
 
 def _end_with(parent: int) -> None:

@@ -17,8 +17,8 @@ FORKED = (
 class WorkersRefused(UsageError):
     """Error for a loader that is iterated inside a torch worker.
 
-    Its message is always the same one sentence, because torch creates a worker's error anew in the main process, and passes the
-    worker's whole traceback as the message.
+    Its message is always the same one sentence: torch creates the error of a worker again in the main process, with the whole
+    traceback of the worker as its message.
     """
 
     def __init__(self, *_: object) -> None:

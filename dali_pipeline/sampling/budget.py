@@ -23,9 +23,9 @@ class Packed(NamedTuple):
     Attributes:
         partition: Number of the partition.
         begin: Cursor of the first record in the partition's order.
-        end: Cursor behind the last record.
+        end: Cursor after the last record.
         valid: False for padding.
-        cursors: Cursor of each partition behind the batch.
+        cursors: Cursor of each partition after the batch.
     """
 
     partition: int
@@ -42,7 +42,7 @@ class Portion:
     Attributes:
         shares: Records of all batches.
         sizes: (batches,) number of records per batch.
-        cursors: Cursors of all partitions behind each batch; empty if there is no budget.
+        cursors: Cursors of all partitions after each batch; empty if there is no budget.
     """
 
     shares: Shares
@@ -161,7 +161,7 @@ class BudgetPlan:
             )
 
     def _last_step(self, step: int, counts: Iterable[int], world_size: int) -> int:
-        """Return the step behind the last one, from the number of batches that each partition has left at `step`."""
+        """Return the step after the last one, from the number of batches that each partition has left at `step`."""
         order = self._plan.order
         per_turn, turns = _turns(order.num_partitions, world_size)
         ends = []
@@ -174,7 +174,7 @@ class BudgetPlan:
         return min(ends) if order.drop_last else max(ends, default=step)
 
     def _ends(self, partition: int, cursor: int) -> Iterator[int]:
-        """Yield the cursor behind the last record of each batch, from `cursor` in the partition's order on."""
+        """Yield the cursor after the last record of each batch, from `cursor` in the partition's order on."""
         total, num_looked = self._plan.length(partition), min(LEAST_LOOK, self._most_look)
         while cursor < total:
             look_end = min(cursor + num_looked, total)
@@ -187,7 +187,7 @@ class BudgetPlan:
                 )
                 end = max(fitting - 1, begin + 1)
                 if end == len(sizes) and (look_end < total or error is not None):
-                    break  # the batch may continue behind the records whose sizes are known
+                    break  # the batch may continue after the records whose sizes are known
                 yield cursor + end
                 begin = end
             if error is not None:
@@ -216,9 +216,9 @@ class BudgetPlan:
         for axis, limit in self._limits:
             over = np.flatnonzero(sizes[:, axis] > limit)
             if len(over):
-                what, found = ("nodes", "edges")[axis], sizes[over[0], axis]
+                unit, count = ("nodes", "edges")[axis], sizes[over[0], axis]
                 raise DataError(
-                    f"{self._name(int(positions[over[0]]))} has {found:,} {what}; expected at most max_{what}={limit:,}, "
+                    f"{self._name(int(positions[over[0]]))} has {count:,} {unit}; expected at most max_{unit}={limit:,}, "
                     "or oversize='alone', which delivers it as a batch of its own"
                 )
 

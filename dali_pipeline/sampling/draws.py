@@ -19,7 +19,7 @@ class Draws:
 
     Attributes:
         begin: First shard.
-        end: Shard behind the last one.
+        end: Shard after the last one.
         share: Share of an epoch's draws, 0 to 1.
     """
 

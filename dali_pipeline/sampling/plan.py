@@ -84,7 +84,7 @@ class EpochPlan:
         self.nbytes, self.num_records = int(self._nbytes.sum()), int(self._records.sum())
         batch_bytes = self._share * self.nbytes // max(1, self.num_records)
         self._pool_steps = max(1, min(POOL_STEPS, order.window_bytes // 2 // max(1, batch_bytes)))
-        self._later: EpochPlan | None = None
+        self._following_plan: EpochPlan | None = None
         self._pools: dict[tuple[int, int], Ints] = {}  # the last two per partition, by partition and number
 
     def __reduce__(self) -> tuple[type[EpochPlan], tuple[Any, ...]]:
@@ -199,9 +199,10 @@ class EpochPlan:
         return self.epoch + after + later_shuffle.fractions(starts)
 
     def _following(self, after: int) -> EpochPlan:
-        if after and self._later is None:
-            self._later = EpochPlan(self.order, self.epoch + after, self._records, self._nbytes, lengths=self._lengths)
-        return self._later if after and self._later is not None else self
+        """Return the plan of a later epoch, made once; the plan itself for 0. `after` is 0 or 1."""
+        if after and self._following_plan is None:
+            self._following_plan = EpochPlan(self.order, self.epoch + after, self._records, self._nbytes, lengths=self._lengths)
+        return self._following_plan if after and self._following_plan is not None else self
 
     def _cursors(self, partition: int, steps: range, share: int) -> Ints:
         """Return cursors (steps, share) in a partition's order."""
@@ -233,7 +234,7 @@ class EpochPlan:
 
 
 def _take(shuffle: WindowShuffle | DrawnShuffle, cursors: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
-    """Return the records at cursors (steps, n) and their validity; behind the last record it is repeated, not valid."""
+    """Return the records at cursors (steps, n) and their validity; after the last record it is repeated, not valid."""
     positions = shuffle.positions(np.minimum(cursors, shuffle.num_records - 1).reshape(-1))
     return positions.reshape(cursors.shape), cursors < shuffle.num_records
 

@@ -61,7 +61,7 @@ class WindowShuffle:
         self._last_runs = _group_last(nbytes, group_bytes)  # (groups,) last run of each group
         self._group_ends = self._run_ends[self._last_runs]
         group_starts = np.concatenate([[0], self._group_ends[:-1]]).astype(np.int64)
-        # block_ends: (groups + 1,) from the middle of a group to the middle of the next, between two batches where it can be,
+        # block_ends: (groups + 1,) from the middle of a group to the middle of the next, between two batches if possible,
         # so that no batch needs three groups
         middles = (group_starts + self._group_ends) // 2
         between = middles // batch_size * batch_size
@@ -126,7 +126,7 @@ class WindowShuffle:
         return indices
 
     def _halves(self, group: int) -> tuple[Ints, Ints]:
-        """Return the group's indices in the line, permuted, as the half before its middle and the half behind it."""
+        """Return the group's indices in the line, permuted, as the half before its middle and the half after it."""
         begin = int(self._group_ends[group - 1]) if group else 0
         line = np.arange(begin, int(self._group_ends[group]))
         line = line[np.argsort(hashed_keys(line, self._key[WITHIN_GROUPS]), kind="stable")]
@@ -164,7 +164,7 @@ def _group_last(nbytes: Ints, limit: int) -> Ints:
     The end of a group that begins at any run is computed for all runs at once. What remains is one step per group.
     """
     ends = np.cumsum(nbytes)
-    # Index behind the last run of a group that begins at each run, then from group to group.
+    # Index after the last run of a group that begins at each run, then from group to group.
     group_ends = np.maximum(np.searchsorted(ends, ends - nbytes + limit, side="right"), np.arange(1, len(ends) + 1))
     next_begin, begin = group_ends.data, 0  # an access costs a third of one to an array
     last: list[int] = []

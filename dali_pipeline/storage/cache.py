@@ -1,6 +1,6 @@
 """Cache: a bounded folder with blocks of shards that lie in a store, shared by all processes of a node and by several runs.
 
-Each shard has one sparse file, named by its digest. Its bytes are where the shard has them; behind them is one slot per hash
+Each shard has one sparse file, named by its digest. Its bytes are where the shard has them; after them is one slot per hash
 block. The stamp of a slot tells whether the block is present, and changes when the block is evicted: who read between two equal
 stamps read the block. Who downloads or evicts a block holds a lock on its slot's number, which the system releases if the
 process is killed.

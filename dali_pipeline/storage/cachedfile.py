@@ -80,7 +80,7 @@ class CachedFile(OpenFile):
         self.stamps = self._stamps[1:]
 
     def header(self) -> bytes:
-        """Return the 8-byte length and the JSON behind it; raise FormatError unless their digest is the manifest's."""
+        """Return the 8-byte length and the JSON after it; raise FormatError unless their digest is the manifest's."""
         if (data := self._header_here()) is not None:
             return data
         with locked_slots(self.path, 0, 1):

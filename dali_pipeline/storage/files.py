@@ -29,28 +29,28 @@ class Recent(Generic[K, V]):
 
     def __init__(self, budget: int) -> None:
         _instances.add(self)
-        self._left = budget
-        self._kept: OrderedDict[K, tuple[V, int]] = OrderedDict()
+        self._budget_left = budget
+        self._entries: OrderedDict[K, tuple[V, int]] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, key: K) -> V | None:
         """Return the value, now the most recently used, or None."""
         with self._lock:
-            entry = self._kept.get(key)
+            entry = self._entries.get(key)
             if entry is None:
                 return None
-            self._kept.move_to_end(key)
+            self._entries.move_to_end(key)
             return entry[0]
 
     def put(self, key: K, value: V, cost: int = 1) -> V:
         """Store and return the value; if another thread stored one first, return that one."""
         with self._lock:
-            if key in self._kept:
-                return self._kept[key][0]
-            self._kept[key] = (value, cost)
-            self._left -= cost
-            while self._left < 0 and len(self._kept) > 1:
-                self._left += self._kept.popitem(last=False)[1][1]
+            if key in self._entries:
+                return self._entries[key][0]
+            self._entries[key] = (value, cost)
+            self._budget_left -= cost
+            while self._budget_left < 0 and len(self._entries) > 1:
+                self._budget_left += self._entries.popitem(last=False)[1][1]
             return value
 
     def unlock(self) -> None:
@@ -60,8 +60,8 @@ class Recent(Generic[K, V]):
     def clear(self) -> None:
         """Remove all values."""
         with self._lock:
-            self._left += sum(cost for _, cost in self._kept.values())
-            self._kept.clear()
+            self._budget_left += sum(cost for _, cost in self._entries.values())
+            self._entries.clear()
 
 
 def _unlock_all() -> None:

@@ -64,7 +64,7 @@ class OpenFile:
             os.close(self.fd)
 
     def header(self) -> bytes:
-        """Return the 8-byte length and the JSON behind it; raise FormatError if the file cannot have them."""
+        """Return the 8-byte length and the JSON after it; raise FormatError if the file cannot have them."""
         prefix = os.pread(self.fd, 8, 0)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(self.size - 8, _MAX_HEADER_BYTES):

@@ -88,7 +88,7 @@ class Store:
         return files
 
     def _path(self, key: str) -> str:
-        """Return the path for fsspec: for http a URL with its query, otherwise what is behind the kind."""
+        """Return the path for fsspec: for http a URL with its query, otherwise what follows `://`."""
         parts = self._parts
         path = f"{parts.path}/{key}" if key else parts.path
         if parts.scheme in ("http", "https"):

@@ -1,3 +1,1 @@
-"""Writing of a data set: `ShardWriter`, the split by group, shards being filled, feature statistics, and the journal for a
-restart.
-"""
+"""Writing of a data set: `ShardWriter`, split by group, shards being filled, feature statistics, and restart journal."""

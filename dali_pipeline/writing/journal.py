@@ -108,17 +108,17 @@ class WorkFolder:
         return self.root / PARTS_NAME
 
     def adopt(self, part: Path, contents: Contents) -> None:
-        """Move the shards that a filler wrote under `part` behind the existing ones. They are final once `save` has run."""
-        ours = self.journal.contents
+        """Move the shards that a filler wrote under `part` after the existing ones. They are final once `save` has run."""
+        own_contents = self.journal.contents
         for split, kind, shard in contents.shards:
-            path = shard_path(self.root, split, kind, len(ours.splits[split][kind]) + shard)
+            path = shard_path(self.root, split, kind, len(own_contents.splits[split][kind]) + shard)
             path.parent.mkdir(exist_ok=True)
             shard_path(part, split, kind, shard).rename(path)
         for split in contents.splits:
             if (self.root / split).exists():
                 sync_folder(self.root / split)
         shutil.rmtree(part, ignore_errors=True)
-        ours.extend(contents)
+        own_contents.extend(contents)
 
     def save(self) -> None:
         """Write the journal atomically."""

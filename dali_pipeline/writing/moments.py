@@ -76,13 +76,13 @@ class Moments:
     def _shift(self) -> Array | None:
         """Return the value that deviations are taken from, (features,) float32; None for 0."""
         mean, squares = np.array(self.mean), np.array(self.squares)
-        small = mean**2 <= 16 * squares / np.maximum(self.count, 1)  # costs four bits of 24
+        small = mean**2 <= 16 * squares / np.maximum(self.count, 1)  # then four bits of 24 are lost at most
         return None if small.all() else np.clip(mean, -MAX_SHIFT, MAX_SHIFT).astype(np.float32)
 
     def _update_exactly(self, rows: Array) -> None:
         """Add rows in float64, without the values that are not finite."""
         wide = rows.astype(np.float64)
-        finite = np.abs(wide) <= LARGEST  # False for NaN; squares of larger ones may be infinite
+        finite = np.abs(wide) <= LARGEST  # False for NaN; squares of larger values may be infinite
         counts = finite.sum(axis=0)
         mean = np.where(finite, wide, 0).sum(axis=0) / np.maximum(counts, 1)
         self._merge(counts, mean, (np.where(finite, wide - mean, 0) ** 2).sum(axis=0))

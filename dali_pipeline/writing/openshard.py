@@ -104,7 +104,7 @@ class OpenShard:
             streamed.dtype,
             streamed.shape,
             expected_bytes=expected_bytes,
-            see=None if self._layers or self._layer_axis is not None else on_rows,
+            on_rows=None if self._layers or self._layer_axis is not None else on_rows,
         )
         self._ids: list[bytes] = []
         self._groups: list[bytes] = []

@@ -74,12 +74,26 @@ class SplitRule:
         return self.at(self.place(group))
 
     def place(self, group: str) -> float:
-        """Return the percentile of a group, 0 to below 100, by its hash."""
+        """Return the percentile of a group by its hash.
+
+        Args:
+            group: Name of the group.
+
+        Returns:
+            A number from 0 to below 100.
+        """
         hashed = xxhash.xxh3_64_intdigest(group.encode(), seed=self.seed)
         return (hashed >> 11) / 2**53 * 100  # 53 bits: never rounds up to 100
 
     def at(self, percentile: float) -> str:
-        """Return the split that contains a percentile, 0 to below 100."""
+        """Return the split that contains a percentile.
+
+        Args:
+            percentile: A number from 0 to below 100.
+
+        Returns:
+            "train", "val" or "test".
+        """
         train, val, _ = self.shares
         return SPLITS[0] if percentile < train else SPLITS[1] if percentile < train + val else SPLITS[2]
 

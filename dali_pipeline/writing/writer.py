@@ -196,7 +196,10 @@ class ShardWriter:
         contents = self._journal.contents
         if not contents.shards:
             raise DataError(f"no records were written to {self.root}; expected at least one")
-        source = {**self.source, **({"left_out": self.left_out} if self.left_out else {}), **self._check_ids()}
+        source = dict(self.source)
+        if self.left_out:
+            source["left_out"] = self.left_out
+        source |= self._check_ids()
         manifest = Manifest(
             schema=self.schema,
             splits={split: {kind: tables[kind] for kind in self.schema.kinds} for split, tables in contents.splits.items()},
@@ -242,5 +245,5 @@ def _check_names(schema: Schema) -> None:
         class_attribute = getattr(type(Batch(_base_cls=Data)), name.rpartition(".")[2], None)
         if (
             class_attribute is not None and getattr(class_attribute, "fset", None) is None
-        ):  # `pos` and `y` may be set, `to` and `size` not
+        ):  # `pos` and `y` can be set, `to` and `size` cannot
             raise UsageError(f"fields has {name!r}, which has a meaning of its own in a PyG batch; expected another name")
