@@ -1,4 +1,4 @@
-"""The command line: `python -m dali_pipeline convert|verify|inspect|extract|doctor|versions`. Heavy imports wait."""
+"""The command line: `python -m dali_pipeline convert|verify|inspect|extract|doctor|versions`; imports heavy modules late."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dali_pipeline.writing.split import SplitRule
 
 
 def new_app(**options: Any) -> typer.Typer:
-    """A command line as all of ours are: -h as well as --help, in plain text, not folded to a terminal's width where piped."""
+    """Return a command line with -h and --help in plain text, which is not wrapped if it is piped."""
     context = {"help_option_names": ["-h", "--help"]} | (
         {} if sys.stdout and sys.stdout.isatty() else {"terminal_width": 10_000}
     )
@@ -268,7 +268,7 @@ app.command("versions")(versions_command)
 
 @contextmanager
 def _going_on() -> Iterator[None]:
-    """Says, where Ctrl-C or SIGTERM ends a job, that it need not begin anew."""
+    """Print, if Ctrl-C or SIGTERM ends the block, that the same command continues the job."""
     try:
         yield
     except (KeyboardInterrupt, Terminated) as stop:
@@ -277,10 +277,10 @@ def _going_on() -> Iterator[None]:
 
 
 def run(application: typer.Typer, name: str) -> int:
-    """Runs a command line and returns its exit code.
+    """Run a command line and return its exit code.
 
-    2 for what the user can mend, standard output too, with one sentence on standard error; 130 for Ctrl-C; 143 for SIGTERM; 141
-    where the reader of a pipe went.
+    The code is 2, with one sentence on standard error, for errors that the user can correct and for a standard output that
+    cannot be written; 130 for Ctrl-C; 143 for SIGTERM; 141 if the reader of a pipe is gone.
     """
     try:
         check_outside()
@@ -292,12 +292,12 @@ def run(application: typer.Typer, name: str) -> int:
             return code if isinstance(code, int) else 0
     except typer.TyperException as error:
         message = error.format_message()
-        say(message if "\n" in message else f"{name}: {message}")  # several lines: no command, so the help
+        say(message if "\n" in message else f"{name}: {message}")  # the help, which has several lines, if no command is given
     except PipelineError as error:
         say(f"{name}: {error}")
-    except UnicodeEncodeError as error:  # a path, as all other texts were checked
+    except UnicodeEncodeError as error:  # a path, because all other texts were checked
         say(f"{name}: {error.object!r} cannot be written in {error.encoding} ({error.reason}); expected a path in UTF-8")
-    except BrokenPipeError:  # as `head` leaves one; what is still to be flushed goes nowhere
+    except BrokenPipeError:  # for example `head`; the rest of the output is dropped
         drained(sys.stdout)
         return 128 + signal.SIGPIPE
     except OSError as error:
@@ -312,6 +312,6 @@ def run(application: typer.Typer, name: str) -> int:
 
 
 def main() -> None:
-    """The entry point."""
+    """Run the command line."""
     wait_passively()
     sys.exit(run(app, "dali_pipeline"))

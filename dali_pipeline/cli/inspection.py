@@ -1,4 +1,4 @@
-"""The command `inspect`: what a data set holds, and how well it is shuffled, as text, JSON or a picture."""
+"""The command `inspect`: show the contents of a data set, and how well it is shuffled, as text, JSON or a picture."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def inspect_command(
     if plot is not None:
         draw(plot)
     if as_json:
-        plain = msgspec.json.decode(msgspec.json.encode(description))  # null for what is no number
-        typer.echo(json.dumps(plain, indent=2))  # in ASCII, which every terminal has
+        plain = msgspec.json.decode(msgspec.json.encode(description))  # null instead of NaN
+        typer.echo(json.dumps(plain, indent=2))  # ASCII, which every terminal can print
     else:
         show()
