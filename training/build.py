@@ -78,12 +78,6 @@ def forward(model: nn.Module, batch: Batch, noise_key: int | None = None) -> Out
     return output
 
 
-def classes_of(batch: Batch) -> torch.Tensor:
-    """Return the classes of a batch's records, (B,) int64; `check_labels` has refused data without classes."""
-    assert batch.labels is not None
-    return batch.labels
-
-
 def record_losses(output: Output, labels_B: torch.Tensor) -> torch.Tensor:
     """Cross entropy of each record and its penalty, (B,) float32."""
     logits_BK, penalty_B = output.logits_BK.float(), output.penalty_B.float()

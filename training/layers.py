@@ -22,7 +22,6 @@ from sklearn.preprocessing import StandardScaler
 from dali_pipeline import DataError, Dataset, SequenceLoader
 from dali_pipeline.format.layers import parse_layers, select, to_positions
 from dali_pipeline.storage.whole import write_whole
-from training.build import classes_of
 from training.intervals import auroc_interval
 from training.metrics import Floats, Predictions, area_under_roc
 
@@ -94,7 +93,7 @@ def _layer(data: Dataset, split: str, step: int, seed: int) -> tuple[Floats, Flo
     loader = SequenceLoader(data, split, batch_size=256, seed=seed, steps=[step], **whole)
     parts, count = [], 0
     for batch in loader:
-        parts.append((batch.sequences[batch.valid].flatten(1), classes_of(batch)[batch.valid], batch.positions[batch.valid]))
+        parts.append((batch.sequences[batch.valid].flatten(1), batch.labels[batch.valid], batch.positions[batch.valid]))
         count += len(parts[-1][1])
         if count >= MOST_RECORDS:
             break

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dali_pipeline.loaders.loader import Loader
-from training.build import Batch, autocast, classes_of, forward, record_losses
+from training.build import Batch, autocast, forward, record_losses
 from training.metrics import Predictions
 
 
@@ -75,7 +75,7 @@ def score_batches(model: nn.Module, loader: Loader[Any], precision: str, *, with
 def _on_the_way(batch: Batch, logits_BK: torch.Tensor, losses_B: torch.Tensor) -> Callable[[], Scored]:
     """Begin the copies of a batch's results to the CPU; what is returned waits for them, once, and gives them."""
     ids, positions = batch.ids, batch.positions
-    copies = [one.to("cpu", non_blocking=True) for one in (batch.valid, classes_of(batch), logits_BK, losses_B)]
+    copies = [one.to("cpu", non_blocking=True) for one in (batch.valid, batch.labels, logits_BK, losses_B)]
     copied = torch.cuda.current_stream(logits_BK.device).record_event() if logits_BK.is_cuda else None
 
     def scored() -> Scored:

@@ -12,7 +12,7 @@ from torch._dynamo.exc import TorchDynamoException  # what torch.compile raises,
 from dali_pipeline.loaders.loader import Loader
 from dali_pipeline.reading.damage import log
 from dali_pipeline.runtime.trace import span
-from training.build import Batch, autocast, build_model, classes_of, forward, record_losses
+from training.build import Batch, autocast, build_model, forward, record_losses
 from training.config import ModelName, TrainConfig
 from training.pieces import cut
 from training.processes import Processes
@@ -68,7 +68,7 @@ class Stepper:
             with self.processes.unsynchronised(engine, apart=piece is not pieces[-1]):
                 with span("forward"), autocast(self.device, self.config.precision):
                     output = forward(engine, piece, noise_key)
-                losses_B = record_losses(output, classes_of(piece))
+                losses_B = record_losses(output, piece.labels)
                 own = (losses_B * piece.valid).sum() / max(count, 1)
                 # times the processes, as their gradients are averaged
                 with span("backward"):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dali_pipeline.runtime.threads import thread_counts
-from training.build import Batch, autocast, classes_of, forward, record_losses
+from training.build import Batch, autocast, forward, record_losses
 from training.processes import Processes
 from training.randomness import random_states, set_random_states
 
@@ -43,6 +43,6 @@ def _step(model: nn.Module, batch: Batch, precision: str, device: torch.device, 
     begun = time.perf_counter()
     with autocast(device, precision):
         output = forward(model, batch, noise_key)
-    torch.autograd.backward(record_losses(output, classes_of(batch)).mean())
+    torch.autograd.backward(record_losses(output, batch.labels).mean())
     model.zero_grad()
     return time.perf_counter() - begun

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class GraphBatch:
     graphs_per_record: torch.Tensor
     layer_index: torch.Tensor
     last_node: torch.Tensor
-    labels: torch.Tensor | None
+    labels: torch.Tensor  # typed as if always there, so that a loop over classes needs no check
     valid: torch.Tensor
     ids: list[str]
     positions: torch.Tensor
@@ -82,7 +83,8 @@ class GraphBatch:
             A new batch; this one is unchanged.
         """
         moved = {name: getattr(self, name).to(device) for name in ("layer_index", "last_node", "valid")}
-        labels, fields = None if self.labels is None else self.labels.to(device), moved_fields(self.fields, device)
+        labels: Any = None if self.labels is None else self.labels.to(device)
+        fields = moved_fields(self.fields, device)
         graphs = copy(self.graphs).to(device)  # a copy, for PyG moves in place
         return replace(self, graphs=graphs, labels=labels, fields=fields, **moved)
 
@@ -150,7 +152,7 @@ class Collator:
             graphs_per_record=torch.from_numpy(rows.graphs_per_record),
             layer_index=layer_index,
             last_node=node_ptr[1:] - 1,
-            labels=labels,
+            labels=cast("torch.Tensor", labels),
             valid=valid_B.bool(),
             ids=rows.ids,
             positions=torch.from_numpy(rows.positions),

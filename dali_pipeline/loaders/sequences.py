@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import chain, repeat
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 
@@ -62,7 +62,7 @@ class SequenceBatch:
 
     sequences: torch.Tensor
     lengths: torch.Tensor
-    labels: torch.Tensor | None
+    labels: torch.Tensor  # typed as if always there, so that a loop over classes needs no check
     valid: torch.Tensor
     ids: list[str]
     positions: torch.Tensor
@@ -93,7 +93,7 @@ class SequenceBatch:
         Returns:
             A new batch; this one is unchanged.
         """
-        labels = None if self.labels is None else self.labels.to(device)
+        labels: Any = None if self.labels is None else self.labels.to(device)
         fields = moved_fields(self.fields, device)
         return replace(self, sequences=self.sequences.to(device), labels=labels, valid=self.valid.to(device), fields=fields)
 
@@ -458,7 +458,7 @@ class SequenceLoader(Loader[SequenceBatch]):
             delivered = SequenceBatch(
                 sequences=batch if self._source.layered else batch.contiguous(),
                 lengths=lengths,
-                labels=labels,
+                labels=cast("torch.Tensor", labels),
                 valid=valid,
                 ids=ids,
                 positions=positions,

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from dali_pipeline.dataset.dataset import Dataset
 from dali_pipeline.dataset.selection import Shards
 from dali_pipeline.errors import FormatError
-from dali_pipeline.format.encoding import BFLOAT16, decode
-from dali_pipeline.format.schema import Field, a_or_an, level_of
+from dali_pipeline.format.encoding import BFLOAT16, TEXT, decode
+from dali_pipeline.format.schema import Field, a_or_an, level_of, unit_field
 from dali_pipeline.format.shard import Hashes, Shard, hash_texts
 from dali_pipeline.storage.files import Files
 from dali_pipeline.types import Array, Kind
@@ -31,6 +31,7 @@ RAGGED: dict[Kind, tuple[tuple[str, str, str], ...]] = {
     "graphs": (("graphs", "labels", "graph"), ("x", "graphs", "node"), ("edge_index", "graphs", "edge")),
 }
 COUNTED = {
+    "step": "sequence",
     "node": "x",
     "edge": "edge_index",
     "graph": "graphs",
@@ -46,7 +47,7 @@ class ShardCheck:
         split, kind, number: Split, kind and number of the shard.
         damages: One line per damage.
         ids, groups: Hashes, one per record.
-        labels: (records,) int64.
+        labels: (records, *shape) in the stored type.
         rows: Smallest and largest number of rows per record, by axis.
         bytes: Bytes that were read.
     """
@@ -58,7 +59,7 @@ class ShardCheck:
     damages: list[str] = dataclass_field(default_factory=list)
     ids: Hashes = dataclass_field(default_factory=lambda: np.zeros(0, np.uint64))
     groups: Hashes = dataclass_field(default_factory=lambda: np.zeros(0, np.uint64))
-    labels: npt.NDArray[np.int64] | None = None
+    labels: Array | None = None
     rows: dict[str, tuple[int, int]] = dataclass_field(default_factory=dict)
     bytes: int = 0
     _offsets: dict[str, npt.NDArray[np.int64]] = dataclass_field(default_factory=dict)
@@ -81,15 +82,15 @@ class ShardCheck:
             self.damages.append(str(error))
             return
         schema = self.data.schema
-        fields = {"sequence": schema.sequence} if self.kind == "sequences" else {**schema.of_graphs}
-        self._step(self._check_labels, shard)
+        fields = self._fields()
+        if schema.labels.dtype is not None:
+            self._step(self._check_labels, shard)
         self._step(self._check_texts, shard, "ids")
         self._step(self._check_texts, shard, "groups")
         for name, counted_in, axis in RAGGED[self.kind]:
             self._step(self._check_offsets, shard, name, counted_in, axis)
         for name, field in fields.items():
-            if field is not None:
-                self._check_field(shard, name, field, quick, advance)
+            self._check_field(shard, name, field, quick, advance)
         if self.kind == "graphs":
             self._step(self._check_type, shard, "edge_index", ("uint8", "uint16", "uint32"), (2,))
             if not quick:
@@ -100,9 +101,21 @@ class ShardCheck:
                 self._step(self._check_values, shard, name, advance)
         self._offsets.clear()
 
-    def _check_field(self, shard: Shard, name: str, field: Field, quick: bool, advance: Callable[[int], None]) -> None:
-        self._step(self._check_type, shard, name, (field.storage.name,), field.shape)
+    def _fields(self) -> dict[str, Field]:
+        """Return the fields of this kind of record as arrays of the shard have them."""
+        schema = self.data.schema
         if self.kind == "graphs":
+            return schema.of_graphs | schema.record_fields
+        assert schema.sequence is not None
+        sequence = schema.sequence if schema.layer_axis is None else unit_field(schema.sequence, schema.layer_axis)
+        return {"sequence": sequence, **schema.step_fields, **schema.record_fields}
+
+    def _check_field(self, shard: Shard, name: str, field: Field, quick: bool, advance: Callable[[int], None]) -> None:
+        if field.dtype == TEXT:
+            self._step(self._check_texts, shard, name)
+            return
+        self._step(self._check_type, shard, name, (field.storage.name,), field.shape)
+        if name != "sequence":
             self._step(self._check_rows, shard, name)
         if not quick:
             self._step(self._check_values, shard, name, advance, field)
@@ -128,11 +141,18 @@ class ShardCheck:
             raise self._fail(name, f"{layout.dtype} {layout.shape}; expected {' or '.join(dtypes)} in rows of {row}")
 
     def _check_labels(self, shard: Shard) -> None:
-        self._check_type(shard, "labels", ("int64",), ())
+        label = self.data.schema.labels
+        self._check_type(shard, "labels", (str(label.dtype),), label.shape)
         labels = self._read(shard, "labels")
-        if len(labels) != shard.records or (labels < 0).any():
+        if label.kind == "value" and not np.isfinite(labels).all():
+            raise self._fail("labels", "values that are not finite; expected finite numbers")
+        if len(labels) != shard.records or (label.kind == "class" and (labels < 0).any()):
             raise self._fail(
                 "labels", f"{len(labels)}, the least {labels.min(initial=0)}; expected {shard.records} of 0 or more"
+            )
+        if label.names and label.kind == "class" and labels.max(initial=0) >= len(label.names):
+            raise self._fail(
+                "labels", f"the highest is {labels.max()}; expected numbers below {len(label.names)}, as class_names"
             )
         self.labels = labels
 
@@ -146,7 +166,8 @@ class ShardCheck:
                 text.decode()
             except UnicodeDecodeError as error:
                 raise self._fail(name, f"record {row} is not UTF-8 ({error.reason})") from None
-        setattr(self, name, hash_texts(texts))
+        if name in ("ids", "groups"):
+            setattr(self, name, hash_texts(texts))
 
     def _check_offsets(self, shard: Shard, name: str, counted_in: str, axis: str) -> None:
         outer = np.arange(shard.records + 1) if counted_in == "labels" else self._offsets.get(counted_in)
@@ -165,10 +186,17 @@ class ShardCheck:
         offsets: npt.NDArray[np.int64] = self._read(shard, f"{name}.offsets")
         if len(offsets) != rows + 1 or offsets[0] != 0 or (np.diff(offsets) < 0).any():
             raise self._fail(f"{name}.offsets", f"{len(offsets)} that do not rise from 0; expected {rows + 1} that do")
-        length = int(offsets[-1]) if name == "graphs" else shard.array(name).shape[0]
+        length = int(offsets[-1]) if name == "graphs" else shard.array(name).shape[0] // self._layers(name)
         if offsets[-1] != length:
             raise self._fail(f"{name}.offsets", f"end at {offsets[-1]} of {length} rows; expected them to end with the array")
         return offsets
+
+    def _layers(self, name: str) -> int:
+        """Return how many rows an array has per step: the layers, if a sequence has an axis named layer."""
+        schema = self.data.schema
+        if name != "sequence" or schema.sequence is None or schema.layer_axis is None:
+            return 1
+        return schema.sequence.shape[schema.layer_axis]
 
     def _check_values(self, shard: Shard, name: str, advance: Callable[[int], None], field: Field | None = None) -> None:
         """Check the hash of every block, and, if `field` is given, that its numbers are finite."""
@@ -205,8 +233,11 @@ class ShardCheck:
         outer = None if level == "graph" else outer
         where = ""
         if inner is not None:
+            inner = inner * self._layers(name)
             owners = np.searchsorted(inner, rows, side="right") - 1  # the record or graph of each row
             layers = rows - inner[owners]
+            if self._layers(name) > 1:
+                layers //= np.diff(inner)[owners] // self._layers(name)
             if outer is not None:
                 layers = owners - outer[np.searchsorted(outer, owners, side="right") - 1]
             distinct, counts = np.unique(layers, return_counts=True)
@@ -215,11 +246,12 @@ class ShardCheck:
         raise self._fail(name, f"{int(nan.sum())} NaN and {int((1 - nan).sum())} infinite values{where}")
 
     def _check_rows(self, shard: Shard, name: str) -> None:
-        """Check that a field has one row per node, edge or graph."""
+        """Check that a field has one row per step, record, node, edge or graph."""
         level = level_of(name)
-        offsets, rows = self._offsets.get(COUNTED[level]), shard.array(name).shape[0]
-        if offsets is not None and rows != offsets[-1]:
-            raise self._fail(name, f"{rows} rows for {offsets[-1]} {level}s; expected one {a_or_an(level)}")
+        offsets, rows = self._offsets.get(COUNTED.get(level, "")), shard.array(name).shape[0]
+        expected = shard.records if level == "record" else None if offsets is None else int(offsets[-1])
+        if expected is not None and rows != expected:
+            raise self._fail(name, f"{rows} rows for {expected} {level}s; expected one {a_or_an(level)}")
 
     def _check_edges(self, shard: Shard) -> None:
         """Check that every edge connects nodes of its own graph."""

@@ -123,7 +123,8 @@ def _against_manifest(data: Dataset, split: str, kind: Kind, checks: Sequence[Sh
     labels: Counter[str] = Counter()
     rows: dict[str, tuple[int, int]] = {}
     for check in own:
-        labels.update(str(label) for label in (check.labels.tolist() if check.labels is not None else []))
+        label = check.data.schema.labels
+        labels.update(str(number) for row in (() if check.labels is None else check.labels) for number in label.counted(row))
         for axis, (fewest, most) in check.rows.items():
             rows[axis] = (min(fewest, rows.get(axis, (fewest, 0))[0]), max(most, rows.get(axis, (0, most))[1]))
     if dict(labels) != table.labels:
@@ -152,7 +153,7 @@ def _halves(checks: Sequence[ShardCheck]) -> Iterator[str]:
     if len(ids) != len(labels) or len(other_ids) != len(other_labels):
         return  # damaged, which another check reports
     shared, here, there = np.intersect1d(ids, other_ids, return_indices=True)
-    different = np.flatnonzero(labels[here] != other_labels[there])
+    different = np.flatnonzero((labels[here] != other_labels[there]).reshape(len(here), -1).any(axis=1))
     if len(different):
         first = next(check for check in sides[0] if shared[different[0]] in check.ids)
         record = _text(first, "ids", shared[different[0]])
