@@ -361,8 +361,8 @@ class SequenceLoader(Loader[SequenceBatch]):
 
     def _split(self, superbatch: Superbatch, values: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield the values (B, T, *row) of each batch on the device, from the values of a superbatch."""
-        longest = superbatch.longest
-        for batch, steps in zip(torch.split(values, [self.batch_size * steps for steps in longest]), longest, strict=True):
+        longest, size = superbatch.longest, self.batch_size * self._source.parts_per_record
+        for batch, steps in zip(torch.split(values, [size * steps for steps in longest]), longest, strict=True):
             with span("copy", self.device.type != "cpu"):
                 moved = batch.to(self.device, non_blocking=True)
             yield self._batch_view(moved, steps)
