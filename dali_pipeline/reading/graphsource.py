@@ -14,9 +14,9 @@ from dali_pipeline.format.encoding import all_finite
 from dali_pipeline.format.layers import Layers
 from dali_pipeline.format.schema import LEVELS, Field, Schema, level_of
 from dali_pipeline.reading.gather import gather
-from dali_pipeline.reading.graphrows import GraphRows, spread, wrong_graphs
+from dali_pipeline.reading.graphrows import GraphRows, wrong_graphs
 from dali_pipeline.reading.inmemory import InMemoryGraphs
-from dali_pipeline.reading.records import Locations
+from dali_pipeline.reading.records import Locations, spread
 from dali_pipeline.reading.source import BatchSource, chosen_fields
 from dali_pipeline.sampling.order import WINDOW_BYTES
 from dali_pipeline.types import Array, Ints
