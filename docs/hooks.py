@@ -92,5 +92,6 @@ def index(markdown: str) -> str:
         level, _, heading = line.partition(" ")
         anchor = unique(slugify(re.sub(r"[`*]", "", heading), "-"), ids)
         if level == "##":
-            entries.append(f"- [{heading}](#{anchor})")
+            title = re.sub(r" \((?:[^()]|\([^()]*\))*\)$", "", heading)  # without the machine and the conditions
+            entries.append(f"- [{title}](#{anchor})")
     return "\n".join(entries)

@@ -2,14 +2,25 @@
 const blocks = document.querySelectorAll("pre.diagram");
 if (blocks.length > 0) {
   const { mermaid } = await import(new URL("mermaid/index.js", import.meta.url));
-  const dark = () => document.body.dataset.mdColorScheme === "slate";
-  const sources = Array.from(blocks, (block) => block.textContent);
+  const fontFamily = getComputedStyle(document.body).fontFamily;  // the font in which labels are measured
+  const charts = Array.from(blocks, (block) => {
+    const chart = document.createElement("div");
+    chart.className = "chart";
+    block.after(chart);
+    return { block, chart, source: block.querySelector("code").textContent };
+  });
   const draw = async () => {
-    mermaid.initialize({ startOnLoad: false, theme: dark() ? "dark" : "neutral", fontFamily: "inherit" });
-    for (const [number, block] of blocks.entries()) {
-      const { svg } = await mermaid.render(`chart-${number}`, sources[number]);
-      block.innerHTML = svg;
-      block.classList.add("drawn");
+    const dark = document.body.dataset.mdColorScheme === "slate";
+    mermaid.initialize({ startOnLoad: false, theme: dark ? "dark" : "neutral", fontFamily });
+    for (const [number, { block, chart, source }] of charts.entries()) {
+      try {
+        const { svg } = await mermaid.render(`chart-${number}`, source);
+        chart.innerHTML = svg;
+        block.hidden = true;
+      } catch (error) {
+        console.error(error);  // the text of the chart stays readable
+      }
+      block.classList.add("tried");
     }
   };
   await draw();
