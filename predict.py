@@ -22,18 +22,25 @@ app = new_app()
 
 @app.command()
 def command_line(
-    place: Annotated[str | None, typer.Argument(metavar="SET", help="A set's folder or URL.", show_default=False)] = None,
-    data: Annotated[str | None, typer.Option("--data", metavar="SET", help="The same.", show_default=False)] = None,
+    place: Annotated[
+        str | None, typer.Argument(metavar="SET", help="Folder or URL of the data set.", show_default=False)
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="SET", help="Folder or URL of the data set, instead of SET.", show_default=False),
+    ] = None,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.pt", help="As train.py keeps them: <model>-best.pt. [required]", show_default=False),
+        typer.Option(metavar="FILE.pt", help="Checkpoint that train.py kept: <model>-best.pt. [required]", show_default=False),
     ] = None,
-    split: Annotated[str | None, typer.Option(metavar="NAME", help="[default: all splits]", show_default=False)] = None,
-    output: Annotated[Path, typer.Option(metavar="FILE", help="To be written: .parquet or .csv.")] = Path("scores.parquet"),
-    batch_size: Annotated[int, typer.Option(help="Records at a time.")] = 256,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    split: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Split to score. [default: all splits]", show_default=False)
+    ] = None,
+    output: Annotated[Path, typer.Option(metavar="FILE", help="File to write: .parquet or .csv.")] = Path("scores.parquet"),
+    batch_size: Annotated[int, typer.Option(help="Records per batch.")] = 256,
+    device: Annotated[str, typer.Option(help="Device of the model: auto, cpu, cuda or cuda:N.")] = "auto",
     on_nan: Annotated[
-        Literal["raise", "skip", "keep"], typer.Option(help="For records with NaN or infinite values.")
+        Literal["raise", "skip", "keep"], typer.Option(help="What to do with records that hold NaN or infinite values.")
     ] = "raise",
     cache_dir: CacheDir = None,
     cache_bytes: CacheBytes = None,
@@ -41,8 +48,8 @@ def command_line(
     """Score every record of a data set with a trained detector, once each, however large it is.
 
     \b
-    Columns: id, group, label, score (the probability of label 1), split. Records with NaN or infinite values end it, unless
-    they are left out (--on-nan skip) or scored all the same (keep).
+    Columns: id, group, label, score (the probability of label 1), split. A record with NaN or infinite values ends the
+    command, unless such records are left out (--on-nan skip) or scored all the same (--on-nan keep).
     Examples:
       python predict.py --checkpoint runs/one/lstm-best.pt --data data/traces
       python predict.py --checkpoint runs/one/lstm-best.pt data/traces --split test --output scores.csv

@@ -129,100 +129,151 @@ app = new_app()
 @app.command(cls=GroupedCommand)
 def command_line(
     ctx: typer.Context,
-    data: Annotated[str | None, flag("Data", "A set's folder or URL.", "--data s3://bucket/traces", metavar="SET")] = None,
+    data: Annotated[
+        str | None, flag("Data", "Folder or URL of the data set.", "--data s3://bucket/traces", metavar="SET")
+    ] = None,
     cache_dir: Annotated[Path | None, flag("Data", CACHE_DIR, "--cache-dir /local/cache", metavar="FOLDER")] = None,
     cache_bytes: Annotated[str | None, flag("Data", CACHE_BYTES, "--cache-bytes 500GiB", metavar="SIZE")] = None,
     preprocessed_dir: Annotated[
         Path | None,
-        flag("Data", "Folder with lstm_solo/*.pt and gnn/*.pt; converted once.", "--preprocessed-dir pre", metavar="FOLDER"),
+        flag(
+            "Data",
+            "Folder with lstm_solo/*.pt and gnn/*.pt, which is converted once.",
+            "--preprocessed-dir pre",
+            metavar="FOLDER",
+        ),
     ] = None,
     converted_dir: Annotated[
-        Path | None, flag("Data", "Where to. [default: beside it]", "--converted-dir /fast/traces", metavar="FOLDER")
+        Path | None,
+        flag(
+            "Data",
+            "Folder for the converted data set. [default: beside --preprocessed-dir]",
+            "--converted-dir /fast/traces",
+            metavar="FOLDER",
+        ),
     ] = None,
     layers: Annotated[
         str | None,
-        flag("Data", "Steps, or graphs, of each record to use. [default: all]", "--layers 12:20 or 8,16", metavar="LIST"),
+        flag("Data", "Time steps or graphs to use of each record. [default: all]", "--layers 12:20 or 8,16", metavar="LIST"),
     ] = None,
     num_partitions: Annotated[
-        int, flag("Data", "Disjoint sets of shards, as many as nodes, each read by one.", "--num-partitions 2")
+        int,
+        flag(
+            "Data",
+            "Number of disjoint sets of shards; give the number of nodes, and each node reads only its own.",
+            "--num-partitions 2",
+        ),
     ] = 1,
     num_workers: Annotated[
-        str, flag("Data", "Threads (sequences) or processes (graphs) that read ahead.", "--num-workers 2", metavar="auto|N")
+        str,
+        flag(
+            "Data", "Number of threads (sequences) or processes (graphs) that read ahead.", "--num-workers 2", metavar="auto|N"
+        ),
     ] = "auto",
     model: Annotated[
         Literal["all", "lstm", "gnn_lstm", "gvae_lstm"], flag("Model", "Detector to train.", "--model lstm")
     ] = "all",
     dropout: Annotated[float, flag("Model", "Dropout rate.", "--dropout 0.5")] = 0.3,
-    kl_weight: Annotated[float, flag("Model", "Of the divergence in gvae_lstm's loss.", "--kl-weight 0.01")] = 1e-3,
-    epochs: Annotated[int, flag("Training", "Passes over the training split.", "--epochs 50")] = 10,
-    batch_size: Annotated[int, flag("Training", "Records a step, over all processes.", "--batch-size 128")] = 32,
+    kl_weight: Annotated[
+        float, flag("Model", "Weight of the KL divergence in the loss of gvae_lstm.", "--kl-weight 0.01")
+    ] = 1e-3,
+    epochs: Annotated[int, flag("Training", "Number of passes over the training split.", "--epochs 50")] = 10,
+    batch_size: Annotated[int, flag("Training", "Records per step, over all processes together.", "--batch-size 128")] = 32,
     lr: Annotated[float, flag("Training", "Highest learning rate of the one-cycle schedule.", "--lr 3e-4")] = 1e-3,
-    weight_decay: Annotated[float, flag("Training", "Of AdamW.", "--weight-decay 0.1")] = 0.01,
-    clip_norm: Annotated[float, flag("Training", "Greatest norm of the gradient; 0 for any.", "--clip-norm 0.5")] = 1.0,
+    weight_decay: Annotated[float, flag("Training", "Weight decay of AdamW.", "--weight-decay 0.1")] = 0.01,
+    clip_norm: Annotated[
+        float, flag("Training", "Maximum norm of the gradient; 0 turns clipping off.", "--clip-norm 0.5")
+    ] = 1.0,
     accumulate: Annotated[
-        int, flag("Training", "Pieces that a batch goes through the model in, to save memory.", "--accumulate 4")
+        int,
+        flag(
+            "Training", "Number of pieces that a batch is split into, to save memory (gradient accumulation).", "--accumulate 4"
+        ),
     ] = 1,
-    seed: Annotated[int, flag("Training", "Of weights, dropout, order and folds.", "--seed 1")] = 0,
-    seeds: Annotated[int, flag("Training", "Runs with this many seeds, from --seed on.", "--seeds 3")] = 1,
+    seed: Annotated[int, flag("Training", "Seed of weights, dropout, order and folds.", "--seed 1")] = 0,
+    seeds: Annotated[
+        int, flag("Training", "Number of runs, each with a seed of its own: --seed, --seed + 1, …", "--seeds 3")
+    ] = 1,
     folds: Annotated[
-        int, flag("Training", "Cross-validation: train and val dealt anew by group, a run a fold.", "--folds 5")
+        int,
+        flag(
+            "Training",
+            "Number of cross-validation folds over train and val, by group, one run per fold; 0 for none.",
+            "--folds 5",
+        ),
     ] = 0,
-    device: Annotated[str, flag("Speed", "auto, cpu, cuda or cuda:N.", "--device cpu")] = "auto",
+    device: Annotated[str, flag("Speed", "Device to train on: auto, cpu, cuda or cuda:N.", "--device cpu")] = "auto",
     threads: Annotated[
         str | None,
         flag(
             "Speed",
-            "Torch's threads per process on a CPU; auto measures. [default: a quarter of the cores, or OMP_NUM_THREADS]",
+            "Torch threads per process on a CPU; auto measures. [default: OMP_NUM_THREADS, or a quarter of the cores]",
             "--threads auto",
             metavar="auto|N",
             show_default=False,
         ),
     ] = None,
     precision: Annotated[
-        Literal["fp32", "bf16", "fp16"], flag("Speed", "Of the forward pass, by autocast.", "--precision bf16")
+        Literal["fp32", "bf16", "fp16"], flag("Speed", "Precision of the forward pass (autocast).", "--precision bf16")
     ] = "fp32",
     compiled: Annotated[
-        bool, flag("Speed", "Compile the model (torch.compile); pays on long runs.", "--compile", "--compile")
+        bool, flag("Speed", "Compile the model with torch.compile; worth it on long runs.", "--compile", "--compile")
     ] = False,
     output_dir: Annotated[
         Path | None,
-        flag("Output", "[default: a name made of the configuration]", "--output-dir runs/one", metavar="FOLDER"),
+        flag(
+            "Output",
+            "Folder of the results and checkpoints. [default: a name made from the configuration]",
+            "--output-dir runs/one",
+            metavar="FOLDER",
+        ),
     ] = None,
     resume: Annotated[
         str,
-        flag("Output", "Go on, start anew, or go on from a checkpoint.", "--resume never", metavar="auto|never|PATH"),
+        flag(
+            "Output",
+            "Continue the run in the folder, start anew, or continue from a checkpoint file.",
+            "--resume never",
+            metavar="auto|never|PATH",
+        ),
     ] = "auto",
     checkpoint_minutes: Annotated[
-        float, flag("Output", "Between checkpoints, beside each epoch's end; 0 for none.", "--checkpoint-minutes 1")
+        float, flag("Output", "Minutes between checkpoints within an epoch; 0 for none.", "--checkpoint-minutes 1")
     ] = 10.0,
     checkpoint_steps: Annotated[
-        int, flag("Output", "A checkpoint every so many steps too; 0 for none.", "--checkpoint-steps 500")
+        int, flag("Output", "Steps between checkpoints within an epoch; 0 for none.", "--checkpoint-steps 500")
     ] = 0,
     replay: Annotated[
-        bool, flag("Speed", "Only measure how fast the model is on one batch again and again.", "--replay", "--replay")
+        bool, flag("Speed", "Only measure the speed of the model on one repeated batch.", "--replay", "--replay")
     ] = False,
     doctor: Annotated[
         bool,
         flag(
             "Speed",
-            "Only tell whether training waits for data, and what to change; exits 0 (fed), 1 (input-bound).",
+            "Only measure whether training waits for data, and say what to change; exits 0 (fed) or 1 (input-bound).",
             "--doctor",
             "--doctor",
         ),
     ] = False,
     as_json: Annotated[
-        bool, flag("Speed", "What --doctor finds, as JSON and nothing else.", "--doctor --json", "--json")
+        bool, flag("Speed", "Print the findings of --doctor as one JSON object and nothing else.", "--doctor --json", "--json")
     ] = False,
     trace: Annotated[
         Path | None,
-        flag("Speed", "What the run does when, for ui.perfetto.dev.", "--trace trace.json", metavar="FILE"),
+        flag("Speed", "Write a timeline of the run to this file, for ui.perfetto.dev.", "--trace trace.json", metavar="FILE"),
     ] = None,
     config: Annotated[
         Path | None,
-        flag("Output", "Flags from a file; others win.", "--config run.yaml", is_eager=True, callback=take_config),
+        flag(
+            "Output",
+            "YAML file with values of flags; flags on the command line win.",
+            "--config run.yaml",
+            is_eager=True,
+            callback=take_config,
+        ),
     ] = None,
     show_config: Annotated[
-        bool, flag("Output", "Print all flags as --config takes them, and end.", "--print-config", "--print-config")
+        bool, flag("Output", "Print all flags in the form that --config reads, and exit.", "--print-config", "--print-config")
     ] = False,
 ) -> None:
     """Train the detectors and print their test metrics.

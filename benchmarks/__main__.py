@@ -61,9 +61,11 @@ app = new_app()
 
 @app.command()
 def main(
-    themes: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(THEMES)}.", show_default="all")] = None,
-    full: Annotated[bool, typer.Option("--full", help="Larger sets, longer samples.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="A look at all of it.")] = False,
+    themes: Annotated[
+        list[str] | None, typer.Argument(help=f"Themes to measure: {', '.join(THEMES)}.", show_default="all")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Use larger data sets and longer samples.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Run every theme briefly, on small data sets.")] = False,
 ) -> None:
     """Measure, and draw the plots; rows go to benchmarks/results, or where BENCH_RESULTS says."""
     if full and quick:

@@ -78,7 +78,7 @@ def measure(results: Results, model: torch.nn.Module, data: dp.Dataset, way: str
 @app.command()
 def main(
     records: Annotated[int, typer.Option(min=100)] = 20_000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Of the batches with a fixed number of records.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Records per batch, for batches with a fixed number of records.")] = 64,
 ) -> None:
     """Measure both ways; write results/budgets.csv."""
     torch.manual_seed(0)

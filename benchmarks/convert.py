@@ -134,10 +134,12 @@ def loop_over_tokens(attentions: list[np.ndarray], threshold: float, *, mean_fir
 
 @app.command()
 def main(
-    gigabytes: Annotated[float, typer.Option(help="Of each kind of input.")] = 2.0,
-    memory_gigabytes: Annotated[float, typer.Option(help="Of the larger input whose peak memory is taken; 0 for none.")] = 8.0,
-    repeats: Annotated[int, typer.Option(help="Of each measurement.")] = 3,
-    folder: Annotated[Path | None, typer.Option(help="Where to write. [default: a temporary folder]")] = None,
+    gigabytes: Annotated[float, typer.Option(help="Size of each kind of input, in GB.")] = 2.0,
+    memory_gigabytes: Annotated[
+        float, typer.Option(help="Size in GB of the larger input whose peak memory is measured; 0 for none.")
+    ] = 8.0,
+    repeats: Annotated[int, typer.Option(help="Number of repetitions of each measurement.")] = 3,
+    folder: Annotated[Path | None, typer.Option(help="Folder to write in. [default: a temporary folder]")] = None,
 ) -> None:
     """Measures everything and writes results/convert_<machine>_<date>.csv."""
     results = Results("convert", ["numpy", "torch", "xxhash", "pyarrow"])

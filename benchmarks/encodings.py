@@ -41,9 +41,12 @@ def error(data: dp.Dataset, exact: dp.Dataset) -> float:
 
 @app.command()
 def main(
-    data: Annotated[Path, typer.Argument(help="A data set with sequences of one length.", show_default=False)],
-    seeds: Annotated[int, typer.Option(min=1)] = 3,
-    folder: Annotated[Path | None, typer.Option(help="Where the sets are made, and removed again.", show_default=False)] = None,
+    data: Annotated[Path, typer.Argument(help="Data set with sequences of one length.", show_default=False)],
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the temporary data sets. [default: the system's temporary folder]", show_default=False),
+    ] = None,
 ) -> None:
     """Measure every encoding; write results/encodings_<machine>_<date>.csv."""
     results, exact = Results("encodings", ["torch", "numpy"]), dp.open_dataset(data)

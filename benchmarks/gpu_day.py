@@ -202,17 +202,23 @@ def run_parts(parts: Sequence[Part], setup: Setup, findings: Findings, total_sec
 
 @app.command()
 def main(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Run everything small, on the CPU, in about a minute.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Run a small version of every part on the CPU, in about a minute.")
+    ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of JSON and CSV files. [default: $OUT or benchmarks/results]", show_default=False),
+        typer.Option(help="Folder for JSON and CSV files. [default: $OUT or benchmarks/results]", show_default=False),
     ] = None,
     json_path: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="[default: gpu_day.json in --out]", show_default=False)
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="JSON file to write. [default: gpu_day.json in --out]", show_default=False),
     ] = None,
-    parts: Annotated[str, typer.Option(metavar="LIST", help="Some of the parts, such as versions,tests.")] = "all",
-    seconds: Annotated[float, typer.Option(min=30, help="For all parts together.")] = 570,
-    folder: Annotated[Path | None, typer.Option(help="Where the sets are made, and removed again.", show_default=False)] = None,
+    parts: Annotated[str, typer.Option(metavar="LIST", help="Parts to run, for example versions,tests.")] = "all",
+    seconds: Annotated[float, typer.Option(min=30, help="Time limit for all parts together, in seconds.")] = 570,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the temporary data sets. [default: the system's temporary folder]", show_default=False),
+    ] = None,
 ) -> None:
     """Measure all parts, the most telling first. Exits 0 if all worked, 1 if one failed, 2 if nothing can be run."""
     chosen = _chosen(parts)

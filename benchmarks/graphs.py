@@ -118,11 +118,14 @@ def compare(results: Results, scenario: str, folder: Path, records: Records, nam
 
 @app.command()
 def main(
-    repeats: Annotated[int, typer.Option(min=1)] = 5,
-    records: Annotated[int, typer.Option(help="Traces; twenty times as many molecules.")] = 1000,
-    seconds: Annotated[float, typer.Option(help="The least that a sample takes.")] = 1.0,
-    peers: Annotated[bool, typer.Option(help="Measure them too; `make peers` installs their versions.")] = True,
-    folder: Annotated[Path | None, typer.Option(help="Where the sets are made, and removed again.", show_default=False)] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of repetitions of each measurement.")] = 5,
+    records: Annotated[int, typer.Option(help="Number of traces; there are twenty times as many molecules.")] = 1000,
+    seconds: Annotated[float, typer.Option(help="Minimum time per sample, in seconds.")] = 1.0,
+    peers: Annotated[bool, typer.Option(help="Also measure the other loaders; `make peers` installs them.")] = True,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the temporary data sets. [default: the system's temporary folder]", show_default=False),
+    ] = None,
 ) -> None:
     """Measure every way in turn; write results/graphs.csv."""
     results = Results("graphs", ["torch", "torch-geometric", "numpy"])

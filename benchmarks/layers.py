@@ -83,9 +83,12 @@ def scratch(folder: Path | None) -> Iterator[Path]:
 
 @app.command()
 def main(
-    repeats: Annotated[int, typer.Option(min=1)] = 5,
-    megabytes: Annotated[int, typer.Option(help="Of each set.")] = 200,
-    folder: Annotated[Path | None, typer.Option(help="Where the sets are made, and removed again.", show_default=False)] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of repetitions of each measurement.")] = 5,
+    megabytes: Annotated[int, typer.Option(help="Size of each data set, in MiB.")] = 200,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the temporary data sets. [default: the system's temporary folder]", show_default=False),
+    ] = None,
 ) -> None:
     """Measure every choice of layers; write results/layers_<machine>_<date>.csv."""
     results = Results("layers", ["torch", "numpy"])

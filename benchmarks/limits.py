@@ -37,10 +37,13 @@ def copy(source: torch.Tensor, target: torch.Tensor, threads: int) -> int:
 
 @app.command()
 def main(
-    repeats: Annotated[int, typer.Option(min=1)] = 5,
-    megabytes: Annotated[int, typer.Option(help="Of what is copied, and of the file.")] = 512,
-    seconds: Annotated[float, typer.Option(help="The least that a sample takes.")] = 1.0,
-    folder: Annotated[Path | None, typer.Option(help="Where the file is made, and removed again.", show_default=False)] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of repetitions of each measurement.")] = 5,
+    megabytes: Annotated[int, typer.Option(help="Size of the copied memory, and of the file, in MiB.")] = 512,
+    seconds: Annotated[float, typer.Option(help="Minimum time per sample, in seconds.")] = 1.0,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the temporary file. [default: the system's temporary folder]", show_default=False),
+    ] = None,
 ) -> None:
     """Measure every limit in turn; write results/limits_<machine>_<date>.csv."""
     results = Results("limits", ["torch", "numpy"])

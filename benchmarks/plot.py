@@ -181,7 +181,7 @@ def draw(panels: list[Panel], path: Path, width: int, height: float) -> None:
 
 
 @app.command()
-def main(folder: Annotated[Path, typer.Argument(help="Where the pictures go.")] = Path("docs")) -> None:
+def main(folder: Annotated[Path, typer.Argument(help="Folder for the pictures.")] = Path("docs")) -> None:
     """Draw what results/ holds; with the pictures in docs, the tables of docs/results.md too."""
     draw(list(speed_panels()), folder / "speed.png", 2, 4.2)
     draw(list(growth_panels()), folder / "growth.png", 2, 3.6)

@@ -56,9 +56,7 @@ def without_states(splits: dict[str, tuple[Floats, Floats, list[str]]], prompts:
 
 @app.command()
 def main(
-    data: Annotated[
-        Path, typer.Argument(help="A data set with sequences of equal length and two classes.", show_default=False)
-    ],
+    data: Annotated[Path, typer.Argument(help="Data set with sequences of equal length and two classes.", show_default=False)],
 ) -> None:
     """Print the test AUROC of a linear probe on every layer, and of what reads no hidden state."""
     dataset = dp.open_dataset(data)

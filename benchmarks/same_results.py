@@ -101,9 +101,9 @@ def our_way(data: dp.Dataset, config: TrainConfig, folder: Path) -> float:
 
 @app.command()
 def main(
-    data: Annotated[Path, typer.Argument(help="A data set with sequences of equal length, two classes.", show_default=False)],
+    data: Annotated[Path, typer.Argument(help="Data set with sequences of equal length, two classes.", show_default=False)],
     seeds: Annotated[int, typer.Option(min=2)] = 3,
-    epochs: Annotated[int, typer.Option(min=1)] = 10,
+    epochs: Annotated[int, typer.Option(min=1, help="Number of epochs.")] = 10,
 ) -> None:
     """Print the test AUROC of both ways for every seed, their means and spreads."""
     dataset = dp.open_dataset(data)

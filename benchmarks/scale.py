@@ -123,10 +123,13 @@ def measure_first_batch(results: Results, folder: Path, most: int, repeats: int)
 
 @app.command()
 def main(
-    repeats: Annotated[int, typer.Option(min=1)] = 5,
-    gigabytes: Annotated[str, typer.Option(help="Sizes of the sets, with commas between.")] = "0.25,0.5,1",
-    most_shards: Annotated[int, typer.Option(help="Of 100, 1,000 and 10,000, up to so many.")] = 10_000,
-    folder: Annotated[Path | None, typer.Option(help="Where the sets are made, and removed again.", show_default=False)] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of repetitions of each measurement.")] = 5,
+    gigabytes: Annotated[str, typer.Option(help="Sizes of the data sets in GB, separated by commas.")] = "0.25,0.5,1",
+    most_shards: Annotated[int, typer.Option(help="Maximum number of shards, of 100, 1,000 and 10,000.")] = 10_000,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the temporary data sets. [default: the system's temporary folder]", show_default=False),
+    ] = None,
 ) -> None:
     """Measure memory, cold epochs and first batches; write results/scale_<machine>_<date>.csv."""
     results = Results("scale", ["torch", "numpy", "nvidia-dali"])

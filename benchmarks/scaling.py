@@ -114,11 +114,14 @@ def measure_sizes(results: Results, folder: Path | None, megabytes: int, repeats
 
 @app.command()
 def main(
-    repeats: Annotated[int, typer.Option(min=1)] = 5,
-    megabytes: Annotated[int, typer.Option(help="Of each set.")] = 128,
-    seconds: Annotated[float, typer.Option(help="The least that a sample takes.")] = 0.5,
-    memory: Annotated[bool, typer.Option(help="Measure it too, a process each.")] = True,
-    folder: Annotated[Path | None, typer.Option(help="Where the sets are made, and removed again.", show_default=False)] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of repetitions of each measurement.")] = 5,
+    megabytes: Annotated[int, typer.Option(help="Size of each data set, in MiB.")] = 128,
+    seconds: Annotated[float, typer.Option(help="Minimum time per sample, in seconds.")] = 0.5,
+    memory: Annotated[bool, typer.Option(help="Also measure memory, one process per case.")] = True,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the temporary data sets. [default: the system's temporary folder]", show_default=False),
+    ] = None,
 ) -> None:
     """Measure every number of workers and every size; write results/scaling_<machine>_<date>.csv."""
     results = Results("scaling", ["torch", "torch-geometric", "numpy", "nvidia-dali"])

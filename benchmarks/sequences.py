@@ -92,11 +92,16 @@ def through_dali(values: np.ndarray[Any, Any], count: int, batch_size: int, devi
 
 @app.command()
 def main(
-    repeats: Annotated[int, typer.Option(min=1)] = 5,
-    records: Annotated[int, typer.Option(help="Of [33, 1024]; eight times as many of [30, 64].")] = 8000,
-    seconds: Annotated[float, typer.Option(help="The least that a sample takes.")] = 1.0,
-    peers: Annotated[bool, typer.Option(help="Measure them too; `make peers` installs them.")] = True,
-    folder: Annotated[Path | None, typer.Option(help="Where the sets are made, and removed again.", show_default=False)] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of repetitions of each measurement.")] = 5,
+    records: Annotated[
+        int, typer.Option(help="Number of records of shape [33, 1024]; there are eight times as many of [30, 64].")
+    ] = 8000,
+    seconds: Annotated[float, typer.Option(help="Minimum time per sample, in seconds.")] = 1.0,
+    peers: Annotated[bool, typer.Option(help="Also measure the other loaders; `make peers` installs them.")] = True,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the temporary data sets. [default: the system's temporary folder]", show_default=False),
+    ] = None,
 ) -> None:
     """Measure every way in turn; write results/sequences_<machine>_<date>.csv."""
     results = Results("sequences", ["torch", "numpy", "nvidia-dali"])

@@ -32,11 +32,13 @@ app = new_app()
 
 @app.command()
 def main(
-    shards: Annotated[int, typer.Option(help="Of the set.")] = 512,
-    records: Annotated[int, typer.Option(help="A shard.")] = 64,
+    shards: Annotated[int, typer.Option(help="Number of shards of the data set.")] = 512,
+    records: Annotated[int, typer.Option(help="Records per shard.")] = 64,
     batch_size: Annotated[int, typer.Option()] = 32,
     epochs: Annotated[int, typer.Option()] = 20,
-    plot: Annotated[Path | None, typer.Option(metavar="OUT.png", help="Draw the larger records.", show_default=False)] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="OUT.png", help="Also draw the larger records to this PNG file.", show_default=False)
+    ] = None,
 ) -> None:
     """Measure both figures of every method and window; write its rows to results/ and print the README's table."""
     results = Results("shuffle", ["numpy", "xxhash"])

@@ -157,12 +157,15 @@ class Ours:
 
 @app.command()
 def main(
-    repeats: Annotated[int, typer.Option(min=1)] = 5,
-    megabytes: Annotated[int, typer.Option(help="Of each set.")] = 300,
-    window: Annotated[int, typer.Option(help="MiB of the window: about a tenth of the set.")] = 32,
-    rate: Annotated[float, typer.Option(help="MB/s of the link.")] = 100.0,
-    delay: Annotated[float, typer.Option(help="Seconds before the first byte of an answer.")] = 0.02,
-    folder: Annotated[Path | None, typer.Option(help="Where the sets are made, and removed again.", show_default=False)] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of repetitions of each measurement.")] = 5,
+    megabytes: Annotated[int, typer.Option(help="Size of each data set, in MB.")] = 300,
+    window: Annotated[int, typer.Option(help="Shuffle window in MiB; about a tenth of the data set.")] = 32,
+    rate: Annotated[float, typer.Option(help="Bandwidth of the link, in MB/s.")] = 100.0,
+    delay: Annotated[float, typer.Option(help="Latency in seconds: time until the first byte of an answer.")] = 0.02,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the temporary data sets. [default: the system's temporary folder]", show_default=False),
+    ] = None,
 ) -> None:
     """Measure all in turn; write results/stores_<machine>_<date>.csv."""
     results = Results("stores", ["torch", "numpy", "fsspec", "s3fs", "aiohttp"])

@@ -80,10 +80,13 @@ def measure(results: Results, name: ModelName, loader: Any, repeats: int, second
 
 @app.command()
 def main(
-    repeats: Annotated[int, typer.Option(min=1)] = 5,
-    megabytes: Annotated[int, typer.Option(help="Of each set.")] = 64,
-    seconds: Annotated[float, typer.Option(help="The least that a sample takes.")] = 1.0,
-    folder: Annotated[Path | None, typer.Option(help="Where the sets are made, and removed again.", show_default=False)] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of repetitions of each measurement.")] = 5,
+    megabytes: Annotated[int, typer.Option(help="Size of each data set, in MiB.")] = 64,
+    seconds: Annotated[float, typer.Option(help="Minimum time per sample, in seconds.")] = 1.0,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the temporary data sets. [default: the system's temporary folder]", show_default=False),
+    ] = None,
 ) -> None:
     """Measure every detector; write results/training_<machine>_<date>.csv."""
     results = Results("training", ["torch", "torch-geometric", "nvidia-dali"])

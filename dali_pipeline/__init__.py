@@ -1,4 +1,8 @@
-"""dali_pipeline: streams sequences and graphs from data sets far larger than memory. Each folder says what it is for."""
+"""dali_pipeline: stream sequences and graphs from data sets far larger than memory to a GPU.
+
+Write a data set with `ShardWriter`, open it with `open_dataset`, and iterate with `SequenceLoader` or `GraphLoader`. The
+docstring of each folder says what the folder is for.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -48,7 +52,7 @@ __all__ = [
     "replay",
     "span",
 ]
-# torch takes 3 seconds to import and PyG 4 more: who converts, or loads sequences alone, does not pay for them
+# torch takes 3 seconds to import and PyG 4 more: these names load it on first use, so a conversion does not wait for it
 _LAZY = {"GraphBatch": "collate", "GraphLoader": "graphs", "SequenceBatch": "sequences", "SequenceLoader": "sequences"}
 
 

@@ -1,4 +1,4 @@
-"""The errors that name what is wrong."""
+"""Errors of the library, each with a message of one sentence."""
 
 from __future__ import annotations
 
@@ -7,19 +7,25 @@ from contextlib import contextmanager
 
 
 class PipelineError(Exception):
-    """Any error with a message for the user: one sentence that says what is wrong, where, and what was expected."""
+    """Base of all errors with a message for the user: one sentence that says what is wrong, where, and what was expected.
+
+    It is raised itself if neither the data nor the call is at fault, for example for a full disk or a worker that died.
+    """
 
 
 class FormatError(PipelineError):
-    """A file is not what it says: shard, manifest or foreign input."""
+    """A file is not what it claims to be: a damaged or truncated shard, a manifest, or foreign input."""
 
 
 class DataError(PipelineError):
-    """The data are readable, but not what was asked for."""
+    """The data are readable, but not what was asked for, for example a kind or feature statistics that they do not have."""
 
 
 class UsageError(PipelineError, ValueError):
-    """An argument makes no sense: the caller can mend it without touching the data."""
+    """An argument makes no sense; the caller can correct it without touching the data.
+
+    It is also a ValueError.
+    """
 
 
 @contextmanager

@@ -14,12 +14,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
-from contracts import assert_same, content
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import dali_pipeline as dp
 from dali_pipeline.loaders.loader import Loader
+from tests.helpers.batches import assert_same, content
 
 ROOT = Path(__file__).parents[1]
 Contents = list[dict[str, Any]]

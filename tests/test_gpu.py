@@ -14,9 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SCHEMA, make_records, write
-from pretended_gpu import Log
-from pretended_gpu.cuda import PretendedEvent
 
 import dali_pipeline as dp
 from dali_pipeline.format.manifest import FeatureStatistics
@@ -24,6 +21,9 @@ from dali_pipeline.loaders.decoding import Decoding, sequence_graph
 from dali_pipeline.loaders.sidestream import UnderWay, to_device
 from dali_pipeline.runtime.memory import Buffers
 from models import GNNLSTMDetector, LSTMDetector
+from tests.helpers.records import SCHEMA, make_records, write
+from tests.pretended_gpu import Log
+from tests.pretended_gpu.cuda import PretendedEvent
 from training.build import build_model, forward, make_loader, unfit_records
 from training.config import MODELS, Conduct, TrainConfig
 from training.interrupt import Interrupts

@@ -16,18 +16,18 @@ from typing import Any
 
 import pytest
 import torch
-from pretended_gpu import pretended_gpu
-from pretended_gpu.dali import dali_on_the_cpu
 
 from benchmarks import gpu_day, gpu_loaders, gpu_parts, gpu_plot, gpu_training, gpu_work, harness, plot
 from benchmarks.gpu_work import Deadline, Report, Setup
 from dali_pipeline.loaders.sidestream import to_device
+from tests.pretended_gpu import pretended_gpu
+from tests.pretended_gpu.dali import dali_on_the_cpu
 
 ROOT = Path(gpu_day.__file__).parent.parent
 
 
 def parts(*names: str) -> list[gpu_day.Part]:
-    return [gpu_day.Part(name, 1, f"dayparts:{name}") for name in names]
+    return [gpu_day.Part(name, 1, f"tests.helpers.dayparts:{name}") for name in names]
 
 
 def ran(folder: Path, *names: str, seconds: float = 60) -> gpu_day.Findings:

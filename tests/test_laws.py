@@ -1,19 +1,216 @@
-"""The laws, whatever the data, world, window, engine and workers: both loaders against one plain reading of the same order."""
+"""The laws of docs/laws.md: each on every kind of loader; and on any data and world against one plain reading."""
 
 from __future__ import annotations
 
 import json
 import tempfile
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_records, write
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dali_pipeline as dp
+from tests.helpers.records import make_records, write
+from tests.laws import LAWS, LOOPS, REFUSALS, Case
+
+Worlds = tuple[tuple[dict[str, Any], tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sets:
+    """What is read: the usual set, one with other contents, one of few positives, and a short and a long one."""
+
+    usual: dp.Dataset
+    other: dp.Dataset
+    skewed: dp.Dataset
+    short_and_long: tuple[dp.Dataset, dp.Dataset]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A kind of loader.
+
+    of: The data that it reads, made from a set and the other one. case: what a Case must be told of it. only: numbers of the
+    laws that it is held to, where another kind is held to all; `loops` are those that no law speaks of.
+    """
+
+    loader: Any = dp.SequenceLoader
+    options: dict[str, Any]
+    of: Callable[[dp.Dataset, dp.Dataset], dp.Dataset] = lambda data, other: data
+    base: Callable[[Sets], dp.Dataset] = lambda sets: sets.usual
+    case: dict[str, Any] = field(default_factory=dict)
+    only: tuple[str, ...] = (*(name[:2] for name in LAWS), "loops")
+    slow: bool = False
+
+
+def sequences(**options: Any) -> Asked:
+    changes = [{"num_workers": 0}, {"num_workers": 3}, {"engine": "torch"}, {"engine": "dali"}]
+    window_bytes = options.get("window_bytes", 1)
+    worlds: Worlds = (({}, (1, 2, 3, 16)), ({"batch_size": 4, "num_partitions": 4, "window_bytes": window_bytes}, (1, 2, 4)))
+    case = {"changes": changes, "worlds": worlds, "stays": ({}, {"dtype": torch.float16})}
+    return Asked(options={"batch_size": 16, "window_bytes": 6000, **options}, case=case)
+
+
+def graphs(*, slow: bool = False, **options: Any) -> Asked:
+    changes = [{"num_workers": 0}, {"num_workers": 1}, {"num_workers": 2}, {"num_workers": "auto"}]
+    worlds: Worlds = (({}, (1, 2, 3)), ({"batch_size": 4, "num_partitions": 4, "window_bytes": 1}, (2,)))
+    case = {"changes": changes, "worlds": worlds, "steps": lambda count: (1, count - 1, count), "processes": slow}
+    only = tuple(name for name in Asked.only if name != "08" or not slow)  # memory of other processes
+    return Asked(
+        loader=dp.GraphLoader, options={"batch_size": 16, "window_bytes": 6000, **options}, case=case, slow=slow, only=only
+    )
+
+
+def budget(*, slow: bool = False, **options: Any) -> Asked:
+    """A record of the sets has up to 4 graphs of up to a dozen nodes."""
+    case = {
+        "changes": [{"num_workers": 0}, {"num_workers": 1}, {"num_workers": "auto"}],
+        "worlds": (({}, (1, 3)), ({"num_partitions": 2}, (1, 2, 4)), ({"num_partitions": 4}, (2, 8))),
+        "steps": lambda count: (1, count - 2),
+        "refusals": [
+            ({"max_nodes": 80}, "max_nodes 80; this loader has 60"),
+            ({"max_edges": None}, "max_edges None; this loader has 70"),
+            ({"seed": 3}, "seed 3"),
+            ({"num_partitions": 2}, "partitions 2"),
+        ],
+        "budget": True,
+        "processes": slow,
+    }
+    usual = {"max_nodes": 60, "max_edges": 70, "window_bytes": 6000}
+    only = tuple(name for name in Asked.only if name != "08" or not slow)
+    return Asked(loader=dp.GraphLoader, options={**usual, **options}, case=case, slow=slow, only=only)
+
+
+def mixed(data: dp.Dataset, other: dp.Dataset) -> dp.Dataset:
+    alike = other.manifest.schema == data.manifest.schema
+    return dp.mix([data, other], weights=[0.6, 0.4]) if alike else dp.mix([data], weights=[1])
+
+
+def made_of_others(name: str, *, whole: str) -> dict[str, Asked]:
+    """Mixes, balance and folds, read by a loader of this name; those named in `whole` are held to all laws."""
+    loader: dict[str, Any] = {"loader": dp.GraphLoader if name == "graphs" else dp.SequenceLoader}
+    options: dict[str, Any] = {"batch_size": 8} | ({} if name == "graphs" else {"engine": name})
+    folds: Worlds = (({}, (1, 2, 3)), ({"batch_size": 4, "num_partitions": 2}, (2,)))
+    weights = [{"class_balanced": False, **weights} for weights in ({}, {"group_weights": {"g3": 2.0}})]
+    refusals = [(change, words) for change, words in REFUSALS if "split" not in change]  # there is one split
+    refusals += [(change, "data set digest") for change in weights]
+    return {
+        f"mix, {name}": Asked(
+            **loader,
+            options=options,
+            of=mixed,
+            case={"steps": lambda count: (1, 5), "parts": (lambda one: one[:5], {"other": 44, "recor": 218})},
+            only=Asked.only if "mix" in whole else ("03", "05", "13", "loops"),
+        ),
+        f"balance, {name}": Asked(
+            **loader,
+            options={"class_balanced": True, "window_bytes": 3000, **options},
+            base=lambda sets: sets.skewed,
+            case={
+                "steps": lambda count: (1, 7),
+                "refusals": refusals,
+                "pieces": True,
+                "parts": (lambda one: str(int(one[1:]) % 10 == 0), {"True": 20, "False": 180}),
+            },
+            only=Asked.only if "balance" in whole else ("03", "05", "13"),
+        ),
+        f"fold, {name}": Asked(
+            **loader,
+            options={"window_bytes": 4000, **options},
+            of=lambda data, other: data.folds(4, seed=3)[1],
+            case={"steps": lambda count: (2,), "worlds": folds, "pieces": True},
+            only=Asked.only if "fold" in whole else ("01", "02", "05", "06", "12"),
+        ),
+    }
+
+
+FEW = ("04", "06", "12", "loops")
+KINDS: dict[str, Asked] = {
+    "dali": sequences(engine="dali"),
+    "dali, no thread": replace(sequences(engine="dali", num_workers=0), only=FEW),
+    "torch": sequences(engine="torch"),
+    "torch, threads": replace(sequences(engine="torch", num_workers=3), only=FEW),
+    "bucket_by_length": sequences(engine="torch", bucket_by_length=True, window_bytes=10**6),
+    "graphs": graphs(),
+    "graphs, no thread": graphs(num_workers=0),
+    "graphs, processes": graphs(num_workers=2, slow=True),
+    "budget": budget(num_workers=0),
+    "budget, processes": budget(num_workers=2, slow=True),
+    **made_of_others("dali", whole=""),
+    **made_of_others("torch", whole="balance"),
+    **made_of_others("graphs", whole="mix, fold"),
+}
+
+
+@pytest.fixture(scope="module")
+def sets(data: dp.Dataset, tmp_path_factory: pytest.TempPathFactory) -> Sets:
+    root = tmp_path_factory.mktemp("sets")
+    others = [
+        dp.Record(id=f"other-{one.id}", group=f"other-{one.group}", label=one.label, sequence=one.sequence, graphs=one.graphs)
+        for one in make_records(60, seed=9)
+    ]
+    skewed = [
+        dp.Record(id=f"r{at}", group=f"g{at // 2}", label=int(at % 10 == 0), sequence=one.sequence, graphs=one.graphs)
+        for at, one in enumerate(make_records(200))
+    ]
+    return Sets(
+        usual=data,
+        other=write(root / "other", others),
+        skewed=write(root / "skewed", skewed, shares="100/0/0"),
+        short_and_long=(
+            write(root / "short", make_records(200), shares="100/0/0"),
+            write(root / "long", make_records(800), shares="100/0/0"),
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def cases() -> dict[str, Case]:
+    """Kept for all laws, as several look at the same epochs."""
+    return {}
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest, cases: dict[str, Case], sets: Sets, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    asked = KINDS[request.param]
+    if request.param in cases:
+        return cases[request.param]
+
+    def make(**options: Any) -> Any:
+        chosen = {**asked.options, **options}
+        return asked.loader(asked.of(chosen.pop("data", asked.base(sets)), sets.other), **chosen)
+
+    kind: Any = "graphs" if asked.loader is dp.GraphLoader else "sequences"
+    folder = tmp_path_factory.mktemp("case")
+    short, long = sets.short_and_long
+    cases[request.param] = Case(make=make, kind=kind, folder=folder, other=short, short_and_long=(short, long), **asked.case)
+    return cases[request.param]
+
+
+def pairs(functions: dict[str, Any]) -> list[Any]:
+    """Every kind with each of these that it is held to; the name of a law begins with its number."""
+    return [
+        pytest.param(kind, function, id=f"{name}-{kind}", marks=[pytest.mark.slow] if asked.slow else [])
+        for kind, asked in KINDS.items()
+        for name, function in functions.items()
+        if name[:2] in asked.only or ("loops" in asked.only and function in LOOPS)
+    ]
+
+
+@pytest.mark.parametrize(("case", "law"), pairs(LAWS), indirect=["case"])
+def test_law(case: Case, law: Callable[[Case], None]) -> None:
+    law(case)
+
+
+@pytest.mark.parametrize(("case", "loop"), pairs({one.__name__: one for one in LOOPS}), indirect=["case"])
+def test_loop(case: Case, loop: Callable[[Case], None]) -> None:
+    loop(case)
 
 
 def make(data: dp.Dataset, kind: str, num_workers: int, **options: Any) -> Any:

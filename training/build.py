@@ -73,7 +73,7 @@ def forward(model: nn.Module, batch: Batch, noise_key: int | None = None) -> Out
     elif noise_key is None:
         output = model(batch.graphs, batch.graphs_per_record, batch.last_node)
     else:
-        keys_B = to_device(mix(mix(batch.positions) + noise_key), batch.labels.device)
+        keys_B = to_device(mix(mix(batch.positions) + noise_key), batch.valid.device)
         output = model(batch.graphs, batch.graphs_per_record, batch.last_node, keys_B)
     return output
 

@@ -90,7 +90,7 @@ def write_layers(path: Path, found: LayerScores) -> None:
 def _layer(data: Dataset, split: str, step: int, seed: int) -> tuple[Floats, Floats, Floats]:
     """One step of a split's sequences, (N, F) float32, with labels and positions, (N,); MOST_RECORDS or so at most."""
     whole: dict[str, Any] = {"rank": 0, "world_size": 1, "engine": "torch", "device": "cpu"}
-    loader = SequenceLoader(data, split, batch_size=256, seed=seed, layers=[step], **whole)
+    loader = SequenceLoader(data, split, batch_size=256, seed=seed, steps=[step], **whole)
     parts, count = [], 0
     for batch in loader:
         parts.append((batch.sequences[batch.valid].flatten(1), batch.labels[batch.valid], batch.positions[batch.valid]))

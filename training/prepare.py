@@ -120,6 +120,8 @@ def check_labels(data: Dataset, models: Iterable[str]) -> None:
 
 def check_classes(data: Dataset) -> None:
     """Raises DataError for labels that are no classes, as a detector has an output for every number up to the highest."""
+    if data.schema.labels.kind != "class":
+        raise DataError(f"{data.root} has labels of kind {data.schema.labels.kind!r}; a detector needs one class per record")
     if data.num_classes > MOST_CLASSES:
         raise DataError(
             f"{data.root} has the label {data.num_classes - 1}, and a detector has an output for every number up to it; "

@@ -1,1 +1,1 @@
-"""The command line, `python -m dali_pipeline COMMAND`. Heavy imports wait until a command needs them."""
+"""The command line, `python -m dali_pipeline COMMAND`. Heavy modules are imported only when a command needs them."""

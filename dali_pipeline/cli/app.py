@@ -1,4 +1,4 @@
-"""The command line: `python -m dali_pipeline convert|verify|inspect|extract|doctor|versions`. Heavy imports wait."""
+"""The command line: `python -m dali_pipeline convert|verify|inspect|extract|doctor|versions`; imports heavy modules late."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dali_pipeline.writing.split import SplitRule
 
 
 def new_app(**options: Any) -> typer.Typer:
-    """A command line as all of ours are: -h as well as --help, in plain text, not folded to a terminal's width where piped."""
+    """Return a command line with -h and --help in plain text, which is not wrapped if it is piped."""
     context = {"help_option_names": ["-h", "--help"]} | (
         {} if sys.stdout and sys.stdout.isatty() else {"terminal_width": 10_000}
     )
@@ -35,12 +35,20 @@ def new_app(**options: Any) -> typer.Typer:
 
 app = new_app(help="Streams sequences and graphs from data sets far larger than memory.", no_args_is_help=True)
 
-SplitOption = Annotated[str, typer.Option("--split", metavar="TRAIN/VAL/TEST", help="Shares in per cent, dealt by group.")]
-SplitSeed = Annotated[int, typer.Option("--split-seed", help="Another seed, another split.")]
-EngineOption = Annotated[
-    str, typer.Option(metavar="local|ray", help="ray: on a cluster, RAY_ADDRESS or this machine's; all nodes see the folders.")
+SplitOption = Annotated[
+    str, typer.Option("--split", metavar="TRAIN/VAL/TEST", help="Shares of the splits in per cent; groups stay whole.")
 ]
-ShardSize = Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="Bytes a shard at most, such as 64MiB or 4KiB.")]
+SplitSeed = Annotated[int, typer.Option("--split-seed", help="Seed of the random assignment to splits.")]
+EngineOption = Annotated[
+    str,
+    typer.Option(
+        metavar="local|ray",
+        help="Where to run: local, or a Ray cluster (at RAY_ADDRESS, or on this machine) whose nodes all see the folders.",
+    ),
+]
+ShardSize = Annotated[
+    str, typer.Option("--shard-size", metavar="SIZE", help="Maximum size of a shard, for example 64MiB or 4KiB.")
+]
 
 
 @app.command("convert")
@@ -51,45 +59,62 @@ def convert_command(
         str | None,
         typer.Option(
             metavar="TRAIN/VAL/TEST",
-            help="Shares in per cent, dealt by group. [default: SRC's own, by files' names or as a data set, else 70/15/15]",
+            help="Shares of the splits in per cent. [default: the splits of SRC if it has any, otherwise 70/15/15]",
             show_default=False,
         ),
     ] = None,
     split_seed: Annotated[
-        int | None, typer.Option(help="Another seed, another split. [default: 0]", show_default=False)
+        int | None, typer.Option(help="Seed of the random assignment to splits. [default: 0]", show_default=False)
     ] = None,
-    split_by: Annotated[str, typer.Option(metavar="group|file", help="Deal each group, or whole files.")] = "group",
+    split_by: Annotated[
+        str,
+        typer.Option(metavar="group|file", help="Unit that is assigned to a split as a whole: a group of records, or a file."),
+    ] = "group",
     shard_size: ShardSize = "256MiB",
     dtype: Annotated[
-        str | None, typer.Option(metavar="TYPE", help="float16, bfloat16, float32, int8, or by field. [default: as they come]")
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="Stored type: float16, bfloat16, float32 or int8; or one per field, FIELD=TYPE,… [default: the type in SRC]",
+        ),
     ] = None,
     by_layer: Annotated[
         bool | None,
-        typer.Option("--by-layer/--by-record", help="Store sequences layer by layer, if few are read. [default: as SRC does]"),
+        typer.Option(
+            "--by-layer/--by-record",
+            help="Store sequences layer by layer (faster if few layers are read) or record by record. [default: as in SRC]",
+        ),
     ] = None,
     layers: Annotated[
         str | None,
         typer.Option(
-            metavar="LIST", help="Layers (0: embeddings, l: block l), or steps, to keep: 12:20 or 8,16. [default: all]"
+            metavar="LIST",
+            help="Layers (0: embeddings, l: block l) or time steps to keep, for example 12:20 or 8,16. [default: all]",
         ),
     ] = None,
-    num_workers: Annotated[str, typer.Option(metavar="auto|N", help="Processes, without Ray; auto is one a core.")] = "auto",
+    num_workers: Annotated[
+        str, typer.Option(metavar="auto|N", help="Number of processes with --engine local; auto is one per core.")
+    ] = "auto",
     engine: EngineOption = "local",
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out a file that cannot be taken in, and say so.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out every file that cannot be converted, and print why.")
+    ] = False,
     scores: Annotated[
-        Path | None, typer.Option(metavar="FILE.csv", help="For .pkl traces: scores by question_id, which become labels.")
+        Path | None, typer.Option(metavar="FILE.csv", help="Scores by question_id, from which .pkl traces get their labels.")
     ] = None,
     score_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Column of scores. [default: the only one]", show_default=False)
+        str | None, typer.Option(metavar="NAME", help="Column of --scores to use. [default: the only one]", show_default=False)
     ] = None,
-    score_threshold: Annotated[float, typer.Option(help="Label 1 where the score is below.")] = 0.5,
-    attn_threshold: Annotated[float, typer.Option(help="For .pkl traces: mean attention above which an edge runs.")] = 0.01,
+    score_threshold: Annotated[float, typer.Option(help="Scores below this value get label 1.")] = 0.5,
+    attn_threshold: Annotated[
+        float, typer.Option(help="Mean attention above which two tokens of a .pkl trace get an edge.")
+    ] = 0.01,
 ) -> None:
-    """Turn somebody's files into a data set, once. Stopped, the same command goes on where it was.
+    """Convert files to a data set. If it is stopped, the same command continues where it stopped.
 
     \b
-    Taken in: lstm_solo/*.pt and gnn/*.pt; traces in *.pkl or *.pkl.gz; *.npz; *.parquet, *.arrow and Hugging Face folders.
-    docs/migrate.md has the layouts.
+    Inputs: lstm_solo/*.pt and gnn/*.pt; traces in *.pkl or *.pkl.gz; *.npz; *.parquet, *.arrow and Hugging Face folders.
+    docs/migrate.md describes the layouts.
     Examples:
       python -m dali_pipeline convert preprocessed_data data/traces --split 80/10/10
       python -m dali_pipeline convert raw_traces data/traces --scores scores.csv --score-column bleurt
@@ -138,12 +163,12 @@ def convert_command(
 @app.command("verify")
 def verify_command(
     dst: SetArgument,
-    quick: Annotated[bool, typer.Option("--quick", help="Structure alone: headers, offsets, names, labels.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Check only the structure: headers, offsets, names, labels.")] = False,
 ) -> None:
-    """Check every byte of a data set. Exits 0 where it is sound, 1 where it is not, 2 where there is none.
+    """Check every byte of a data set. Exits 0 if it is sound, 1 if it is damaged, 2 if there is no data set.
 
     \b
-    Each damage is one line: the file, the field, what is wrong.
+    Prints one line per damage: the file, the field, what is wrong.
     Examples:
       python -m dali_pipeline verify data/traces
       python -m dali_pipeline verify s3://bucket/traces --quick
@@ -160,32 +185,48 @@ def verify_command(
 @app.command("extract")
 def extract_command(
     out: Annotated[Path, typer.Argument(help="Folder of the data set, new or unfinished.", show_default=False)],
-    model: Annotated[str, typer.Option(metavar="PATH_OR_NAME", help="A causal Hugging Face model.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH_OR_NAME", help="Causal Hugging Face model: a folder, or a name on the Hub.", show_default=False
+        ),
+    ],
     prompts: Annotated[
-        Path, typer.Option(metavar="FILE.csv", help="Columns prompt and label; perhaps id and group.", show_default=False)
+        Path,
+        typer.Option(
+            metavar="FILE.csv", help="Table with the columns prompt and label, and optionally id and group.", show_default=False
+        ),
     ],
     layers: Annotated[
-        str, typer.Option(metavar="LIST", help="Hidden states of the sequences: all, a list 8,16,24, or a range 8:25.")
+        str,
+        typer.Option(metavar="LIST", help="Layers whose hidden states become sequences: all, a list 8,16,24, or a range 8:25."),
     ] = "all",
     graph_layers: Annotated[
-        str, typer.Option(metavar="LIST", help="Layers that become graphs: all that have attention, none, or as --layers.")
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="Layers whose attention becomes graphs: all (that have attention), none, a list 8,16,24, or a range 8:25.",
+        ),
     ] = "all",
-    attention_threshold: Annotated[float, typer.Option(help="Mean attention over heads above which an edge runs.")] = 0.01,
+    attention_threshold: Annotated[
+        float, typer.Option(help="Mean attention over heads above which two tokens get an edge.")
+    ] = 0.01,
     dtype: Annotated[str, typer.Option(metavar="TYPE", help="Stored type: float16 or float32.")] = "float16",
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of a forward pass, padding counted.")] = 1024,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    batch_tokens: Annotated[int, typer.Option(help="Maximum number of tokens per forward pass, with padding.")] = 1024,
+    device: Annotated[str, typer.Option(help="Device of the model: auto, cpu, cuda or cuda:N.")] = "auto",
     truncate: Annotated[
-        bool, typer.Option("--truncate", help="Cut prompts that the model has no positions for; their ends are kept.")
+        bool,
+        typer.Option("--truncate", help="Cut prompts longer than the model's context at their start, instead of stopping."),
     ] = False,
     engine: EngineOption = "local",
     split: SplitOption = "70/15/15",
     split_seed: SplitSeed = 0,
     shard_size: ShardSize = "256MiB",
 ) -> None:
-    """Run prompts through a language model and keep its traces. Stopped, the same command goes on where it was.
+    """Run prompts through a language model and store its traces. If it is stopped, the same command continues where it stopped.
 
     \b
-    Layers are counted as transformers does: 0 is the embeddings, l the output of block l.
+    Layers are numbered as in transformers: 0 is the embeddings, l is the output of block l.
     Examples:
       python -m dali_pipeline extract --model ./SmolLM2-135M --prompts questions.csv data/traces
       python -m dali_pipeline extract --model ./SmolLM2-135M --prompts questions.csv data/traces --graph-layers 8,16,24
@@ -218,7 +259,7 @@ app.command("doctor")(doctor_command)
 
 @app.command("predict", hidden=True, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 def predict_command() -> None:
-    """Say where it went."""
+    """Refuse, and name the script that replaced this command."""
     raise UsageError("predict is a script of its own, beside train.py: python predict.py --checkpoint FILE.pt --data SET")
 
 
@@ -227,7 +268,7 @@ app.command("versions")(versions_command)
 
 @contextmanager
 def _going_on() -> Iterator[None]:
-    """Says, where Ctrl-C or SIGTERM ends a job, that it need not begin anew."""
+    """Print, if Ctrl-C or SIGTERM ends the block, that the same command continues the job."""
     try:
         yield
     except (KeyboardInterrupt, Terminated) as stop:
@@ -236,10 +277,10 @@ def _going_on() -> Iterator[None]:
 
 
 def run(application: typer.Typer, name: str) -> int:
-    """Runs a command line and returns its exit code.
+    """Run a command line and return its exit code.
 
-    2 for what the user can mend, standard output too, with one sentence on standard error; 130 for Ctrl-C; 143 for SIGTERM; 141
-    where the reader of a pipe went.
+    The code is 2, with one sentence on standard error, for errors that the user can correct and for a standard output that
+    cannot be written; 130 for Ctrl-C; 143 for SIGTERM; 141 if the reader of a pipe is gone.
     """
     try:
         check_outside()
@@ -251,12 +292,12 @@ def run(application: typer.Typer, name: str) -> int:
             return code if isinstance(code, int) else 0
     except typer.TyperException as error:
         message = error.format_message()
-        say(message if "\n" in message else f"{name}: {message}")  # several lines: no command, so the help
+        say(message if "\n" in message else f"{name}: {message}")  # the help, which has several lines, if no command is given
     except PipelineError as error:
         say(f"{name}: {error}")
-    except UnicodeEncodeError as error:  # a path, as all other texts were checked
+    except UnicodeEncodeError as error:  # a path, because all other texts were checked
         say(f"{name}: {error.object!r} cannot be written in {error.encoding} ({error.reason}); expected a path in UTF-8")
-    except BrokenPipeError:  # as `head` leaves one; what is still to be flushed goes nowhere
+    except BrokenPipeError:  # for example `head`; the rest of the output is dropped
         drained(sys.stdout)
         return 128 + signal.SIGPIPE
     except OSError as error:
@@ -271,6 +312,6 @@ def run(application: typer.Typer, name: str) -> int:
 
 
 def main() -> None:
-    """The entry point."""
+    """Run the command line."""
     wait_passively()
     sys.exit(run(app, "dali_pipeline"))

@@ -1,4 +1,4 @@
-"""What people write on a command line, as numbers; and the options that several commands have."""
+"""Parse numbers from the command line, and define the options that several commands share."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ import typer
 
 from dali_pipeline.errors import UsageError
 
-CACHE_DIR = "Of what is read of a URL. [default: dali_pipeline in the user's cache folder]"
-CACHE_BYTES = "That it takes at most. [default: 32GiB]"
+CACHE_DIR = "Directory for cached remote blocks. [default: dali_pipeline in the user's cache folder]"
+CACHE_BYTES = "Maximum size of the cache. [default: 32GiB]"
 SetArgument = Annotated[str, typer.Argument(help="Folder or URL of a data set.", show_default=False)]
 CacheDir = Annotated[Path | None, typer.Option("--cache-dir", metavar="FOLDER", help=CACHE_DIR, show_default=False)]
 CacheBytes = Annotated[str | None, typer.Option("--cache-bytes", metavar="SIZE", help=CACHE_BYTES, show_default=False)]
 
 
 def parse_size(text: str) -> int:
-    """`4KiB`, `256MiB`, `1GB`, `4096`: bytes. KiB is 1024, KB is 1000."""
+    """Return the bytes that a text such as `4KiB`, `256MiB`, `1GB` or `4096` says; KiB is 1024, KB is 1000."""
     units = {"": 1} | {
         f"{prefix}{unit}": base**power for unit, base in (("iB", 1024), ("B", 1000)) for power, prefix in enumerate("KMGT", 1)
     }
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if found is None or found.group(2) not in units or not 1 <= float(found.group(1)) * units[found.group(2)] < 2**60:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if match is None or match.group(2) not in units or not 1 <= float(match.group(1)) * units[match.group(2)] < 2**60:
         raise UsageError(f"size is {text!r}; expected a number of bytes such as 4KiB, 256MiB or 1GB")
-    return int(float(found.group(1)) * units[found.group(2)])
+    return int(float(match.group(1)) * units[match.group(2)])
 
 
 def parse_cache_bytes(text: str | None) -> int | None:
-    """As `parse_size`; None is what `open_dataset` takes by default."""
+    """Parse a size like `parse_size`; None stands for the default of `open_dataset`."""
     return None if text is None else parse_size(text)
 
 
 def parse_sizes(text: str | None) -> list[int]:
-    """`64MiB,1GiB`: sizes as `parse_size` takes them; None is none."""
-    return [] if text is None else [parse_size(one) for one in text.split(",")]
+    """Parse sizes such as `64MiB,1GiB`; None is an empty list."""
+    return [] if text is None else [parse_size(size) for size in text.split(",")]
 
 
 def parse_blocks(text: str) -> tuple[int, ...] | None:
-    """`all` is None, `none` is (), `8,16,24` and `8:25` are what they say."""
+    """Parse numbers of layers: `all` is None, `none` is (), `8,16,24` is a list and `8:25` a range."""
     if text in ("all", "none"):
         return None if text == "all" else ()
     try:
@@ -52,7 +52,7 @@ def parse_blocks(text: str) -> tuple[int, ...] | None:
 
 
 def parse_num_workers(text: str) -> int | Literal["auto"]:
-    """`auto`, or a whole number."""
+    """Parse `auto` or a whole number."""
     if text == "auto":
         return "auto"
     if not (text.isascii() and text.isdigit()):

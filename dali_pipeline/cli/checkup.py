@@ -1,4 +1,4 @@
-"""checkup: the command `doctor`, what it prints and draws of an examination."""
+"""The command `doctor`: examine a loader, and print or draw the result."""
 
 from __future__ import annotations
 
@@ -39,33 +39,38 @@ ADVICE = {
 def doctor_command(
     data: SetArgument,
     records: Annotated[
-        Literal["sequences", "graphs"] | None, typer.Option(help="What to load. [default: sequences, or graphs without]")
+        Literal["sequences", "graphs"] | None,
+        typer.Option(help="Kind of record to load. [default: sequences if there are any, otherwise graphs]"),
     ] = None,
     step: Annotated[
         str | None,
         typer.Option(
             metavar="MODULE:FUNCTION",
-            help="FUNCTION(loader) returns what takes a step on a batch. [default: no model]",
+            help="FUNCTION(loader) returns a callable that takes one training step on a batch. [default: no model]",
             show_default=False,
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Records a step.")] = 32,
-    num_workers: Annotated[str, typer.Option(metavar="auto|N", help="Background threads, or processes of graphs.")] = "auto",
-    engine: Annotated[Literal["dali", "torch"], typer.Option(help="For sequences.")] = "dali",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    seconds: Annotated[float, typer.Option(min=0.01, help="For each stage.")] = 3.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the stages.", show_default=False)] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Records per batch.")] = 32,
+    num_workers: Annotated[
+        str, typer.Option(metavar="auto|N", help="Background threads for sequences, or processes for graphs.")
+    ] = "auto",
+    engine: Annotated[Literal["dali", "torch"], typer.Option(help="Engine of the SequenceLoader.")] = "dali",
+    device: Annotated[str, typer.Option(help="Device of the batches: auto, cpu, cuda or cuda:N.")] = "auto",
+    seconds: Annotated[float, typer.Option(min=0.01, help="Measuring time per stage, in seconds.")] = 3.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Also draw the stages to this PNG file.", show_default=False)
+    ] = None,
     cache_dir: CacheDir = None,
     cache_bytes: CacheBytes = None,
 ) -> None:
-    """Tell how fast a loader is, by which stage, and what to change; with a model's step, whether training waits for data.
+    """Measure which stage limits a loader, and say what to change; with --step, also whether training waits for data.
 
     \b
-    Measures every stage alone (disk or store, page cache, gather, decode, collate, copy to the GPU, the step on one batch again
-    and again) and all of them together, predicts what changes would bring, and tries the best of those that need no conversion
-    and no other machine. Takes under a minute. Exits 0 (fed, or no step given), 1 (input-bound) or 2 (cannot run).
-    train.py --doctor does the same for its detectors, with a training's own flags.
+    Measures every stage alone (disk or store, page cache, gather, decode, collate, copy to the GPU, training step on one
+    repeated batch) and all stages together. Predicts the gain of every change, and tries the best change that needs neither a
+    conversion nor another machine. Takes under a minute. Exits 0 (fed, or no step given), 1 (input-bound) or 2 (cannot run).
+    train.py --doctor does the same for its detectors, with the flags of a training.
     Examples:
       python -m dali_pipeline doctor data/sciq
       python -m dali_pipeline doctor data/traces --step mymodel:make_step --batch-size 64 --json
@@ -87,23 +92,23 @@ def doctor_command(
 
 
 def named_function(text: str) -> Callable[[Any], Any]:
-    """Import what `MODULE:FUNCTION` names, from the working folder too. Raises UsageError for what is not there."""
+    """Import the function that `MODULE:FUNCTION` names, also from the working folder; raise UsageError if that fails."""
     module, _, name = text.partition(":")
     if not module or not name:
         raise UsageError(f"step is {text!r}; expected MODULE:FUNCTION, such as mymodel:make_step")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        found = getattr(importlib.import_module(module), name)
+        function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UsageError(
             f"step is {text!r}, which cannot be had ({error}); expected a function of a module on the path"
         ) from None
     finally:
         sys.path.pop(0)
-    if not callable(found):
+    if not callable(function):
         raise UsageError(f"step is {text!r}, which is no function; expected one that takes a loader")
-    function: Callable[[Any], Any] = found
-    return function
+    named: Callable[[Any], Any] = function
+    return named
 
 
 def check_up(
@@ -116,7 +121,7 @@ def check_up(
     as_json: bool,
     plot: Path | None,
 ) -> int:
-    """Examine, print or draw what was found, and return the exit code. model: what the step is called."""
+    """Examine a loader, print or draw the result, and return the exit code. model: name of the step."""
     from dali_pipeline.tools.doctor import examine
 
     with progress_bar() as bar:
@@ -126,62 +131,64 @@ def check_up(
             bar.update(task, advance=1, description=stage)
 
         try:
-            found = examine(data, kind, setup, make_step, tell, seconds)
-        except (ValueError, RuntimeError, TypeError, OSError) as error:  # exit 2, for 1 says input-bound
+            report = examine(data, kind, setup, make_step, tell, seconds)
+        except (ValueError, RuntimeError, TypeError, OSError) as error:  # exit code 2, because 1 means input-bound
             if isinstance(error, PipelineError):
                 raise
             raise PipelineError(f"{data.root}: {model} cannot be trained on it ({type(error).__name__}: {error})") from error
-    advice = ADVICE[found["narrowest"]]
-    if found["verdict"] == "input-bound" and found["narrowest"] == "model":
+    advice = ADVICE[report["narrowest"]]
+    if report["verdict"] == "input-bound" and report["narrowest"] == "model":
         advice = "reading while the model computes (`num_workers=1`), as one waits for the other"
-    found |= {"model": model, "batch_size": setup.batch_size, "advice": advice}
+    report |= {"model": model, "batch_size": setup.batch_size, "advice": advice}
     if plot is not None:
-        draw_stages(found, plot)
+        draw_stages(report, plot)
     if as_json:
-        typer.echo(json.dumps(found))
+        typer.echo(json.dumps(report))
     else:
-        print_checkup(found)
-    return 1 if found["verdict"] == "input-bound" else 0
+        print_checkup(report)
+    return 1 if report["verdict"] == "input-bound" else 0
 
 
-def print_checkup(found: dict[str, Any]) -> None:
-    """As text; piped output is never folded."""
-    console, machine, together = plain_console(), found["machine"], found["together"]
+def print_checkup(report: dict[str, Any]) -> None:
+    """Print the result as text; piped output is never wrapped."""
+    console, machine, together = plain_console(), report["machine"], report["together"]
     where = ", ".join(machine["gpus"]) or "no GPU"
     console.print(
-        f"{found['root']}: {found['records']} of {found['bytes_per_record']:,.0f} bytes, batches of {found['batch_size']}, "
-        f"{found['model']} on {machine['cores']:g} cores and {where}"
+        f"{report['root']}: {report['records']} of {report['bytes_per_record']:,.0f} bytes, batches of {report['batch_size']}, "
+        f"{report['model']} on {machine['cores']:g} cores and {where}"
     )
     table = Table("stage", "records/s", "GB/s", "", box=box.SIMPLE_HEAD)
-    slowest = found["stages"][found["narrowest"]]["records_per_second"]
-    for name, one in found["stages"].items():
+    slowest = report["stages"][report["narrowest"]]["records_per_second"]
+    for name, facts in report["stages"].items():
         fits = "the cache holds the data" if name == "store" else "the data fit in memory"
-        told = "narrowest" if name == found["narrowest"] else "" if one["counted"] else f"not counted: {fits}"
-        bar = "█" * max(1, min(40, round(4 * one["records_per_second"] / slowest)))
-        rate, speed = f"{one['records_per_second']:,.0f}", f"{one['bytes_per_second'] / 1e9:.2f}"
-        table.add_row(name, rate, speed, f"{bar} {told}")
+        note = "" if facts["counted"] else f"not counted: {fits}"
+        if name == report["narrowest"]:
+            note = "narrowest"
+        bar = "█" * max(1, min(40, round(4 * facts["records_per_second"] / slowest)))
+        rate, speed = f"{facts['records_per_second']:,.0f}", f"{facts['bytes_per_second'] / 1e9:.2f}"
+        table.add_row(name, rate, speed, f"{bar} {note}")
     console.print(table)
     rate = f"all together {together['records_per_second']:,.0f} records/s"
-    if "model" not in found["stages"]:
+    if "model" not in report["stages"]:
         console.print(f"{rate}; --step, or train.py --doctor, holds that against a model")
     else:
-        console.print(f"{found['verdict']}: {rate}, {together['wait_share']:.0%} of the time waits for data")
-    console.print(f"the narrowest stage is {found['narrowest']}; what helps: {found['advice']}")
+        console.print(f"{report['verdict']}: {rate}, {together['wait_share']:.0%} of the time waits for data")
+    console.print(f"the narrowest stage is {report['narrowest']}; what helps: {report['advice']}")
     table = Table("change", "records/s predicted", "", "measured", box=box.SIMPLE_HEAD)
-    for name, one in sorted(found["knobs"].items(), key=lambda item: -item[1]["predicted"]):
-        gain = one["predicted"] / together["records_per_second"] - 1
-        measured = "" if one["measured"] is None else f"{one['measured']:,.0f}"
-        table.add_row(name, f"{one['predicted']:,.0f}", f"{gain:+.0%}", measured)
+    for name, facts in sorted(report["knobs"].items(), key=lambda item: -item[1]["predicted"]):
+        gain = facts["predicted"] / together["records_per_second"] - 1
+        measured = "" if facts["measured"] is None else f"{facts['measured']:,.0f}"
+        table.add_row(name, f"{facts['predicted']:,.0f}", f"{gain:+.0%}", measured)
     console.print(table)
-    if found["next"] is None:
+    if report["next"] is None:
         console.print("no change of options promises a tenth more, so none was tried")
     console.print(machine_line(machine))
-    for warning in found["warnings"]:
+    for warning in report["warnings"]:
         console.print(f"warning: {warning}")
 
 
 def machine_line(machine: dict[str, Any]) -> str:
-    """Its facts."""
+    """Return the facts about a machine in one line."""
     shared = machine["shared_memory"]
     facts = [
         f"{machine['memory_available'] / 1e9:.1f} of {machine['memory'] / 1e9:.1f} GB of memory to be had",
@@ -195,35 +202,35 @@ def machine_line(machine: dict[str, Any]) -> str:
     return f"machine: {', '.join(facts)}"
 
 
-def draw_stages(found: dict[str, Any], path: Path) -> None:
-    """Records a second of every stage, all together as a line; and what changes promise, the one tried as measured."""
+def draw_stages(report: dict[str, Any], path: Path) -> None:
+    """Draw the records per second of every stage, of all together, and of each change as predicted and as measured."""
     from matplotlib.figure import Figure
 
     from dali_pipeline.tools.picture import COLOURS, entitle, save
 
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     stages, knobs = figure.subplots(1, 2)
-    together = found["together"]["records_per_second"]
-    names = list(found["stages"])[::-1]
+    together = report["together"]["records_per_second"]
+    names = list(report["stages"])[::-1]
     for name in names:
-        one = found["stages"][name]
-        colour = COLOURS[1] if name == found["narrowest"] else COLOURS[2] if one["counted"] else COLOURS[3]
-        stages.barh(name if one["counted"] else f"{name}\n(not counted)", one["records_per_second"], color=colour)
-    lowest = min(one["records_per_second"] for one in found["stages"].values())
+        facts = report["stages"][name]
+        colour = COLOURS[1] if name == report["narrowest"] else COLOURS[2] if facts["counted"] else COLOURS[3]
+        stages.barh(name if facts["counted"] else f"{name}\n(not counted)", facts["records_per_second"], color=colour)
+    lowest = min(facts["records_per_second"] for facts in report["stages"].values())
     stages.set(xscale="log", xlabel="records a second, log scale", title="each stage alone", xlim=(lowest / 4, None))
-    told = sorted(found["knobs"].items(), key=lambda item: item[1]["predicted"])
-    for name, one in told:
-        knobs.barh(name, one["predicted"], color=COLOURS[2])
-        if one["measured"] is not None:
-            knobs.plot(one["measured"], name, "D", color=COLOURS[0], markeredgecolor="black", label="as measured")
+    changes = sorted(report["knobs"].items(), key=lambda item: item[1]["predicted"])
+    for name, facts in changes:
+        knobs.barh(name, facts["predicted"], color=COLOURS[2])
+        if facts["measured"] is not None:
+            knobs.plot(facts["measured"], name, "D", color=COLOURS[0], markeredgecolor="black", label="as measured")
     knobs.set(xlabel="records a second", title="each change, as predicted")
     knobs.tick_params(axis="y", labelsize=8)
     for axes in (stages, knobs):
         axes.axvline(together, color="black", linestyle="--", label=f"all together, now: {together:,.0f}")
         axes.legend(fontsize=8, loc="lower right")
     verdict = "the loader alone"
-    if "model" in found["stages"]:
-        verdict = f"{found['verdict']}, {found['together']['wait_share']:.0%} of the time waits for data"
-    title = f"{Path(found['root']).name}, {found['model']}: {verdict}; narrowest: {found['narrowest']}"
+    if "model" in report["stages"]:
+        verdict = f"{report['verdict']}, {report['together']['wait_share']:.0%} of the time waits for data"
+    title = f"{Path(report['root']).name}, {report['model']}: {verdict}; narrowest: {report['narrowest']}"
     entitle(figure, title, fontsize=11)
     save(figure, path)

@@ -1,4 +1,4 @@
-"""The command `inspect`: what a data set holds, and how well it is shuffled, as text, JSON or a picture."""
+"""The command `inspect`: show the contents of a data set, and how well it is shuffled, as text, JSON or a picture."""
 
 from __future__ import annotations
 
@@ -15,12 +15,21 @@ from dali_pipeline.cli.arguments import CacheBytes, CacheDir, SetArgument, parse
 
 def inspect_command(
     dst: SetArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, nothing else.")] = False,
-    plot: Annotated[Path | None, typer.Option(metavar="OUT.png", help="Draw what is printed.", show_default=False)] = None,
-    shuffle: Annotated[bool, typer.Option("--shuffle", help="How near an epoch's order comes to a full permutation.")] = False,
-    window: Annotated[str | None, typer.Option(metavar="SIZE,…", help="[default: 1, 5, 20 % of the split; 256MiB]")] = None,
-    batch_size: Annotated[int, typer.Option(help="With --shuffle.")] = 32,
-    split: Annotated[str, typer.Option(help="With --shuffle.")] = "train",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="OUT.png", help="Also draw the printed figures to this PNG file.", show_default=False)
+    ] = None,
+    shuffle: Annotated[
+        bool, typer.Option("--shuffle", help="Measure how close an epoch's order is to a uniform shuffle.")
+    ] = False,
+    window: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE,…", help="Shuffle windows that --shuffle measures. [default: 1, 5, 20 % of the split; 256MiB]"
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Records per batch, for --shuffle.")] = 32,
+    split: Annotated[str, typer.Option(help="Split that --shuffle measures.")] = "train",
     cache_dir: CacheDir = None,
     cache_bytes: CacheBytes = None,
 ) -> None:
@@ -49,7 +58,7 @@ def inspect_command(
     if plot is not None:
         draw(plot)
     if as_json:
-        plain = msgspec.json.decode(msgspec.json.encode(description))  # null for what is no number
-        typer.echo(json.dumps(plain, indent=2))  # in ASCII, which every terminal has
+        plain = msgspec.json.decode(msgspec.json.encode(description))  # null instead of NaN
+        typer.echo(json.dumps(plain, indent=2))  # ASCII, which every terminal can print
     else:
         show()

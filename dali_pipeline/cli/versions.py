@@ -1,4 +1,4 @@
-"""Versions: which packages are here that an image may bring of its own, and whether loading and training serve on them."""
+"""The command `versions`: print the versions of the main packages, and check that loading and training work with them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 FRAMEWORKS = ("numpy", "torch", "nvidia-dali", "torch-geometric")
 QUICK = FRAMEWORKS[:3]  # PyG alone takes four seconds to import
-IMPORTED = (  # by training, most of it when it is needed, hours after the start
+IMPORTED = (  # modules that training imports, most of them only when they are needed, hours after the start
     *("matplotlib.axes", "matplotlib.figure", "matplotlib.ticker", "msgspec", "numpy", "numpy.typing"),
     *("pyarrow", "pyarrow.csv", "pyarrow.parquet", "rich", "rich.console", "rich.progress", "rich.table"),
     *("sklearn.decomposition", "sklearn.linear_model", "sklearn.metrics", "sklearn.pipeline", "sklearn.preprocessing"),
@@ -37,20 +37,23 @@ RECORDS, STEPS, FEATURES = 8, 3, 4
 
 def versions_command(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Only whether packages and driver fit: under 5 s, nothing computed on a GPU.")
+        bool,
+        typer.Option(
+            "--quick", help="Only check that packages and driver fit together: under 5 s, without a computation on the GPU."
+        ),
     ] = False,
 ) -> None:
-    """Say which NumPy, torch, DALI and PyG are here, and whether loading and training serve on them.
+    """Print the installed versions of NumPy, torch, DALI and PyG, and check that loading and training work with them.
 
     \b
-    Writes a handful of records, reads them through every engine, compares, imports all that training imports, and takes a step
-    of training on the best device. Exits 0 where all is well, else 2 with a sentence.
+    Writes a few records, reads them with every engine, compares the results, imports every package that training imports, and
+    takes one training step on the best device. Exits 0 if all of it works, otherwise 2 with one sentence.
     Examples:
       python -m dali_pipeline versions
       python -m dali_pipeline versions --quick
     """
-    for name, found, tried in versions(QUICK if quick else FRAMEWORKS):
-        print(f"{name:<16} {found:<24} tried with {tried}")
+    for name, installed, tried in versions(QUICK if quick else FRAMEWORKS):
+        print(f"{name:<16} {installed:<24} tried with {tried}")
     check_fit()
     if quick:
         print("fits: NumPy, torch, DALI and the driver; nothing was run")
@@ -61,14 +64,14 @@ def versions_command(
 
 
 def versions(names: tuple[str, ...] = FRAMEWORKS) -> Iterator[tuple[str, str, str]]:
-    """Name, version here and version that the project is tried with. Raises PipelineError for one that cannot be imported."""
+    """Yield name, installed version and tested version of each package; raise PipelineError if one cannot be imported."""
     tried = pinned()
     for name in names:
-        yield name, _found(name), next((version for pin, version in tried.items() if pin.startswith(name)), "?")
+        yield name, _installed(name), next((version for pin, version in tried.items() if pin.startswith(name)), "?")
 
 
 def pinned() -> dict[str, str]:
-    """Versions by the names that the project is installed with."""
+    """Return the versions that the project pins, by package."""
     try:
         lines = requires("dali-pipeline") or []
     except PackageNotFoundError:  # run from a folder that was not installed
@@ -76,19 +79,19 @@ def pinned() -> dict[str, str]:
     return dict(re.findall(r"^([\w.-]+)==([^\s;]+)", "\n".join(lines), re.MULTILINE))
 
 
-def _found(name: str) -> str:
+def _installed(name: str) -> str:
     return describe_dali() if name == "nvidia-dali" else str(_imported(name.replace("-", "_")).__version__)
 
 
 def _imported(name: str) -> Any:
     try:
         return import_module(name)
-    except Exception as error:  # a library built for another one fails in ways of its own
+    except Exception as error:  # a library that is built for other versions may raise anything
         raise not_imported(name.replace("_", "-"), error) from error
 
 
 def check_fit() -> None:
-    """Raise PipelineError if DALI and torch are for different versions of CUDA, or torch cannot use the GPU that is here."""
+    """Raise PipelineError if DALI and torch are built for different versions of CUDA, or torch cannot use the GPU."""
     check_dali()
     if why := unusable_gpu():
         raise PipelineError(why)
@@ -96,7 +99,7 @@ def check_fit() -> None:
 
 @contextmanager
 def written_records() -> Iterator[tuple[Dataset, Array]]:
-    """A data set of sequences and graphs for the time of the block, and the values of both, (RECORDS, STEPS, FEATURES)."""
+    """Yield a temporary data set of sequences and graphs, and the values of both, (RECORDS, STEPS, FEATURES)."""
     import dali_pipeline as dp
 
     field = dp.Field(dtype="float16", shape=(FEATURES,))
@@ -112,7 +115,7 @@ def written_records() -> Iterator[tuple[Dataset, Array]]:
 
 
 def check_loaders(data: Dataset, values: Array) -> str:
-    """A sentence on what agreed; raises PipelineError where an engine, or the graph loader, gives anything else."""
+    """Return a sentence if both engines and the graph loader deliver the written values; otherwise raise PipelineError."""
     import torch
 
     import dali_pipeline as dp
@@ -126,17 +129,19 @@ def check_loaders(data: Dataset, values: Array) -> str:
     for name, loader in loaders.items():
         with _one_sentence(f"{name} on {loader.device}"):
             batch = next(iter(loader))
-            found = batch.graphs.x if isinstance(batch, dp.GraphBatch) else batch.sequences
-            expected = torch.from_numpy(values[[int(id_) for id_ in batch.ids]]).float().reshape(found.shape)
-            same = torch.equal(found.cpu(), expected)
+            delivered = batch.graphs.x if isinstance(batch, dp.GraphBatch) else batch.sequences
+            expected = torch.from_numpy(values[[int(id_) for id_ in batch.ids]]).float().reshape(delivered.shape)
+            same = torch.equal(delivered.cpu(), expected)
         if not same:
-            raise PipelineError(f"{name} on {found.device} does not give what was written; expected the same {RECORDS} records")
+            raise PipelineError(
+                f"{name} on {delivered.device} does not give what was written; expected the same {RECORDS} records"
+            )
     where = "a GPU" if torch.cuda.is_available() else "the CPU"
     return f"serves: both engines and the graph loader gave the same {RECORDS} records on {where}"
 
 
 def check_training(data: Dataset) -> str:
-    """A sentence on what was trained; raises PipelineError if a package of training's cannot be imported, or a step fails."""
+    """Return a sentence if all modules of training can be imported and a step works; otherwise raise PipelineError."""
     for name in IMPORTED:
         _imported(name)
     import dali_pipeline as dp
@@ -172,7 +177,7 @@ def _graph_loss(batch: Any, device: Any) -> float:
 
 
 def _step(model: Any, forward: Callable[[], Any]) -> float:
-    """Forward, backward, optimizer; returns the loss behind it."""
+    """Take one training step, and return the loss after it."""
     import torch
 
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -183,7 +188,7 @@ def _step(model: Any, forward: Callable[[], Any]) -> float:
 
 @contextmanager
 def _one_sentence(what: str) -> Iterator[None]:
-    """Turn what libraries raise within the block, if they do not fit each other, into a PipelineError."""
+    """Turn exceptions of libraries within the block into a PipelineError of one sentence."""
     try:
         yield
     except PipelineError:

@@ -1,1 +1,1 @@
-"""A data set that is opened, and what can be chosen of it: splits, folds, subsets, mixes with weights."""
+"""An opened data set, and what can be chosen from it: splits, folds, subsets, and mixes with weights."""

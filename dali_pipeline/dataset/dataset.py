@@ -1,4 +1,4 @@
-"""Dataset: an opened data set; its folds, and mixes of several."""
+"""Dataset: an opened data set, with its splits, folds and subsets."""
 
 from __future__ import annotations
 
@@ -24,31 +24,40 @@ from dali_pipeline.runtime.checks import path, shown, whole
 from dali_pipeline.storage.cache import CACHE_BYTES, Cache
 from dali_pipeline.storage.cachedfile import Place, RemotePath
 from dali_pipeline.storage.stores import Store, is_url
-from dali_pipeline.types import Ints, Kind
+from dali_pipeline.types import Kind
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """An opened data set; cheap, holds no file open. Made by `open_dataset`."""
+    """An opened data set, as `open_dataset` returns it. It holds no open file.
+
+    Attributes:
+        root: Folder of the data set, a `Path`; or its place in a store.
+        manifest: Everything that is known of it without opening a shard.
+    """
 
     root: Place
     manifest: Manifest
 
     @property
     def folder(self) -> Path:
-        """The folder that the data set lies in. Raises DataError for one at a URL."""
+        """Folder of the data set, a `Path`.
+
+        Raises:
+            DataError: The data set is at a URL.
+        """
         if isinstance(self.root, RemotePath):
             raise DataError(f"{self.root} is not a local folder; expected a data set in a folder")
         return self.root
 
     @property
     def schema(self) -> Schema:
-        """The fields of every record."""
+        """The `Schema`: fields of every record."""
         return self.manifest.schema
 
     @property
     def digest(self) -> str:
-        """The manifest's digest: the identity of these data."""
+        """Digest of the manifest, 32 hexadecimal digits: the identity of these data."""
         return self.manifest.digest
 
     @property
@@ -63,12 +72,34 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
-        """Highest label of any split and kind plus one, at least 2."""
+        """The highest class of any split and kind plus one, at least 2; the number of labels if a record has several.
+
+        Raises DataError if the labels are values, or there are none.
+        """
+        label = self.schema.labels
+        if label.kind not in ("class", "multilabel"):
+            raise DataError(f"{self.root} has labels of kind {label.kind!r}; expected classes, which have a number")
+        if label.kind == "multilabel":
+            return label.shape[0]
+        if label.names:
+            return len(label.names)
         labels = (label for split in self.splits for counts in self._labels(split).values() for label in counts)
         return max(2, max(labels, default=0) + 1)
 
     def table(self, split: str, kind: Kind) -> ShardTable:
-        """The shards of a split and kind. Raises UsageError for a split, DataError for a kind, that is not there."""
+        """Return the shards of a split and kind.
+
+        Args:
+            split: Name of the split.
+            kind: "sequences" or "graphs".
+
+        Returns:
+            The `ShardTable`, with one entry per shard in each column.
+
+        Raises:
+            UsageError: An unknown split.
+            DataError: The data set has no records of this kind.
+        """
         if not isinstance(split, str) or split not in self.manifest.splits:
             raise UsageError(f"unknown split {shown(split)}; {self.root} has {', '.join(self.splits)}")
         if not isinstance(kind, str) or kind not in self.schema.kinds:
@@ -77,32 +108,69 @@ class Dataset:
         return self.manifest.splits[split].get(kind, ShardTable())
 
     def select(self, split: str, kind: Kind) -> Selection:
-        """The records of a split and kind, for a loader. Raises as `table` does."""
+        """Return the records of a split and kind in the form that loaders use.
+
+        Args:
+            split: Name of the split.
+            kind: "sequences" or "graphs".
+
+        Returns:
+            The `Selection`.
+
+        Raises:
+            UsageError: An unknown split.
+            DataError: The data set has no records of this kind.
+        """
         return Selection.whole(Shards(root=self.root, split=split, kind=kind, table=self.table(split, kind)), self.digest)
 
     def num_records(self, split: str, kind: Kind) -> int:
-        """Records of a split and kind."""
+        """Return the number of records.
+
+        Args:
+            split: Name of the split.
+            kind: "sequences" or "graphs".
+
+        Returns:
+            The number of records of that split and kind.
+
+        Raises:
+            UsageError: An unknown split.
+            DataError: The data set has no records of this kind.
+        """
         return sum(self.table(split, kind).records)
 
     def label_counts(self, split: str, kind: Kind | None = None) -> dict[int, int]:
-        """Records of each label in a split, of one kind; by default of the kind that has more records."""
+        """Count the records of each label.
+
+        Args:
+            split: Name of the split.
+            kind: "sequences" or "graphs". Default: None, for the kind with more records.
+
+        Returns:
+            A dict from class to number of records, in the order of the classes; of several labels, to the records that have
+            each; empty if labels are values or there are none.
+
+        Raises:
+            UsageError: An unknown split.
+            DataError: The data set has no records of this kind.
+        """
         counts = self._labels(split)
         if kind is not None and kind not in counts:
             raise DataError(f"{self.root} holds no {kind}; it has {' and '.join(self.schema.kinds)}")
-        return max(counts.values(), key=lambda each: sum(each.values())) if kind is None else counts[kind]
+        return max(counts.values(), key=lambda labels: sum(labels.values())) if kind is None else counts[kind]
 
     def _labels(self, split: str) -> Mapping[Kind, dict[int, int]]:
-        """Records of each label in a split, by kind."""
+        """Return the number of records per label in a split, by kind."""
         tables = {kind: self.table(split, kind).labels for kind in self.schema.kinds}
         return {kind: {label: labels[str(label)] for label in sorted(map(int, labels))} for kind, labels in tables.items()}
 
     def record(self, split: str, position: int) -> Record:
-        """Read one record whole, as NumPy arrays.
+        """Read one complete record as NumPy arrays.
 
         Args:
             split: Name of the split.
-            position: Number of the record in its split, as `batch.positions` has it; negative numbers count from the end. If
-                the set holds sequences and graphs, it is the position among the sequences.
+            position: Position of the record in its split, as in `batch.positions`. Negative numbers count from the end. If the
+                data set has sequences and graphs, it is the position among the sequences.
 
         Returns:
             A `Record` with id, group, label, `sequence` (T, *shape) and `graphs` (a `Graphs`), each None if the record has
@@ -112,19 +180,19 @@ class Dataset:
             UsageError: An unknown split, or a position that is not in it.
             FormatError: The shard is damaged.
 
-        Costs the record's bytes. In a set that holds both, the other half is looked for at the same position, then by reading
-        the ids of the split.
+        Costs a read of the record's bytes. If the data set has both kinds, the graphs are looked up at the same position first,
+        and then by reading the ids of the split.
         """
         kind, *others = self.schema.kinds
         selection = self.select(split, kind)
         count = selection.num_records
-        place = whole("position", position, -count, count - 1, expected=f"0 to {count - 1}, as {split!r} has {count} {kind}")
-        record = read_record(selection, self.schema, place % count)
+        index = whole("position", position, -count, count - 1, expected=f"0 to {count - 1}, as {split!r} has {count} {kind}")
+        record = read_record(selection, self.schema, index % count)
         for other in others:
-            half = self.select(split, other)
-            where = find_id(half, record.id, place % count)
-            if where is not None:
-                record = replace(record, graphs=read_record(half, self.schema, where).graphs)
+            graphs = self.select(split, other)
+            graph_index = find_id(graphs, record.id, index % count)
+            if graph_index is not None:
+                record = replace(record, graphs=read_record(graphs, self.schema, graph_index).graphs)
         return record
 
     def subset(self, split: str, positions: npt.ArrayLike) -> Dataset:
@@ -132,56 +200,97 @@ class Dataset:
 
         Args:
             split: Name of the split. The other splits stay as they are.
-            positions: Numbers of records in the split, each once, in the order that they have in the subset: whole numbers, or
-                a mask of bools with one per record. If the set holds sequences and graphs, they are positions among the
-                sequences, and the graphs of the same ids come with them.
+            positions: Positions of records in the split, each once, in the order of the subset: whole numbers, or a mask of
+                bools with one per record. If the data set has sequences and graphs, they are positions among the sequences, and
+                the graphs with the same ids are included.
 
         Returns:
             A `Dataset` without shards of its own. Feature statistics stay those of the whole training split.
 
         Raises:
-            UsageError: An unknown split, or positions that are not in it or come twice.
+            UsageError: An unknown split, or positions that are not in it or are given twice.
 
-        Costs the labels of the records chosen, and their ids if the set holds both kinds. No file is written.
+        Costs a read of the chosen records' labels, and of their ids if the data set has both kinds. No file is written.
         """
         kind, *others = self.schema.kinds
         whole_split = self.select(split, kind)
         chosen = {kind: checked_positions(positions, whole_split.num_records)}
         for other in others:
-            wanted = {text: number for number, text in enumerate(whole_split.take(chosen[kind], self.digest).texts("ids"))}
-            ranks = np.array([wanted.get(text, -1) for text in self.select(split, other).texts("ids")], np.int64)
-            found = np.flatnonzero(ranks >= 0)
-            chosen[other] = found[np.argsort(ranks[found])]
+            ids = whole_split.take(chosen[kind], self.digest).texts("ids")
+            rank_of_id = {record_id: rank for rank, record_id in enumerate(ids)}
+            ranks = np.array([rank_of_id.get(record_id, -1) for record_id in self.select(split, other).texts("ids")], np.int64)
+            matches = np.flatnonzero(ranks >= 0)
+            chosen[other] = matches[np.argsort(ranks[matches])]
         identity = xxhash.xxh3_64_hexdigest(chosen[kind].tobytes())
         digest = derived_digest(self.digest, "subset", split, identity)
-        selections = {one: {each: self.select(one, each) for each in self.schema.kinds} for one in self.splits}
-        counts = {one: {each: self.label_counts(one, each) for each in self.schema.kinds} for one in self.splits}
-        if any(selection.draws for kinds in selections.values() for selection in kinds.values()):
+        kinds = self.schema.kinds
+        selections = {name: {kind: self.select(name, kind) for kind in kinds} for name in self.splits}
+        counts = {name: {kind: self.label_counts(name, kind) for kind in kinds} for name in self.splits}
+        if any(selection.draws for by_kind in selections.values() for selection in by_kind.values()):
             raise UsageError("a mix has no subset, as its training split is draws; mix subsets instead")
-        selections[split] = {each: self.select(split, each).take(at, digest) for each, at in chosen.items()}
-        counts[split] = {each: _count(selection.labels()) for each, selection in selections[split].items()}
+        selections[split] = {kind: self.select(split, kind).take(rows, digest) for kind, rows in chosen.items()}
+        counts[split] = {kind: self._count(selection) for kind, selection in selections[split].items()}
         return View(self.root, self.manifest, digest, selections, counts)
 
+    def _count(self, selection: Selection) -> dict[int, int]:
+        """Count the records of each class; reads the labels."""
+        kind = self.schema.labels.kind
+        if kind == "class":
+            return {int(label): count for label, count in sorted(Counter(selection.labels().tolist()).items())}
+        if kind == "multilabel":
+            labels = selection.labels().reshape(-1, *self.schema.labels.shape)
+            return {label: count for label, count in enumerate(labels.sum(axis=0).tolist()) if count}
+        return {}
+
     def layer_numbers(self, kind: Kind) -> list[int] | None:
-        """Number of each step, or graph, of a record, where these are layers whose numbers the set records; None otherwise.
+        """Return the layer number of each step, or graph, of a record.
 
         0 is the embeddings, l the output of block l.
+
+        Args:
+            kind: "sequences" for steps, "graphs" for graphs.
+
+        Returns:
+            The numbers; None if steps or graphs are not layers, or the data set does not record their numbers.
         """
-        found = self.manifest.source.get("layers" if kind == "sequences" else "graph_layers")
-        known = isinstance(found, list) and bool(found) and all(type(number) is int and number >= 0 for number in found)
-        return list(found) if known and found is not None else None
+        if kind == "sequences" and self.schema.layers:
+            return list(self.schema.layers)
+        numbers = self.manifest.source.get("layers" if kind == "sequences" else "graph_layers")
+        known = isinstance(numbers, list) and bool(numbers) and all(type(number) is int and number >= 0 for number in numbers)
+        return list(numbers) if known and numbers is not None else None
 
     def shard_path(self, split: str, kind: Kind, shard: int) -> Any:
-        """The file of one shard."""
+        """Return the path of one shard.
+
+        Args:
+            split: Name of the split.
+            kind: "sequences" or "graphs".
+            shard: Number of the shard.
+
+        Returns:
+            A `Path`, or the place in a store.
+        """
         return shard_path(self.root, split, kind, shard)
 
     def folds(self, k: int, seed: int = 0) -> list[Dataset]:
-        """For cross-validation: k data sets over the same shards, whose `val` is a k-th of `train` and `val` together.
+        """Make k data sets for cross-validation, over the same shards.
 
-        Dealt by group, as a split is, so no group is on both sides, and both kinds of record agree: groups in the order of
-        their hashes (XXH3-64 with `seed`) are cut into k parts of equal number. Every record is in one fold's `val`; `test`
-        stays as it is. No file is written; feature statistics are those of `train` as stored. Reads labels and groups: some 20
-        bytes a record, held in memory as 8 bytes. Raises DataError for fewer groups than k.
+        The `val` of each is one k-th of `train` and `val` together. Records are dealt by group, as a split is, so no group is
+        on both sides and both kinds of record agree: the groups, in the order of their hashes (XXH3-64 with `seed`), are cut
+        into k parts of equal number. Every record is in the `val` of one fold; `test` stays as it is.
+
+        Args:
+            k: Number of folds, at least 2.
+            seed: Seed of the hash, 0 to 2**64 - 1. Default: 0.
+
+        Returns:
+            k data sets. Feature statistics are those of `train` as stored.
+
+        Raises:
+            UsageError: An argument is out of range, or the data set is a fold, a subset or a mix itself.
+            DataError: There are fewer groups than k.
+
+        Costs a read of labels and groups, some 20 bytes per record, kept in memory as 8 bytes. No file is written.
         """
         k, seed = whole("k", k, 2), whole("seed", seed, 0, 2**64 - 1, expected="a whole number from 0 to 2**64 - 1")
         pools, hashes = {}, {}
@@ -192,15 +301,14 @@ class Dataset:
         if len(groups) < k:
             raise DataError(f"train and val of {self.root} have {len(groups)} groups; expected at least {k} for {k} folds")
         folds = {kind: np.searchsorted(groups, hashes[kind]) * k // len(groups) for kind in self.schema.kinds}
-        labels = {kind: pool.labels() for kind, pool in pools.items()}
         views: list[Dataset] = []
         for fold in range(k):
             digest = derived_digest(self.digest, "fold", fold, k, seed)
             selections, counts = {}, {}
             for split in ("train", "val"):
                 members = {kind: np.flatnonzero((folds[kind] == fold) == (split == "val")) for kind in pools}
-                selections[split] = {kind: pools[kind].take(at, digest) for kind, at in members.items()}
-                counts[split] = {kind: _count(labels[kind][at]) for kind, at in members.items()}
+                selections[split] = {kind: pools[kind].take(rows, digest) for kind, rows in members.items()}
+                counts[split] = {kind: self._count(selections[split][kind]) for kind in members}
             if "test" in self.splits:
                 selections["test"] = {kind: self.select("test", kind) for kind in pools}
                 counts["test"] = {kind: self.label_counts("test", kind) for kind in pools}
@@ -210,10 +318,13 @@ class Dataset:
 
 @dataclass(frozen=True, eq=False)
 class View(Dataset):
-    """A data set made of the shards of others, as `folds` and `mix` make it; a loader takes it like any other.
+    """A data set made of the shards of others, by `folds`, `subset` or `mix`; a loader takes it like any other.
 
-    view_digest: identity of these data · selections: by split and kind · counts: of labels, likewise · mixed: whether it is of
-    several data sets.
+    Attributes:
+        view_digest: Identity of these data.
+        selections: Records, by split and kind.
+        counts: Number of records per label, by split and kind.
+        mixed: Whether it is made of several data sets.
     """
 
     view_digest: str
@@ -223,7 +334,7 @@ class View(Dataset):
 
     @property
     def digest(self) -> str:
-        """The identity of these data: other folds and other mixes have another."""
+        """Identity of these data; other folds and other mixes have another."""
         return self.view_digest
 
     @property
@@ -233,17 +344,17 @@ class View(Dataset):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the records chosen, about."""
-        return sum(int(one.nbytes.sum()) for kinds in self.selections.values() for one in kinds.values())
+        """Bytes of the chosen records, approximately."""
+        return sum(int(part.nbytes.sum()) for kinds in self.selections.values() for part in kinds.values())
 
     def table(self, split: str, kind: Kind) -> ShardTable:
-        """Raises DataError: it has no shards of its own."""
+        """Raise DataError, because the data set has no shards of its own."""
         raise DataError(
             f"a fold, subset or mix of {self.root} has no shards of its own; ask `select` or the data sets it is made of"
         )
 
     def select(self, split: str, kind: Kind) -> Selection:
-        """The records of a split and kind, for a loader. Raises UsageError for a split, DataError for a kind, not there."""
+        """Return the records of a split and kind; raise UsageError or DataError for one that is not there."""
         if not isinstance(split, str) or split not in self.selections:
             raise UsageError(f"unknown split {shown(split)}; this fold, subset or mix has {', '.join(self.splits)}")
         if not isinstance(kind, str) or kind not in self.selections[split]:
@@ -251,7 +362,7 @@ class View(Dataset):
         return self.selections[split][kind]
 
     def num_records(self, split: str, kind: Kind) -> int:
-        """Records of a split and kind."""
+        """Return the number of records of a split and kind."""
         return self.select(split, kind).num_records
 
     def _labels(self, split: str) -> Mapping[Kind, dict[int, int]]:
@@ -260,16 +371,12 @@ class View(Dataset):
         return self.counts[split]
 
     def folds(self, k: int, seed: int = 0) -> list[Dataset]:
-        """Raises UsageError: folds are made of a data set as it is stored."""
+        """Raise UsageError, because folds are made of a data set as it is stored."""
         raise UsageError("folds are made of a data set as it is stored; this is a fold, a subset or a mix already")
 
 
-def _count(labels: Ints) -> dict[int, int]:
-    return {int(label): count for label, count in sorted(Counter(labels.tolist()).items())}
-
-
 def default_cache() -> Path:
-    """`dali_pipeline` in XDG_CACHE_HOME, or in .cache of the home folder. Raises UsageError where there is neither."""
+    """Return `dali_pipeline` in XDG_CACHE_HOME, or in .cache of the home folder; raise UsageError if there is neither."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dali_pipeline"
     except RuntimeError:
@@ -281,12 +388,29 @@ def default_cache() -> Path:
 def open_dataset(
     root: str | os.PathLike[str] | RemotePath, cache_dir: str | os.PathLike[str] | None = None, cache_bytes: int | None = None
 ) -> Dataset:
-    """Opens the data set in a folder, or at a URL that fsspec knows (s3, gs, az, http, …). Reads `manifest.json` alone.
+    """Open the data set in a folder, or at a URL that fsspec knows (s3, gs, az, http and so on).
 
-    What is read of a URL's shards is kept in `cache_dir` (by default `dali_pipeline` in the user's cache folder), 1 MiB at a
-    time, up to `cache_bytes` (32 GiB); a folder has no need of either. All processes of a node share the cache; so may
-    other runs. Raises FormatError, in one sentence, where there is no data set, or its manifest is unreadable or damaged;
-    DataError for a store that cannot be reached; UsageError for a cache that cannot be.
+    The cache keeps what is read from a URL's shards, 1 MiB at a time. All processes of a node share it, and other runs may
+    share it too. A folder needs none.
+
+    Args:
+        root: Folder or URL.
+        cache_dir: Directory for cached remote blocks. Default: `dali_pipeline` in the user's cache folder.
+        cache_bytes: Maximum size of the cache in bytes. Default: 32 GiB.
+
+    Returns:
+        A `Dataset`.
+
+    Raises:
+        FormatError: There is no data set, or its manifest is unreadable or damaged.
+        DataError: The store cannot be reached.
+        UsageError: The URL or the cache cannot be used.
+
+    Costs a read of `manifest.json` alone.
+
+    Examples:
+        >>> data = dp.open_dataset("s3://bucket/traces", cache_bytes=100 << 30)  # doctest: +SKIP
+        >>> data.num_records("train", "sequences")  # doctest: +SKIP
     """
     if not isinstance(root, RemotePath):
         root = path("the data set", root)
@@ -295,7 +419,7 @@ def open_dataset(
         root = RemotePath(Store(os.fspath(root)), Cache(folder, CACHE_BYTES if cache_bytes is None else cache_bytes))
     if isinstance(root, RemotePath):
         return Dataset(root=root, manifest=Manifest.load(root))
-    place = Path(root)
-    if not place.is_dir():
-        raise FormatError(f"{place} is not a folder; expected a data set, as `convert` or `extract` writes it")
-    return Dataset(root=place, manifest=Manifest.load(place))
+    local_folder = Path(root)
+    if not local_folder.is_dir():
+        raise FormatError(f"{local_folder} is not a folder; expected a data set, as `convert` or `extract` writes it")
+    return Dataset(root=local_folder, manifest=Manifest.load(local_folder))

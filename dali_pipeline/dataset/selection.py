@@ -1,4 +1,4 @@
-"""Selection: the records that a loader delivers, as rows of shards; all of a split, or a part, or parts of several sets."""
+"""Selection: the records that a loader delivers, as rows of shards: a split, a part of one, or parts of several data sets."""
 
 from __future__ import annotations
 
@@ -17,12 +17,19 @@ from dali_pipeline.storage.cachedfile import Place, RemotePath
 from dali_pipeline.storage.files import Files
 from dali_pipeline.types import Array, Ints, Kind
 
-SPARE_BYTES = 16 << 20  # of a cache, for headers, names, and blocks that runs share
+SPARE_BYTES = 16 << 20  # reserved in a cache for headers, names, and blocks shared by runs
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Shards:
-    """The shards of one split and kind of a data set in folder `root`."""
+    """The shards of one split and kind of a data set.
+
+    Attributes:
+        root: Folder of the data set, or its place in a store.
+        split: Name of the split.
+        kind: Kind of record.
+        table: Columns with one entry per shard.
+    """
 
     root: Place
     split: str
@@ -30,7 +37,7 @@ class Shards:
     table: ShardTable
 
     def open(self, number: int, files: Files, sound: SoundMap | None = None) -> Shard:
-        """One of them; raises FormatError where it is not what the manifest says."""
+        """Open one shard; raise FormatError if it is not what the manifest says."""
         path = shard_path(self.root, self.split, self.kind, number)
         shard, records = self.table.open(path, number, files, sound), self.table.records[number]
         if (shard.kind, shard.records) != (self.kind, records):
@@ -40,12 +47,19 @@ class Shards:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Selection:
-    """N records in an order of their own, their positions; entries are runs of positions in one shard.
+    """N records in a fixed order, which defines their positions. An entry is a range of positions in one shard.
 
-    shards: where they lie · table, number: (entries,) which of `shards`, and which shard there · records, nbytes: (entries,) ·
-    rows: (N,) row of each position in its shard, ascending within an entry; None for all rows of every entry ·
-    positions: (N,) what a batch tells as the record's position, None for its own · draws: where an epoch is draws rather than
-    every record once · digest: identity of all this, 32 hex digits.
+    Attributes:
+        shards: Tables of shards that the records lie in.
+        table: (entries,) number of each entry's table in `shards`.
+        number: (entries,) number of each entry's shard in its table.
+        records: (entries,) number of records.
+        nbytes: (entries,) bytes of the records.
+        rows: (N,) row of each position in its shard, ascending within an entry; None for all rows of every entry.
+        positions: (N,) what a batch reports as the record's position; None for the position itself.
+        draws: Parts of an epoch of draws; empty if an epoch delivers every record once.
+        num_draws: Draws per epoch.
+        digest: Identity of all this, 32 hexadecimal digits.
     """
 
     shards: tuple[Shards, ...]
@@ -61,7 +75,7 @@ class Selection:
 
     @classmethod
     def whole(cls, shards: Shards, digest: str) -> Selection:
-        """All records of a split, in file order."""
+        """Return all records of a split, in file order."""
         table = shards.table
         return cls(
             shards=(shards,),
@@ -74,7 +88,7 @@ class Selection:
 
     @classmethod
     def chain(cls, parts: Sequence[Selection], digest: str) -> Selection:
-        """The records of all parts, one part after the other."""
+        """Return the records of all parts, one part after the other."""
         firsts = np.cumsum([0, *(len(part.shards) for part in parts)])
         rows = [part.every_row() for part in parts] if any(part.rows is not None for part in parts) else None
         return cls(
@@ -89,94 +103,100 @@ class Selection:
 
     @property
     def num_records(self) -> int:
-        """N."""
+        """Number of records, N."""
         return int(self.records.sum())
 
     @property
     def record_bytes(self) -> float:
-        """Bytes of a record as stored, on average; 0 where there is none."""
+        """Bytes of a record as stored, on average; 0 if there is none."""
         return int(self.nbytes.sum()) / max(1, self.num_records)
 
     def bounds(self, axis: str) -> tuple[int, int] | None:
-        """Fewest and most rows of a record (`step`, `graph`, `node`, `edge`) in the splits that these are of; None for none."""
-        found = [shards.table.rows[axis] for shards in self.shards if axis in shards.table.rows]
-        return (min(fewest for fewest, _ in found), max(most for _, most in found)) if found else None
+        """Return the fewest and most rows of a record on an axis (step, graph, node, edge) in the splits, or None."""
+        bounds = [shards.table.rows[axis] for shards in self.shards if axis in shards.table.rows]
+        return (min(fewest for fewest, _ in bounds), max(most for _, most in bounds)) if bounds else None
 
-    def told(self, positions: Ints) -> Ints:
-        """What a batch tells as the positions of these records."""
+    def reported_positions(self, positions: Ints) -> Ints:
+        """Return what a batch reports as the positions of these records."""
         return positions if self.positions is None else self.positions[positions]
 
     @property
-    def room(self) -> int | None:
-        """Bytes of the smallest cache that its shards come through; None where all lie in folders."""
+    def cache_bytes(self) -> int | None:
+        """Bytes of the smallest cache that the shards are read through; None if all lie in folders."""
         return min((shards.root.cache.nbytes for shards in self.shards if isinstance(shards.root, RemotePath)), default=None)
 
-    def check_room(self, window_bytes: int) -> None:
-        """Raises UsageError where the cache of a store cannot hold two windows, as reading ahead fills, or these shards."""
+    def check_cache(self, window_bytes: int) -> None:
+        """Raise UsageError if a store's cache holds neither two windows, as reading ahead fills, nor these shards."""
         needed = 2 * min(window_bytes, int(self.nbytes.sum())) + SPARE_BYTES
         for root in {shards.root for shards in self.shards}:
             if isinstance(root, RemotePath):
-                root.cache.check_room(needed, f"a window of {window_bytes} bytes")
+                root.cache.check_size(needed, f"a window of {window_bytes} bytes")
 
     def every_row(self) -> Ints:
-        """`rows`, written out."""
+        """Return `rows`, also if it is None."""
         if self.rows is not None:
             return self.rows
         starts = np.cumsum(self.records) - self.records
         return np.arange(self.num_records) - np.repeat(starts, self.records)
 
     def take(self, chosen: Ints, digest: str, borders: Sequence[int] = ()) -> Selection:
-        """The records at positions `chosen`, in that order; a shard that they come back to later is another entry.
+        """Return the records at positions `chosen`, in that order; a shard that is returned to later is another entry.
 
-        borders: places among them that no entry lies across.
+        Args:
+            chosen: (n,) positions.
+            digest: Identity of the result.
+            borders: Indices in `chosen` at which a new entry begins. Default: none.
         """
         entry = np.repeat(np.arange(len(self.records)), self.records)[chosen]
         rows = self.every_row()[chosen]
-        cut = (np.diff(entry, prepend=-1) != 0) | (np.diff(rows, prepend=-1) <= 0)  # (n,) whether an entry begins here
-        cut[np.array([at for at in borders if at < len(chosen)], np.int64)] = True
-        begins = np.flatnonzero(cut)
-        which, records = entry[begins], np.diff([*begins, len(chosen)])
+        begins_entry = (np.diff(entry, prepend=-1) != 0) | (np.diff(rows, prepend=-1) <= 0)  # (n,) bool
+        begins_entry[np.array([index for index in borders if index < len(chosen)], np.int64)] = True
+        begins = np.flatnonzero(begins_entry)
+        entries, records = entry[begins], np.diff([*begins, len(chosen)])
         return Selection(
             shards=self.shards,
-            table=self.table[which],
-            number=self.number[which],
+            table=self.table[entries],
+            number=self.number[entries],
             records=records,
-            nbytes=np.maximum(1, self.nbytes[which] * records // np.maximum(1, self.records[which])),
+            nbytes=np.maximum(1, self.nbytes[entries] * records // np.maximum(1, self.records[entries])),
             rows=rows,
             digest=digest,
         )
 
     def drawn(self, parts: Sequence[tuple[Ints, float]], digest: str) -> Selection:
-        """Epochs of N draws: of each part (positions, in order) its share, every record of it before one comes again."""
+        """Return epochs of N draws: from each part (positions, in order) its share, each record once per pass."""
         chosen = np.concatenate([positions for positions, _ in parts])
         ends = np.cumsum([len(positions) for positions, _ in parts])
         taken = self.take(chosen, digest, ends.tolist())
         entry_ends = np.searchsorted(np.cumsum(taken.records), ends, side="left") + 1
-        total = sum(share for _, share in parts)
+        total_share = sum(share for _, share in parts)
         draws = tuple(
-            Draws(begin=int(begin), end=int(end), share=share / total)
+            Draws(begin=int(begin), end=int(end), share=share / total_share)
             for begin, end, (_, share) in zip([0, *entry_ends[:-1]], entry_ends, parts, strict=True)
         )
         return replace(taken, positions=chosen, draws=draws, num_draws=self.num_records)
 
     def at(self, position: int) -> tuple[Shards, int, int]:
-        """Return where a record lies: the shards of its split, the number of the shard, and its row in it."""
+        """Return the shards that a record lies in, the number of its shard, and its row in that shard."""
         ends = np.cumsum(self.records)
         entry = int(np.searchsorted(ends, position, side="right"))
         row = position - int(ends[entry] - self.records[entry]) if self.rows is None else int(self.rows[position])
         return self.shards[int(self.table[entry])], int(self.number[entry]), row
 
-    def labels(self) -> Ints:
-        """(N,) of every record. Reads them from the shards, a few bytes a record."""
-        found = [shard.read("labels")[rows] for shard, rows in self._by_entry()]
-        return np.concatenate(found) if found else np.zeros(0, np.int64)
+    def labels(self) -> Array:
+        """Read the label of every record, (N, *shape) in the stored type; a few bytes per record."""
+        labels = [shard.read("labels")[rows] for shard, rows in self._by_entry()]
+        return np.concatenate(labels) if labels else np.zeros(0, np.int64)
 
     def texts(self, name: str) -> list[bytes]:
-        """`ids` or `groups` of every record. Reads them from the shards, some ten bytes a record."""
+        """Read the `ids` or `groups` of every record; some ten bytes per record."""
         return [texts[row] for shard, rows in self._by_entry() for texts in [shard.texts(name)] for row in rows.tolist()]
 
     def expected(self) -> EpochDigest:
-        """Of an epoch that delivers every record once: from the manifest; for a part of a split, from the ids themselves."""
+        """Return the digest of an epoch that delivers every record once.
+
+        It comes from the manifest. For a part of a split it is computed from the ids.
+        """
         if self.rows is None and all(shards.table.ids for shards in self.shards if len(shards.table)):
             total = sum(int(shards.table.ids, 16) for shards in self.shards if len(shards.table)) % 2**64
             return EpochDigest(records=self.num_records, total=total)
@@ -191,5 +211,5 @@ class Selection:
 
 
 def derived_digest(digest: str, *words: object) -> str:
-    """The identity of what is made of something with `digest`, by what `words` say."""
+    """Return the identity of data derived from data with `digest`, in the way that `words` describe."""
     return xxhash.xxh3_128_hexdigest("\n".join([digest, *map(str, words)]).encode())

@@ -1,20 +1,22 @@
-"""Single records: read whole as NumPy arrays, found by id, chosen by position."""
+"""Single records: read complete as NumPy arrays, found by id, chosen by position."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dali_pipeline.errors import UsageError
-from dali_pipeline.format.record import Graphs, Record
+from dali_pipeline.format.encoding import TEXT
+from dali_pipeline.format.record import Fields, Graphs, Record
 from dali_pipeline.format.schema import Schema, level_of
 from dali_pipeline.runtime.checks import shown
 from dali_pipeline.storage.files import Files
 
 if TYPE_CHECKING:
     from dali_pipeline.dataset.selection import Selection
+    from dali_pipeline.format.label import Label
     from dali_pipeline.format.shard import Shard
     from dali_pipeline.types import Array, Ints
 
@@ -22,17 +24,39 @@ if TYPE_CHECKING:
 def read_record(selection: Selection, schema: Schema, position: int) -> Record:
     """Read the record at a position of a selection of one kind; costs its bytes and the offsets before it in its shard.
 
-    Values are as delivered by a loader before its `dtype`: numbers as stored, bfloat16 and int8 with a scale as float32.
+    Values are those that a loader delivers before its `dtype`: numbers as stored, and float32 for bfloat16 and int8 with a
+    scale.
     """
     shards, number, row = selection.at(position)
     shard = shards.open(number, Files(1))
+    sequence = sequence_at(shard, schema, row) if shards.kind == "sequences" else None
     return Record(
         id=text_at(shard, "ids", row),
         group=text_at(shard, "groups", row),
-        label=int(shard.read("labels", row, row + 1)[0]),
-        sequence=sequence_at(shard, schema, row) if shards.kind == "sequences" else None,
+        label=label_at(shard, schema.labels, row),
+        sequence=sequence,
         graphs=graphs_at(shard, schema, row) if shards.kind == "graphs" else None,
+        fields=fields_at(shard, schema, row),
     )
+
+
+def label_at(shard: Shard, label: Label, row: int) -> Any:
+    """Read one label: an int, an array of the label's shape, or None."""
+    if label.dtype is None:
+        return None
+    stored = shard.read("labels", row, row + 1)[0]
+    return int(stored) if label.kind == "class" else stored
+
+
+def fields_at(shard: Shard, schema: Schema, row: int) -> Fields:
+    """Read the step and record fields of one record, by name."""
+    fields = Fields()
+    for name, field in schema.record_fields.items():
+        fields[name] = text_at(shard, name, row) if field.dtype == TEXT else field.values(shard.read(name, row, row + 1))[0]
+    if shard.kind == "sequences" and schema.step_fields:
+        begin, end = shard.read("sequence.offsets", row, row + 2).tolist()
+        fields |= {name: field.values(shard.read(name, begin, end)) for name, field in schema.step_fields.items()}
+    return fields
 
 
 def find_id(selection: Selection, record_id: str, guess: int) -> int | None:
@@ -66,7 +90,7 @@ def checked_positions(positions: npt.ArrayLike, count: int) -> Ints:
 
 
 def text_at(shard: Shard, name: str, row: int) -> str:
-    """Read one of the `ids` or `groups` of a shard."""
+    """Read one of the `ids`, `groups` or texts of a record field of a shard."""
     begin, end = shard.read(f"{name}.offsets", row, row + 2).tolist()
     return shard.read(name, begin, end).tobytes().decode()
 
@@ -75,14 +99,20 @@ def sequence_at(shard: Shard, schema: Schema, row: int) -> Array:
     """Read the sequence of one record, (T, *shape)."""
     field = schema.sequence
     assert field is not None
+    begin, end = shard.read("sequence.offsets", row, row + 2).tolist()
+    if schema.layer_axis is not None:
+        layers = field.shape[schema.layer_axis]
+        stored = shard.read("sequence", begin * layers, end * layers)  # layer by layer
+        by_layer = stored.reshape(layers, end - begin, *stored.shape[1:])
+        return field.values(np.moveaxis(by_layer, 0, 1 + schema.layer_axis))
     if field.layout is None:
-        return field.values(shard.read("sequence", *shard.read("sequence.offsets", row, row + 2).tolist()))
+        return field.values(shard.read("sequence", begin, end))
     # rows of several records lie layer by layer: a block of `records` records holds all first steps, then all second ones
     first = row // field.layout.records * field.layout.records
     count, steps = min(field.layout.records, shard.records - first), field.layout.steps
     begin = first * steps + row - first
-    stored = [shard.read("sequence", at, at + 1) for at in range(begin, begin + steps * count, count)]
-    return field.values(np.concatenate(stored))
+    rows = [shard.read("sequence", at, at + 1) for at in range(begin, begin + steps * count, count)]
+    return field.values(np.concatenate(rows))
 
 
 def graphs_at(shard: Shard, schema: Schema, row: int) -> Graphs:
@@ -95,7 +125,12 @@ def graphs_at(shard: Shard, schema: Schema, row: int) -> Graphs:
 def graphs_between(shard: Shard, schema: Schema, begin: int, nodes: Array, edges: Array) -> Graphs:
     """Read consecutive graphs of a shard, from number `begin` on.
 
-    nodes, edges: (G + 1,) where the rows of each begin, and behind them where the last one's end.
+    Args:
+        shard: The shard.
+        schema: Fields of the data set.
+        begin: Number of the first graph.
+        nodes: (G + 1,) first row of each graph's nodes, and the end of the last one's.
+        edges: (G + 1,) first row of each graph's edges, and the end of the last one's.
     """
     end = begin + len(nodes) - 1
     spans = {"node": (int(nodes[0]), int(nodes[-1])), "edge": (int(edges[0]), int(edges[-1])), "graph": (begin, end)}

@@ -1,2 +1,1 @@
-"""docs/format.md as code: schema, records and encodings, shards with headers and block hashes, the manifest, and the digest of
-what was delivered."""
+"""The file format of docs/format.md: schema, records, encodings, shards with block hashes, manifest, epoch digest."""

@@ -1,4 +1,4 @@
-"""EpochDigest: which records were delivered, whatever their order; and whether that was each once."""
+"""EpochDigest: proof of which records were delivered, in any order, and that each came once."""
 
 from __future__ import annotations
 
@@ -19,11 +19,17 @@ _MASK = (1 << 64) - 1
 
 @dataclass(frozen=True, kw_only=True)
 class EpochDigest:
-    """A number of records, and the sum of the XXH3-64 of their ids modulo 2**64: the same in any order, and `+` merges ranks.
+    """Number of records, and the sum of the XXH3-64 of their ids modulo 2**64.
 
-    A record lost, doubled or put in another's place changes the sum, but for one chance in 2**64. left_out: records that came
-    as padding instead, as they could not be read. drawn: in an epoch of draws the hashes themselves, so that `times` can tell
-    how often each came; 8 bytes a draw, empty in any other epoch. Costs a sixth of a microsecond a record.
+    The sum is the same in any order, and `+` merges ranks. A lost, doubled or exchanged record changes it, with one chance in
+    2**64 of a miss. Costs a sixth of a microsecond per record.
+
+    Attributes:
+        records: Number of records delivered. Default: 0.
+        total: Sum of the hashes. Default: 0.
+        left_out: Number of records that could not be read and were replaced by padding. Default: 0.
+        drawn: (draws,) uint64 hashes in an epoch of draws, from which `times` counts how often each record came; 8 bytes per
+            draw. Empty in any other epoch.
     """
 
     records: int = 0
@@ -33,8 +39,17 @@ class EpochDigest:
 
     @classmethod
     def of(cls, ids: Iterable[str] | Iterable[bytes]) -> EpochDigest:
-        """Of these ids."""
-        hashes = [xxhash.xxh3_64_intdigest(one.encode() if isinstance(one, str) else one) for one in ids]
+        """Compute the digest of ids.
+
+        Args:
+            ids: Ids, as text or as UTF-8 bytes.
+
+        Returns:
+            The `EpochDigest`.
+        """
+        hashes = [
+            xxhash.xxh3_64_intdigest(record_id.encode() if isinstance(record_id, str) else record_id) for record_id in ids
+        ]
         return cls(records=len(hashes), total=sum(hashes) & _MASK)
 
     def __add__(self, other: EpochDigest) -> EpochDigest:
@@ -47,13 +62,27 @@ class EpochDigest:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, for a checkpoint: an epoch that goes on in another process is checked as a whole."""
-        told = {"records": self.records, "total": f"{self.total:016x}", "left_out": self.left_out}
-        return {**told, "drawn": self.drawn.tobytes().hex()}
+        """Return plain JSON types for a checkpoint, so an epoch that another process finishes is checked as a whole.
+
+        Returns:
+            A dict that `from_dict` reads.
+        """
+        counts = {"records": self.records, "total": f"{self.total:016x}", "left_out": self.left_out}
+        return {**counts, "drawn": self.drawn.tobytes().hex()}
 
     @classmethod
     def from_dict(cls, digest: Mapping[str, Any]) -> EpochDigest:
-        """What `to_dict` gave; raises UsageError for anything else."""
+        """Read what `to_dict` returned.
+
+        Args:
+            digest: The dict.
+
+        Returns:
+            The `EpochDigest`.
+
+        Raises:
+            UsageError: The mapping is not such a dict.
+        """
         try:
             drawn = np.frombuffer(bytes.fromhex(digest["drawn"]), np.uint64)
             left_out = int(digest.get("left_out", 0))
@@ -63,12 +92,22 @@ class EpochDigest:
 
     @property
     def times(self) -> dict[int, int]:
-        """How many records came once, twice … in an epoch of draws; a sort of the draws."""
-        often = np.unique(self.drawn, return_counts=True)[1]
-        return {int(times): int(records) for times, records in zip(*np.unique(often, return_counts=True), strict=True)}
+        """Number of records that came once, twice and so on in an epoch of draws. Costs a sort of the draws."""
+        repeats = np.unique(self.drawn, return_counts=True)[1]
+        return {int(count): int(records) for count, records in zip(*np.unique(repeats, return_counts=True), strict=True)}
 
     def check(self, expected: EpochDigest) -> str:
-        """`2,816 of 2,816 records, each once`; raises DataError where these are not exactly the `expected` records."""
+        """Compare the digest with that of the expected records.
+
+        Args:
+            expected: Digest of the records that the epoch should have delivered.
+
+        Returns:
+            A sentence such as `2,816 of 2,816 records, each once`.
+
+        Raises:
+            DataError: Other records were delivered.
+        """
         if self == expected:
             return f"{self.records:,} of {expected.records:,} records, each once"
         if self.left_out and self.records + self.left_out == expected.records:
@@ -81,27 +120,36 @@ class EpochDigest:
         )
 
     def describe(self) -> str:
-        """An epoch of draws in words: `2,816 draws of 1,912 records, one at most 4 times`."""
+        """Describe an epoch of draws.
+
+        Returns:
+            A sentence such as `2,816 draws of 1,912 records, one at most 4 times`.
+        """
         times = self.times
         return f"{self.records:,} draws of {sum(times.values()):,} records, one at most {max(times, default=0)} times"
 
 
 class Delivered:
-    """Adds up what an iterator delivers. drawn: whether to keep each hash."""
+    """Running digest of what an iterator delivers.
+
+    Args:
+        drawn: Whether to keep the hash of every draw.
+    """
 
     def __init__(self, drawn: bool) -> None:
         self._drawn, self._records, self._total, self._left_out = drawn, 0, 0, 0
         self._hashes: list[npt.NDArray[np.uint64]] = []
 
     def add(self, ids: Sequence[str], valid: Mask, left_out: int = 0) -> None:
-        """One batch, and how many of its records were left out."""
+        """Add one batch, and the number of its records that were left out."""
         hashes = list(map(xxhash.xxh3_64_intdigest, map(str.encode, ids if valid.all() else compress(ids, valid))))
         self._records, self._total = self._records + len(hashes), self._total + sum(hashes)
         self._left_out += left_out
-        self._hashes += [np.array(hashes, np.uint64)] if self._drawn else []
+        if self._drawn:
+            self._hashes.append(np.array(hashes, np.uint64))
 
     @property
     def digest(self) -> EpochDigest:
-        """Of all of them."""
+        """The digest of all batches so far."""
         drawn = np.concatenate([np.zeros(0, np.uint64), *self._hashes])
         return EpochDigest(records=self._records, total=self._total % 2**64, left_out=self._left_out, drawn=drawn)

@@ -1,4 +1,4 @@
-"""Encodings: what a field's values become in a file beside plain numbers: bfloat16, and int8 with a scale."""
+"""Encodings of field values in a file: plain numbers, bfloat16, and int8 with a scale."""
 
 from __future__ import annotations
 
@@ -8,23 +8,32 @@ import numpy as np
 import numpy.typing as npt
 
 BFLOAT16 = "bfloat16"
-LARGEST = 127  # of int8 with a scale; -128 is not used
-_DIGITS = 3  # of a scale: enough, and short in JSON
-_LEAST = 1e-30  # scale, of float32
+TEXT = "text"  # UTF-8, as bytes and offsets
+LARGEST = 127  # largest int8 with a scale; -128 is not used
+_DIGITS = 3  # significant digits of a scale: enough, and short in JSON
+_LEAST = 1e-30  # smallest scale in float32
 Array = npt.NDArray[Any]
-_INFINITE = {"float16": (0x7C00, 0xFC00), BFLOAT16: (0x7F80, 0xFF80)}  # its bits, of either sign
+_INFINITE = {"float16": (0x7C00, 0xFC00), BFLOAT16: (0x7F80, 0xFF80)}  # bits of the positive and the negative infinity
 Scale = tuple[tuple[float, ...], ...]
 
 
 def storage(dtype: str) -> np.dtype[Any]:
-    """The type that NumPy holds it in: of bfloat16, which it lacks, the bits as uint16."""
-    return np.dtype("uint16" if dtype == BFLOAT16 else dtype)
+    """Return the NumPy type that stores a dtype; uint16 for bfloat16, which NumPy lacks."""
+    return np.dtype({BFLOAT16: "uint16", TEXT: "uint8"}.get(dtype, dtype))
 
 
 def encode(rows: Array, dtype: str, scale: Scale | Array | None) -> tuple[Array, bool]:
-    """Rows (T, *row) as stored, and whether a value was lost: one that the type cannot hold, not one that it rounds.
+    """Encode rows (T, *row), and tell whether a value was lost, not merely rounded.
 
-    bfloat16 and int8 round to the nearest, halves to even. scale: a row, flat, for every step, or one for all.
+    bfloat16 and int8 round to the nearest, halves to even.
+
+    Args:
+        rows: Rows of one record.
+        dtype: Name of the stored type.
+        scale: One flat row per step, or one row for all steps; None for no scale.
+
+    Returns:
+        The stored rows, and whether the type could not hold a value.
     """
     if scale is not None:
         steps = np.asarray(scale, np.float32).reshape(len(scale), *rows.shape[1:])
@@ -47,8 +56,14 @@ def encode(rows: Array, dtype: str, scale: Scale | Array | None) -> tuple[Array,
 
 
 def decode(rows: Array, dtype: str, scale: Scale | Array | None, first: int = 0) -> Array:
-    """Stored rows as numbers: themselves, or float32 where they are encoded. first: how many steps stand before them, counted
-    from a record's begin."""
+    """Decode stored rows: the rows themselves, or float32 if they are encoded.
+
+    Args:
+        rows: Stored rows.
+        dtype: Name of the stored type.
+        scale: As for `encode`.
+        first: Number of steps before the rows, counted from the start of a record.
+    """
     if scale is not None:
         steps = (first + np.arange(len(rows))) % len(scale)
         return rows.astype(np.float32) * np.asarray(scale, np.float32).reshape(len(scale), *rows.shape[1:])[steps]
@@ -58,7 +73,10 @@ def decode(rows: Array, dtype: str, scale: Scale | Array | None, first: int = 0)
 
 
 def all_finite(rows: Array, dtype: str) -> bool:
-    """Whether no stored value is NaN or infinite: these have the highest patterns of their sign. Integers always are."""
+    """Return whether no stored value is NaN or infinite; integers always are finite.
+
+    NaN and infinity have the highest bit patterns of their sign.
+    """
     if dtype not in _INFINITE:
         return bool(np.isfinite(rows).all())
     positive, negative = _INFINITE[dtype]
@@ -66,9 +84,9 @@ def all_finite(rows: Array, dtype: str) -> bool:
 
 
 def scale_for(greatest: Array) -> Scale:
-    """The scale by which values of at most `greatest` (T or 1, *row), 0 or more, fit into int8, 1 where all are 0."""
+    """Return the scale by which values of at most `greatest` (T or 1, *row), 0 or more, fit into int8; 1 where all are 0."""
     flat = greatest.reshape(len(greatest), -1).astype(np.float64) / LARGEST
     flat = np.where(flat > 0, flat.clip(_LEAST), 1)
     unit = 10.0 ** (np.floor(np.log10(flat)) + 1 - _DIGITS)
-    rounded = np.ceil(flat / unit - 1e-9) * unit  # up, so that the greatest fits
-    return tuple(tuple(float(f"{one:.{_DIGITS - 1}e}") for one in row) for row in rounded.tolist())
+    rounded = np.ceil(flat / unit - 1e-9) * unit  # rounded up, so that the greatest value fits
+    return tuple(tuple(float(f"{number:.{_DIGITS - 1}e}") for number in row) for row in rounded.tolist())

@@ -1,4 +1,4 @@
-"""The header of a shard: which arrays lie where, and the hash of every block of them. docs/format.md has the bytes."""
+"""Header of a shard: position of each array, and the hash of each of its blocks. docs/format.md specifies the bytes."""
 
 from __future__ import annotations
 
@@ -16,29 +16,51 @@ from dali_pipeline.types import BLOCK_BYTES, Array
 if TYPE_CHECKING:
     from dali_pipeline.storage.cachedfile import Place
 
-VERSION = 1
+VERSION = 2
+BLOCKS_OF_VERSION = {1: 1 << 20, 2: BLOCK_BYTES}  # bytes of a block in shards of each version
 METADATA_KEY = "dali_pipeline"
 DTYPES = {
     "F16": "float16", "BF16": BFLOAT16, "F32": "float32", "F64": "float64",
     "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
-    "U8": "uint8", "U16": "uint16", "U32": "uint32",
+    "U8": "uint8", "U16": "uint16", "U32": "uint32", "BOOL": "bool",
 }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where an array lies: its first byte in the file, and its first block among the shard's blocks; dtype: NumPy's, so
-    uint16 for bfloat16."""
+    """Position of an array in a shard.
+
+    Attributes:
+        dtype: NumPy's type, so uint16 for bfloat16.
+        shape: Shape of the array.
+        begin: Its first byte in the file.
+        nbytes: Its bytes.
+        first_block: Number of its first block among the blocks of the shard.
+        block_bytes: Bytes of one of its blocks.
+    """
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     begin: int
     nbytes: int
     first_block: int
+    block_bytes: int
 
 
 def parse_header(path: Place, header: bytes, size: int) -> tuple[str, int, dict[str, Layout], Array]:
-    """Kind, number of records, layouts by name, block hashes (uint64). Raises FormatError unless the arrays tile the file."""
+    """Parse the header of a shard.
+
+    Args:
+        path: The shard, for messages.
+        header: The 8-byte length and the JSON after it.
+        size: Bytes of the file.
+
+    Returns:
+        Kind, number of records, layouts by name, and block hashes (blocks,) uint64.
+
+    Raises:
+        FormatError: The header is not that of a shard, or its arrays do not fill the file without gaps.
+    """
     try:
         table = json.loads(header[8:])
         meta = json.loads(table.pop("__metadata__")[METADATA_KEY])
@@ -46,28 +68,32 @@ def parse_header(path: Place, header: bytes, size: int) -> tuple[str, int, dict[
             (*map(_size, entry["data_offsets"]), name, storage(DTYPES[entry["dtype"]]), tuple(map(_size, entry["shape"])))
             for name, entry in table.items()
         )
-        texts = [meta["hashes"][name] for _, _, name, _, _ in entries]
-        every_hash = np.frombuffer(bytes.fromhex("".join(texts)), ">u8").astype(np.uint64)
-        records, expected = _size(meta["records"]), {"version": VERSION, "block_bytes": BLOCK_BYTES}
+        hash_texts = [meta["hashes"][name] for _, _, name, _, _ in entries]
+        hashes = np.frombuffer(bytes.fromhex("".join(hash_texts)), ">u8").astype(np.uint64)
+        records = _size(meta["records"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{path}: the header is not one of a dali_pipeline shard ({type(error).__name__}: {error})") from None
-    for name, value in expected.items():
-        if meta.get(name) != value:
-            raise FormatError(f"{path} has {name} {meta.get(name)!r}; expected {value}")
+    if meta.get("version") not in BLOCKS_OF_VERSION:
+        raise FormatError(f"{path} has version {meta.get('version')!r}; expected 1 or {VERSION}")
+    block_bytes = BLOCKS_OF_VERSION[meta["version"]]
+    if meta.get("block_bytes") != block_bytes:
+        raise FormatError(f"{path} has block_bytes {meta.get('block_bytes')!r}; expected {block_bytes}")
     layouts: dict[str, Layout] = {}
-    at = block = 0
-    for (begin, end, name, dtype, shape), text in zip(entries, texts, strict=True):
-        if begin != at or end - begin != math.prod(shape) * dtype.itemsize:
+    array_end = next_block = 0
+    for (begin, end, name, dtype, shape), hash_text in zip(entries, hash_texts, strict=True):
+        if begin != array_end or end - begin != math.prod(shape) * dtype.itemsize:
             raise FormatError(
                 f"{path}, {name}: bytes {begin} to {end} for {dtype} {shape}; arrays must fill the file without gaps"
             )
-        if len(text) != 16 * math.ceil((end - begin) / BLOCK_BYTES):
-            raise FormatError(f"{path}, {name}: {len(text) // 16} block hashes for {end - begin} bytes")
-        layouts[name] = Layout(dtype, shape, len(header) + begin, end - begin, block)
-        at, block = end, block + len(text) // 16
-    if len(header) + at != size:
-        raise FormatError(f"{path}: arrays end at byte {len(header) + at} of {size}; arrays must fill the file without gaps")
-    return str(meta.get("kind")), records, layouts, every_hash
+        if len(hash_text) != 16 * math.ceil((end - begin) / block_bytes):
+            raise FormatError(f"{path}, {name}: {len(hash_text) // 16} block hashes for {end - begin} bytes")
+        layouts[name] = Layout(dtype, shape, len(header) + begin, end - begin, next_block, block_bytes)
+        array_end, next_block = end, next_block + len(hash_text) // 16
+    if len(header) + array_end != size:
+        raise FormatError(
+            f"{path}: arrays end at byte {len(header) + array_end} of {size}; arrays must fill the file without gaps"
+        )
+    return str(meta.get("kind")), records, layouts, hashes
 
 
 def _size(value: Any) -> int:

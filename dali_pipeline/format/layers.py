@@ -11,7 +11,10 @@ Layers: TypeAlias = "slice | Sequence[int] | None"
 
 
 def select(layers: Layers, count: int) -> list[int]:
-    """The numbers of the chosen ones among `count` steps or graphs, in the order asked for; raises DataError for none."""
+    """Return the numbers of the chosen layers among `count` steps or graphs, in the order asked for.
+
+    Raises DataError if none is chosen, or one is not there.
+    """
     chosen: list[int] = []
     if layers is None or isinstance(layers, slice):
         chosen = list(range(count))[layers or slice(None)]
@@ -23,11 +26,11 @@ def select(layers: Layers, count: int) -> list[int]:
 
 
 def to_positions(layers: Layers, numbers: Sequence[int]) -> list[int]:
-    """Return where the chosen layers stand among those whose numbers a set records.
+    """Return the positions of the chosen layers among those whose numbers a data set records.
 
     Args:
-        layers: Numbers of layers, of which a negative one counts from the last as stored; a slice from a number on to below
-            another, of which a negative one stands for the number at that place; or None for all.
+        layers: Numbers of layers; a negative number counts from the last one as stored. A slice goes from one number to below
+            another; a negative bound stands for the number at that position. None means all.
         numbers: Number of each layer as stored.
 
     Raises:
@@ -38,16 +41,20 @@ def to_positions(layers: Layers, numbers: Sequence[int]) -> list[int]:
         return list(range(count))
     if isinstance(layers, slice):
         step = 1 if layers.step is None else layers.step
-        begin, end = (
+        lower, upper = (
             bound if bound is None or bound >= 0 else numbers[max(bound, -count)] for bound in (layers.start, layers.stop)
         )
         if step > 0:
             within = [
-                at for at in range(count) if (begin is None or numbers[at] >= begin) and (end is None or numbers[at] < end)
+                position
+                for position in range(count)
+                if (lower is None or numbers[position] >= lower) and (upper is None or numbers[position] < upper)
             ]
         else:
             within = [
-                at for at in range(count) if (begin is None or numbers[at] <= begin) and (end is None or numbers[at] > end)
+                position
+                for position in range(count)
+                if (lower is None or numbers[position] <= lower) and (upper is None or numbers[position] > upper)
             ]
         chosen = within[::step]
     else:
@@ -64,7 +71,10 @@ def _asked(layers: Layers) -> str:
 
 
 def parse_layers(text: str | None) -> Layers:
-    """`12:20` or `8,16,24`: numbers of layers, where the set records some, else counted from 0 as stored; None for all."""
+    """Read `12:20` or `8,16,24`; None for all.
+
+    The numbers are those that the data set records. If it records none, layers count from 0 as stored.
+    """
     if text is None:
         return None
     try:

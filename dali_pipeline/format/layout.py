@@ -1,4 +1,4 @@
-"""ByLayer: rows of many records stored layer by layer, so that one layer of all of them lies together."""
+"""ByLayer: rows of many records stored layer by layer, so that one layer of all of them is contiguous."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-TOGETHER_BYTES = 1 << 20  # of one layer: a hash block, so that a layer's blocks hold little else
+TOGETHER_BYTES = 1 << 20  # per layer: one hash block, so that the blocks of a layer contain little else
 
 
 @dataclass(frozen=True, kw_only=True)
 class ByLayer:
-    """Step 0 of `records` records, then step 1 of them, …; then the next ones. Every record has `steps` steps.
+    """Layout of blocks of records: step 0 of all records of a block, then step 1 of them, and so on; then the next block.
 
-    The last records of an array may be fewer. Rows are numbered record by record everywhere but in the file.
+    The last block of an array may have fewer records. Rows are numbered record by record everywhere but in the file.
+
+    Attributes:
+        steps: Steps of every record.
+        records: Records per block.
     """
 
     steps: int
@@ -24,27 +28,27 @@ class ByLayer:
 
     @classmethod
     def of(cls, steps: int, row_bytes: int) -> ByLayer:
-        """As `convert` writes it: about 1 MiB of a layer together."""
+        """Return the layout that `convert` writes: about 1 MiB per layer of a block."""
         return cls(steps=steps, records=max(1, TOGETHER_BYTES // row_bytes))
 
     def stored(self, rows: npt.NDArray[np.int64], total: Any) -> npt.NDArray[np.int64]:
-        """Where rows stand in an array of `total` rows, a number or one for each of them."""
+        """Return the positions in the file of rows in an array of `total` rows: one number, or one per row."""
         record, step = np.divmod(rows, self.steps)
         first = record // self.records * self.records
-        together = np.minimum(self.records, total // self.steps - first)
-        return np.asarray(first * self.steps + step * together + record - first)
+        block_records = np.minimum(self.records, total // self.steps - first)
+        return np.asarray(first * self.steps + step * block_records + record - first)
 
     def numbered(self, stored: npt.NDArray[np.int64], total: int) -> npt.NDArray[np.int64]:
-        """Which rows stand there: the other way round."""
+        """Return the row numbers at positions in the file, the inverse of `stored`."""
         first = stored // (self.records * self.steps) * self.records
-        together = np.minimum(self.records, total // self.steps - first)
-        step, record = np.divmod(stored - first * self.steps, together)
+        block_records = np.minimum(self.records, total // self.steps - first)
+        step, record = np.divmod(stored - first * self.steps, block_records)
         return np.asarray((first + record) * self.steps + step)
 
     def spans(self, begin: int, end: int, step: int, total: int) -> Iterator[tuple[int, int]]:
-        """Stored rows, from and to, of one step of records `begin` to `end`."""
+        """Yield the spans (begin, end) of stored rows that hold one step of records `begin` to `end`."""
         while begin < end:
-            border = min(end, (begin // self.records + 1) * self.records)
-            at = int(self.stored(np.array([begin * self.steps + step]), total)[0])
-            yield at, at + border - begin
-            begin = border
+            block_end = min(end, (begin // self.records + 1) * self.records)
+            position = int(self.stored(np.array([begin * self.steps + step]), total)[0])
+            yield position, position + block_end - begin
+            begin = block_end

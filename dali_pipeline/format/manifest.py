@@ -1,12 +1,13 @@
-"""The manifest: what a data set holds, in one JSON file that is written last."""
+"""The manifest: the contents of a data set in one JSON file, which is written last."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 import xxhash
@@ -25,21 +26,30 @@ if TYPE_CHECKING:
 P = TypeVar("P", Path, RemotePath, Place)
 MANIFEST_NAME = "manifest.json"
 FORMAT_NAME = "dali_pipeline"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+VERSIONS = (1, 2)  # that are read
 
 
 @dataclass(kw_only=True)
 class ShardTable:
     """The shards of one split and kind, column by column, so that a million of them parse quickly.
 
-    records, bytes (file sizes), blocks: one entry a shard · digests: 32 hex digits a shard, in one string · labels: records
-    of each label · rows: fewest and most rows of a record, by axis (`step`; or `graph`, `node` and `edge`) · ids: sum of the
-    XXH3-64 of all ids modulo 2**64, 16 hex digits; empty where that is not known (written before it was kept).
+    Attributes:
+        records: Number of records per shard.
+        bytes: File size per shard.
+        blocks: Number of hash blocks per shard.
+        steps: Rows of all sequences, or nodes of all graphs, per shard; empty in version 1.
+        digests: Header digests, 32 hexadecimal digits per shard, in one string.
+        labels: Number of records per class; of several labels, of the records that have each; empty for values.
+        rows: Fewest and most rows of a record, per axis: `step`, or `graph`, `node` and `edge`.
+        ids: Sum of the XXH3-64 of all ids modulo 2**64, 16 hexadecimal digits; empty if unknown, in data sets older than this
+            field.
     """
 
     records: list[int] = field(default_factory=list)
     bytes: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
     digests: str = ""
     labels: dict[str, int] = field(default_factory=dict)
     rows: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -49,20 +59,22 @@ class ShardTable:
         return len(self.records)
 
     def append(self, info: ShardInfo) -> None:
-        """Adds a shard behind the others."""
+        """Append one shard."""
         self._add_ids(f"{info.ids:016x}")
         self.records.append(info.records)
         self.bytes.append(info.bytes)
         self.blocks.append(info.blocks)
+        self.steps.append(info.steps)
         self.digests += info.digest
 
     def extend(self, other: ShardTable) -> None:
-        """Adds another table's shards behind these."""
+        """Append the shards of another table."""
         if len(other):
             self._add_ids(other.ids)
         self.records += other.records
         self.bytes += other.bytes
         self.blocks += other.blocks
+        self.steps += other.steps
         self.digests += other.digests
         for label, count in other.labels.items():
             self.labels[label] = self.labels.get(label, 0) + count
@@ -74,30 +86,36 @@ class ShardTable:
 
     def _widen(self, rows: dict[str, tuple[int, int]]) -> None:
         for axis, (fewest, most) in rows.items():
-            ours = self.rows.get(axis, (fewest, most))
-            if fewest < ours[0] or most > ours[1] or axis not in self.rows:
-                self.rows[axis] = (min(fewest, ours[0]), max(most, ours[1]))
+            own = self.rows.get(axis, (fewest, most))
+            if fewest < own[0] or most > own[1] or axis not in self.rows:
+                self.rows[axis] = (min(fewest, own[0]), max(most, own[1]))
 
     def digest(self, shard: int) -> str:
-        """The header digest of one shard."""
+        """Return the header digest of one shard."""
         return self.digests[32 * shard : 32 * shard + 32]
 
     def open(self, path: Place, shard: int, files: Files, sound: SoundMap | None = None) -> Shard:
-        """One shard, held against what the table says of it."""
+        """Open one shard, and check it against the table."""
         sound = bytearray(self.blocks[shard]) if sound is None else sound
         if isinstance(path, RemotePath):
             path = dataclasses.replace(path, digest=self.digest(shard), nbytes=self.bytes[shard], blocks=self.blocks[shard])
         return Shard(path, nbytes=self.bytes[shard], digest=self.digest(shard), sound=sound, files=files)
 
-    def count(self, label: int, rows: dict[str, int], times: int = 1) -> None:
-        """Takes the label and row counts of a record, or of so many alike, into `labels` and `rows`."""
-        self.labels[str(label)] = self.labels.get(str(label), 0) + times
+    def count(self, classes: Iterable[int], rows: dict[str, int], times: int = 1) -> None:
+        """Add the classes and row counts of one record, or of `times` equal ones, to `labels` and `rows`."""
+        for label in classes:
+            self.labels[str(label)] = self.labels.get(str(label), 0) + times
         self._widen({axis: (count, count) for axis, count in rows.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureStatistics:
-    """Mean and standard deviation of every feature of a sequence's rows, over the training split."""
+    """Statistics of every feature of a sequence's rows, over the training split.
+
+    Attributes:
+        mean: Mean per feature.
+        std: Population standard deviation per feature.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -107,37 +125,46 @@ class FeatureStatistics:
 class Manifest:
     """Everything that is known of a data set without opening a shard.
 
-    digest: 32 hex digits over all the rest; the order of every epoch depends on it. source: where the data came from,
-    for people (model, threshold, files left out); it names no path, as a data set may be moved.
+    Attributes:
+        schema: Fields of every record.
+        splits: Shard table per split and kind.
+        statistics: Feature statistics of the training split's sequences, or None.
+        source: Where the data came from, for people (model, threshold, files left out). It contains no path, because a data set
+            may be moved.
+        split: The rule that dealt the splits: `shares` and `seed`, or the owner's own `names`. Empty if not known.
+        format: Name of the format.
+        version: Version of the format.
+        digest: 32 hexadecimal digits over all the rest; the order of every epoch depends on it.
     """
 
     schema: Schema
     splits: dict[str, dict[Kind, ShardTable]]
     statistics: FeatureStatistics | None = None
     source: dict[str, Any] = field(default_factory=dict)
+    split: dict[str, Any] = field(default_factory=dict)
     format: str = FORMAT_NAME
     version: int = FORMAT_VERSION
     digest: str = ""
 
     def compute_digest(self) -> str:
-        """XXH3-128 over the canonical JSON of everything but the digest."""
+        """Return the XXH3-128 of the canonical JSON of everything but the digest."""
         return xxhash.xxh3_128_hexdigest(msgspec.json.encode(dataclasses.replace(self, digest=""), order="sorted"))
 
     def save(self, root: Path) -> Manifest:
-        """Writes `manifest.json` with its digest, whole or not at all, on the disk before this returns; gives it back."""
+        """Write `manifest.json` with its digest, atomically and synced to the disk; return the manifest as read back."""
         whole = dataclasses.replace(self, digest=self.compute_digest())
         data = whole.to_bytes()
-        found = self._parse(root / MANIFEST_NAME, data)  # what cannot be read back is never written
+        manifest = self._parse(root / MANIFEST_NAME, data)  # before writing, so an unreadable manifest is never written
         write_whole(root / MANIFEST_NAME, data)
-        return found
+        return manifest
 
     def to_bytes(self) -> bytes:
-        """The canonical JSON that stands in the file."""
+        """Return the canonical JSON of the file."""
         return msgspec.json.encode(self, order="sorted") + b"\n"
 
     @classmethod
     def load(cls, root: Place) -> Manifest:
-        """Reads and checks `manifest.json`; raises FormatError with the reason where it is none."""
+        """Read and check `manifest.json`; raise FormatError with the reason if it is none."""
         path = root / MANIFEST_NAME
         try:
             data = path.store.read(path.key) if isinstance(path, RemotePath) else path.read_bytes()
@@ -157,14 +184,17 @@ class Manifest:
             manifest = msgspec.json.decode(data, type=cls)
         except (msgspec.DecodeError, UsageError, UnicodeDecodeError, RecursionError) as error:
             raise FormatError(f"{path} is not a {FORMAT_NAME} manifest ({error})") from None
-        if (manifest.format, manifest.version) != (FORMAT_NAME, FORMAT_VERSION):
+        if manifest.format != FORMAT_NAME or manifest.version not in VERSIONS:
             raise FormatError(
-                f"{path} is {manifest.format!r} version {manifest.version}; expected {FORMAT_NAME!r} version {FORMAT_VERSION}"
+                f"{path} is {manifest.format!r} version {manifest.version}; "
+                f"expected {FORMAT_NAME!r} version 1 or {FORMAT_VERSION}"
             )
-        # of the bytes as they stand: a field that a later version adds changes nothing
+        if manifest.version > 1 and (unknown := unknown_key(msgspec.json.decode(data), cls, "")):
+            raise FormatError(f"{path} has the key {unknown!r}, which this release does not know; read it with a newer one")
+        # The digest covers the bytes as they are, so a field that a later version adds does not matter.
         head = b'{"digest":"%s"' % manifest.digest.encode()
-        found = xxhash.xxh3_128_hexdigest(b'{"digest":""' + data[len(head) : -1])
-        if found != manifest.digest or not (data.startswith(head) and data.endswith(b"\n")):
+        digest = xxhash.xxh3_128_hexdigest(b'{"digest":""' + data[len(head) : -1])
+        if digest != manifest.digest or not (data.startswith(head) and data.endswith(b"\n")):
             raise FormatError(f"{path} does not have the digest that it names: edited or damaged; restore it or convert again")
         for split, tables in manifest.splits.items():
             for kind, table in tables.items():
@@ -178,10 +208,30 @@ class Manifest:
 
 
 def shard_path(root: P, split: str, kind: Kind, shard: int) -> P:
-    """`train/sequences-00000.safetensors` and so on."""
+    """Return the path of a shard, such as `train/sequences-00000.safetensors`."""
     return root / split / f"{kind}-{shard:05d}.safetensors"
 
 
 def empty_splits(kinds: tuple[Kind, ...] = KINDS) -> dict[str, dict[Kind, ShardTable]]:
-    """Tables without a shard for every split and kind."""
+    """Return a table without shards for every split and kind."""
     return {split: {kind: ShardTable() for kind in kinds} for split in SPLITS}
+
+
+def unknown_key(value: Any, known: Any, where: str) -> str:
+    """Return the first key in decoded JSON that a dataclass of this module has no field for; "" if there is none."""
+    if dataclasses.is_dataclass(known) and isinstance(value, dict):
+        fields = {each.name: each for each in dataclasses.fields(known)}
+        for key in value:
+            if key not in fields:
+                return f"{where}{key}"
+        hints = get_type_hints(known)
+        found = (unknown_key(value[key], hints[key], f"{where}{key}.") for key in value)
+        return next(filter(None, found), "")
+    arguments = get_args(known)
+    if get_origin(known) is dict and isinstance(value, dict):
+        found = (unknown_key(each, arguments[1], f"{where}{key}.") for key, each in value.items())
+        return next(filter(None, found), "")
+    if isinstance(value, dict) and arguments:  # of several types, the one that is a dataclass
+        classes = [each for each in arguments if dataclasses.is_dataclass(each) or get_origin(each) is dict]
+        return unknown_key(value, classes[0], where) if classes else ""
+    return ""

@@ -1,4 +1,4 @@
-"""One record: its sequence, its graphs, and what is checked before they are written."""
+"""Records: one example's sequence and graphs, and the checks before they are written."""
 
 from __future__ import annotations
 
@@ -10,19 +10,24 @@ from typing import Any
 import numpy as np
 
 from dali_pipeline.errors import DataError, UsageError
-from dali_pipeline.format.encoding import BFLOAT16, encode
+from dali_pipeline.format.arrays import as_array
+from dali_pipeline.format.encoding import BFLOAT16, TEXT, encode
 from dali_pipeline.format.schema import LEVELS, Field, Schema, a_or_an, level_of
 from dali_pipeline.runtime.checks import shown
-from dali_pipeline.types import Array
+from dali_pipeline.types import Array, Kind
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Graphs:
-    """The graphs of one record, flat: what PyG would call a batch, without its offsets.
+    """The graphs of one record in flat arrays: what PyG calls a batch, without its offsets.
 
-    x: (N, F) nodes of all graphs, one graph after the other · edge_index: (2, E) integer, local to each graph ·
-    edge_attr: (E,) or (E, D), or None · node_counts, edge_counts: (G,) integers that sum to N and E · fields: further arrays,
-    by the schema's names (`node.pos`), with N, E or G rows.
+    Attributes:
+        x: (N, F) node features of all graphs, one graph after the other.
+        edge_index: (2, E) integers, local to each graph.
+        edge_attr: (E,) or (E, D) edge features, or None.
+        node_counts: (G,) integers, nodes of each graph; they sum to N.
+        edge_counts: (G,) integers, edges of each graph; they sum to E.
+        fields: Further arrays by the schema's names (`node.pos`), with N, E or G rows. Default: none.
     """
 
     x: Array
@@ -34,19 +39,31 @@ class Graphs:
 
     @classmethod
     def stack(cls, graphs: Iterable[Any], fields: Iterable[str] = ()) -> Graphs:
-        """From graphs one by one: anything with `x`, `edge_index` and perhaps `edge_attr` (PyG `Data`, for one).
+        """Join single graphs, for example PyG `Data`.
 
-        fields: names such as `node.pos`, of which each graph has the attribute `pos`; one of `graph.` may lack its first axis.
+        Args:
+            graphs: Objects with `x`, `edge_index` and perhaps `edge_attr`; at least one.
+            fields: Names such as `node.pos`; each graph has the attribute `pos`. An attribute for `graph.` may lack its first
+                axis. Default: none.
+
+        Returns:
+            The `Graphs`.
+
+        Raises:
+            UsageError: `fields` are not such names.
+            DataError: There are no graphs, or an array is missing, or its shape does not fit.
+
+        Costs a copy of all arrays.
         """
         try:
             names: list[Any] = [] if isinstance(fields, str) else list(fields)
-        except (TypeError, RuntimeError):  # of a tensor without values, RuntimeError
+        except (TypeError, RuntimeError):  # a tensor without values raises RuntimeError
             names = [None]
         if isinstance(fields, str) or not all(isinstance(name, str) and level_of(name) in LEVELS for name in names):
             raise UsageError(f"fields are {shown(fields)}; expected names such as node.pos")
         try:
             parts = list(graphs)
-        except (TypeError, RuntimeError):  # of a tensor without values, RuntimeError
+        except (TypeError, RuntimeError):  # a tensor without values raises RuntimeError
             raise DataError(f"a record's graphs are {shown(graphs)}; expected Graphs, or a list of graphs") from None
         if not parts:
             raise DataError("a record has no graphs; expected at least one")
@@ -75,10 +92,17 @@ class Graphs:
         )
 
     def select(self, layers: Sequence[int]) -> Graphs:
-        """The graphs of these numbers, in this order."""
-        nodes, edges = np.cumsum([0, *self.node_counts]), np.cumsum([0, *self.edge_counts])
-        node_rows = np.concatenate([np.arange(nodes[at], nodes[at + 1]) for at in layers])
-        edge_rows = np.concatenate([np.arange(edges[at], edges[at + 1]) for at in layers])
+        """Return some graphs.
+
+        Args:
+            layers: Numbers of the graphs, in the order of the result.
+
+        Returns:
+            A `Graphs` with copies of their arrays.
+        """
+        node_offsets, edge_offsets = np.cumsum([0, *self.node_counts]), np.cumsum([0, *self.edge_counts])
+        node_rows = np.concatenate([np.arange(node_offsets[layer], node_offsets[layer + 1]) for layer in layers])
+        edge_rows = np.concatenate([np.arange(edge_offsets[layer], edge_offsets[layer + 1]) for layer in layers])
         rows = {"node": node_rows, "edge": edge_rows, "graph": np.array(layers)}
         return Graphs(
             x=self.x[node_rows],
@@ -91,7 +115,7 @@ class Graphs:
 
 
 def _joined(name: str, graphs: list[Any], counts: Sequence[int]) -> Array:
-    """One attribute of all graphs, which has so many rows in each."""
+    """Concatenate one attribute of all graphs, with the expected number of rows in each."""
     level, attribute = level_of(name), name.rpartition(".")[2]
     parts = [as_array(name, getattr(graph, attribute, None)) for graph in graphs]
     if level == "graph":  # (1, *row), as PyG has it, or (*row,)
@@ -106,17 +130,27 @@ def _joined(name: str, graphs: list[Any], counts: Sequence[int]) -> Array:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Record:
-    """One example: an id, a class label, and a sequence (T, F), graphs, or both.
+    """One example: an id, a label, and a sequence, graphs, or both, with further fields.
 
-    group: what must not be torn apart by a split (a question id); the id itself where it is None.
-    graphs: a `Graphs`, or a list of objects with `x`, `edge_index`, `edge_attr`.
+    Attributes:
+        id: Text, or a whole number, which becomes text. Each id is used once per data set.
+        label: What the schema's label says: a class as a whole number of 0 or more (or as one of its `class_names`), several
+            bools, a value, or None.
+        group: Records of one group stay in one split (for example a question id). Default: None, for the id itself.
+        sequence: (T, *shape) array-like of real numbers. Default: None.
+        graphs: A `Graphs`, or a list of objects with `x`, `edge_index` and perhaps `edge_attr`. Default: None.
+        fields: Further fields, by names such as `step.token_ids`, with one row per step, and `record.score`. Default: none.
+
+    Raises:
+        DataError: The id or the group is neither text nor a whole number.
     """
 
     id: str
-    label: int
+    label: Any = None
     group: str | None = None
     sequence: Any = None
     graphs: Any = None
+    fields: Mapping[str, Any] = dataclass_field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("id", "group"):
@@ -128,32 +162,62 @@ class Record:
 
     @classmethod
     def of(cls, value: Record | Mapping[str, Any]) -> Record:
-        """A record from itself or from a mapping with the same names."""
+        """Return a record as it is, or make one from a mapping.
+
+        Args:
+            value: A `Record`, or a mapping with the names of its fields.
+
+        Returns:
+            The `Record`.
+
+        Raises:
+            DataError: The value is neither.
+        """
         if isinstance(value, Record):
             return value
         try:
             return cls(**value)
         except (TypeError, RuntimeError) as error:
             fields = f"has the fields {shown(sorted(map(str, value)))}" if isinstance(value, Mapping) else f"is {shown(value)}"
-            raise DataError(f"a record {fields}; expected id, label, group, sequence, graphs") from error
+            raise DataError(f"a record {fields}; expected id, label, group, sequence, graphs, fields") from error
 
     def stored(self, schema: Schema) -> Record:
-        """The same record, checked and in the schema's types; raises DataError where it does not fit."""
+        """Convert the record to the schema's types, and check it.
+
+        Args:
+            schema: The schema.
+
+        Returns:
+            A `Record` whose arrays have the stored types. An array is copied only if its type changes.
+
+        Raises:
+            DataError: The record does not fit the schema.
+        """
         sequence, graphs = self.sequence, self.graphs
         if sequence is not None and schema.sequence is not None:
             sequence = sequence_rows(self, schema.sequence)
         if graphs is not None and schema.x is not None:
             graphs = graph_rows(self, schema)
-        return replace(self, sequence=sequence, graphs=graphs)
+        label: Any = schema.labels.stored(self.id, self.label)
+        if schema.labels.kind == "class":
+            label = int(label)
+        kind: Kind = "graphs" if sequence is None else "sequences"
+        rows = named_rows(self, schema, kind, 0 if sequence is None else len(sequence)) if self.fields else {}
+        fields = {
+            name: self.fields[name] if f"{name}.counts" in rows else values[0] if name.startswith("record.") else values
+            for name, values in rows.items()
+            if not name.endswith(".counts")
+        }
+        return replace(self, label=label, sequence=sequence, graphs=graphs, fields=Fields(fields))
 
 
 def sequence_rows(record: Record, field: Field) -> Array:
-    """The record's sequence in the schema's type, (T, *shape), T >= 1; raises DataError where it does not fit."""
+    """Return the record's sequence in the schema's type, (T, *shape), T >= 1; raise DataError if it does not fit."""
     return _rows(record, "sequence", record.sequence, field)
 
 
 def graph_rows(record: Record, schema: Schema) -> Graphs:
-    """The record's graphs in the schema's types, checked: every edge between nodes of its own graph, no empty graph."""
+    """Return the record's graphs in the schema's types, checked: every edge within its own graph, no empty graph."""
     assert schema.x is not None
     where = f"record {record.id!r}"
     try:
@@ -186,7 +250,7 @@ def graph_rows(record: Record, schema: Schema) -> Graphs:
 
 
 def _given_edge_attr(graphs: Graphs, schema: Schema) -> Array:
-    """What stands for edge_attr: no row where there is none."""
+    """Return the given edge features; an array without rows if there are none."""
     if graphs.edge_attr is None:
         return np.zeros((0, *(schema.edge_attr.shape if schema.edge_attr else ())))
     given = as_array("edge_attr", graphs.edge_attr)
@@ -196,7 +260,14 @@ def _given_edge_attr(graphs: Graphs, schema: Schema) -> Array:
 
 
 def _check_edges(where: str, edge_index: Array, nodes: Array, edges: Array) -> None:
-    """Raise DataError for an edge that leaves its graph. nodes, edges: (G,) how many each has."""
+    """Raise DataError for an edge that leaves its graph.
+
+    Args:
+        where: The record, for the message.
+        edge_index: (2, E) integers.
+        nodes: (G,) nodes of each graph.
+        edges: (G,) edges of each graph.
+    """
     if edge_index.shape != (2, edges.sum()) or (edge_index.size and edge_index.dtype.kind not in "iu"):
         raise DataError(f"{where}, edge_index is {edge_index.dtype} {edge_index.shape}; expected integers (2, {edges.sum()})")
     limit = np.repeat(nodes, edges)  # (E,)
@@ -211,40 +282,78 @@ def _check_edges(where: str, edge_index: Array, nodes: Array, edges: Array) -> N
 
 
 def _further(where: str, name: str, fields: Mapping[str, Array], field: Field, sizes: Mapping[str, int]) -> Array:
-    """A named field's rows in the schema's type, as many as there are of its level."""
+    """Return a named field's rows in the schema's type, after a check of their number."""
     level, rows = level_of(name), _array(where, name, fields.get(name) if isinstance(fields, Mapping) else fields)
     if rows.ndim == 0 or len(rows) != sizes[level]:
         raise DataError(f"{where}, {name} has shape {rows.shape}; expected {sizes[level]} rows, one {a_or_an(level)}")
     return _cast(where, name, rows, field)
 
 
-def as_array(name: str, value: Any) -> Array:
-    """An array of real numbers, float32 for a bfloat16 tensor; raises DataError, naming the field, for ragged lists, texts,
-    masked values …"""
-    if count := masked_values(value):
-        raise DataError(f"{name} has {count} masked values, and a data set holds no masks; expected them filled or left out")
-    try:
-        array = np.asarray(value.float() if str(getattr(value, "dtype", "")) == "torch.bfloat16" else value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"{name} cannot be taken as a NumPy array ({str(error).splitlines()[0]})") from None
-    if array.dtype.kind not in "fiub":
-        raise DataError(f"{name} is {array.dtype}; expected real numbers")
-    return array
-
-
-def masked_values(value: Any) -> int:
-    """Number of values that a masked NumPy array, or a list of some, hides; `np.asarray` would give what lies beneath."""
-    if isinstance(value, np.ma.MaskedArray):
-        return int(np.ma.getmaskarray(value).sum())
-    return sum(map(masked_values, value)) if isinstance(value, list | tuple) else 0
-
-
 def _array(where: str, name: str, value: Any) -> Array:
-    """`as_array`, its errors naming the record."""
+    """Return `as_array` of a value, with the record in its errors."""
     try:
         return as_array(name, value)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
+
+
+class Fields(dict[str, Any]):
+    """The further fields of a record, by name; also by the part of the name after the dot."""
+
+    def __missing__(self, name: str) -> Any:
+        for key, value in self.items():
+            if key.partition(".")[2] == name:
+                return value
+        raise KeyError(name)
+
+
+def named_rows(record: Record, schema: Schema, kind: Kind, steps: int) -> dict[str, Array]:
+    """Return the rows of the further fields of one kind of record in their stored types; of texts, the bytes and `.counts`.
+
+    Args:
+        record: The record.
+        schema: The schema.
+        kind: "sequences", which has step fields, or "graphs".
+        steps: Number of steps of the record's sequence.
+
+    Raises:
+        DataError: A field is missing, is unknown, or does not fit; named by record and field.
+    """
+    where, given = f"record {record.id!r}", record.fields
+    expected = {**schema.step_fields, **schema.record_fields}
+    if not isinstance(given, Mapping):
+        raise DataError(f"{where} has the fields {shown(given)}; expected names and values")
+    for name in given:
+        if name not in expected:
+            known = ", ".join(expected) or "none, as the schema has no step. or record. fields"
+            raise DataError(f"{where} has the unknown field {name!r}; expected {known}")
+    rows: dict[str, Array] = {}
+    for name, field in expected.items():
+        level = name.partition(".")[0]
+        if level == "step" and kind != "sequences":
+            continue
+        if given.get(name) is None:
+            raise DataError(f"{where} has no {name}; expected {f'{steps} rows' if level == 'step' else 'one'} as in the schema")
+        if field.dtype == TEXT:
+            rows[name] = np.frombuffer(_text(where, name, given[name]), np.uint8)
+            rows[f"{name}.counts"] = np.array([len(rows[name])])
+            continue
+        values = _array(where, name, given[name])
+        if level == "record":
+            values = values[None]
+        elif values.ndim == 0 or len(values) != steps:
+            raise DataError(f"{where}, {name} has shape {values.shape}; expected {steps} rows, one per step")
+        rows[name] = _cast(where, name, values, field)
+    return rows
+
+
+def _text(where: str, name: str, value: Any) -> bytes:
+    try:
+        if isinstance(value, str):
+            return value.encode()
+    except UnicodeEncodeError:
+        pass
+    raise DataError(f"{where}, {name} is {shown(value)}; expected a text that UTF-8 can hold")
 
 
 def _rows(record: Record, name: str, value: Any, field: Field) -> Array:
@@ -255,7 +364,7 @@ def _rows(record: Record, name: str, value: Any, field: Field) -> Array:
 
 
 def _cast(where: str, name: str, rows: Array, field: Field) -> Array:
-    """`rows` in the field's stored type; a value the type cannot hold is an error, never an infinity or a wrapped number."""
+    """Return rows in the field's stored type; a value that the type cannot hold is an error, never infinity or wrapped."""
     if rows.shape[1:] != field.shape:
         raise DataError(f"{where}, {name} has rows of shape {rows.shape[1:]}; expected {field.shape} as in the schema")
     if field.layout and len(rows) != field.layout.steps:

@@ -1,4 +1,4 @@
-"""ShardFile: one shard being written, its values streamed to the disk as they come. docs/format.md has the bytes."""
+"""ShardFile: one shard being written, its values streamed to the disk. docs/format.md specifies the bytes."""
 
 from __future__ import annotations
 
@@ -19,21 +19,32 @@ from dali_pipeline.format.shard import ShardInfo
 from dali_pipeline.storage.whole import sync_folder
 from dali_pipeline.types import BLOCK_BYTES, Array, Kind
 
-BUFFER_BYTES = 2 << 20  # of values on their way to the disk: within a core's cache
+BUFFER_BYTES = 2 << 20  # values not yet written: fits in a core's cache
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_ROOM_BYTES = 2048  # of a header, beside its hashes
-_EXPECTED_BYTES = 16 << 30  # of a shard at most, when room is left for hashes: 256 KiB of it
-# lets the disk begin, so that the fsync at the end waits less; a system without it waits
+_HEADER_BYTES = 2048  # reserved for a header, without its hashes
+_EXPECTED_BYTES = 16 << 30  # largest shard for whose hashes space is reserved: 256 KiB
+# starts writing to the disk early, so that the fsync at the end waits less; optional
 _START_WRITING, _SYNC_FILE_RANGE_WRITE = getattr(ctypes.CDLL(None), "sync_file_range", None), 2
 
 
 class ShardFile:
-    """Writes `path`, whole or not at all: temporary name, fsync, rename.
+    """Write a shard atomically: temporary name, fsync, rename.
 
-    The rows of one array, `name`, are appended and go to the disk while they are in the cache: hashed there, and shown to
-    `see` (some thousand rows at a time, in order); all other arrays are given to `close`. The header stands before them, in
-    room left for it and filled with spaces; `expected_bytes`, of the whole file, says how much. Memory: BUFFER_BYTES. Raises
-    PipelineError where the disk is full or the folder cannot be written to.
+    The rows of one array, `name`, are appended, and hashed and written while they are in the processor's cache. All other
+    arrays are given to `close`. The header stands at the start of the file, in space reserved for it and filled up with blanks.
+    Memory: BUFFER_BYTES.
+
+    Args:
+        path: The shard.
+        kind: Kind of its records.
+        name: Array that is streamed.
+        dtype: Its stored type.
+        shape: Shape of one row.
+        expected_bytes: Expected size of the file, from which the space for the header is computed.
+        on_rows: Called with the streamed rows, some thousand at a time, in order. Default: None.
+
+    Raises:
+        PipelineError: The disk is full, or the folder cannot be written to.
     """
 
     def __init__(
@@ -45,16 +56,16 @@ class ShardFile:
         shape: tuple[int, ...],
         *,
         expected_bytes: int,
-        see: Callable[[Array], None] | None = None,
+        on_rows: Callable[[Array], None] | None = None,
     ) -> None:
-        self.path, self._kind, self._name, self._see = path, kind, name, see
+        self.path, self._kind, self._name, self._on_rows = path, kind, name, on_rows
         row_bytes = storage(dtype).itemsize * math.prod(shape)
         self._dtype, self._buffer = dtype, np.empty((max(1, BUFFER_BYTES // row_bytes), *shape), storage(dtype))
         self._filled = 0
-        self._rows = 0  # that are written
+        self._rows = 0  # rows written
         self._hashes: list[str] = []
-        self._hash, self._hashed = xxhash.xxh3_64(), 0  # of the block under way, and its bytes so far
-        self._room = _ROOM_BYTES + 16 * (min(expected_bytes, _EXPECTED_BYTES) // BLOCK_BYTES + 16)
+        self._hash, self._hashed = xxhash.xxh3_64(), 0  # hash of the current block, and its bytes so far
+        self._header_bytes = _HEADER_BYTES + 16 * (min(expected_bytes, _EXPECTED_BYTES) // BLOCK_BYTES + 16)
         self._temporary = path.with_name(path.name + ".tmp")
         self._fd = -1
         try:
@@ -63,7 +74,7 @@ class ShardFile:
             raise self._failed(error) from error
 
     def append(self, rows: Array) -> None:
-        """Copies rows (N, *shape) behind the others."""
+        """Append a copy of rows (N, *shape)."""
         done = 0
         while done < len(rows):
             taken = rows[done : done + len(self._buffer) - self._filled]
@@ -74,29 +85,29 @@ class ShardFile:
                 self._spill()
 
     def close(self, records: int, arrays: Mapping[str, Array], ids: int = 0) -> ShardInfo:
-        """Writes the other arrays and the header; the shard is there, and on the disk, when this returns. ids: for the info."""
+        """Write the other arrays and the header; the shard exists, synced to the disk, on return. `ids` goes to the info."""
         try:
             self._spill()
             if self._hashed:
                 self._hashes.append(self._hash.hexdigest())
-            at = self._rows * self._buffer[:1].nbytes
+            array_end = self._rows * self._buffer[:1].nbytes
             shape = (self._rows, *self._buffer.shape[1:])
-            table = {self._name: _entry(self._dtype, shape, 0, at)}
+            table = {self._name: _entry(self._dtype, shape, 0, array_end)}
             hashes = {self._name: "".join(self._hashes)}
             wide_first = sorted(arrays.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-            aligned = -at % 8
-            rest = [("padding", np.zeros(aligned, np.uint8)), *wide_first] if aligned else wide_first
-            for name, array in rest:
+            padding_bytes = -array_end % 8
+            remaining = [("padding", np.zeros(padding_bytes, np.uint8)), *wide_first] if padding_bytes else wide_first
+            for name, array in remaining:
                 data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-                self._write(data, 8 + self._room + at)
-                table[name] = _entry(array.dtype.name, array.shape, at, at + len(data))
+                self._write(data, 8 + self._header_bytes + array_end)
+                table[name] = _entry(array.dtype.name, array.shape, array_end, array_end + len(data))
                 hashes[name] = block_hashes(data)
-                at += len(data)
+                array_end += len(data)
             meta = {"kind": self._kind, "records": records, "block_bytes": BLOCK_BYTES, "hashes": hashes, "version": VERSION}
             header = json.dumps({"__metadata__": {METADATA_KEY: _canonical(meta)}, **table}, separators=(",", ":")).encode()
-            if len(header) > self._room:
-                self._make_room(len(header), at)
-            head = self._room.to_bytes(8, "little") + header.ljust(self._room)
+            if len(header) > self._header_bytes:
+                self._enlarge_header(len(header), array_end)
+            head = self._header_bytes.to_bytes(8, "little") + header.ljust(self._header_bytes)
             self._write(memoryview(head), 0)
             os.fsync(self._fd)
             self._temporary.replace(self.path)
@@ -107,16 +118,18 @@ class ShardFile:
         self._close()
         blocks = sum(len(text) // 16 for text in hashes.values())
         digest = xxhash.xxh3_128_hexdigest(head)
-        return ShardInfo(records=records, bytes=8 + self._room + at, blocks=blocks, digest=digest, ids=ids)
+        return ShardInfo(
+            records=records, bytes=8 + self._header_bytes + array_end, blocks=blocks, digest=digest, ids=ids, steps=self._rows
+        )
 
     def discard(self) -> None:
-        """Takes away what was written."""
+        """Remove what was written."""
         if self._fd >= 0:
             self._temporary.unlink(missing_ok=True)
         self._close()
 
     def _spill(self) -> None:
-        """Hands the buffered rows to the disk, the hash and `see`."""
+        """Write the buffered rows to the disk, the hash and `on_rows`."""
         rows, self._filled = self._buffer[: self._filled], 0
         if not len(rows):
             return
@@ -132,7 +145,7 @@ class ShardFile:
                 self._hash.reset()
                 self._hashed = 0
         try:
-            begin = 8 + self._room + self._rows * self._buffer[:1].nbytes
+            begin = 8 + self._header_bytes + self._rows * self._buffer[:1].nbytes
             self._write(data, begin)
             if _START_WRITING is not None:
                 _START_WRITING(self._fd, ctypes.c_int64(begin), ctypes.c_int64(len(data)), _SYNC_FILE_RANGE_WRITE)
@@ -140,22 +153,22 @@ class ShardFile:
             self.discard()
             raise self._failed(error) from error
         self._rows += len(rows)
-        if self._see is not None:
-            self._see(rows)
+        if self._on_rows is not None:
+            self._on_rows(rows)
 
     def _write(self, data: memoryview, at: int) -> None:
         done = 0
         while done < len(data):
             done += os.pwrite(self._fd, data[done:], at + done)
 
-    def _make_room(self, header_bytes: int, data_bytes: int) -> None:
-        """Moves the data back, last bytes first, where names take more room than was left: rare, and slow."""
-        room = header_bytes + _ROOM_BYTES
-        room += -room % 8
+    def _enlarge_header(self, header_bytes: int, data_bytes: int) -> None:
+        """Move the data back, last bytes first, if the header is larger than the reserved space; rare and slow."""
+        enlarged_bytes = header_bytes + _HEADER_BYTES
+        enlarged_bytes += -enlarged_bytes % 8
         for begin in reversed(range(0, data_bytes, BUFFER_BYTES)):
-            part = os.pread(self._fd, min(BUFFER_BYTES, data_bytes - begin), 8 + self._room + begin)
-            self._write(memoryview(part), 8 + room + begin)
-        self._room = room
+            data = os.pread(self._fd, min(BUFFER_BYTES, data_bytes - begin), 8 + self._header_bytes + begin)
+            self._write(memoryview(data), 8 + enlarged_bytes + begin)
+        self._header_bytes = enlarged_bytes
 
     def _failed(self, error: OSError) -> PipelineError:
         return PipelineError(f"{self.path} could not be written ({error.strerror}); expected a writable folder with free space")
@@ -170,8 +183,8 @@ class ShardFile:
 
 
 def block_hashes(data: memoryview) -> str:
-    """XXH3 of every block of the bytes, 16 hex digits each, one after the other."""
-    return "".join(xxhash.xxh3_64_hexdigest(data[at : at + BLOCK_BYTES]) for at in range(0, len(data), BLOCK_BYTES))
+    """Return the XXH3 of every block of the bytes, 16 hexadecimal digits each, joined."""
+    return "".join(xxhash.xxh3_64_hexdigest(data[begin : begin + BLOCK_BYTES]) for begin in range(0, len(data), BLOCK_BYTES))
 
 
 def _entry(dtype: str, shape: tuple[int, ...], begin: int, end: int) -> dict[str, object]:

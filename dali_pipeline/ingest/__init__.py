@@ -1,2 +1,1 @@
-"""What brings foreign data in: `convert` for files, in worker processes or on Ray; formats are in `readers`, language models in
-`extract`."""
+"""Convert foreign files (`convert`, with `readers`) and run language models (`extract`), in worker processes or on Ray."""

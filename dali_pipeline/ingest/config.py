@@ -1,4 +1,4 @@
-"""ConvertConfig: what a conversion does."""
+"""ConvertConfig: the settings of a conversion."""
 
 from __future__ import annotations
 
@@ -27,21 +27,27 @@ DTYPES = ("float16", "bfloat16", "float32", "int8")
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """What a conversion does; `num_workers` and `engine` do not change what is written, `skip_bad` only where a file is bad.
+    """Settings of a conversion.
 
-    Args:
-        split: How groups are dealt; None for the source's own splits, by its files' names or as a data set, else 70/15/15.
-        split_by: `group`, each by its own hash, or `file`, whole files.
-        shard_bytes: Bytes per shard at most.
-        dtype: Stored type of values, one of DTYPES for all of them, or by field, such as `sequence=int8,x=float16`; otherwise
-            as in the first record, or as a source that is a data set stores them. int8 is for sequences alone: a pass over the
-            data finds a scale for each step and feature.
-        by_layer: Whether sequences, all of one length, are stored layer by layer; None as the source has them.
-        layers: Layers, or steps, and graphs of each record to keep, by their numbers; None for all.
-        num_workers: Number of processes; "auto" for one per core.
-        skip_bad: Leave out a file that cannot be taken in, instead of stopping.
-        engine: `ray` for tasks of a Ray cluster, whose nodes see both folders; `num_workers` then says nothing.
-        traces: How traces become records.
+    `num_workers` and `engine` do not change what is written; `skip_bad` does only if a file is bad.
+
+    Attributes:
+        split: Rule that assigns groups to splits. None keeps the splits of the source, from its file names or because it is a
+            data set, and otherwise uses 70/15/15.
+        split_by: "group" assigns each group by its hash, "file" assigns whole files.
+        shard_bytes: Maximum size of a shard in bytes.
+        dtype: Stored type of values: one of DTYPES for all fields, or one per field, for example `sequence=int8,x=float16`.
+            None stores the type of the first record, or of the source if that is a data set. int8 is only for sequences; one
+            pass over the data finds a scale for each step and feature.
+        by_layer: Whether to store sequences, which must all have one length, layer by layer. None does as the source.
+        layers: Numbers of the layers (or steps) and graphs of each record to keep; None keeps all.
+        num_workers: Number of processes; "auto" is one per core. Not used by Ray.
+        skip_bad: Whether to leave out a file that cannot be converted, instead of stopping.
+        engine: "local", or "ray" for tasks of a Ray cluster whose nodes see both folders.
+        traces: Options for reading traces.
+
+    Raises:
+        UsageError: A value is not one of those above.
     """
 
     split: SplitRule | None = None
@@ -81,11 +87,11 @@ class ConvertConfig:
 
     @property
     def keeps_splits(self) -> bool:
-        """Whether the source's own splits stay, where it has some."""
+        """Whether to keep the splits of the source if it has any."""
         return self.split is None and self.split_by == "group"
 
     def fingerprint(self, source: Source) -> str:
-        """What tells this conversion from another: the files' names and sizes, and what is done with them."""
+        """Return a hash of the files' names and sizes and of the settings; it differs between different conversions."""
         layers = str(self.layers) if isinstance(self.layers, slice) else self.layers
         done = (
             self.split or SplitRule(),
@@ -96,7 +102,7 @@ class ConvertConfig:
             self.traces,
             *([True] if self.by_layer else []),
         )
-        more: tuple[str, ...] = ("by layer",) if self.by_layer else ()  # older conversions knew of none
+        more: tuple[str, ...] = ("by layer",) if self.by_layer else ()  # older conversions had no such setting
         if self.keeps_splits and (source.reader is OWN or splits_in_names(source.names, SplitRule())):
             more += ("own splits",)
         return xxhash.xxh3_128_hexdigest(msgspec.json.encode((source.names, source.sizes, *done, *more), order="sorted"))

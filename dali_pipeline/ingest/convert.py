@@ -1,11 +1,12 @@
-"""convert: a folder in somebody else's format to a data set, stretch by stretch on several workers, restartable."""
+"""convert: write a data set from files in another format, chunk by chunk on several workers; restartable."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,25 +37,39 @@ from dali_pipeline.storage.stores import Store, is_url
 from dali_pipeline.types import Array
 from dali_pipeline.writing.filler import Contents, ShardFiller
 from dali_pipeline.writing.journal import remove_leftovers
-from dali_pipeline.writing.pending import Stack
+from dali_pipeline.writing.openshard import Stack
 from dali_pipeline.writing.split import FileSplit
 from dali_pipeline.writing.writer import ShardWriter
 
-TELL_EVERY = 50  # records between two moves of the progress bar, and two looks at whether to stop
+TELL_EVERY = 50  # records between two updates of the progress bar, and between two checks whether to stop
 
 
 def convert(src: Path, dst: Path, config: ConvertConfig | None = None, remote: Remote | None = None) -> Dataset:
-    """Writes the data set `dst` from the files of `src`; goes on where an earlier run was stopped, and takes a finished one.
+    """Write the data set `dst` from the files of `src`; continue an interrupted run, and return a finished data set unchanged.
 
-    The group of a record is its question id, or what the format has for it; its id is that too where the folder has it once,
-    else `<question id>#<k>` in file order, alike in both halves. The same files and settings give the same bytes, with any
-    number of workers, on one machine or many, interrupted or not. Raises FormatError for a file that is not what it says,
-    DataError for halves that disagree, UsageError for too little space; then there is no manifest. Memory a worker: a few MiB,
-    and the edges, names and labels of a shard a split; of a pickle, or a compressed file, all of it. Files are opened twice,
-    first for their names. Of a store's, `src` is their scratch folder.
+    The group of a record is its question id, or the format's equivalent. The id of a record is the question id if that occurs
+    once in the folder, otherwise `<question id>#<k>` in file order, the same in sequences and graphs. The same files and
+    settings give the same bytes, with any number of workers, on one machine or many, interrupted or not.
+
+    Every file is opened twice, first for its names. Memory per worker: a few MiB, and the edges, names and labels of one shard
+    per split; a pickle or a compressed file is held whole.
+
+    Args:
+        src: Folder of the files, or one file; with `remote` the scratch folder of the files.
+        dst: Folder of the data set, new or unfinished.
+        config: Settings; `ConvertConfig()` by default.
+        remote: Store of the files, if they are not in a folder.
+
+    Returns:
+        The finished data set.
+
+    Raises:
+        FormatError: A file does not have its format. No manifest is written.
+        DataError: Sequences and graphs disagree. No manifest is written.
+        UsageError: Too little disk space, or `dst` was made from other files or settings.
     """
     config = config or ConvertConfig()
-    if config.engine == "ray":  # whose workers stand in other folders
+    if config.engine == "ray":  # Ray workers have other working folders
         src, dst = src.absolute(), dst.absolute()
     source = Source.find(src, config.traces, remote)
     if config.traces.scores is not None and source.reader.what != TRACES:
@@ -69,45 +84,62 @@ def convert(src: Path, dst: Path, config: ConvertConfig | None = None, remote: R
         return data
     with progress_bar() as bar:
         job = prepare(source, config, bar.track(range(len(source.files)), description="read names"))
-    for sentence in job.told:
+    for sentence in job.notices:
         log.warning(sentence.replace("%", "%%"))
     written = sum(path.stat().st_size for path in dst.glob("*/*.safetensors"))
     check_space(job.written_bytes - written, dst)
-    made_by = _made_by(job) | {"made_by": "convert", "files": len(source.files), "fingerprint": fingerprint}
-    stretches = source.stretches
-    dated = xxhash.xxh3_128_hexdigest(msgspec.json.encode((fingerprint, source.times)))  # a restart sees changed files
-    with ShardWriter(dst, job.schema, shard_bytes=config.shard_bytes, source=made_by, fingerprint=dated) as writer:
+    origin = _origin(job) | {"made_by": "convert", "files": len(source.files), "fingerprint": fingerprint}
+    chunks = source.chunks
+    dated = xxhash.xxh3_128_hexdigest(
+        msgspec.json.encode((fingerprint, source.times))
+    )  # so that a restart notices changed files
+    with ShardWriter(dst, job.schema, shard_bytes=config.shard_bytes, source=origin, fingerprint=dated) as writer:
         writer.parts.mkdir(exist_ok=True)
         work = partial(_write, job, writer.parts)
-        before = sum(job.counts[: stretches[writer.cursor - 1].stop]) if writer.cursor else 0
+        before = sum(job.counts[: chunks[writer.cursor - 1].stop]) if writer.cursor else 0
         with progress_bar() as bar:
             show = shown(bar, "convert", sum(job.counts), before)
-            numbers, shared = range(writer.cursor, len(stretches)), [writer.parts, *source.folders]
+            numbers, shared = range(writer.cursor, len(chunks)), [writer.parts, *source.folders]
             with closing(deal(config.engine, work, numbers, config.num_workers, show, shared)) as results:
                 for number, (part, contents, left_out) in results:
                     writer.adopt(part, contents, number + 1, left_out)
         source.check_unchanged()
+        if job.schema.step_axis == "layer" and not job.schema.layers and writer.steps[0] != writer.steps[1]:
+            writer.schema = replace(job.schema, step_axis="step")  # sequences of different lengths lie along no layers
+        writer.rule = job.rule
     return open_dataset(dst)
 
 
-def _made_by(job: Job) -> dict[str, Any]:
-    """What the manifest says of where the data come from; of a data set of ours what that says, as far as it is still so."""
-    found: dict[str, Any] = {}
+def _origin(job: Job) -> dict[str, Any]:
+    """Return the manifest's `source`; if the source is a data set of ours, start with the facts there that still hold."""
+    origin: dict[str, Any] = {}
     if job.source.reader is OWN:
         before = opened(job.source.root).manifest.source
-        found = {name: value for name, value in before.items() if name not in ("left_out", "in_one_half", "moved", "torn")}
+        origin = {name: value for name, value in before.items() if name not in ("left_out", "in_one_half", "moved", "torn")}
     if isinstance(job.dealer, FileSplit):
-        found["moved"] = job.dealer.moved
+        origin["moved"] = job.dealer.moved
     if job.torn:
-        found["torn"] = job.torn
-    return found | job.choice.kept_numbers
+        origin["torn"] = job.torn
+    return origin | job.choice.kept_numbers
 
 
 def convert_to(src: str | Path, dst: str, config: ConvertConfig | None = None) -> Dataset:
-    """`convert` from and to folders and URLs: to a URL into a folder beside the caches, then up, the manifest last.
+    """Run `convert` from and to folders or URLs; continue an interrupted run, uploads too.
 
-    Stopped, it goes on where it was, uploads too. Needs the data set's size on the local disk meanwhile; of a URL's raw files
-    two a worker, each fetched twice, first for its names.
+    If `dst` is a URL, the data set is written to a folder beside the caches, then uploaded, the manifest last; this takes the
+    size of the data set on the local disk. If `src` is a URL, every file is fetched twice, first for its names, and each worker
+    holds two files at most.
+
+    Args:
+        src: Folder or URL of the files.
+        dst: Folder or URL of the data set.
+        config: Settings; `ConvertConfig()` by default.
+
+    Returns:
+        The finished data set.
+
+    Raises:
+        FormatError, DataError, UsageError: Like `convert`.
     """
     if is_url(src):
         with raw_files(str(src), dst) as remote:
@@ -119,7 +151,7 @@ def _convert_to(src: Path, dst: str, config: ConvertConfig | None, remote: Remot
     if not is_url(dst):
         return convert(src, Path(dst), config, remote)
     store = Store(dst)
-    finished(store)  # a store that refuses does so now, and not when all is converted
+    finished(store)  # if the store refuses access, fail now and not after the conversion
     staging = default_cache() / "uploads" / xxhash.xxh3_64_hexdigest(str(store).encode())
     convert(src, staging, config, remote)
     upload(staging, dst)
@@ -128,22 +160,22 @@ def _convert_to(src: Path, dst: str, config: ConvertConfig | None, remote: Remot
 
 
 def _write(job: Job, parts: Path, number: int, advance: Advance) -> tuple[Path, Contents, dict[str, str]]:
-    """`write_stretch` under a name of its own, for a task may run twice at a time."""
-    part, stretch = Path(tempfile.mkdtemp(prefix=f"{number}-", dir=parts)), job.source.stretches[number]
+    """Run `write_chunk` in a new folder, because a task may run twice at the same time."""
+    part, chunk = Path(tempfile.mkdtemp(prefix=f"{number}-", dir=parts)), job.source.chunks[number]
     if job.config.engine == "ray":
-        for file in stretch:
+        for file in chunk:
             job.source.check_file(file)
-    return part, *write_stretch(job, stretch, part, advance)
+    return part, *write_chunk(job, chunk, part, advance)
 
 
-def write_stretch(job: Job, stretch: range, root: Path, advance: Advance) -> tuple[Contents, dict[str, str]]:
-    """Writes the records of some files under `root`; returns what it wrote, and why, by name, a file was left out.
+def write_chunk(job: Job, chunk: range, root: Path, advance: Advance) -> tuple[Contents, dict[str, str]]:
+    """Write the records of a chunk of files under `root`; return its contents, and the reason for each file left out, by name.
 
-    With `skip_bad` every file is read twice, first to see whether all of it can be taken in.
+    With `skip_bad` every file is read twice, first to check that all of it can be converted.
     """
-    filler = ShardFiller(root, job.schema, job.config.shard_bytes, job.dealer_of(stretch.start), Contents())
+    filler = ShardFiller(root, job.schema, job.config.shard_bytes, job.dealer_of(chunk.start), Contents())
     left_out: dict[str, str] = {}
-    for number in stretch:
+    for number in chunk:
         name, filler.dealer = job.source.names[number], job.dealer_of(number)
         if name in job.unreadable:
             left_out[name] = job.unreadable[name]
@@ -153,20 +185,20 @@ def write_stretch(job: Job, stretch: range, root: Path, advance: Advance) -> tup
                 for record in _records(job, number):
                     filler.check(record)
         except (FormatError, DataError) as error:
-            left_out[name] = job.source.told(_with_path(job, number, error))
+            left_out[name] = job.source.without_root(_with_path(job, number, error))
             advance(job.counts[number])
             continue
-        untold = 0
+        unreported = 0
         try:
             for record in _records(job, number):
                 filler.write(record)
-                untold += len(record.ids) if isinstance(record, Stack) else 1
-                if untold >= TELL_EVERY:
-                    advance(untold)
-                    untold = 0
+                unreported += len(record.ids) if isinstance(record, Stack) else 1
+                if unreported >= TELL_EVERY:
+                    advance(unreported)
+                    unreported = 0
         except (FormatError, DataError) as error:
             raise _with_path(job, number, error) from None
-        advance(untold)
+        advance(unreported)
     filler.flush()
     return filler.contents, left_out
 
@@ -177,7 +209,7 @@ def _with_path(job: Job, number: int, error: PipelineError) -> PipelineError:
 
 
 def _records(job: Job, number: int) -> Iterator[Record | Stack]:
-    """The records of one file, one by one or stacked as they lie there."""
+    """Yield the records of one file, one by one, or stacked if the file stacks them."""
     file, end = job.source.open(number), 0
     if len(file) != job.counts[number]:
         raise FormatError(f"{file.path} has {len(file)} records, and had {job.counts[number]}; it changed while it was read")
@@ -188,7 +220,8 @@ def _records(job: Job, number: int) -> Iterator[Record | Stack]:
             break
         names = slice(begin, end)
         if isinstance(values, Block):
-            yield _stack(job, Stack(ids[names], file.groups[names], file.labels[names], values.sequences), values.bfloat16)
+            stack = Stack(ids[names], file.groups[names], file.labels[names], values.sequences, values.fields)
+            yield _stack(job, stack, values.bfloat16)
         else:
             yield _record(job, ids[begin], file.groups[begin], file.labels[begin], values)
     if end != len(file):
@@ -196,52 +229,70 @@ def _records(job: Job, number: int) -> Iterator[Record | Stack]:
 
 
 def _stack(job: Job, stack: Stack, bfloat16: Sequence[str]) -> Stack:
-    """With the layers that are kept."""
+    """Return a stack of records with the layers that are kept."""
     if job.config.layers is not None:
-        chosen = job.choice.of("sequences", stack.sequences.shape[1])
-        stack = stack._replace(sequences=stack.sequences[:, chosen])
+        stack = stack._replace(**_kept_layers(job, stack.sequences, stack.fields, 1))
     if "sequence" not in job.config.dtypes:
         _check_width(stack.ids[0], "sequence", stack.sequences, job.schema.sequence, bfloat16)
     return stack
 
 
-def _record(job: Job, name: str, group: str, label: int, values: Values) -> Record:
-    """With the layers that are kept."""
-    (sequence, graphs, bfloat16), schema = values, job.schema
+def _record(job: Job, name: str, group: str, label: Any, values: Values) -> Record:
+    """Return a record with the layers that are kept."""
+    (sequence, graphs, bfloat16, fields), schema = values, job.schema
     if job.config.layers is not None:
-        sequence = None if sequence is None else sequence[job.choice.of("sequences", len(sequence))]
+        if sequence is not None:
+            kept = _kept_layers(job, sequence, fields, 0)
+            sequence, fields = kept["sequences"], kept["fields"]
         graphs = None if graphs is None else graphs.select(job.choice.of("graphs", len(graphs.node_counts)))
     if graphs is not None and graphs.edge_attr is not None and schema.edge_attr is None:
         raise DataError(f"record {name!r} has edge_attr, which the first graphs with edges had not; expected all or none")
-    rows = {"sequence": sequence}
+    rows = {"sequence": sequence, **{key: values for key, values in fields.items() if not isinstance(values, str)}}
     if graphs is not None:
         rows |= {"x": graphs.x, "edge_attr": graphs.edge_attr, **graphs.fields}
-    for what, array in rows.items():
-        if what not in job.config.dtypes:
-            _check_width(name, what, array, schema.named.get(what) or getattr(schema, what), bfloat16)
-    return Record(id=name, group=group, label=label, sequence=sequence, graphs=graphs)
+    for field_name, array in rows.items():
+        if field_name not in job.config.dtypes:
+            field = (schema.fields or {}).get(field_name) or getattr(schema, field_name, None)
+            _check_width(name, field_name, array, field, bfloat16)
+    return Record(id=name, group=group, label=label, sequence=sequence, graphs=graphs, fields=fields)
 
 
-def _check_width(name: str, what: str, rows: Array | None, field: Field | None, bfloat16: Sequence[str]) -> None:
-    """Raises DataError for values that would lose digits unasked. bfloat16: as in `Values`."""
+def _kept_layers(job: Job, sequences: Array, fields: Mapping[str, Any], steps_axis: int) -> dict[str, Any]:
+    """Return the kept layers of sequences, whose steps lie along an axis, and of their step fields."""
+    layer_axis = job.schema.layer_axis
+    if layer_axis is not None:
+        axis = steps_axis + 1 + layer_axis
+        return {"sequences": np.take(sequences, job.choice.of("sequences", sequences.shape[axis]), axis), "fields": fields}
+    chosen = job.choice.of("sequences", sequences.shape[steps_axis])
+    kept = {name: np.take(rows, chosen, steps_axis) if name.startswith("step.") else rows for name, rows in fields.items()}
+    return {"sequences": np.take(sequences, chosen, steps_axis), "fields": kept}
+
+
+def _check_width(name: str, field_name: str, rows: Array | None, field: Field | None, bfloat16: Sequence[str]) -> None:
+    """Raise DataError if values would lose digits that nobody asked to drop. bfloat16: like in `Values`."""
     if rows is None or field is None or not rows.size or rows.dtype.kind not in "fiub" or field.scales:
         return
-    dtype = BFLOAT16 if what in bfloat16 else rows.dtype.name
+    dtype = BFLOAT16 if field_name in bfloat16 else rows.dtype.name
     if not _holds(field.dtype, dtype):
         raise DataError(
-            f"record {name!r}: {what} is {dtype}, and {field.dtype} in the first file; give --dtype float32 or float16"
+            f"record {name!r}: {field_name} is {dtype}, and {field.dtype} in the first file; give --dtype float32 or float16"
         )
 
 
 def _holds(wide: str, narrow: str) -> bool:
-    """Whether every value of one stored type is one of another."""
-    if BFLOAT16 in (wide, narrow):  # eight bits of digits, and the exponents of float32
-        return wide == narrow or (wide in ("float32", "float64") if narrow == BFLOAT16 else narrow in ("bool", "int8", "uint8"))
+    """Return whether type `wide` can represent every value of type `narrow`."""
+    if wide == narrow:
+        return True
+    # bfloat16 has 8 bits of significand and the exponents of float32
+    if narrow == BFLOAT16:
+        return wide in ("float32", "float64")
+    if wide == BFLOAT16:
+        return narrow in ("bool", "int8", "uint8")
     return np.can_cast(narrow, wide)
 
 
 def check_space(needed: int, dst: Path) -> None:
-    """Raises UsageError unless the file system of `dst` has room for `needed` bytes and one hundredth more."""
+    """Raise UsageError if the file system of `dst` has less free space than `needed` bytes and 1 % more."""
     parent = next(folder for folder in (dst, *dst.absolute().parents) if folder.exists())
     free = shutil.disk_usage(parent).free
     if free < needed * 1.01:
@@ -251,5 +302,5 @@ def check_space(needed: int, dst: Path) -> None:
 
 
 def gigabytes(nbytes: int) -> str:
-    """`12.3 GB`, `4.5 MB`."""
+    """Return a size in words, for example `12.3 GB` or `4.5 MB`."""
     return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

@@ -1,4 +1,4 @@
-"""Which split a file's records go to: as its owner named it, or by a hash of each record's group."""
+"""Assign the records of a file to splits: by the split in the file's name, or by a hash of each record's group."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dali_pipeline.writing.filler import Dealer
 from dali_pipeline.writing.split import SplitRule
 
 WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
-EVAL = "eval"  # validation to most, and the test where there is a validation split beside it
+EVAL = "eval"  # the validation split, or the test split if another name says validation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Alone:
-    """Deals every group to one split."""
+    """Assigns every group to one split."""
 
     split: str
 
@@ -32,7 +32,7 @@ class Alone:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainAndVal:
-    """Deals groups to train and val, in the proportion that `split` gives these two."""
+    """Assigns groups to train and val, in the proportion that `split` gives these two."""
 
     split: SplitRule
 
@@ -44,13 +44,18 @@ class TrainAndVal:
 
 @dataclass(frozen=True, kw_only=True)
 class OwnSplits:
-    """The splits that the owner made, by the number of the file. split: deals val out of train, where the owner has no val."""
+    """The splits that the source has.
+
+    Attributes:
+        homes: Name of the split of each file.
+        split: Rule that takes val out of train if the source has no val, otherwise None.
+    """
 
     homes: list[str]
     split: SplitRule | None
 
     def of_file(self, number: int) -> Dealer:
-        """Return what deals the groups of a file."""
+        """Return the rule that assigns the groups of a file to splits."""
         home = self.homes[number]
         return TrainAndVal(split=self.split) if home == "train" and self.split is not None else Alone(split=home)
 
@@ -63,7 +68,7 @@ class OwnSplits:
         return [hashes for home, hashes in zip(self.homes, groups, strict=True) if home == split]
 
     def describe(self, named: int) -> str:
-        """Say what is kept. named: the number of files whose names tell."""
+        """Return a sentence about the splits that are kept. named: number of files whose names say a split."""
         counts = Counter(self.homes)
         kept = ", ".join(f"{split} ({counts[split]:,} files)" for split in SPLITS if counts[split])
         words = [f"the splits in the files' names are kept: {kept}"]
@@ -77,23 +82,23 @@ class OwnSplits:
 
 
 def splits_in_names(names: Sequence[str], split: SplitRule) -> tuple[OwnSplits, int] | None:
-    """Return the splits that files' names tell, and how many names do; None where these are not two splits at least.
+    """Return the splits that file names say, and the number of such names; None unless they say at least two splits.
 
-    A split is told by a whole word of the path below the source, such as `train-00000.parquet` or `val/batch_3.npz`. Files
-    without one are training data, where others tell.
+    A name says a split by a whole word of the path below the source, for example `train-00000.parquet` or `val/batch_3.npz`.
+    If other names say a split, a file whose name says none is training data.
 
     Raises:
-        UsageError: A name tells two.
+        UsageError: A name says two splits.
     """
-    found = [{word for word in re.split("[^a-z]+", name.lower()) if word in WORDS or word == EVAL} for name in names]
-    known = {WORDS[word] for words in found for word in words if word != EVAL}
+    split_words = [{word for word in re.split("[^a-z]+", name.lower()) if word in WORDS or word == EVAL} for name in names]
+    known = {WORDS[word] for words in split_words for word in words if word != EVAL}
     meaning = WORDS | {EVAL: "test" if "val" in known and "test" not in known else "val"}
-    told = [{meaning[word] for word in words} for words in found]
-    if len({split for splits in told for split in splits}) < 2:
+    file_splits = [{meaning[word] for word in words} for words in split_words]
+    if len({split for splits in file_splits for split in splits}) < 2:
         return None
-    for name, splits in zip(names, told, strict=True):
+    for name, splits in zip(names, file_splits, strict=True):
         if len(splits) > 1:
             raise UsageError(f"{name} names {' and '.join(sorted(splits))}; rename it, or deal all records anew by --split")
-    homes = [next(iter(splits), "train") for splits in told]
+    homes = [next(iter(splits), "train") for splits in file_splits]
     own = OwnSplits(homes=homes, split=split if "train" in homes and "val" not in homes else None)
-    return own, sum(map(bool, told))
+    return own, sum(map(bool, file_splits))

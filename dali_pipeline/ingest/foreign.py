@@ -1,56 +1,74 @@
-"""ForeignFile: what every reader makes of one file, whatever its format."""
+"""ForeignFile: one opened file of any format, with the types and helpers that all readers share."""
 
 from __future__ import annotations
 
 import os
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dali_pipeline.errors import FormatError
+from dali_pipeline.format.label import Label
 from dali_pipeline.format.record import Graphs
 from dali_pipeline.types import Array, Kind
 
 
 class Values(NamedTuple):
-    """One record's values; None for a kind that the file does not have.
+    """Values of one record; None for a kind that the file does not have.
 
-    bfloat16: Names of the arrays that hold bfloat16 in the file, and float32 here, as NumPy has no such type.
+    bfloat16: names of the arrays that are bfloat16 in the file; they are float32 here, because NumPy has no bfloat16. fields:
+    further fields by names such as `step.token_ids` and `record.score`.
     """
 
     sequence: Array | None
     graphs: Graphs | None
     bfloat16: tuple[str, ...] = ()
+    fields: Mapping[str, Any] = {}
 
 
 class Block(NamedTuple):
-    """The values of several records at once: sequences (N, T, *row), all of one length. bfloat16: As in `Values`."""
+    """Values of several records: sequences (N, T, *row), all of one length. bfloat16, fields: like in `Values`, stacked."""
 
     sequences: Array
     bfloat16: tuple[str, ...] = ()
+    fields: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignFile:
-    """One file, opened as far as its names and labels.
+    """One file whose names and labels have been read.
 
-    ids: of the records, None where `groups` (question ids) are to be numbered. values: reads the records in order, one or a
-    block of them when it is asked for; raises FormatError or DataError for one that is not what the format says. not_taken:
-    names of what else is in the file, and is left there.
+    Attributes:
+        path: The file.
+        kinds: Kinds of record in the file.
+        ids: Ids of the records, or None if they are made by numbering `groups`.
+        groups: Groups (question ids) of the records.
+        labels: Labels of the records.
+        label: What a label is. Default: a class.
+        step_axis: Name of the axis along which the rows of a sequence lie; "layer" becomes "step" if records differ in length.
+        axes: Names of a row's axes. Default: none.
+        layers: Layer numbers along the axis named layer. Default: none known.
+        values: Returns an iterator that reads the records in order, one or a block at a time. The iterator raises FormatError
+            or DataError for a record that does not have the format.
+        not_taken: Names of other parts of the file, which are not converted.
     """
 
     path: Path
     kinds: tuple[Kind, ...]
     ids: list[str] | None
     groups: list[str]
-    labels: list[int]
+    labels: Sequence[Any]
     values: Callable[[], Iterator[Values | Block]]
     not_taken: tuple[str, ...] = ()
+    label: Label = field(default_factory=Label)
+    step_axis: str = "step"
+    axes: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -58,10 +76,12 @@ class ForeignFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """One format.
+    """A format.
 
-    find: those of a folder's files, all of which it is given, that are of this format, or the file itself; in order · open: a
-    file, with a name for records that have none.
+    Attributes:
+        what: Description for messages.
+        find: Returns the files of this format in order, given the source (a folder or a file) and all its files.
+        open: Opens a file, given its path and a name for records that have none.
     """
 
     what: str
@@ -70,10 +90,10 @@ class Reader:
 
 
 def list_files(root: Path) -> tuple[list[Path], list[Path]]:
-    """List the files under `root`, links followed, batch_2 before batch_10; and the links to files that are listed already.
+    """Return the files under `root`, batch_2 before batch_10, and the links to files that are listed already.
 
-    A folder or file that links reach on several ways is listed once. A link that leads nowhere is listed: whoever opens it says
-    so. `root` itself is listed where it is a file.
+    Follows links. A folder or file that several links reach is listed once. A broken link is listed, and opening it raises the
+    error. If `root` is a file, it is listed itself.
     """
     if not root.is_dir():
         return ([root] if root.exists() else []), []
@@ -104,8 +124,8 @@ def list_files(root: Path) -> tuple[list[Path], list[Path]]:
 
 
 def files_named(root: Path, files: Iterable[Path], patterns: Sequence[str], skip: str = "(?!)") -> list[Path]:
-    """Return those files whose names match one of the patterns, and not `skip`."""
-    return [path for path in files if any(path.match(each) for each in patterns) and not re.match(skip, path.name)]
+    """Return the files whose names match one of the patterns, and do not match the regular expression `skip`."""
+    return [path for path in files if any(path.match(pattern) for pattern in patterns) and not re.match(skip, path.name)]
 
 
 def in_natural_order(root: Path, paths: Iterable[Path]) -> list[Path]:
@@ -115,12 +135,12 @@ def in_natural_order(root: Path, paths: Iterable[Path]) -> list[Path]:
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """Sorts numbers by their value."""
+    """Return a sort key that sorts numbers in a name by their value."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]
 
 
 def as_text(path: Path, name: str, value: Any) -> str:
-    """An id or a group, from a text, bytes in UTF-8 or a whole number; raises FormatError for anything else."""
+    """Return an id or a group as a text, from a text, bytes in UTF-8 or a whole number; raise FormatError for anything else."""
     value = value.item() if isinstance(value, np.generic) else value
     try:
         if isinstance(value, bytes):
@@ -136,21 +156,28 @@ def as_text(path: Path, name: str, value: Any) -> str:
 
 
 def whole_numbers(path: Path, name: str, values: Iterable[Any]) -> list[int]:
-    """Labels as int, from whole int, bool or float; raises FormatError, naming the first that is not."""
-    found = []
+    """Return labels as ints, from whole numbers of any type; raise FormatError, which names the first value that is not one."""
+    numbers = []
     for value in values:
         number = value.item() if isinstance(value, np.generic) else value
         if not (isinstance(number, int | float) and 0 <= number < 2**63 and number == int(number)):
             raise FormatError(f"{path}, {name} holds {reprlib.repr(number)}; expected whole numbers of 0 or more")
-        found.append(int(number))
-    return found
+        numbers.append(int(number))
+    return numbers
 
 
 def edges_of(path: Path, adjacency: Array, nodes: int) -> tuple[Array, Array | None]:
-    """Return edge_index (2, E) of a dense adjacency matrix (nodes, nodes), row to column; and (E,) its values, if it holds real
-    numbers.
+    """Return the edges of a dense adjacency matrix: edge_index (2, E) int64, and the values (E,) if they are real numbers.
 
-    An entry that is not 0 is an edge, like in PyG's `dense_to_sparse`. Raises FormatError for another shape.
+    An entry that is not 0 is an edge from its row to its column, like in PyG's `dense_to_sparse`.
+
+    Args:
+        path: File, for messages.
+        adjacency: (nodes, nodes), or (1, nodes, nodes).
+        nodes: Number of nodes.
+
+    Raises:
+        FormatError: The matrix has another shape.
     """
     square = adjacency[0] if adjacency.ndim == 3 and len(adjacency) == 1 else adjacency
     if square.shape != (nodes, nodes):
@@ -161,14 +188,14 @@ def edges_of(path: Path, adjacency: Array, nodes: int) -> tuple[Array, Array | N
 
 
 def check_counts(path: Path, **counts: int) -> None:
-    """Raises FormatError unless all counts are equal."""
+    """Raise FormatError unless all counts are equal."""
     if len(set(counts.values())) > 1:
         *listed, last = (f"{count} {name}" for name, count in counts.items())
         raise FormatError(f"{path} has {', '.join(listed)} and {last}; expected equal numbers")
 
 
 def rows_at_a_time(row_bytes: int) -> int:
-    """Stacked records that are read together: about 1 MiB of them."""
+    """Return how many stacked records to read together: about 1 MiB."""
     return max(1, (1 << 20) // max(1, row_bytes))
 
 
@@ -177,7 +204,7 @@ MASKS = ("attention_mask", "mask")
 
 
 def real_steps(path: Path, records: int, lengths: Any, mask: Any) -> list[Array] | None:
-    """Return which steps of each padded sequence are real, as (T,) bool or a number of steps from the first on; None for all.
+    """Return the real steps of each padded sequence: (T,) bool, or the number of leading steps; None if all steps are real.
 
     Args:
         path: File, for messages.
@@ -186,13 +213,13 @@ def real_steps(path: Path, records: int, lengths: Any, mask: Any) -> list[Array]
         mask: (N, T), or N rows of any length, nonzero for real steps; or None.
 
     Raises:
-        FormatError: Either is something else, or they disagree.
+        FormatError: `lengths` or `mask` has another form, or they disagree.
     """
     counts = None if lengths is None else np.asarray(lengths).reshape(-1)
     rows = None if mask is None else [np.asarray(row).reshape(-1) for row in mask]
-    for name, found in (("lengths", counts), ("the mask", rows)):
-        if found is not None and len(found) != records:
-            raise FormatError(f"{path}: {name} has {len(found)} entries for {records} records; expected one per record")
+    for name, entries in (("lengths", counts), ("the mask", rows)):
+        if entries is not None and len(entries) != records:
+            raise FormatError(f"{path}: {name} has {len(entries)} entries for {records} records; expected one per record")
     if counts is not None and (
         counts.dtype.kind not in "iuf" or (counts != counts.astype(np.int64)).any() or (counts < 0).any()
     ):
@@ -214,7 +241,7 @@ def real_steps(path: Path, records: int, lengths: Any, mask: Any) -> list[Array]
 
 
 def cut_padding(path: Path, record: int, sequence: Array, real: Array) -> Array:
-    """Return the real steps of one sequence. real: as `real_steps` gives it. Raises FormatError where that does not fit."""
+    """Return the real steps of one sequence; raise FormatError if `real`, an entry of `real_steps`, does not fit it."""
     steps = sequence.shape[0] if sequence.ndim else 0
     if real.ndim == 0:
         if real > steps:
@@ -226,15 +253,20 @@ def cut_padding(path: Path, record: int, sequence: Array, real: Array) -> Array:
 
 
 def without_padding(path: Path, values: Iterable[Values | Block], real: list[Array] | None) -> Iterator[Values | Block]:
-    """Yield the records' real steps alone. real: as `real_steps` gives it; None leaves the values as they are."""
+    """Yield the records with only their real steps. real: from `real_steps`; None leaves the values unchanged."""
     if real is None:
         yield from values
         return
     record = 0
-    for each in values:
-        stacked = each.sequences if isinstance(each, Block) else [each.sequence]
-        for sequence in stacked:
+    for part in values:
+        sequences = part.sequences if isinstance(part, Block) else [part.sequence]
+        for number, sequence in enumerate(sequences):
             assert sequence is not None
-            graphs = None if isinstance(each, Block) else each.graphs
-            yield Values(cut_padding(path, record, sequence, real[record]), graphs, each.bfloat16)
+            graphs = None if isinstance(part, Block) else part.graphs
+            fields = {name: rows[number] for name, rows in part.fields.items()} if isinstance(part, Block) else part.fields
+            cut = {
+                name: cut_padding(path, record, rows, real[record]) if name.startswith("step.") else rows
+                for name, rows in fields.items()
+            }
+            yield Values(cut_padding(path, record, sequence, real[record]), graphs, part.bfloat16, cut)
             record += 1

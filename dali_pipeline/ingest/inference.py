@@ -1,24 +1,26 @@
-"""Inference: the schema of a source, the numbers of its layers, and how much will be written, from its first records."""
+"""Infer the schema of a source, the numbers of its layers, and the size of the data set, from its first records."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
+import numpy as np
 
 from dali_pipeline.dataset.dataset import Dataset
 from dali_pipeline.errors import DataError, FormatError, UsageError
-from dali_pipeline.format.encoding import BFLOAT16
+from dali_pipeline.format.encoding import BFLOAT16, TEXT
+from dali_pipeline.format.label import Label
 from dali_pipeline.format.layers import Layers, select, to_positions
 from dali_pipeline.format.layout import ByLayer
 from dali_pipeline.format.record import Graphs
 from dali_pipeline.format.schema import Field, Schema, level_of
 from dali_pipeline.ingest.config import FIELDS, ConvertConfig
-from dali_pipeline.ingest.foreign import Block
+from dali_pipeline.ingest.foreign import Block, ForeignFile, Values
 from dali_pipeline.ingest.names import FileNames
 from dali_pipeline.ingest.own import OWN, opened
 from dali_pipeline.ingest.readers.traces import TRACES
@@ -27,18 +29,24 @@ from dali_pipeline.types import Array, Kind
 if TYPE_CHECKING:
     from dali_pipeline.ingest.sources import Source
 
-MEASURED_RECORDS, MEASURED_BYTES, NAME_BYTES = 64, 8 << 20, 40  # by which the space that is needed is estimated
+MEASURED_RECORDS, MEASURED_BYTES, NAME_BYTES = 64, 8 << 20, 40  # for the estimate of the disk space
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerChoice:
-    """The layers of each record that are kept. numbers: of each step and each graph of a record, where layers have numbers."""
+    """The layers of each record that are kept.
+
+    Attributes:
+        layers: Layers that the user asked for.
+        numbers: Layer number of each step (sequences) and each graph (graphs) of a record, if the layers have numbers.
+    """
 
     layers: Layers
     numbers: dict[Kind, list[int]]
 
     def of(self, kind: Kind, count: int) -> list[int]:
-        """Return where they stand among the `count` steps or graphs of a record. Raises DataError for layers not there."""
+        """Return the positions of the kept layers among the `count` steps or graphs of a record; raise DataError if one is
+        missing."""
         numbers = self.numbers.get(kind)
         if numbers is None or len(numbers) != count:
             return select(self.layers, count)
@@ -46,30 +54,32 @@ class LayerChoice:
 
     @property
     def kept_numbers(self) -> dict[str, list[int]]:
-        """The numbers of the layers that are kept, as a manifest's source names them."""
+        """Numbers of the kept layers, by their key in a manifest's `source`."""
         names: dict[Kind, str] = {"sequences": "layers", "graphs": "graph_layers"}
         return {
-            names[kind]: [numbers[at] for at in to_positions(self.layers, numbers)] for kind, numbers in self.numbers.items()
+            names[kind]: [numbers[position] for position in to_positions(self.layers, numbers)]
+            for kind, numbers in self.numbers.items()
         }
 
 
 def infer_schema(
-    source: Source, found: Sequence[FileNames], config: ConvertConfig, told: list[str]
+    source: Source, file_names: Sequence[FileNames], config: ConvertConfig, notices: list[str]
 ) -> tuple[Schema, LayerChoice]:
-    """From the first sequence, and the first record whose graphs have edges; the writer checks that all others agree.
+    """Return the schema from the first sequence and the first graphs that have edges; the writer checks all other records.
 
-    A data set of ours keeps its own, but for what the settings ask.
+    If the source is a data set of ours, its schema stays, except for what the settings change. Appends sentences for the user
+    to `notices`.
     """
     if source.reader is OWN:
         return _own_schema(opened(source.root), config)
-    sequence, graphs = _first_records(source, found, config)
+    sequence, graphs = _first_records(source, file_names, config)
     if sequence is None and graphs is None:
         raise DataError(f"{source.root} holds no records that can be taken in; expected at least one")
     counts = {
         "sequences": 0 if sequence is None else len(sequence.rows),
         "graphs": 0 if graphs is None else len(graphs.graphs.node_counts),
     }
-    choice = LayerChoice(layers=config.layers, numbers=_layer_numbers(source, counts, told))
+    choice = LayerChoice(layers=config.layers, numbers=_layer_numbers(source, counts, notices))
     fields: dict[str, Field] = {}
     if sequence is not None:
         rows = sequence.rows
@@ -82,44 +92,82 @@ def infer_schema(
             if array is not None:
                 dtype = BFLOAT16 if name in graphs.bfloat16 else array.dtype.name
                 fields[name] = _field(graphs.path, name, dtype, array.shape[1:], config)
-    own = {name: fields.pop(name, None) for name in FIELDS}
-    return Schema(**own, fields=fields or msgspec.UNSET), choice
+    firsts = [first for first in (sequence, graphs) if first is not None]
+    narrow = {name for first in firsts for name in first.bfloat16}
+    for name, rows in firsts[0].fields.items():
+        fields[name] = _further_field(firsts[0].file.path, name, rows, name in narrow, config)
+    own: dict[str, Any] = {name: fields.pop(name, None) for name in FIELDS}
+    return _described(Schema(**own, fields=fields or msgspec.UNSET), firsts[0].file), choice
+
+
+def _further_field(path: Path, name: str, rows: Array | str, narrow: bool, config: ConvertConfig) -> Field:
+    """Return a step or record field as stored. narrow: whether it is bfloat16 in the file."""
+    if isinstance(rows, str):
+        return Field(dtype=TEXT)
+    row = rows.shape[1:] if name.startswith("step.") else rows.shape
+    return _field(path, name, BFLOAT16 if narrow else rows.dtype.name, row, config)
+
+
+def _described(schema: Schema, file: ForeignFile) -> Schema:
+    """Return the schema with the names of axes, the layer numbers and the kind of label that a file tells."""
+    sequence = schema.sequence
+    if sequence is not None and file.axes:
+        sequence = replace(sequence, axes=file.axes)
+    return replace(
+        schema,
+        sequence=sequence,
+        step_axis=msgspec.UNSET if sequence is None else file.step_axis,
+        layers=file.layers or msgspec.UNSET,
+        label=msgspec.UNSET if file.label == Label() else file.label,
+    )
 
 
 class _FirstSequence(NamedTuple):
-    """A sequence, the file that it is in, and the names of its arrays that are bfloat16 there."""
+    """A sequence, its file, and the names of its arrays that are bfloat16 in the file."""
 
-    path: Path
+    file: ForeignFile
     rows: Array
     bfloat16: tuple[str, ...]
+    fields: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """The file's path."""
+        return self.file.path
 
 
 class _FirstGraphs(NamedTuple):
-    """Graphs, likewise."""
+    """Graphs, their file, and the names of their arrays that are bfloat16 in the file."""
 
-    path: Path
+    file: ForeignFile
     graphs: Graphs
     bfloat16: tuple[str, ...]
+    fields: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """The file's path."""
+        return self.file.path
 
 
 def _first_records(
-    source: Source, found: Sequence[FileNames], config: ConvertConfig
+    source: Source, file_names: Sequence[FileNames], config: ConvertConfig
 ) -> tuple[_FirstSequence | None, _FirstGraphs | None]:
-    """The first sequence, and the first graphs that have edges, or the first ones where none has."""
+    """Return the first sequence, and the first graphs that have edges, or the first graphs if none has edges."""
     sequence: _FirstSequence | None = None
     graphs: _FirstGraphs | None = None
-    for number, names in enumerate(found):
+    for number, names in enumerate(file_names):
         missing = {"sequences": sequence is None, "graphs": graphs is None or not graphs.graphs.edge_index.size}
         if not len(names.labels) or not any(missing[kind] for kind in names.kinds):
             continue
-        path = source.files[number]
         try:
-            for values in source.open(number).values():
+            file = source.open(number)
+            for values in file.values():
                 rows, first = (values.sequences[0], None) if isinstance(values, Block) else values[:2]
                 if rows is not None and sequence is None:
-                    sequence = _FirstSequence(path, rows, values.bfloat16)
+                    sequence = _FirstSequence(file, rows, values.bfloat16, _first_fields(values))
                 if first is not None and (graphs is None or first.edge_index.size):
-                    graphs = _FirstGraphs(path, first, values.bfloat16)
+                    graphs = _FirstGraphs(file, first, values.bfloat16, _first_fields(values))
                 if first is None or first.edge_index.size:
                     break
         except (FormatError, DataError):
@@ -128,86 +176,107 @@ def _first_records(
     return sequence, graphs
 
 
+def _first_fields(values: Values | Block) -> dict[str, Any]:
+    """Return the further fields of the first record, as arrays or texts."""
+    fields = {name: rows[0] for name, rows in values.fields.items()} if isinstance(values, Block) else values.fields
+    return {name: rows if isinstance(rows, str) else np.asarray(rows) for name, rows in fields.items()}
+
+
 def _own_schema(data: Dataset, config: ConvertConfig) -> tuple[Schema, LayerChoice]:
-    """The schema of a data set of ours, in the types that are asked for."""
-    numbers = {kind: found for kind in data.schema.kinds if (found := data.layer_numbers(kind)) is not None}
+    """Return the schema of a data set of ours, with the types of the settings."""
+    numbers = {kind: layer_numbers for kind in data.schema.kinds if (layer_numbers := data.layer_numbers(kind)) is not None}
     choice = LayerChoice(layers=config.layers, numbers=numbers)
     retyped = {
         name: field if name not in config.dtypes else Field(dtype=config.dtypes[name], shape=field.shape)
-        for name, field in data.schema.of_graphs.items()
+        for name, field in {**data.schema.of_graphs, **data.schema.step_fields, **data.schema.record_fields}.items()
     }
     sequence = data.schema.sequence
     if sequence is not None:
         lengths = [table.rows["step"] for split in data.splits if len(table := data.table(split, "sequences"))]
-        steps = max((most for _, most in lengths), default=0)
-        kept = len(choice.of("sequences", steps)) if steps else 0
+        steps = max((longest for _, longest in lengths), default=0)
+        layer_axis = data.schema.layer_axis
+        kept = 0
+        shape = sequence.shape
+        if layer_axis is not None:
+            layers = len(choice.of("sequences", shape[layer_axis]))
+            shape = (*shape[:layer_axis], layers, *shape[layer_axis + 1 :])
+        elif steps:
+            kept = len(choice.of("sequences", steps))
         scale = sequence.scales
         if scale is not None and len(scale) > 1:
-            scale = tuple(scale[at] for at in choice.of("sequences", len(scale)))
+            scale = tuple(scale[position] for position in choice.of("sequences", len(scale)))
         by_layer = bool(sequence.layout) if config.by_layer is None else config.by_layer
         dtype = config.dtypes.get("sequence", sequence.dtype)
-        plain = Field(dtype=dtype, shape=sequence.shape)
+        plain = Field(dtype=dtype, shape=shape)
         sequence = Field(
             dtype=dtype,
-            shape=sequence.shape,
+            shape=shape,
+            axes=sequence.axes,
             scale=scale if scale is not None and "sequence" not in config.dtypes else msgspec.UNSET,
             by_layer=ByLayer.of(kept, plain.row_bytes) if by_layer and kept else msgspec.UNSET,
         )
-    own = {name: retyped.pop(name, None) for name in FIELDS[1:]}
+    own: dict[str, Any] = {name: retyped.pop(name, None) for name in FIELDS[1:]}
+    own |= {"step_axis": data.schema.step_axis, "label": data.schema.label}
+    if sequence is not None and data.manifest.version == 1 and choice.numbers.get("sequences"):
+        own["step_axis"] = "layer"
+    if data.schema.layers:
+        own["layers"] = tuple(choice.kept_numbers["layers"])
     return Schema(sequence=sequence, **own, fields=retyped or msgspec.UNSET), choice
 
 
-def _layer_numbers(source: Source, counts: dict[str, int], told: list[str]) -> dict[Kind, list[int]]:
-    """Number of each step of a sequence and of each graph, where they are layers of a language model, as far as one can tell.
+def _layer_numbers(source: Source, counts: dict[str, int], notices: list[str]) -> dict[Kind, list[int]]:
+    """Return the layer number of each step and each graph, if they are apparently the layers of a language model.
 
-    Traces have a hidden state for the embeddings, 0, and one per block, or those of the blocks alone; graphs are of blocks.
-    Other sources are taken to be so where a record has one step more than graphs.
+    Traces have one hidden state per block and perhaps one for the embeddings (0); each graph belongs to a block. Records of
+    other sources are taken for such traces if they have one step more than graphs.
     """
     steps, graphs = counts["sequences"], counts["graphs"]
     traces = source.reader.what == TRACES
     if not graphs or steps - graphs not in ((0, 1) if traces else (1,)):
         return {}
     if not traces:
-        told.append(f"records have {steps} steps and {graphs} graphs: taken as layers 0 to {graphs}, and 1 to {graphs}")
+        notices.append(f"records have {steps} steps and {graphs} graphs: taken as layers 0 to {graphs}, and 1 to {graphs}")
     return {"sequences": list(range(graphs + 1 - steps, graphs + 1)), "graphs": list(range(1, graphs + 1))}
 
 
-def written_bytes(source: Source, found: Sequence[FileNames], schema: Schema, choice: LayerChoice) -> int:
-    """About the bytes that will be written: of each kind's files by the first records of the first one; of a store's as many as
-    are read, since opening one means fetching it."""
+def written_bytes(source: Source, file_names: Sequence[FileNames], schema: Schema, choice: LayerChoice) -> int:
+    """Estimate the bytes that will be written.
+
+    For each kind of record, the ratio of written to read bytes is measured on the first records of its first file. For files in
+    a store the ratio is taken to be 1, because measuring would fetch a file.
+    """
     total = 0.0
     for kind in schema.kinds:
-        files = [number for number, names in enumerate(found) if len(names.labels) and kind in names.kinds]
+        files = [number for number, names in enumerate(file_names) if len(names.labels) and kind in names.kinds]
         share = 1.0
-        with suppress(FormatError, DataError):  # whoever reads it says so
+        with suppress(FormatError, DataError):  # the conversion raises it later
             share = _share(source, files[0], schema, choice, kind) if files and source.remote is None else 1.0
         total += share * sum(max(0, source.sizes[number]) for number in files)
     return int(total)
 
 
 def _share(source: Source, number: int, schema: Schema, choice: LayerChoice, kind: Kind) -> float:
-    """Bytes written for each byte of a file."""
+    """Return the bytes written per byte of a file."""
     file, records, written = source.open(number), 0, 0
     for values in file.values():
-        stacked = isinstance(values, Block)
-        many = len(values.sequences) if isinstance(values, Block) else 1
+        count = len(values.sequences) if isinstance(values, Block) else 1
         sequence = values.sequences[0] if isinstance(values, Block) else values.sequence
-        graphs = None if stacked or isinstance(values, Block) else values.graphs
+        graphs = None if isinstance(values, Block) else values.graphs
         if kind == "sequences" and sequence is not None and schema.sequence is not None:
-            written += many * (len(choice.of(kind, len(sequence))) * schema.sequence.row_bytes + NAME_BYTES)
+            written += count * (len(choice.of(kind, len(sequence))) * schema.sequence.row_bytes + NAME_BYTES)
         if kind == "graphs" and graphs is not None:
             kept = graphs if choice.layers is None else graphs.select(choice.of(kind, len(graphs.node_counts)))
             rows = {"node": len(kept.x), "edge": kept.edge_index.shape[1], "graph": len(kept.node_counts)}
             written += sum(field.row_bytes * rows[level_of(name)] for name, field in schema.of_graphs.items())
             written += 4 * rows["edge"] + 16 * rows["graph"] + NAME_BYTES
-        records += many
+        records += count
         if records >= MEASURED_RECORDS or written >= MEASURED_BYTES:
             break
     return written / max(1, records) * len(file) / max(1, source.sizes[number])
 
 
 def _field(path: Path, name: str, dtype: str, shape: tuple[int, ...], config: ConvertConfig, steps: int = 0) -> Field:
-    """A field as stored. steps: of each record that is stored layer by layer; 0 for none."""
+    """Return a field as stored. steps: number of steps per record if it is stored layer by layer, otherwise 0."""
     try:
         field = Field(dtype=config.dtypes.get(name, dtype), shape=shape)
         return replace(field, by_layer=ByLayer.of(steps, field.row_bytes)) if steps else field

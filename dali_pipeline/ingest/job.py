@@ -1,10 +1,10 @@
-"""What is known before a conversion begins: names, splits, schema."""
+"""Job: everything that workers must know before a conversion begins: names, splits, schema."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dali_pipeline.errors import DataError, FormatError
 from dali_pipeline.format.schema import Field, Schema
@@ -22,15 +22,25 @@ if TYPE_CHECKING:
     from dali_pipeline.ingest.config import ConvertConfig
     from dali_pipeline.ingest.sources import Source
 
-NAMED = 5  # files that are named, of many
+NAMED = 5  # maximum number of files that a message names
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What workers need to know.
+    """Everything that workers must know.
 
-    counts: records of each file, 0 for one in `unreadable`, which says why, by its name · written_bytes: about what is going to
-    be written · torn: groups that are left in several splits · told: sentences for the user, about what is kept and left.
+    Attributes:
+        source: Files to convert.
+        config: Settings.
+        names: Ids of the records.
+        counts: Number of records of each file; 0 for an unreadable one.
+        dealer: Rule that assigns groups to splits.
+        schema: Schema of the data set.
+        choice: Layers that are kept.
+        unreadable: Reason why a file cannot be read, by its name.
+        written_bytes: Estimated size of the data set in bytes.
+        torn: Number of groups that are in several splits.
+        notices: Sentences for the user about what is kept and left out.
     """
 
     source: Source
@@ -43,48 +53,54 @@ class Job:
     unreadable: dict[str, str]
     written_bytes: int
     torn: int
-    told: list[str]
+    notices: list[str]
 
     def dealer_of(self, number: int) -> Dealer:
-        """Return what deals the records of a file."""
+        """Return the rule that assigns the groups of a file to splits."""
         return self.dealer.of_file(number) if isinstance(self.dealer, OwnSplits) else self.dealer
+
+    @property
+    def rule(self) -> dict[str, Any]:
+        """The rule that dealt the splits, as the manifest records it; empty if the owner's own splits were kept."""
+        rule = self.config.split or SplitRule()
+        return {} if isinstance(self.dealer, OwnSplits) else {"shares": list(rule.shares), "seed": rule.seed}
 
 
 def prepare(source: Source, config: ConvertConfig, numbers: Iterable[int]) -> Job:
-    """Reads names and labels of every file, and numbers, deals and types the records."""
+    """Read names and labels of every file; determine ids, splits and schema."""
     unreadable: dict[str, str] = {}
-    found: list[FileNames] = []
-    not_taken: dict[str, list[str]] = {}  # by what it is, the files in which it is
+    file_names: list[FileNames] = []
+    not_taken: dict[str, list[str]] = {}  # name of a part that is not converted, and the files that have it
     for number in numbers:
         try:
             file = source.open(number)
-            found.append(FileNames.of(file))
+            file_names.append(FileNames.of(file))
             for name in file.not_taken:
                 not_taken.setdefault(name, []).append(source.names[number])
-            del file  # a file of a store is on the disk as long as this is held
+            del file  # a file from a store stays on the disk as long as this object lives
         except (FormatError, DataError) as error:
             if not config.skip_bad:
                 raise
-            unreadable[source.names[number]] = source.told(error)
-            found.append(FileNames.empty())
+            unreadable[source.names[number]] = source.without_root(error)
+            file_names.append(FileNames.empty())
     halves = {_dealt_as(name): name for name in unreadable}
     for number, name in enumerate(source.names):
-        if _dealt_as(name) in halves and name not in unreadable:  # else recurring questions would be paired wrongly
+        if _dealt_as(name) in halves and name not in unreadable:  # otherwise recurring questions would be paired wrongly
             unreadable[name] = f"{name}: its other half, {halves[_dealt_as(name)]}, cannot be read"
-            found[number] = FileNames.empty()
+            file_names[number] = FileNames.empty()
     try:
-        names = Names(found)
+        names = Names(file_names)
     except Disagreement as error:
         file = source.open(error.file)
         name = (file.ids or file.groups)[error.row]
         raise DataError(f"{file.path}: {name!r} {error.words}") from None
-    told = _left(source, not_taken)
-    dealer, torn = _dealer(source, found, config, told)
-    counts = [len(each.labels) for each in found]
-    schema, choice = infer_schema(source, found, config, told)
+    notices = _describe_not_taken(source, not_taken)
+    dealer, torn = _dealer(source, file_names, config, notices)
+    counts = [len(names_of_file.labels) for names_of_file in file_names]
+    schema, choice = infer_schema(source, file_names, config, notices)
     if schema.sequence is not None and config.dtypes.get("sequence") == "int8":
-        scaled = _scaled(source, found, config, choice)
-        schema = replace(schema, sequence=replace(scaled, by_layer=schema.sequence.by_layer))
+        scaled = _scaled(source, file_names, config, choice)
+        schema = replace(schema, sequence=replace(scaled, by_layer=schema.sequence.by_layer, axes=schema.sequence.axes))
     return Job(
         source=source,
         config=config,
@@ -94,34 +110,34 @@ def prepare(source: Source, config: ConvertConfig, numbers: Iterable[int]) -> Jo
         schema=schema,
         choice=choice,
         unreadable=unreadable,
-        written_bytes=written_bytes(source, found, schema, choice),
+        written_bytes=written_bytes(source, file_names, schema, choice),
         torn=torn,
-        told=told,
+        notices=notices,
     )
 
 
-def _left(source: Source, not_taken: dict[str, list[str]]) -> list[str]:
-    """Say what of the source is not taken: files, and what else is in those that are."""
-    told = []
+def _describe_not_taken(source: Source, not_taken: dict[str, list[str]]) -> list[str]:
+    """Return sentences that name the files, and the parts of converted files, that are not converted."""
+    notices = []
     if source.not_taken:
-        told.append(f"not taken: {_some(source.not_taken)}; expected {source.reader.what}")
+        notices.append(f"not taken: {_some(source.not_taken)}; expected {source.reader.what}")
     for name, files in not_taken.items():
-        told.append(f"not taken: {name}, in {_some(files)}")
-    return told
+        notices.append(f"not taken: {name}, in {_some(files)}")
+    return notices
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first names of many."""
-    shown = ", ".join(name.encode("utf-8", "backslashreplace").decode() for name in names[:NAMED])
-    return shown if len(names) <= NAMED else f"{shown} and {len(names) - NAMED:,} more files"
+    """Return the first few names, and the number of the others, in words."""
+    first = ", ".join(name.encode("utf-8", "backslashreplace").decode() for name in names[:NAMED])
+    return first if len(names) <= NAMED else f"{first} and {len(names) - NAMED:,} more files"
 
 
 def _dealer(
-    source: Source, found: Sequence[FileNames], config: ConvertConfig, told: list[str]
+    source: Source, file_names: Sequence[FileNames], config: ConvertConfig, notices: list[str]
 ) -> tuple[Dealer | OwnSplits, int]:
-    """What deals the records, and how many groups it leaves in several splits."""
+    """Return the rule that assigns groups to splits, and the number of groups that it leaves in several splits."""
     split = config.split or SplitRule()
-    groups = [each.groups for each in found]
+    groups = [names.groups for names in file_names]
     if config.split_by == "file":
         return FileSplit(split, [_dealt_as(name) for name in source.names], groups), 0
     if not config.keeps_splits:
@@ -130,23 +146,24 @@ def _dealer(
         own = OwnSplits(homes=[path.parent.name for path in source.files], split=None)
     elif (named := splits_in_names(source.names, split)) is not None:
         own = named[0]
-        told.append(own.describe(named[1]))
+        notices.append(own.describe(named[1]))
     else:
         return split, 0
     torn = own.torn(groups)
     if torn:
-        told.append(f"{torn:,} groups are in several of the splits that are kept: what is tested was trained on")
+        notices.append(f"{torn:,} groups are in several of the splits that are kept: what is tested was trained on")
     return own, torn
 
 
 def _dealt_as(name: str) -> str:
-    """A file's name; of a `.pt` without its half's folder, as both halves of a file are one."""
+    """Return the name by which a file is assigned to a split: without `lstm_solo/` or `gnn/`, so that both halves agree."""
     half, _, rest = name.partition("/")
     return rest if half in FOLDERS else name
 
 
-def _scaled(source: Source, found: Sequence[FileNames], config: ConvertConfig, choice: LayerChoice) -> Field:
-    numbers = [number for number, names in enumerate(found) if len(names.labels) and "sequences" in names.kinds]
+def _scaled(source: Source, file_names: Sequence[FileNames], config: ConvertConfig, choice: LayerChoice) -> Field:
+    """Return the field of int8 sequences, with scales from the largest value of each step and feature."""
+    numbers = [number for number, names in enumerate(file_names) if len(names.labels) and "sequences" in names.kinds]
     with progress_bar() as bar:
         show = shown(bar, "measure", len(numbers))
         greatest = greatest_values(source, numbers, choice, config.num_workers, config.engine, config.skip_bad, show)

@@ -1,10 +1,11 @@
-"""The id of every record of a folder: the question id where it is unique, else `<question id>#<k>`, alike in both halves."""
+"""Assign the ids of records: the question id if it is unique, otherwise `<question id>#<k>`, alike in sequences and graphs."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -19,10 +20,15 @@ _NUMBERED = re.compile(r"(.*)#(0|[1-9][0-9]{0,17})", re.DOTALL)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FileNames:
-    """What is remembered of one file's names: 24 bytes a record, whatever the names' lengths.
+    """Hashes of the names in one file: 24 bytes per record, whatever the lengths of the names.
 
-    texts: hashes of its explicit ids, or of its groups · groups: hashes of its groups · labels · numbered: of names that
-    look like numbered ones, as `q#1`, the row, the hash of `q`, and 1.
+    Attributes:
+        kinds: Kinds of record in the file.
+        explicit: Whether the file has ids.
+        texts: Hashes of the ids if the file has them, otherwise of the groups.
+        groups: Hashes of the groups.
+        labels: Labels of the records; hashes of them, if they are not classes.
+        numbered: Names that look numbered; for example, `q#1` is its row, the hash of `q`, and 1.
     """
 
     kinds: tuple[Kind, ...]
@@ -34,29 +40,37 @@ class FileNames:
 
     @classmethod
     def empty(cls) -> FileNames:
-        """Of a file that is left out."""
+        """Return the names of a file that is left out."""
         none = np.zeros(0, np.uint64)
         return cls(kinds=(), explicit=False, texts=none, groups=none, labels=none.astype(np.int64), numbered=[])
 
     @classmethod
     def of(cls, file: ForeignFile) -> FileNames:
-        """Hashes a file's names."""
+        """Return the hashes of a file's names."""
         groups = hash_texts(text.encode() for text in file.groups)
         texts = groups if file.ids is None else hash_texts(text.encode() for text in file.ids)
-        found = ((row, _NUMBERED.fullmatch(text)) for row, text in enumerate(file.ids or file.groups) if "#" in text)
-        numbered = [(row, xxhash.xxh3_64_intdigest(each[1].encode()), int(each[2])) for row, each in found if each]
+        matches = ((row, _NUMBERED.fullmatch(text)) for row, text in enumerate(file.ids or file.groups) if "#" in text)
+        numbered = [(row, xxhash.xxh3_64_intdigest(match[1].encode()), int(match[2])) for row, match in matches if match]
         return cls(
             kinds=file.kinds,
             explicit=file.ids is not None,
             texts=texts,
             groups=groups,
-            labels=np.array(file.labels, np.int64),
+            labels=_label_keys(file.labels),
             numbered=numbered,
         )
 
 
+def _label_keys(labels: Sequence[Any]) -> Ints:
+    """Return a number per label, equal for equal labels: a class itself, or a hash."""
+    if all(isinstance(label, int) for label in labels):
+        return np.array(labels, np.int64)
+    hashed = [0 if label is None else xxhash.xxh3_64_intdigest(np.asarray(label).tobytes()) >> 1 for label in labels]
+    return np.array(hashed, np.int64)
+
+
 class Disagreement(DataError):
-    """Names that cannot be. file, row: where the record is; words: what is wrong with it."""
+    """Names that contradict each other. file, row: position of the record; words: what is wrong with it."""
 
     def __init__(self, file: int, row: int, words: str) -> None:
         super().__init__(words)
@@ -64,15 +78,16 @@ class Disagreement(DataError):
 
 
 class Names:
-    """Numbers the records of all files.
+    """Assigns ids to the records of all files. Costs a sort of 8 bytes per record.
 
-    Raises Disagreement where an explicit id is given twice, a name is what another's number makes of it, or the halves do not
-    agree: a question with different numbers of records, a record with different labels. Costs a sort of 8 bytes a record.
+    Raises:
+        Disagreement: An explicit id occurs twice, a name equals a numbered name of another record, or sequences and graphs
+            disagree: a question has different numbers of records, or a record has different labels.
     """
 
     def __init__(self, files: Sequence[FileNames]) -> None:
-        self._numbers: dict[int, Ints] = {}  # of each file, k of its records, -1 where the question is unique
-        sides = [_Side(files, kind) for kind in KINDS if any(kind in each.kinds for each in files)]
+        self._numbers: dict[int, Ints] = {}  # k of the records of each file; -1 if the question is unique
+        sides = [_Side(files, kind) for kind in KINDS if any(kind in file.kinds for file in files)]
         recurring = np.concatenate([side.distinct[side.counts > 1] for side in sides]) if sides else np.zeros(0, np.uint64)
         for side in sides:
             numbers = np.where(np.isin(side.texts, recurring), side.k, -1)
@@ -81,7 +96,7 @@ class Names:
             _compare(*sides)
 
     def ids(self, number: int, file: ForeignFile) -> list[str]:
-        """The ids of the records of file `number`."""
+        """Return the ids of the records of file `number`."""
         if file.ids is not None:
             return file.ids
         numbers = self._numbers[number].tolist()
@@ -91,46 +106,53 @@ class Names:
 class _Side:
     """All records of one kind, in file order.
 
-    chosen: the files that have it · ends: of each, in records · order: sorts by text, then by place · distinct, counts: the
-    texts and how often each occurs · k: of each record, how many of its text came before.
+    Attributes:
+        chosen: Numbers of the files that have this kind.
+        ends: End of each of these files, in records.
+        texts, labels: Hash of the name, and label, of each record.
+        order: Permutation that sorts by text, then by position.
+        distinct, counts: The distinct texts, and how often each occurs.
+        k: Number of earlier records with the same text, for each record.
     """
 
     def __init__(self, files: Sequence[FileNames], kind: Kind) -> None:
-        self.chosen = [number for number, each in enumerate(files) if kind in each.kinds]
-        own = [files[at] for at in self.chosen]
-        self.ends = np.cumsum([len(each.texts) for each in own])
-        self.texts = np.concatenate([each.texts for each in own])
-        self.labels = np.concatenate([each.labels for each in own])
+        self.chosen = [number for number, file in enumerate(files) if kind in file.kinds]
+        own = [files[number] for number in self.chosen]
+        self.ends = np.cumsum([len(file.texts) for file in own])
+        self.texts = np.concatenate([file.texts for file in own])
+        self.labels = np.concatenate([file.labels for file in own])
         self.order = np.argsort(self.texts, kind="stable")
         self.distinct, begins, self.counts = np.unique(self.texts[self.order], return_index=True, return_counts=True)
         self.k = np.empty(len(self.texts), np.int64)
         self.k[self.order] = np.arange(len(self.texts)) - np.repeat(begins, self.counts)
-        explicit = np.repeat([each.explicit for each in own], [len(each.texts) for each in own])
+        explicit = np.repeat([file.explicit for file in own], [len(file.texts) for file in own])
         twice = np.flatnonzero(explicit & (self.k > 0))
         if len(twice):
             raise self.disagree(twice[0], "is given to several records; expected each id once")
         for number in self.chosen:
             for row, base, k in files[number].numbered:
-                at = int(np.searchsorted(self.distinct, np.uint64(base)))
-                if at < len(self.distinct) and self.distinct[at] == base and k < self.counts[at] > 1:
+                index = int(np.searchsorted(self.distinct, np.uint64(base)))
+                if index < len(self.distinct) and self.distinct[index] == base and k < self.counts[index] > 1:
                     raise Disagreement(number, row, "is also what a record of a recurring question is named; rename one")
 
     def disagree(self, record: np.int64, words: str) -> Disagreement:
-        """The error that names a record."""
-        at = int(np.searchsorted(self.ends, record, side="right"))
-        begin = int(self.ends[at - 1]) if at else 0
-        return Disagreement(self.chosen[at], int(record) - begin, words)
+        """Return the error that names a record."""
+        index = int(np.searchsorted(self.ends, record, side="right"))
+        begin = int(self.ends[index - 1]) if index else 0
+        return Disagreement(self.chosen[index], int(record) - begin, words)
 
 
 def _compare(sequences: _Side, graphs: _Side) -> None:
-    """Raises Disagreement where the halves do not agree."""
+    """Raise Disagreement if sequences and graphs do not agree."""
     shared, ours, theirs = np.intersect1d(sequences.distinct, graphs.distinct, return_indices=True)
     counts = sequences.counts[ours], graphs.counts[theirs]
     unequal = np.flatnonzero(counts[0] != counts[1])
     if len(unequal):
         first = np.flatnonzero(sequences.texts == shared[unequal[0]])[0]
-        one, other = (int(each[unequal[0]]) for each in counts)
-        raise sequences.disagree(first, f"recurs, with {one} sequences and {other} records of graphs; expected equal numbers")
+        num_sequences, num_graphs = (int(side_counts[unequal[0]]) for side_counts in counts)
+        raise sequences.disagree(
+            first, f"recurs, with {num_sequences} sequences and {num_graphs} records of graphs; expected equal numbers"
+        )
     # by text, then by k: both halves list the same records
     left = sequences.order[np.isin(sequences.texts[sequences.order], shared)]
     right = graphs.order[np.isin(graphs.texts[graphs.order], shared)]
@@ -138,5 +160,5 @@ def _compare(sequences: _Side, graphs: _Side) -> None:
     if len(different):
         first = different[left[different].argmin()]  # in file order
         here, there = left[first], right[first]
-        one, other = int(sequences.labels[here]), int(graphs.labels[there])
-        raise sequences.disagree(here, f"has the label {one} as a sequence and {other} as graphs; expected the same")
+        label, other_label = int(sequences.labels[here]), int(graphs.labels[there])
+        raise sequences.disagree(here, f"has the label {label} as a sequence and {other_label} as graphs; expected the same")

@@ -1,6 +1,6 @@
-"""Work done by Ray, on this machine or many, its results in order: as `in_order` of workers.py, where one machine is too few.
+"""Run work on Ray, on one machine or many, and yield its results in order, like `in_order` of workers.py on one machine.
 
-Ray deals, watches and repeats: a worker that is killed, or a node that is lost, costs the tasks that ran there: they run again.
+Ray schedules, watches and repeats tasks. If a worker is killed or a node is lost, the tasks that ran there run again.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from dali_pipeline.errors import PipelineError, UsageError
 from dali_pipeline.ingest.workers import Advance, Engine, NumWorkers, Work, in_order
 
 T = TypeVar("T")
-RETRIES = 3  # of a task whose worker or node was lost
-END_SECONDS = 10  # that a task which is stopped may take
+RETRIES = 3  # repetitions of a task whose worker or node was lost
+END_SECONDS = 10  # time that a task may take to stop
 
 
 class Asks(NamedTuple):
-    """What a task has of its node for itself."""
+    """Resources of a node that a task reserves."""
 
     cores: int = 1
     gpus: int = 0
@@ -38,22 +38,28 @@ def deal(
     shared: Sequence[Path],
     asks: Callable[[float], Asks] = lambda _: Asks(),
 ) -> Generator[tuple[int, T], None, None]:
-    """`in_order` on processes of this machine, or `on_ray`."""
+    """Run work with `in_order` on processes of this machine, or with `on_ray`."""
     return on_ray(work, numbers, progress, shared, asks) if engine == "ray" else in_order(work, numbers, num_workers, progress)
 
 
 def on_ray(
     work: Work[T], numbers: Sequence[int], progress: Advance, shared: Sequence[Path], asks: Callable[[float], Asks]
 ) -> Generator[tuple[int, T], None, None]:
-    """Yields (number, work(number, advance)) in the order of `numbers`; as many tasks at a time as the cluster has cores for.
+    """Yield (number, work(number, advance)) in the order of `numbers`; run as many tasks at a time as the cluster has cores.
 
-    The cluster is the one that RAY_ADDRESS names, else the one of this machine, else this machine alone. work, its results:
-    pickled, `work` once for all tasks; a task may run twice at a time, where a node is lost from sight, so it must write to
-    places of its own · progress: told the sum of what ended tasks have advanced · shared: what all nodes must see · asks: what
-    a task asks for, of a cluster with so many GPUs.
+    The cluster is the one at RAY_ADDRESS, otherwise one that runs on this machine, otherwise a new one on this machine.
 
-    Raises what `work` raised, UsageError for a node that does not see the folders and for tasks that fit on no node,
-    PipelineError where tasks are killed again and again.
+    Args:
+        work: Function that is pickled once for all tasks; its results are pickled too. A task may run twice at the same time if
+            the connection to a node is lost, so each task must write to files of its own.
+        numbers: Numbers to work on, each once.
+        progress: Called with the sum of the advances of all ended tasks.
+        shared: Paths that all nodes must see.
+        asks: Returns what a task reserves, given the number of GPUs of the cluster.
+
+    Raises:
+        UsageError: A node does not see the folders, or a task fits on no node.
+        PipelineError: A task was lost too often. Exceptions of `work` are raised unchanged.
     """
     with _cluster() as ray:
         cores, gpus = asked = asks(ray.cluster_resources().get("GPU", 0))
@@ -64,14 +70,14 @@ def on_ray(
         remaining, total = iter(numbers), 0
         try:
             while True:
-                most = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)) // cores)  # nodes come and go
-                while len(waiting) < most and (number := next(remaining, None)) is not None:
+                max_tasks = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)) // cores)  # nodes come and go
+                while len(waiting) < max_tasks and (number := next(remaining, None)) is not None:
                     waiting.append((number, task.remote(put, number)))
                 if not waiting:
                     break
                 number, promise = waiting[0]
                 while not ray.wait([promise], timeout=0.5)[0]:
-                    pass  # Ctrl-C comes through here
+                    pass  # Ctrl-C is handled here
                 result, advanced = _get(ray, promise)
                 waiting.popleft()
                 total += advanced
@@ -82,9 +88,9 @@ def on_ray(
 
 
 def _end(ray: Any, promises: list[Any]) -> None:
-    """Interrupts the tasks that have not ended, and waits for them; what is left goes with the connection.
+    """Interrupt the tasks that have not ended, and wait END_SECONDS for them; the rest ends with the connection.
 
-    Not by force: Ray 2.60 aborts this process where a task fails while it is killed.
+    Does not use force: Ray 2.60 aborts this process if a task fails while it is killed.
     """
     if promises:
         running = ray.wait(promises, num_returns=len(promises), timeout=0)[1]
@@ -95,17 +101,17 @@ def _end(ray: Any, promises: list[Any]) -> None:
 
 
 def _do(put: tuple[Work[T], Sequence[Path]], number: int) -> tuple[T, int]:
-    """A task: the result, and the sum of what it advanced."""
+    """Run a task; return its result and the sum of its advances."""
     work, shared = put
     for path in shared:
         if not path.exists():
             raise UsageError(f"{path} is not there on node {socket.gethostname()}; expected folders that all nodes share")
-    told: list[int] = []
-    return work(number, told.append), sum(told)
+    advances: list[int] = []
+    return work(number, advances.append), sum(advances)
 
 
 def _get(ray: Any, promise: Any) -> Any:
-    """A task's result. Raises what it raised, as it raised it."""
+    """Return the result of a task, or raise its exception."""
     try:
         return ray.get(promise)
     except ray.exceptions.RayTaskError as error:
@@ -127,9 +133,9 @@ def _get(ray: Any, promise: Any) -> Any:
 
 @contextmanager
 def _cluster() -> Iterator[Any]:
-    """Ray, connected; as it was before at the end. Quiet, and telling nobody that it is used."""
+    """Connect to Ray without its log and usage statistics; afterwards disconnect, unless Ray was connected before."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # it warns of a change to come
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # avoids a warning about a future change
     try:
         import ray
     except ImportError:
@@ -151,7 +157,7 @@ def _cluster() -> Iterator[Any]:
 
 
 def _check_reached(address: str) -> None:
-    """Raises UsageError where nobody listens at HOST:PORT, which Ray would wait for for minutes."""
+    """Raise UsageError if nobody listens at HOST:PORT; Ray itself would wait for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         try:
@@ -162,8 +168,8 @@ def _check_reached(address: str) -> None:
 
 
 def _check_fits(ray: Any, asked: Asks) -> None:
-    """Raises UsageError where there are nodes, and none with as much: one without any may grow when it is asked."""
+    """Raise UsageError if there are nodes and none has the resources; a cluster without nodes may start some on demand."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)]
     if nodes and not any(node.get("CPU", 0) >= asked.cores and node.get("GPU", 0) >= asked.gpus for node in nodes):
-        told = f"{asked.cores} cores" + (f" and {asked.gpus} GPU" if asked.gpus else "")
-        raise UsageError(f"no node of the Ray cluster has the {told} that a task asks for; OMP_NUM_THREADS sets its cores")
+        resources = f"{asked.cores} cores" + (f" and {asked.gpus} GPU" if asked.gpus else "")
+        raise UsageError(f"no node of the Ray cluster has the {resources} that a task asks for; OMP_NUM_THREADS sets its cores")

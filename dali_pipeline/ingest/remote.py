@@ -1,6 +1,6 @@
-"""Remote: raw files that lie in a store; each is fetched whole when it is opened, and gone after its use.
+"""Remote: raw files in a store; each file is fetched whole when it is opened, and removed after its use.
 
-A process holds two at most: the one in use, and the next one, which is fetched meanwhile where files are opened in order.
+A process holds two files at most: the one in use, and the next one, which is fetched meanwhile if files are opened in order.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from dali_pipeline.format.manifest import MANIFEST_NAME
 from dali_pipeline.storage.stores import GoneError, Store, is_url
 from dali_pipeline.storage.whole import lock
 
-RANGE_BYTES, RANGES_IN_FLIGHT = 8 << 20, 8  # of a file on its way
+RANGE_BYTES, RANGES_IN_FLIGHT = 8 << 20, 8  # bytes and number of parallel requests, while a file is fetched
 
 
 class Fetched:
-    """A file that is on the disk as long as somebody holds this."""
+    """A file that stays on the disk as long as this object lives."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -33,13 +33,20 @@ class Fetched:
 
 
 def _remove(path: Path, process: int) -> None:
-    if os.getpid() == process:  # a forked child has but a copy
+    if os.getpid() == process:  # a forked child has only a copy of the object
         path.unlink(missing_ok=True)
 
 
 class Remote:
-    """The objects below a URL, under `scratch` while they are used. listed: by name bytes and time of change, as the store
-    tells them. Pickled, and used in a forked child, it begins anew, with nothing fetched."""
+    """The objects below a URL, which are in the folder `scratch` while they are used.
+
+    After pickling, and in a forked child, it starts again with no file fetched.
+
+    Attributes:
+        store: The store.
+        scratch: Folder for fetched files.
+        listed: Size in bytes and time of the last change of each object, by name.
+    """
 
     def __init__(self, store: Store, scratch: Path, listed: dict[str, tuple[int, int]]) -> None:
         self.store, self.scratch, self.listed = store, scratch, listed
@@ -52,7 +59,7 @@ class Remote:
 
     @contextmanager
     def placed(self) -> Iterator[None]:
-        """Empty files of these names meanwhile, by which readers find what is theirs."""
+        """Create empty files with these names for the time of the block, so that readers can find their files."""
         try:
             for name in self.listed:
                 path = self.scratch / name
@@ -65,27 +72,34 @@ class Remote:
             shutil.rmtree(self.scratch, ignore_errors=True)
 
     def fetch(self, name: str, before: str | None, behind: str | None) -> Fetched:
-        """A file; where it, or the one `before` it, was fetched last, the one `behind` is fetched meanwhile.
+        """Return a file, and fetch the next one in the background if files are opened in order.
 
-        Raises FormatError where it is not what was listed, DataError where the store does not do, or the disk is full.
+        Args:
+            name: Name of the file.
+            before: Name of the file before it, or None.
+            behind: Name of the file after it, or None. It is fetched if `name` or `before` was fetched last.
+
+        Raises:
+            FormatError: The file is gone since it was listed.
+            DataError: The store fails, or the disk is full.
         """
         if self._process != os.getpid():
             self._process, self._pool, self._ahead, self._newest = os.getpid(), ThreadPoolExecutor(1), None, ""
         assert self._pool is not None
         ahead, self._ahead = self._ahead, None
-        found = None
+        fetched = None
         if ahead is not None and ahead[0] == name:
-            found = ahead[1].result()
+            fetched = ahead[1].result()
         elif ahead is not None and ahead[0] == behind:
             self._ahead = ahead
-        found = found or self._get(name)
+        fetched = fetched or self._get(name)
         if behind is not None and self._ahead is None and self._newest in (name, before):
             self._ahead = behind, self._pool.submit(self._get, behind)
         self._newest = name
-        return found
+        return fetched
 
     def close(self) -> None:
-        """Waits for what is on its way."""
+        """Wait for the file that is being fetched."""
         if self._pool is not None and self._process == os.getpid():
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool, self._ahead, self._process = None, None, -1
@@ -97,9 +111,9 @@ class Remote:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as file, ThreadPoolExecutor(RANGES_IN_FLIGHT) as pool:
-                for begin in range(0, nbytes, RANGE_BYTES * RANGES_IN_FLIGHT):  # some at a time, for they are in memory
+                for begin in range(0, nbytes, RANGE_BYTES * RANGES_IN_FLIGHT):  # a few at a time, because they are in memory
                     begins = range(begin, min(begin + RANGE_BYTES * RANGES_IN_FLIGHT, nbytes), RANGE_BYTES)
-                    for part in pool.map(lambda at: self.store.read(name, at, min(at + RANGE_BYTES, nbytes)), begins):
+                    for part in pool.map(lambda first: self.store.read(name, first, min(first + RANGE_BYTES, nbytes)), begins):
                         file.write(part)
         except GoneError:
             raise FormatError(f"{self.store}/{name} is gone since it was listed; convert again") from None
@@ -110,14 +124,16 @@ class Remote:
 
 @contextmanager
 def raw_files(url: str, dst: str) -> Iterator[Remote]:
-    """The raw files at a URL, on their way to `dst`, and their scratch folder, beside the caches and gone at the end; what a
-    killed run left there goes first. Errors name files by the URL.
+    """Yield the raw files at a URL that are converted to `dst`; errors within the block name files by the URL.
 
-    Raises UsageError for a place without objects, or with a data set, and where another run is under way; DataError where the
-    store does not do.
+    Their scratch folder is beside the caches. It is removed at the end, and at the start if a killed run left one.
+
+    Raises:
+        UsageError: The URL holds no objects, or a data set, or another run converts the same files to the same place.
+        DataError: The store fails.
     """
     store = Store(url)
-    listed = {name: found for name, found in store.listed().items() if name and not name.endswith("/")}
+    listed = {name: facts for name, facts in store.listed().items() if name and not name.endswith("/")}
     if not listed:
         raise UsageError(f"{store} holds no objects; expected a folder of files to convert")
     if MANIFEST_NAME in listed:
@@ -142,7 +158,7 @@ def raw_files(url: str, dst: str) -> Iterator[Remote]:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Raises UsageError where another process has the folder."""
+    """Lock a folder for the time of the block; raise UsageError if another process holds the lock."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)

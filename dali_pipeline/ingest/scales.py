@@ -1,4 +1,4 @@
-"""Scales: how large the values of each step and feature are, before they are stored as int8."""
+"""Find the largest absolute value of each step and feature, from which the scales of int8 storage are computed."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Choice(Protocol):
 
     @property
     def layers(self) -> Layers:
-        """What was asked for."""
+        """The layers that the user asked for."""
 
     def of(self, kind: Kind, count: int) -> list[int]:
-        """Return where they stand among the `count` steps of a record."""
+        """Return the positions of the kept layers among the `count` steps of a record."""
 
 
 def greatest_values(
@@ -38,17 +38,28 @@ def greatest_values(
     skip_bad: bool,
     progress: Callable[[int], None],
 ) -> Array:
-    """The greatest absolute values in the sequences of these files: (T, *row), or (1, *row) where lengths differ.
+    """Return the largest absolute values in the sequences of files: (T, *row), or (1, *row) if lengths differ.
 
-    Reads all of them, on `workers` or Ray's nodes; progress: told how many files are done. Raises FormatError for NaN or
-    infinite values, unless such files are to be left out.
+    Reads all these files, in worker processes or on Ray.
+
+    Args:
+        source: Files to convert.
+        numbers: Numbers of the files to read.
+        choice: Layers that are kept.
+        num_workers: Number of processes.
+        engine: "local" or "ray".
+        skip_bad: Whether to leave out a file that cannot be read.
+        progress: Called with the number of files that are done.
+
+    Raises:
+        FormatError: A file cannot be read or has NaN or infinite values, and `skip_bad` is False.
+        DataError: No file has sequences, or their rows differ in shape.
     """
-
     greatest: Array | None = None
     work = partial(_work, source, choice, skip_bad)
     with closing(deal(engine, work, numbers, num_workers, progress, source.folders)) as results:
-        for _, found in results:
-            greatest = _joined(greatest, found)
+        for _, file_greatest in results:
+            greatest = _joined(greatest, file_greatest)
     if greatest is None:
         raise DataError(f"{source.root} holds no sequences that can be taken in; expected at least one")
     return greatest
@@ -79,21 +90,24 @@ def _of_file(source: Source, number: int, choice: Choice) -> Array | None:
             raise DataError(f"record {name!r}, sequence has shape {stacked.shape[1:]}; expected at least one row")
         if choice.layers is not None:
             stacked = stacked[:, choice.of("sequences", stacked.shape[1])]
-        low, high = (each.astype(np.float64) for each in (stacked.min(axis=0), stacked.max(axis=0)))  # -128, and unsigned types
-        found = np.maximum(high, -low)
-        if not np.isfinite(found).all():
+        # as float64, in which -low is right for -128 and for unsigned types too
+        low, high = stacked.min(axis=0).astype(np.float64), stacked.max(axis=0).astype(np.float64)
+        block_greatest = np.maximum(high, -low)
+        if not np.isfinite(block_greatest).all():
             raise FormatError(
                 f"{source.files[number]}, sequence holds NaN or infinite values, which int8 cannot; store float16"
             )
-        if greatest is not None and found.shape[1:] != greatest.shape[1:]:
+        if greatest is not None and block_greatest.shape[1:] != greatest.shape[1:]:
             raise DataError(
-                f"record {name!r}, sequence has rows of shape {found.shape[1:]}; expected {greatest.shape[1:]} as before"
+                f"record {name!r}, sequence has rows of shape {block_greatest.shape[1:]}; expected {greatest.shape[1:]} "
+                "as before"
             )
-        greatest = _joined(greatest, found)
+        greatest = _joined(greatest, block_greatest)
     return greatest
 
 
 def _joined(ours: Array | None, theirs: Array | None) -> Array | None:
+    """Return the elementwise maximum; over all steps if the numbers of steps differ."""
     if ours is None or theirs is None:
         return theirs if ours is None else ours
     if ours.shape[1:] != theirs.shape[1:]:

@@ -1,4 +1,4 @@
-"""Source: the files of a foreign folder, whatever their format."""
+"""Source: the files of a folder in a foreign format."""
 
 from __future__ import annotations
 
@@ -18,14 +18,22 @@ from dali_pipeline.ingest.readers.traces import TraceOptions, traces_reader
 from dali_pipeline.ingest.remote import Fetched, Remote
 
 COMPANIONS = {"dataset_info.json", "dataset_dict.json", "state.json"}
-STRETCH_BYTES = 512 << 20  # of source files that are final together, and that one worker takes
+CHUNK_BYTES = 512 << 20  # bytes of source files per chunk: one worker converts a chunk, and it becomes final as a whole
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The files of a foreign folder, in order, and the reader that opens them. sizes, times: bytes of each, and when it
-    was last changed, in ns; -1 where that cannot be told. remote: where the files lie in a store; `files` is what they are
-    called then, and nothing is there. not_taken: names of the folder's other files, of which no reader knows the format."""
+    """The files of a foreign folder, in order, and the reader that opens them.
+
+    Attributes:
+        root: The folder, or one file.
+        reader: Reader of the format.
+        files: Paths of the files. With `remote` these are only names, and no such files exist.
+        sizes: Size of each file in bytes; -1 if unknown.
+        times: Time of the last change of each file in ns; -1 if unknown.
+        remote: Store of the files, or None.
+        not_taken: Names of other files in the folder, whose format no reader knows.
+    """
 
     root: Path
     reader: Reader
@@ -37,95 +45,101 @@ class Source:
 
     @classmethod
     def find(cls, root: Path, traces: TraceOptions | None = None, remote: Remote | None = None) -> Source:
-        """Recognises the format. Raises UsageError where the folder holds nothing that can be read, or two formats."""
+        """Recognise the format, and list the files; raise UsageError if the folder holds no known format, or several."""
         readers = _readers(traces or TraceOptions())
         with nullcontext() if remote is None else remote.placed():
             if not root.exists():
                 raise UsageError(f"{root} is not a folder; expected one with files to convert, or such a file")
             try:
-                every, again = list_files(root)
+                all_files, repeated = list_files(root)
             except OSError as error:
                 raise UsageError(
                     f"{error.filename} cannot be listed ({error.strerror}); expected folders that can be read"
                 ) from None
-            found = {reader.what: (reader, files) for reader in readers if (files := reader.find(root, every))}
-        if not found:
+            formats = {reader.what: (reader, files) for reader in readers if (files := reader.find(root, all_files))}
+        if not formats:
             raise UsageError(
                 f"{root} holds no {' nor '.join(reader.what for reader in readers)}; expected at least one such file"
             )
-        if len(found) > 1:
-            raise UsageError(f"{root} holds {' and '.join(found)}; expected one format, so convert each folder alone")
-        ((reader, files),) = found.values()
+        if len(formats) > 1:
+            raise UsageError(f"{root} holds {' and '.join(formats)}; expected one format, so convert each folder alone")
+        ((reader, files),) = formats.values()
         stats = [_stat(path) if remote is None else remote.listed[path.relative_to(root).as_posix()] for path in files]
-        sizes, times = ([one[column] for one in stats] for column in (0, 1))
-        left = [path.relative_to(root) for path in (*every, *again) if reader is not OWN] if root.is_dir() else []
-        taken = {path.relative_to(root) for path in files} if left else set()
-        not_taken = tuple(str(name) for name in left if name not in taken and not _is_companion(name))
+        sizes, times = [size for size, _ in stats], [time for _, time in stats]
+        not_taken: tuple[str, ...] = ()
+        if root.is_dir() and reader is not OWN:
+            taken = {path.relative_to(root) for path in files}
+            names = [path.relative_to(root) for path in (*all_files, *repeated)]
+            not_taken = tuple(str(name) for name in names if name not in taken and not _is_companion(name))
         return cls(root=root, reader=reader, files=files, sizes=sizes, times=times, remote=remote, not_taken=not_taken)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files."""
+        """Size of all files in bytes."""
         return sum(max(size, 0) for size in self.sizes)
 
     @property
     def folders(self) -> list[Path]:
-        """What a machine must see to open them."""
+        """Folders that a machine must see to open the files."""
         return [] if self.remote is not None else [self.root]
 
-    @cached_property  # asked for with every file
+    @cached_property  # used for every file
     def names(self) -> list[str]:
-        """Paths within the folder."""
+        """Paths of the files within the folder."""
         names = (path.relative_to(self.root).as_posix() if path != self.root else path.name for path in self.files)
         return [name.encode("utf-8", "backslashreplace").decode() for name in names]
 
     @cached_property
-    def stretches(self) -> list[range]:
-        """The numbers of consecutive files, cut where they come to STRETCH_BYTES."""
+    def chunks(self) -> list[range]:
+        """Ranges of consecutive file numbers, each of at most CHUNK_BYTES or of one file."""
         cuts, nbytes = [0], 0
         for number, size in enumerate(self.sizes):
-            if nbytes and nbytes + size > STRETCH_BYTES:
+            if nbytes and nbytes + size > CHUNK_BYTES:
                 cuts.append(number)
                 nbytes = 0
             nbytes += max(size, 0)
         return [range(a, b) for a, b in zip(cuts, [*cuts[1:], len(self.files)], strict=True)]
 
     def open(self, number: int) -> ForeignFile:
-        """One file. Raises FormatError where it, or later one of its records, is not what it says, whatever went wrong."""
-        path, name, here = self.files[number], self.names[number], self._fetched(number)
-        at = path if here is None else here.path
-        with _named(path, at):
-            file = self.reader.open(at, name.removesuffix("".join(path.suffixes[-1:])))
-        return replace(file, path=path, values=partial(_named_values, path, at, file.values, here))
+        """Open a file; raise FormatError, now or while its values are read, if it does not have its format."""
+        path, name, fetched = self.files[number], self.names[number], self._fetched(number)
+        local_path = path if fetched is None else fetched.path
+        with _named(path, local_path):
+            file = self.reader.open(local_path, name.removesuffix("".join(path.suffixes[-1:])))
+        return replace(file, path=path, values=partial(_named_values, path, local_path, file.values, fetched))
 
     def _fetched(self, number: int) -> Fetched | None:
-        """A file of a store, here as long as this is held; the next one of its stretch is on its way."""
+        """Fetch a file from the store, if there is one, and start to fetch the next file of its chunk.
+
+        The file stays on the disk as long as the result is referenced.
+        """
         if self.remote is None:
             return None
-        stretch = next(each for each in self.stretches if number in each)
-        known = {at: self.files[at].relative_to(self.root).as_posix() for at in range(number - 1, number + 2) if at in stretch}
-        return self.remote.fetch(known[number], known.get(number - 1), known.get(number + 1))
+        chunk = next(chunk for chunk in self.chunks if number in chunk)
+        neighbours = [neighbour for neighbour in range(number - 1, number + 2) if neighbour in chunk]
+        names = {neighbour: self.files[neighbour].relative_to(self.root).as_posix() for neighbour in neighbours}
+        return self.remote.fetch(names[number], names.get(number - 1), names.get(number + 1))
 
-    def told(self, error: Exception) -> str:
-        """An error's words without the folder's own path, which differs from machine to machine."""
+    def without_root(self, error: Exception) -> str:
+        """Return the words of an error without the path of the folder, which differs from machine to machine."""
         return str(error).replace(f"{self.root}/", "").replace(str(self.root), self.root.name)
 
-    def check_older(self, made: Path) -> None:
-        """Raises UsageError for a file that changed after `made` was made of them: as `make` would see it."""
-        changed = [path for path, time in zip(self.files, self.times, strict=True) if time > made.stat().st_mtime_ns]
+    def check_older(self, manifest: Path) -> None:
+        """Raise UsageError if a file is newer than a manifest, like `make` compares dates."""
+        changed = [path for path, time in zip(self.files, self.times, strict=True) if time > manifest.stat().st_mtime_ns]
         if changed:
             raise UsageError(
-                f"{changed[0]} is newer than {made.parent}, which was made of it; remove {made.parent}, choose another folder, "
-                f"or, if only the date is new, `touch {made}`"
+                f"{changed[0]} is newer than {manifest.parent}, which was made of it; remove {manifest.parent}, choose another "
+                f"folder, or, if only the date is new, `touch {manifest}`"
             )
 
     def check_file(self, number: int) -> None:
-        """Raises FormatError where a file is not the one that was found: a machine may have a folder of its own there."""
+        """Raise FormatError if a file has another size or date than when it was listed, for example on another machine."""
         if self.remote is None and _stat(self.files[number]) != (self.sizes[number], self.times[number]):
             raise FormatError(f"{self.files[number]} has another size or date on {socket.gethostname()}; convert again")
 
     def check_unchanged(self) -> None:
-        """Raises FormatError for a file that changed since they were found."""
+        """Raise FormatError if a file changed since it was listed."""
         listed = None if self.remote is None else self.remote.store.listed()
         for path, size, time in zip(self.files, self.sizes, self.times, strict=True):
             now = _stat(path) if listed is None else listed.get(path.relative_to(self.root).as_posix())
@@ -134,40 +148,40 @@ class Source:
 
 
 def _is_companion(name: Path) -> bool:
-    """Whether a file is none of the data: hidden, or what Hugging Face `datasets` writes beside them."""
+    """Return whether a file is no data: hidden, or written by Hugging Face `datasets` beside the data."""
     hidden = any(part.startswith(".") for part in name.parts)
     return hidden or name.name in COMPANIONS or (name.name.startswith("cache-") and name.suffix == ".arrow")
 
 
 def _stat(path: Path) -> tuple[int, int]:
     try:
-        found = path.stat()
-    except OSError:  # gone, or a link that leads nowhere: who opens it says so
+        stat = path.stat()
+    except OSError:  # gone, or a broken link; opening the file raises the error
         return -1, -1
-    return found.st_size, found.st_mtime_ns
+    return stat.st_size, stat.st_mtime_ns
 
 
 @contextmanager
-def _named(path: Path, at: Path) -> Iterator[None]:
-    """Whatever a foreign file makes a reader stumble over becomes a sentence with its name, wherever it lies just now."""
+def _named(path: Path, local_path: Path) -> Iterator[None]:
+    """Turn every exception of a reader into an error that names the file by `path`, wherever it is stored."""
     try:
         yield
     except PipelineError as error:
-        told = str(error).replace(str(at), str(path))
-        if told == str(error) and str(path) in told:
+        words = str(error).replace(str(local_path), str(path))
+        if words == str(error) and str(path) in words:
             raise
-        raise type(error)(told if str(path) in told else f"{path}: {told}") from None
+        raise type(error)(words if str(path) in words else f"{path}: {words}") from None
     except Exception as error:
-        reason = str(error).replace(str(at), str(path)).strip().split("\n")[0][:120]
+        reason = str(error).replace(str(local_path), str(path)).strip().split("\n")[0][:120]
         raise FormatError(f"{path} is not what its format asks for ({type(error).__name__}: {reason})") from error
 
 
 def _named_values(
-    path: Path, at: Path, values: Callable[[], Iterator[Values | Block]], here: Fetched | None
+    path: Path, local_path: Path, values: Callable[[], Iterator[Values | Block]], fetched: Fetched | None
 ) -> Iterator[Values | Block]:
-    with _named(path, at):
+    with _named(path, local_path):
         yield from values()
-    del here  # held until now
+    del fetched  # referenced until here, so that the file stays on the disk
 
 
 def _readers(traces: TraceOptions) -> tuple[Reader, ...]:

@@ -1,4 +1,4 @@
-"""upload: a data set from a folder to a store; the shards first and the manifest last, so that half of one is none."""
+"""upload: copy a data set from a folder to a store, the manifest last, so that an unfinished copy is no data set."""
 
 from __future__ import annotations
 
@@ -17,16 +17,26 @@ UPLOADS_IN_FLIGHT = 8
 
 
 def upload(root: Path, url: str) -> Store:
-    """Copies the data set in folder `root` to a URL, several shards at a time; gives back where it is.
+    """Copy the data set in folder `root` to a URL, several shards at a time.
 
-    Begun again after a stop, it leaves out shards whose size and header are there; their blocks are checked when they are
-    read. Raises UsageError where another data set is there already; FormatError for a shard that is not what the manifest
-    says; DataError where the store refuses.
+    After an interruption, it skips shards whose size and header are in the store; readers check their blocks.
+
+    Args:
+        root: Folder of the data set.
+        url: URL of the copy.
+
+    Returns:
+        The store that holds the copy.
+
+    Raises:
+        UsageError: The URL holds another data set.
+        FormatError: A shard does not fit the manifest.
+        DataError: The store refuses access.
     """
     data, store = open_dataset(root), Store(url)
-    manifest, there = (root / MANIFEST_NAME).read_bytes(), finished(store)
-    if there is not None:
-        if there != manifest:
+    manifest, remote_manifest = (root / MANIFEST_NAME).read_bytes(), finished(store)
+    if remote_manifest is not None:
+        if remote_manifest != manifest:
             raise UsageError(f"{store} is a finished data set already; expected a new place")
         return store
     shards = [
@@ -48,7 +58,7 @@ def upload(root: Path, url: str) -> Store:
 
 
 def finished(store: Store) -> bytes | None:
-    """The manifest of the data set that lies there, None where there is none yet. Raises DataError where the store refuses."""
+    """Return the manifest of the data set in a store, or None if there is none; raise DataError if the store refuses access."""
     try:
         return store.read(MANIFEST_NAME)
     except NoBucketError:
@@ -59,7 +69,7 @@ def finished(store: Store) -> bytes | None:
 
 def _put(data: Dataset, store: Store, split: str, kind: Kind, number: int) -> None:
     path: Path = data.shard_path(split, kind, number)
-    shard = data.table(split, kind).open(path, number, Files(1))  # what is not whole here is not whole there
+    shard = data.table(split, kind).open(path, number, Files(1))  # checks the shard before it is copied
     key, nbytes = path.relative_to(data.folder).as_posix(), path.stat().st_size
     header = shard.opened().header()
     if store.size(key) != nbytes or store.read(key, 0, len(header)) != header:

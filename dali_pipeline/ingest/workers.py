@@ -1,4 +1,4 @@
-"""Work done by several processes, its results in order; where they end with their parent, however that ends."""
+"""Run work in several processes and yield its results in order; the processes end when their parent ends."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ Engine = Literal["local", "ray"]
 Advance = Callable[[int], None]
 T = TypeVar("T")
 Work: TypeAlias = Callable[[int, Advance], T]
-LOOK_SECONDS = 0.2  # between two moves of the progress bar
+LOOK_SECONDS = 0.2  # between two updates of the progress bar
 
 
 def in_order(
     work: Work[T], numbers: Sequence[int], num_workers: NumWorkers, progress: Advance
 ) -> Generator[tuple[int, T], None, None]:
-    """Yield (number, work(number, advance)) in the order of `numbers`; what works ahead is a few numbers, never all.
+    """Yield (number, work(number, advance)) in the order of `numbers`; work only a few numbers ahead.
+
+    If it is closed early, it kills the processes, so `work` must not leave anything important half-done.
 
     Args:
-        work: Calls `advance(n)` as it goes on. It and its results are pickled.
-        numbers: What to work on, each once.
-        workers: Number of processes; "auto" for one per allowed core. One, or one number, works in this process.
-        progress: Called here with the sum of all that was advanced.
+        work: Function that calls `advance(n)` as it proceeds. It and its results are pickled.
+        numbers: Numbers to work on, each once.
+        num_workers: Number of processes; "auto" is one per allowed core. With one process, or one number, the work is done in
+            this process.
+        progress: Called in this process with the sum of all advances.
 
     Raises:
-        PipelineError: A process was killed. Whatever `work` raises is raised here, in its number's turn.
-
-    Closed early, it kills the processes: `work` must leave nothing that matters half-done.
+        PipelineError: A process was killed. An exception of `work` is raised here, in its number's turn.
     """
     count = min(max(1, int(allowed_cores())) if num_workers == "auto" else num_workers, len(numbers))
     total = 0
@@ -61,17 +62,17 @@ def in_order(
 
 
 def _results(crew: list[WorkerProcess], numbers: Sequence[int], advance: Advance) -> Generator[tuple[int, Any], None, None]:
-    """Deal the numbers to the workers, two per worker ahead of the one that is yielded next; yield their results in order."""
+    """Assign the numbers to the workers, up to two per worker ahead of the next result; yield the results in order."""
     idle, busy = list(crew), dict[Connection, WorkerProcess]()
     answers: dict[int, tuple[Any, BaseException | None]] = {}
-    dealt = 0
+    assigned = 0
     for turn, number in enumerate(numbers):
         while number not in answers:
-            while idle and dealt < min(len(numbers), turn + 2 * len(crew)):
+            while idle and assigned < min(len(numbers), turn + 2 * len(crew)):
                 worker = idle.pop()
-                _ask(worker, numbers[dealt])
+                _ask(worker, numbers[assigned])
                 busy[worker.pipe] = worker
-                dealt += 1
+                assigned += 1
             for pipe in wait(list(busy), LOOK_SECONDS):
                 assert isinstance(pipe, Connection)
                 message = _answer(busy[pipe])
@@ -108,7 +109,7 @@ def _died(worker: WorkerProcess) -> PipelineError:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Lets an impatient second Ctrl-C wait for a moment, or the processes would outlive the first."""
+    """Ignore Ctrl-C within the block; otherwise a second Ctrl-C would let the processes outlive the first one."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -116,12 +117,12 @@ def _undisturbed() -> Iterator[None]:
     try:
         yield
     finally:
-        if handler is not None:  # one that Python did not set cannot be set again
+        if handler is not None:  # a handler that Python did not set cannot be set again
             signal.signal(signal.SIGINT, handler)
 
 
 def _serve(pipe: Connection, work: Work[Any]) -> None:
-    """Answer each number with what was advanced meanwhile, as ints, then (number, result, error), in a worker."""
+    """Work in a worker process: for each number received, send the advances as ints, then (number, result, error)."""
     while True:
         number = pipe.recv()
         try:

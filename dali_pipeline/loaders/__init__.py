@@ -1,2 +1,1 @@
-"""`SequenceLoader` and `GraphLoader`: gathered rows to batches on the device, through DALI or torch; epochs and state; the way
-to a GPU."""
+"""`SequenceLoader` and `GraphLoader`: make batches on the device from gathered rows, with DALI or torch."""

@@ -1,4 +1,4 @@
-"""dali: import NVIDIA DALI, say what its wheel is built for, check that it fits torch, and run a pipeline."""
+"""Import NVIDIA DALI, name the CUDA version that it is built for, check that it fits torch, and run a pipeline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 EXTRAS = {12: "nvidia-dali-cuda120", 13: "nvidia-dali-cuda130"}  # wheels of the extras cuda12 and cuda13, in pyproject.toml
-# said of cuFFT, NPP and nvJPEG where they are missing; they serve operators for audio and images, which no graph here has
+# DALI's warning if cuFFT, NPP or nvJPEG is missing; only operators for audio and images need them, and we use none of those
 UNUSED_LIBRARIES = r"nvidia-dali\S* is no longer shipped with CUDA runtime"
 
 
@@ -21,8 +21,8 @@ def import_dali() -> ModuleType:
     """Return the module `nvidia.dali`; takes a second the first time.
 
     Raises:
-        UsageError: It is not installed.
-        PipelineError: It is, and cannot be imported.
+        UsageError: DALI is not installed.
+        PipelineError: DALI is installed and cannot be imported.
     """
     try:
         import nvidia.dali
@@ -33,7 +33,7 @@ def import_dali() -> ModuleType:
             "engine='dali' needs NVIDIA DALI, which is not installed: pip install 'dali-pipeline[cuda12]' or "
             "'dali-pipeline[cuda13]', whichever CUDA torch is built for; or give engine='torch'"
         ) from None
-    except Exception as error:  # a library built for another one fails in ways of its own
+    except Exception as error:  # a library that is built for other versions may raise anything
         raise not_imported("nvidia-dali", error) from error
     dali: ModuleType = nvidia.dali
     return dali
@@ -46,17 +46,17 @@ def not_imported(name: str, error: Exception) -> PipelineError:
 
 
 def dali_cuda() -> int:
-    """Return the major version of CUDA that DALI is built for, whatever its wheel is called. Raises as `import_dali`."""
+    """Return the major version of CUDA that DALI is built for; raises like `import_dali`."""
     return int(str(import_dali().__cuda_version__)[:2])  # 12986 stands for 12.9.86
 
 
 def describe_dali() -> str:
-    """Return its version and its CUDA in words. Raises as `import_dali`."""
+    """Return DALI's version and its CUDA version in words; raises like `import_dali`."""
     return f"{import_dali().__version__} for CUDA {dali_cuda()}"
 
 
 def check_dali() -> None:
-    """Check that DALI can compute on the GPU that torch computes on. Without a GPU there is nothing to fit.
+    """Check that DALI is built for the same major version of CUDA as torch; accepts any DALI if torch has no CUDA.
 
     Raises:
         UsageError: DALI is not installed.
@@ -64,27 +64,27 @@ def check_dali() -> None:
     """
     import torch
 
-    built = torch.version.cuda
+    torch_cuda = torch.version.cuda
     dali, cuda = import_dali(), dali_cuda()
-    if built is None or int(built.partition(".")[0]) == cuda:
+    if torch_cuda is None or int(torch_cuda.partition(".")[0]) == cuda:
         return
-    wanted = int(built.partition(".")[0])
-    told = f"torch {torch.__version__} is built for CUDA {wanted}, DALI {dali.__version__} for CUDA {cuda}"
+    wanted = int(torch_cuda.partition(".")[0])
+    versions = f"torch {torch.__version__} is built for CUDA {wanted}, DALI {dali.__version__} for CUDA {cuda}"
     if wanted not in EXTRAS:
-        raise PipelineError(f"{told}; expected torch and DALI for CUDA {' or '.join(map(str, EXTRAS))}")
+        raise PipelineError(f"{versions}; expected torch and DALI for CUDA {' or '.join(map(str, EXTRAS))}")
     remedy = f"pip install 'dali-pipeline[cuda{wanted}]'"
     if cuda in EXTRAS:  # two wheels would overwrite each other's files
         remedy = f"pip uninstall {EXTRAS[cuda]}, then {remedy}"
-    raise PipelineError(f"{told}; expected one version: {remedy}")
+    raise PipelineError(f"{versions}; expected one version: {remedy}")
 
 
 def device_id(device: torch.device) -> int | None:
-    """Return the number that DALI knows a GPU by; None, which is its CPU, for any other device."""
+    """Return DALI's number of a GPU, or None for the CPU."""
     return (device.index or 0) if device.type == "cuda" else None
 
 
 def iterate(pipeline: Any) -> Any:
-    """Build a DALI pipeline of one output, and return the iterator over it: dictionaries with the key `sequences`."""
+    """Build a DALI pipeline with one output, and return an iterator over dictionaries with the key `sequences`."""
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Decoding: stored sequences to delivered ones, on the device; the same arithmetic in torch and in DALI, to the bit."""
+"""Decode stored sequences to delivered ones on the device, with bit-identical arithmetic in torch and in DALI."""
 
 from __future__ import annotations
 
@@ -23,10 +23,17 @@ DALI_DTYPES = {torch.float16: "FLOAT16", torch.float32: "FLOAT"}
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Decoding:
-    """float32(stored) * scale, (that - mean) * inverse, then dtype: whichever of them there is, each rounded on its own.
+    """The arithmetic `dtype((float32(stored) * scale - mean) * inverse)`, without the parts that are None.
 
-    bfloat16: whether stored values are its bits, as int16 · scale: (T or 1, *row), mean, inverse: (*row), float32 · idle:
-    whether there is nothing to do. Numbers stored as float64 stay so until the end.
+    Every operation rounds on its own. Numbers stored as float64 stay float64 until the cast to `dtype`.
+
+    Attributes:
+        bfloat16: Whether stored values are the bits of bfloat16 numbers, as int16.
+        scale: (T or 1, *row) float32, or None.
+        mean: (*row) float32, or None.
+        inverse: (*row) float32, 1 / standard deviation, or None.
+        dtype: Type of the result.
+        idle: Whether stored values are delivered unchanged.
     """
 
     bfloat16: bool
@@ -44,8 +51,18 @@ class Decoding:
         statistics: FeatureStatistics | None,
         dtype: torch.dtype,
         device: torch.device,
+        row_layers: tuple[int, list[int]] | None = None,
     ) -> Decoding:
-        """statistics: to normalise with, of every feature of a row; one that never varies becomes 0."""
+        """Return the decoding of a field.
+
+        Args:
+            field: Field of the stored sequences.
+            layers: Steps that are read, which choose their scales.
+            statistics: Statistics to normalise every feature with, or None. A feature that never varies becomes 0.
+            dtype: Type of the delivered values.
+            device: Device to decode on.
+            row_layers: Which axis of a row is the layer, and the numbers of those that are read; None for all.
+        """
         scale = mean = inverse = None
         if field.scales:
             rows = np.array(field.scales, np.float32).reshape(-1, *field.shape)
@@ -54,18 +71,25 @@ class Decoding:
             mean = torch.tensor(statistics.mean, dtype=torch.float32).reshape(field.shape)
             std = torch.tensor(statistics.std, dtype=torch.float32).reshape(field.shape)
             inverse = 1 / torch.where(std > 0, std, 1)
-        scale, mean, inverse = (None if one is None else one.to(device) for one in (scale, mean, inverse))
+        if row_layers is not None:
+            axis, chosen = row_layers
+            index = torch.tensor(chosen)
+            scale, mean, inverse = (
+                None if tensor is None else tensor.index_select(tensor.dim() - len(field.shape) + axis, index)
+                for tensor in (scale, mean, inverse)
+            )
+        scale, mean, inverse = (None if tensor is None else tensor.to(device) for tensor in (scale, mean, inverse))
         bfloat16 = field.dtype == BFLOAT16
         idle = scale is None and mean is None and field.dtype == str(dtype).removeprefix("torch.")
         return cls(bfloat16=bfloat16, scale=scale, mean=mean, inverse=inverse, dtype=dtype, idle=idle)
 
     @property
     def in_dali(self) -> bool:
-        """Whether DALI can do it; it knows neither bfloat16 nor float64."""
+        """Whether DALI can do this decoding; it knows neither bfloat16 nor float64."""
         return not self.bfloat16 and self.dtype in DALI_DTYPES
 
     def run(self, values: torch.Tensor, lengths: Array) -> torch.Tensor:
-        """values: (B, T, *row) as stored, on the device; lengths: (B,). Zero behind a sequence's end."""
+        """Decode values (B, T, *row), which are on the device, of sequences with lengths (B,); zero behind a sequence's end."""
         if self.bfloat16:
             values = values.view(torch.bfloat16)
         if self.scale is None and self.mean is None:
@@ -82,7 +106,7 @@ class Decoding:
 
     @staticmethod
     def _clear_padding(values: torch.Tensor, lengths: Array) -> None:
-        """Zero (B, T, *row) behind each sequence's end: on a GPU by one mask, on a CPU only what is padding."""
+        """Set values (B, T, *row) behind each sequence's end to zero: on a GPU by one mask, on a CPU only the padding."""
         short = np.flatnonzero(lengths < values.shape[1])
         if len(short) and values.is_cuda:
             ends = to_device(torch.from_numpy(lengths), values.device).view(-1, *[1] * (values.dim() - 1))
@@ -93,9 +117,10 @@ class Decoding:
             values[row, int(lengths[row]) :] = 0
 
     def spread(self, values: torch.Tensor, starts: Array, lengths: Array) -> torch.Tensor:
-        """`run` of records (R, *row) that are not padded: record i is the `lengths[i]` rows from `starts[i]` on; padded here.
+        """Decode rows (R, *row) without padding, and return them padded: (B, T, *row).
 
-        Decodes some rows at a time, so it takes little memory beside the result (B, T, *row).
+        Record i is the `lengths[i]` rows that start at row `starts[i]`. Decodes about SPREAD_BYTES at a time, so it takes
+        little memory beside the result.
         """
         out = torch.zeros((len(lengths), int(lengths.max()), *values.shape[1:]), dtype=self.dtype, device=values.device)
         step = max(1, SPREAD_BYTES // max(1, values[:1].nbytes)) if self.scale is None or len(self.scale) == 1 else len(values)
@@ -106,9 +131,11 @@ class Decoding:
         return out
 
     def graph(self, values: Any, device: Literal["cpu", "gpu"]) -> Any:
-        """The same, in a DALI graph; padding comes behind it.
+        """Add the same arithmetic to a DALI graph, before the padding.
 
-        device: where the values are, and where the constants are kept. Those of the CPU would cross to a GPU for every sample.
+        Args:
+            values: Node of the stored values.
+            device: Device of the values and the constants. Constants on the CPU would be copied to a GPU for every sample.
         """
         from nvidia.dali import fn, types
 
@@ -117,25 +144,29 @@ class Decoding:
         if self.scale is not None:
             values = values * types.Constant(self.scale.cpu().numpy(), device=device)
         if self.mean is not None and self.inverse is not None:
-            mean, inverse = (types.Constant(one.cpu().numpy(), device=device) for one in (self.mean, self.inverse))
+            mean, inverse = (types.Constant(tensor.cpu().numpy(), device=device) for tensor in (self.mean, self.inverse))
             values = (values - mean) * inverse
         return fn.cast(values, dtype=getattr(types, DALI_DTYPES[self.dtype]))
 
 
 def sequence_graph(feed: Callable[[], Array | list[Array]], *, decoding: Decoding | None, pads: bool, **pipeline: Any) -> Any:
-    """The DALI graph: external_source, decode, pad; on the GPU where `device_id` names one, else on the CPU.
+    """Return a DALI graph of external_source, decode and pad; on the GPU `device_id`, or on the CPU if that is None.
 
-    feed: gives up to batch_size samples (an array (N, ..., T, F), or a list of (T_i, F)), which stay as they are until the
-    output that they became is handed out; or raises StopIteration.
-    decoding: None where torch does it: on the CPU it casts three times faster.
-    pads: whether to fill samples up to the longest; where False, they come in equal lengths.
+    Args:
+        feed: Returns up to batch_size samples, an array (N, ..., T, F) or a list of (T_i, F), or raises StopIteration. The
+            samples must stay unchanged until their output is handed out.
+        decoding: None if torch decodes, which casts three times faster on the CPU.
+        pads: Whether to pad samples to the longest. If False, all samples have equal lengths.
+        **pipeline: Arguments of DALI's `pipeline_def`.
     """
-    os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", str(1 << 20))  # large outputs are used again, not paged in anew
+    os.environ.setdefault(
+        "DALI_MALLOC_POOL_THRESHOLD", str(1 << 20)
+    )  # reuse the memory of large outputs; do not page it in anew
     from nvidia.dali import fn, pipeline_def
 
     @pipeline_def(**pipeline)  # type: ignore[untyped-decorator]
     def graph() -> Any:
-        # no_copy: DALI's threads copy, rather than the caller while it holds the interpreter lock
+        # no_copy: DALI's threads copy; otherwise the caller would, while it holds the interpreter lock
         values = fn.external_source(feed, batch=True, no_copy=True)
         if pipeline["device_id"] is not None:
             values = values.gpu()

@@ -1,9 +1,9 @@
-"""GraphLoader: shards, through parallel torch workers, to PyG batches on the device."""
+"""GraphLoader: make PyG batches on the device from shards, gathered by background threads or processes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from typing import Any, Literal, get_args
@@ -16,7 +16,7 @@ from dali_pipeline.format.layers import Layers, select
 from dali_pipeline.format.schema import Schema, level_of
 from dali_pipeline.loaders.collate import Collator, GraphBatch
 from dali_pipeline.loaders.device import check_memory
-from dali_pipeline.loaders.loader import Loader, Made, Position
+from dali_pipeline.loaders.loader import LoadedBatch, Loader, Position
 from dali_pipeline.loaders.options import LoaderOptions, NumWorkers, OnError, OnNan
 from dali_pipeline.loaders.sidestream import a_batch_ahead
 from dali_pipeline.loaders.state import LoaderState, StateError
@@ -31,7 +31,7 @@ from dali_pipeline.sampling.budget import BudgetPlan, Packed
 from dali_pipeline.sampling.order import WINDOW_BYTES
 from dali_pipeline.sampling.plan import EpochPlan
 
-SUPERBATCH_BYTES = 32 << 20  # a gather costs a millisecond of Python, whatever it carries
+SUPERBATCH_BYTES = 32 << 20  # a gather costs a millisecond of Python, whatever its size
 SUPERBATCH_STEPS = 64
 Oversize = Literal["alone", "raise"]
 
@@ -46,21 +46,24 @@ class GraphLoader(Loader[GraphBatch]):
         data: What `open_dataset`, `mix`, `folds` or `subset` returns.
         split: Name of the split.
         batch_size: Records per rank and step; not used with `max_nodes` or `max_edges`.
-        shuffle, seed, drop_last: As in `SequenceLoader`.
-        num_workers: Processes that gather ahead; 0 gathers in the caller's thread. "auto" is background threads, which measured
-            four times faster than processes, whose batches must cross to this one: one per four cores with a GPU, 4 at most;
-            without a GPU one, or none on one core, and on two cores if records are below 32 KiB.
+        shuffle, seed, drop_last: Like in `SequenceLoader`.
+        num_workers: Number of processes that gather ahead; 0 gathers in the caller's thread. "auto" gathers in background
+            threads, which are four times faster, because the batches of a process must be copied to this one. "auto" starts
+            one thread per four cores with a GPU, 4 at most. Without a GPU it starts one; but none on one core, and none on two
+            cores if records are below 32 KiB.
         layers: Graphs of each record to read, as a slice or a list of numbers; nothing else is read. By default all.
-        device: As in `SequenceLoader`.
+        fields: Names of the further fields to read and deliver, of records and of graphs; [] for none. By default all.
+        device: Like in `SequenceLoader`.
         dtype: Floating type of x and edge_attr as delivered.
-        window_bytes, num_partitions, on_error: As in `SequenceLoader`.
-        on_nan: As in `SequenceLoader`; it looks at the values of all fields.
-        class_balanced, group_weights, rank, world_size: As in `SequenceLoader`.
-        max_nodes: Budget of a batch: it takes the next records in order while their nodes fit. With several partitions, one of
-            their number and the world size must be a multiple of the other.
-        max_edges: The same for edges; with both, both hold.
-        oversize: What becomes of a record beyond the budget: a batch "alone", or "raise" for a DataError.
-        min_weight: Edges whose edge_attr, one number, is smaller are left out. A budget counts them all the same.
+        window_bytes, num_partitions, on_error: Like in `SequenceLoader`.
+        on_nan: Like in `SequenceLoader`; checks the values of all fields.
+        class_balanced, group_weights, rank, world_size: Like in `SequenceLoader`.
+        max_nodes: Budget of nodes per batch: a batch takes the next records in order while their nodes fit. With several
+            partitions, their number must be a multiple of the world size, or the world size a multiple of their number.
+        max_edges: Budget of edges per batch. If both are given, both hold.
+        oversize: What happens to a record that exceeds the budget: "alone" puts it in a batch of its own, "raise" raises
+            DataError.
+        min_weight: Leave out edges whose edge_attr, which must be one number, is smaller. A budget still counts these edges.
 
     Raises:
         UsageError: An argument makes no sense.
@@ -84,6 +87,7 @@ class GraphLoader(Loader[GraphBatch]):
         drop_last: bool = False,
         num_workers: NumWorkers = "auto",
         layers: Layers = None,
+        fields: Collection[str] | None = None,
         device: str | torch.device = "auto",
         dtype: torch.dtype = torch.float32,
         window_bytes: int = WINDOW_BYTES,
@@ -108,6 +112,7 @@ class GraphLoader(Loader[GraphBatch]):
             drop_last=drop_last,
             num_workers=num_workers,
             layers=layers,
+            fields=fields,
             device=device,
             dtype=dtype,
             window_bytes=window_bytes,
@@ -140,17 +145,18 @@ class GraphLoader(Loader[GraphBatch]):
             self.order.window_bytes,
             finite=on_nan != "keep",
             min_weight=min_weight,
+            fields=fields,
             may_hold=self.order.shuffle
             and self.num_workers in ("auto", 0)
             and self.world.alone,  # in order, reads are long anyway
         )
         self._gatherer = GraphGatherer(source, self.world, self.skips)
-        shared = self.num_workers not in ("auto", 0)  # a worker's arrays hold until the next superbatch alone
+        shared = self.num_workers not in ("auto", 0)  # the arrays of a worker process are valid only until its next superbatch
         counts = self.selection.bounds("graph")
         one_graph = counts is not None and all(len(select(layers, count)) == 1 for count in counts)
-        self._collator = Collator(data.schema, self.device, dtype, copies=shared, one_graph=one_graph)
+        self._collator = Collator(data.schema, source.fields, self.device, dtype, copies=shared, one_graph=one_graph)
         self._oversize = oversize
-        self._steps_of = (-1, 0)  # an epoch, and its steps by the budget
+        self._epoch_steps = (-1, 0)  # an epoch, and its number of steps with the budget
         record_bytes = max(1, int(self.selection.record_bytes))
         check_memory(self.device, self.batch_size * record_bytes, f"a batch of {self.batch_size} records of graphs")
         self._threads = background_threads(self.device, record_bytes, self.num_workers)
@@ -159,21 +165,22 @@ class GraphLoader(Loader[GraphBatch]):
         self._longest_superbatch = max(1, min(SUPERBATCH_STEPS, self._superbatch_records // self.batch_size))
         if self.budgeted:
             self._longest_superbatch = SUPERBATCH_STEPS
-        # twice what is expected in it, for only what is touched is in memory
+        # twice the expected size, as pages that are not touched take no memory
         records = self._superbatch_records if self.budgeted else self._longest_superbatch * self.batch_size
-        most = {"node": self.order.max_nodes or 0, "edge": self.order.max_edges or 0, "graph": self.order.max_nodes or 0}
-        batch_bytes = sum(field.row_bytes * most[level_of(name)] for name, field in source.fields.items()) + 16 * most["edge"]
+        limits = {"node": self.order.max_nodes or 0, "edge": self.order.max_edges or 0, "graph": self.order.max_nodes or 0}
+        batch_bytes = sum(field.row_bytes * limits[level_of(name)] for name, field in source.fields.items())
+        batch_bytes += 16 * limits["edge"]
         self._arena_bytes = max(1 << 20, 2 * records * record_bytes, 2 * batch_bytes)
 
     def __len__(self) -> int:
-        """Steps of an epoch, the same on every rank.
+        """Return the number of steps per epoch, the same on every rank.
 
-        With a budget it is about the same number in every epoch, not quite: of the epoch that `set_epoch` chose, that is under
-        way, or that ended last. It then costs a pass over the index of all shards, and raises what is wrong there.
+        With a budget the number differs a little between epochs. It is then that of the epoch that `set_epoch` chose, that is
+        in progress, or that ended last; it costs a pass over the index of all shards, and raises errors that are found there.
         """
-        if self.budgeted and self._steps_of[0] != self._len_of:
-            self._steps_of = self._len_of, self._budget(self.plan(self._len_of)).num_steps(self.world.world_size)
-        return self._steps_of[1] if self.budgeted else super().__len__()
+        if self.budgeted and self._epoch_steps[0] != self._len_epoch:
+            self._epoch_steps = self._len_epoch, self._budget(self.plan(self._len_epoch)).num_steps(self.world.world_size)
+        return self._epoch_steps[1] if self.budgeted else super().__len__()
 
     def gathered(self, plan: EpochPlan, step: int) -> GraphSuperbatch:
         """Gather one batch as stored."""
@@ -183,31 +190,31 @@ class GraphLoader(Loader[GraphBatch]):
         return loaded[0]
 
     def decoded(self, gathered: GraphSuperbatch) -> dict[str, torch.Tensor]:
-        """Decode the values of a gathered batch's fields, by their names as stored."""
+        """Decode the fields of a gathered batch, and return them by their stored names."""
         ((rows, _, _),) = gathered.batches()
         with on_threads(self.cores):
             return self._collator.values(rows)
 
     def collated(self, gathered: GraphSuperbatch) -> GraphBatch:
-        """Make a gathered batch what is delivered: decoded, its nodes numbered through, a PyG batch."""
+        """Decode a gathered batch, number its nodes through, and return it as delivered."""
         ((rows, valid, _),) = gathered.batches()
         with on_threads(self.cores):
             return self._collator.batch(rows, valid)
 
-    def _batches(self, plan: EpochPlan, start: Position) -> Generator[Made[GraphBatch], None, None]:
+    def _batches(self, plan: EpochPlan, start: Position) -> Generator[LoadedBatch[GraphBatch], None, None]:
         batches = self._collated(plan, start)
         if self.device.type == "cuda":
-            return a_batch_ahead(batches, lambda made: made.batch.tensors(), self.device)
+            return a_batch_ahead(batches, lambda loaded: loaded.batch.tensors(), self.device)
         return batches
 
-    def _collated(self, plan: EpochPlan, start: Position) -> Generator[Made[GraphBatch], None, None]:
+    def _collated(self, plan: EpochPlan, start: Position) -> Generator[LoadedBatch[GraphBatch], None, None]:
         with closing(self._gathered(plan, start)) as gathered:
             for loaded, error in gathered:
                 for superbatch in loaded:
                     for rows, valid, cursors in superbatch.batches():
                         with span("collate"), on_threads(self.cores):
                             batch = self._collator.batch(rows, valid)
-                        yield Made(batch, batch.ids, valid, superbatch.left_out, cursors)
+                        yield LoadedBatch(batch, batch.ids, valid, superbatch.left_out, cursors)
                 if error is not None:
                     raise error
 
@@ -225,24 +232,27 @@ class GraphLoader(Loader[GraphBatch]):
         return BudgetPlan(plan, self._source.sizes, self._source.name, alone=self._oversize == "alone")
 
     def _packed(self, budget: BudgetPlan, start: Position) -> Iterator[list[Packed] | PipelineError]:
-        """What is packed ahead must not fail ahead: an error comes behind the batches before it."""
+        """Yield the packed batches; yield an error instead of raising it, so that it follows the batches before it."""
         world, superbatch = self.world, (self._longest_superbatch, self._superbatch_records)
         try:
             yield from budget.superbatches(start.step, start.cursors, world.rank, world.world_size, *superbatch)
         except PipelineError as error:
             yield error
 
-    def _check_place(self, state: LoaderState) -> None:
-        expected = [self._first_plan.length(partition) for partition in range(self.order.num_partitions)]
+    def _check_position(self, state: LoaderState) -> None:
         if not self.budgeted:
-            super()._check_place(state)
-        elif len(state.cursors) != len(expected) * bool(state.step) or any(map(int.__gt__, state.cursors, expected)):
+            super()._check_position(state)
+            return
+        expected = [self._first_plan.length(partition) for partition in range(self.order.num_partitions)]
+        num_cursors = len(expected) if state.step else 0
+        if len(state.cursors) != num_cursors or any(map(int.__gt__, state.cursors, expected)):
             raise StateError(
                 f"the state is at cursors {list(state.cursors)} of step {state.step}; the partitions have {expected} records"
             )
 
 
 def _check_weight(given: float, schema: Schema) -> float:
+    """Return `min_weight` as a float; raise UsageError if edges have no single weight."""
     least = real("min_weight", given, "a number", finite=False)
     if schema.edge_attr is None or math.prod(schema.edge_attr.shape) != 1:
         has = "no edge_attr" if schema.edge_attr is None else f"edge_attr in rows of {schema.edge_attr.shape}"

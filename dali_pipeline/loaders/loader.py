@@ -1,10 +1,10 @@
-"""Loader: what both loaders share. The epoch and step they stand at, the plan, the state; and gathering ahead in threads."""
+"""Loader: the base of both loaders. Keeps epoch, step and state, plans epochs, and checks what was delivered."""
 
 from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import closing
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -30,29 +30,42 @@ Batch = TypeVar("Batch", covariant=True)
 
 
 class Position(NamedTuple):
-    """Epoch, steps delivered of it, and `cursors` in the partitions where a step alone does not tell."""
+    """Epoch, steps delivered in it, and, with a budget, the records delivered of each partition (`cursors`)."""
 
     epoch: int
     step: int
     cursors: tuple[int, ...] = ()
 
 
-class Made(NamedTuple, Generic[Batch]):
-    """A batch as a subclass makes it; with its ids, its valid rows on the CPU, and why, of every record that was left out."""
+class LoadedBatch(NamedTuple, Generic[Batch]):
+    """A batch from a subclass, with what the loader needs to count it.
+
+    ids: of its rows. valid: (B,) bool on the CPU. left_out: the reason for each record that was left out. cursors: records
+    delivered of each partition after this batch, with a budget.
+    """
 
     batch: Batch
     ids: list[str]
     valid: Mask
     left_out: tuple[str, ...] = ()
-    cursors: tuple[int, ...] = ()  # behind it
+    cursors: tuple[int, ...] = ()
 
 
 class Loader(IterableDataset[Batch]):
-    """Yields whole batches of this rank, epoch after epoch.
+    """Iterate over whole batches of this rank, epoch after epoch; the base of `SequenceLoader` and `GraphLoader`.
 
-    Every `for` is the next epoch, also after a `break`. An iterator takes its epoch with its first batch, so one that is never
-    used takes none. Each iterator is independent of the others; `state_dict` speaks for the one begun last. Subclasses say how
-    the batches of a plan are made.
+    Every `for` is the next epoch, also after a `break`. An iterator takes its epoch with its first batch, so an iterator that
+    is never used takes none. Iterators are independent of each other; `state_dict` describes the one that began last.
+
+    Attributes:
+        data: The data set.
+        split: Name of the split.
+        world: Rank and world size.
+        device: Device of the batches.
+        batch_size: Records per batch of this rank, as delivered.
+        order: Everything that the order of records depends on.
+        selection: Records of the split.
+        left_out: The newest iterator's reasons, one per record that it left out.
     """
 
     kind: Kind
@@ -66,26 +79,40 @@ class Loader(IterableDataset[Batch]):
         self.world = World.detect(options.rank, options.world_size)
         self.device = resolve_device(options.device, self.world)
         self.budgeted = options.budgeted
-        self.selection = reweighed(data.select(options.split, self.kind), options.class_balanced, options.group_weights)
+        selection = data.select(options.split, self.kind)
+        if options.class_balanced and data.schema.labels.kind != "class":
+            kind = data.schema.labels.kind
+            raise DataError(f"class_balanced needs one class per record; the labels of {data.root} are of kind {kind!r}")
+        self._check_fields(options.fields)
+        self.selection = reweighed(selection, options.class_balanced, options.group_weights)
         self.order = options.order(self.selection.digest, self.world.world_size)
         self._num_records = self.selection.num_draws or self.selection.num_records
         self._first_plan = self.plan(epoch=0)
-        self._num_steps = self._first_plan.num_steps  # the same in every epoch; with a budget there are fewer
+        self._num_steps = self._first_plan.num_steps  # the same in every epoch; an upper bound with a budget
         if not self._num_steps and self.num_records:
             raise DataError(f"split {self.split!r} has {self.num_records} records, too few for one batch with drop_last=True")
         self.batch_size = options.batch_size if self.budgeted else self._first_plan.rows(self.world.world_size)  # as delivered
-        self._position = Position(0, 0)  # that state_dict tells
-        self._next = Position(0, 0)  # that the next iterator begins at
-        self._len_of = 0  # the epoch whose steps `len` tells: chosen, under way, or ended last
-        self._loaded = False  # a loaded state waits for its iterator
-        self._newest: object = None  # the iterator begun last
-        self._delivered = Delivered(drawn=bool(self.selection.draws))  # by it
-        self.left_out: list[str] = []  # by it: why, of every record
-        self._begun_in: int | None = None  # the process that iterates
-        self._expected: EpochDigest | None = None  # of a whole epoch, once asked for
+        self._position = Position(0, 0)  # returned by state_dict
+        self._next = Position(0, 0)  # start of the next iterator
+        self._len_epoch = 0  # the epoch whose steps `len` returns: chosen, in progress, or ended last
+        self._loaded = False  # whether a loaded state waits for its iterator
+        self._newest_iterator: object = None  # token of the iterator that began last
+        self._delivered = Delivered(drawn=bool(self.selection.draws))  # by the newest iterator
+        self.left_out: list[str] = []
+        self._iterating_process: int | None = None  # id of the process that iterates
+        self._expected_digest: EpochDigest | None = None  # digest of a whole epoch, computed when it is first needed
+
+    def _check_fields(self, names: Collection[str] | None) -> None:
+        """Raise UsageError for the name of a field that records of this kind do not have."""
+        schema = self.data.schema
+        own = schema.step_fields if self.kind == "sequences" else schema.named
+        known = [name.partition(".")[2] for name in (*own, *schema.record_fields)]
+        for name in names or ():
+            if name not in known:
+                raise UsageError(f"fields has {name!r}; expected some of {', '.join(known) or 'none, as there are none'}")
 
     def _positions(self, layers: Layers, axis: str) -> Layers:
-        """Where the layers asked for stand, if the set records the numbers of those that it has; else as they are."""
+        """Return the positions of the layers asked for, if the data set records the numbers of its layers; else `layers`."""
         numbers = self.data.layer_numbers(self.kind)
         numbered = numbers is not None and self.selection.bounds(axis) == (len(numbers), len(numbers))
         if layers is None or numbers is None or not numbered:
@@ -96,18 +123,25 @@ class Loader(IterableDataset[Batch]):
             raise DataError(f"{error} in split {self.split!r} of {self.data.root}") from None
 
     def __len__(self) -> int:
-        """Steps of an epoch, the same on every rank."""
+        """Return the number of steps per epoch, the same on every rank."""
         return self._num_steps
 
     @property
     def num_records(self) -> int:
-        """Records of the split, over all ranks, padding not counted; as many draws, where an epoch is draws."""
+        """Number of records per epoch over all ranks, without padding; the number of draws if an epoch consists of draws."""
         return self._num_records
 
     def num_valid(self, step: int) -> int:
-        """Records of the global batch at a step, over all ranks, padding not counted; the same in every epoch.
+        """Return the number of records in the global batch of a step, without padding; the same in every epoch.
 
-        Raises UsageError with a budget, whose batches have no number of records.
+        Args:
+            step: Number of the step in the epoch, from 0.
+
+        Returns:
+            Number of records over all ranks.
+
+        Raises:
+            UsageError: The loader has a budget, `max_nodes` or `max_edges`; its batches have no number of records.
         """
         if self.budgeted:
             raise UsageError("batches of max_nodes or max_edges have no number of records; count their `valid` rows")
@@ -116,23 +150,23 @@ class Loader(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         if get_worker_info() is not None:
             raise WorkersRefused
-        if self._begun_in not in (None, os.getpid()):
+        if self._iterating_process not in (None, os.getpid()):
             raise UsageError(FORKED)
-        self._begun_in = os.getpid()
+        self._iterating_process = os.getpid()
         token, delivered = object(), Delivered(drawn=bool(self.selection.draws))
-        self._position, self._newest, self._delivered, self.left_out = self._next, token, delivered, []
+        self._position, self._newest_iterator, self._delivered, self.left_out = self._next, token, delivered, []
         return self._run(token, delivered)
 
     def _run(self, token: object, delivered: Delivered) -> Iterator[Batch]:
-        # Only here, with the first batch, the epoch is taken: torchdata makes an iterator that it drops unused where a state is
-        # of an ended epoch, and Lightning makes its iterator before it tells the epoch.
+        # The epoch is taken here, with the first batch, and not before. torchdata creates an iterator that it drops unused if
+        # a state is of an ended epoch, and Lightning creates its iterator before it sets the epoch.
         process = os.getpid()
-        if process != self._begun_in:
+        if process != self._iterating_process:
             raise UsageError(FORKED)
         epoch, step, _ = begin = self._position = self._next
-        self._len_of = epoch
+        self._len_epoch = epoch
         self._next, self._loaded = Position(epoch + 1, 0), False
-        self._newest, self._delivered = token, delivered
+        self._newest_iterator, self._delivered = token, delivered
         left_out = self.left_out = []
         plan = self.plan(epoch)
         with closing(ReadAhead(self._source, plan, self.world)) as ahead, closing(self._batches(plan, begin)) as batches:
@@ -141,7 +175,7 @@ class Loader(IterableDataset[Batch]):
                 step += 1
                 delivered.add(ids, valid, len(faults))
                 tell(epoch, faults, left_out)
-                if self._newest is token:
+                if self._newest_iterator is token:
                     self._position = Position(epoch, step, cursors)
                 yield batch
                 if os.getpid() != process:
@@ -149,87 +183,122 @@ class Loader(IterableDataset[Batch]):
                 ahead.reached(step, cursors)
         if len(left_out) > TOLD:
             log.warning("epoch %d: %d records left out in all", epoch, len(left_out))
-        if self._newest is token:
-            self._position = self._next  # epoch + 1, unless set_epoch chose another meanwhile
+        if self._newest_iterator is token:
+            self._position = self._next  # epoch + 1, unless set_epoch chose another one meanwhile
 
     @abstractmethod
     def gathered(self, plan: EpochPlan, step: int) -> Any:
-        """Gather one batch of this rank as stored, in the caller's thread; doctor measures it."""
+        """Gather one batch of this rank as stored, in the caller's thread; `doctor` measures this.
+
+        Args:
+            plan: Order of an epoch, from `plan`.
+            step: Number of the step in the epoch, from 0.
+        """
 
     @abstractmethod
     def decoded(self, gathered: Any) -> Any:
-        """Decode a gathered batch's values to the delivered type, on the device; doctor measures it."""
+        """Decode a gathered batch's values to the delivered type, on the device; `doctor` measures this."""
 
     @abstractmethod
-    def _batches(self, plan: EpochPlan, start: Position) -> Generator[Made[Batch], None, None]:
-        """The batches of this rank from `start` to the end of the epoch. Nothing is left behind when closed early."""
+    def _batches(self, plan: EpochPlan, start: Position) -> Generator[LoadedBatch[Batch], None, None]:
+        """Yield the batches of this rank from `start` to the end of the epoch; release everything when closed early."""
 
     def plan(self, epoch: int) -> EpochPlan:
-        """Return the order of an epoch's records, as arithmetic; nothing is read."""
+        """Return the order of an epoch's records, as arithmetic; reads nothing.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+        """
         chosen, lengths = self.selection, self._lengths if self.order.bucket_by_length else None
         return EpochPlan(self.order, epoch, chosen.records, chosen.nbytes, chosen.draws, chosen.num_draws, lengths)
 
     def _lengths(self, positions: Ints) -> Ints:
-        """Of records, where the order asks for them."""
+        """Return the lengths of records; called only if the order depends on them."""
         raise NotImplementedError
 
     @property
     def digest(self) -> EpochDigest:
-        """Of the records that the newest iterator has delivered on this rank so far, padding out; `+` merges ranks.
+        """Digest of the records that the newest iterator has delivered on this rank so far, without padding.
 
-        Computed from the ids inside the batches. It covers an epoch from where that iterator began: after a resume, add the
-        digest of the time before.
+        `+` merges the digests of several ranks. The digest is computed from the ids inside the batches. It begins where the
+        iterator began: after a resume, add the digest from before the stop.
         """
         return self._delivered.digest
 
     def check_digest(self, digest: EpochDigest) -> str:
-        """What an epoch's digest, of all ranks together, says in words: `2,816 of 2,816 records, each once`.
+        """Check that an epoch delivered every record once.
 
-        Raises DataError where it is not that, unless records may be left out: then it says how many were. With drop_last=True
-        only the number can be checked; draws are counted. The first time it may read the split's ids (a fold, or a data set
-        written before manifests kept their sum).
+        With drop_last=True only the number of records can be checked. If an epoch consists of draws, they are counted. If
+        records may be left out, the result says how many were. The first call may read the ids of the split: for a fold, or for
+        a data set that was written before manifests kept the sum of the ids.
+
+        Args:
+            digest: Sum of the `digest` of all ranks after a whole epoch.
+
+        Returns:
+            A sentence, for example `2,816 of 2,816 records, each once`.
+
+        Raises:
+            DataError: Records are missing, or were delivered more than once.
+            UsageError: `digest` is no digest.
         """
         if not isinstance(digest, EpochDigest):
             raise UsageError(f"digest is {shown(digest)}; expected that of a loader, or a sum of such")
         if self.selection.draws:
             return digest.describe()
         if self.order.drop_last:
-            expected, found = self._num_steps * self.order.global_batch_size, digest.records + digest.left_out
-            if found > self._num_records or (found != expected and not self.budgeted):
+            expected, delivered = self._num_steps * self.order.global_batch_size, digest.records + digest.left_out
+            if delivered > self._num_records or (delivered != expected and not self.budgeted):
                 expected = self._num_records if self.budgeted else expected
                 raise DataError(f"the epoch delivered {digest.records:,} records; expected {expected:,} with drop_last=True")
             return f"{digest.records:,} of {self._num_records:,} records, the rest dropped"
-        if self._expected is None:
-            self._expected = self.selection.expected()
-        return digest.check(self._expected)
+        if self._expected_digest is None:
+            self._expected_digest = self.selection.expected()
+        return digest.check(self._expected_digest)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the next epoch, from its start; where a just loaded state stands in that epoch, the position stays."""
+        """Choose the epoch that the next iterator delivers, from its start.
+
+        Keeps the position if `load_state_dict` has just loaded one in the same epoch.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+
+        Raises:
+            UsageError: `epoch` is not a whole number of at least 0.
+        """
         epoch = whole("epoch", epoch)
         if not (self._loaded and self._next[0] == epoch):
             self._position = self._next = Position(epoch, 0)
-            self._len_of = epoch
+            self._len_epoch = epoch
             self._loaded = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands: batches delivered, whatever was read ahead. Plain JSON, under 1 KB, costs microseconds.
+        """Return the position of the loader: batches delivered, not batches read ahead.
 
-        Behind the last batch, but before the loop has ended, the state still is of that epoch: a loader that takes it
-        gives an empty rest, then the next epoch.
+        Plain JSON, under 1 KB, costs microseconds. After the last batch, but before the loop has ended, the state still belongs
+        to that epoch: a loader that loads it yields an empty rest of the epoch, then the next epoch.
         """
         epoch, step, cursors = self._position
         return LoaderState(kind=self.kind, order=self.order, epoch=epoch, step=step, cursors=cursors).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The next iterator goes on where `state` stood. Raises StateError, and changes nothing, where it does not fit."""
-        found = LoaderState.from_dict(state)
-        found.check_fits(self.kind, self.order)
-        self._check_place(found)
-        self._len_of = found.epoch
-        self._position = self._next = Position(found.epoch, found.step, found.cursors)
-        self._loaded = True
-        self._newest = None
+        """Let the next iterator continue at a position that `state_dict` returned.
 
-    def _check_place(self, state: LoaderState) -> None:
+        Args:
+            state: State of a loader of the same kind, data, order and world size.
+
+        Raises:
+            StateError: The state does not fit this loader; the loader is unchanged.
+        """
+        loaded = LoaderState.from_dict(state)
+        loaded.check_fits(self.kind, self.order)
+        self._check_position(loaded)
+        self._len_epoch = loaded.epoch
+        self._position = self._next = Position(loaded.epoch, loaded.step, loaded.cursors)
+        self._loaded = True
+        self._newest_iterator = None
+
+    def _check_position(self, state: LoaderState) -> None:
         if state.step > self._num_steps:
             raise StateError(f"the state is at step {state.step}; an epoch has {self._num_steps}")

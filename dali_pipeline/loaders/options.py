@@ -1,8 +1,8 @@
-"""LoaderOptions: the arguments that both loaders share, checked."""
+"""LoaderOptions: check the arguments that both loaders share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -25,7 +25,7 @@ class LoaderOptions:
     """The arguments that both loaders share, in plain Python types; `SequenceLoader` documents each.
 
     Raises:
-        UsageError: An argument is none of what a loader takes.
+        UsageError: A loader does not accept an argument.
     """
 
     split: str
@@ -35,6 +35,7 @@ class LoaderOptions:
     drop_last: bool
     num_workers: NumWorkers
     layers: Layers
+    fields: Collection[str] | None
     device: str | torch.device
     dtype: torch.dtype
     window_bytes: int
@@ -59,7 +60,12 @@ class LoaderOptions:
             object.__setattr__(self, "num_workers", whole("num_workers", self.num_workers, expected=expected))
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             raise UsageError(f"dtype is {shown(self.dtype)}; expected a floating type such as torch.float32")
-        object.__setattr__(self, "layers", _plain_layers(self.layers))
+        object.__setattr__(self, "layers", plain_selection("layers", self.layers))
+        names = self.fields
+        if names is not None and (
+            not isinstance(names, list | tuple | set | frozenset) or not all(isinstance(name, str) for name in names)
+        ):
+            raise UsageError(f"fields are {shown(names)}; expected a list of names such as ['token_ids'], [] or None")
         for name, value in plain.items():
             object.__setattr__(self, name, value)
 
@@ -79,7 +85,7 @@ class LoaderOptions:
         return tuple(errors)
 
     def order(self, digest: str, world_size: int) -> Order:
-        """Return all that the order of records depends on, for data with this digest."""
+        """Return everything that the order of records depends on, for data with this digest."""
         return Order(
             digest=digest,
             split=self.split,
@@ -95,20 +101,20 @@ class LoaderOptions:
         )
 
 
-def _plain_layers(layers: Layers) -> Layers:
-    """Return the layers in plain whole numbers; raises UsageError for a choice of nothing in particular."""
-    if layers is None:
+def plain_selection(name: str, chosen: Layers) -> Layers:
+    """Return `layers` or `steps` as plain ints in a slice or a list; raises UsageError for anything else."""
+    if chosen is None:
         return None
     expected = "a slice, a list of whole numbers, or None"
     try:
-        if isinstance(layers, slice):
+        if isinstance(chosen, slice):
             begin, end, step = (
-                None if each is None else whole("layers", each, -MOST) for each in (layers.start, layers.stop, layers.step)
+                None if bound is None else whole(name, bound, -MOST) for bound in (chosen.start, chosen.stop, chosen.step)
             )
             if step != 0:
                 return slice(begin, end, step)
-        elif isinstance(layers, Sequence | np.ndarray) and not isinstance(layers, str | bytes) and np.ndim(layers) == 1:
-            return [whole("layers", each, -MOST) for each in layers]
+        elif isinstance(chosen, Sequence | np.ndarray) and not isinstance(chosen, str | bytes) and np.ndim(chosen) == 1:
+            return [whole(name, number, -MOST) for number in chosen]
     except (UsageError, ValueError):  # nested lists of different lengths
         pass
-    raise UsageError(f"layers are {shown(layers)}; expected {expected}")
+    raise UsageError(f"{name} are {shown(chosen)}; expected {expected}")

@@ -1,41 +1,45 @@
-"""SequenceLoader: shards, through NVIDIA DALI, to batches of sequences on the device."""
+"""SequenceLoader: make batches of sequences on the device from shards, with NVIDIA DALI or torch."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import chain, repeat
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 
 from dali_pipeline.dataset.dataset import Dataset, View
 from dali_pipeline.errors import DataError, FormatError, UsageError
-from dali_pipeline.format.layers import Layers, select
+from dali_pipeline.format.layers import Layers, select, to_positions
 from dali_pipeline.loaders.dali import check_dali, device_id, import_dali, iterate
 from dali_pipeline.loaders.decoding import Decoding, sequence_graph
 from dali_pipeline.loaders.device import check_memory
-from dali_pipeline.loaders.loader import Loader, Made, Position
-from dali_pipeline.loaders.options import LoaderOptions, NumWorkers, OnError, OnNan
+from dali_pipeline.loaders.fields import Fields, cut_fields, field_tensors, moved_fields, tensors_of
+from dali_pipeline.loaders.loader import LoadedBatch, Loader, Position
+from dali_pipeline.loaders.options import LoaderOptions, NumWorkers, OnError, OnNan, plain_selection
 from dali_pipeline.loaders.sidestream import UnderWay, a_batch_ahead, to_device
 from dali_pipeline.reading.source import Padded, SequenceSource
 from dali_pipeline.reading.superbatch import SUPERBATCH_BYTES, Part, SequenceGatherer, Superbatch, superbatches
 from dali_pipeline.runtime.ahead import background_threads, belonging_to_this_process, cores_beside, map_ahead, on_threads
-from dali_pipeline.runtime.checks import one_of, refuses_old_keywords, truth
+from dali_pipeline.runtime.checks import one_of, refuses_old_keywords, shown, truth
 from dali_pipeline.runtime.memory import Buffers
 from dali_pipeline.runtime.trace import span, spans
 from dali_pipeline.sampling.order import WINDOW_BYTES
 from dali_pipeline.sampling.plan import EpochPlan
 from dali_pipeline.types import Array, Ints
 
+log = logging.getLogger("dali_pipeline")
 Engine = Literal["dali", "torch"]
-PREFETCH_SUPERBATCHES = 2  # that DALI runs ahead
+PREFETCH_SUPERBATCHES = 2  # number of superbatches that DALI prefetches
 SUPERBATCH_STEPS = 64
 DALI_THREADS = 2
-NOT_FOR_DALI = ("float64",)  # neither fn.pad nor the arithmetic of decoding does it
+NOT_FOR_DALI = ("float64",)  # neither fn.pad nor the arithmetic of decoding supports it
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,43 +47,63 @@ class SequenceBatch:
     """One batch of one rank.
 
     Attributes:
-        sequences: (B, T, F) in the loader's dtype, on its device; zero behind a sequence's end. T is the batch's longest.
+        sequences: (B, T, *row) in the loader's dtype, on its device; zero behind a sequence's end. T is the batch's longest.
+            If an axis of the row is named layer, it is a view (not contiguous), because layers are stored one by one.
         lengths: (B,) int64 on the CPU, where `pack_padded_sequence` wants them.
-        labels: (B,) int64 on the device.
+        labels: On the device: (B,) int64 classes, (B, K) bool of several labels, (B, *shape) float32 values; None if there are
+            none.
         valid: (B,) bool on the device. A row that is not valid is padding and repeats a real record.
         ids: B texts.
         positions: (B,) int64 on the CPU: the records' numbers in their split.
+        fields: Further fields by name, on the device: (B, T, *row) of steps, `Field.pad` behind a sequence's end; (B, *row) of
+            records. Real numbers in the loader's dtype or as stored if that is wider, whole ones as int64, bools, and lists of
+            B texts.
     """
 
     sequences: torch.Tensor
     lengths: torch.Tensor
-    labels: torch.Tensor
+    labels: torch.Tensor  # typed as if always there, so that a loop over classes needs no check
     valid: torch.Tensor
     ids: list[str]
     positions: torch.Tensor
+    fields: Fields = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the sequences as delivered."""
+        """Size of the sequences as delivered, in bytes."""
         return self.sequences.nbytes
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Those that are on the loader's device."""
-        yield from (self.sequences, self.labels, self.valid)
+        """Yield the tensors that are on the loader's device."""
+        yield from (tensor for tensor in (self.sequences, self.labels, self.valid) if tensor is not None)
+        yield from tensors_of(self.fields)
 
     def to(self, device: str | torch.device) -> SequenceBatch:
-        """The batch on that device, `lengths` and `positions` still on the CPU; copies nothing that is there already.
+        """Return the batch on a device; `lengths` and `positions` stay on the CPU.
 
-        Lightning calls it with each batch, and would else write to the fields.
+        Copies nothing that is on the device already. Lightning calls this method for each batch; without it, Lightning would
+        write to the fields.
+
+        Args:
+            device: For example "cpu" or "cuda:0".
+
+        Returns:
+            A new batch; this one is unchanged.
         """
-        moved = {name: getattr(self, name).to(device) for name in ("sequences", "labels", "valid")}
-        return replace(self, **moved)
+        labels: Any = None if self.labels is None else self.labels.to(device)
+        fields = moved_fields(self.fields, device)
+        return replace(self, sequences=self.sequences.to(device), labels=labels, valid=self.valid.to(device), fields=fields)
 
 
 Loaded = Generator[Superbatch, None, None]
+
+
+@cache
+def _warn_of_steps(root: str) -> None:
+    log.warning("%s does not name its axes (format version 1): layers= chooses steps by position, as steps= does", root)
 
 
 class SequenceLoader(Loader[SequenceBatch]):
@@ -103,7 +127,11 @@ class SequenceLoader(Loader[SequenceBatch]):
         num_workers: Threads that gather ahead; 0 gathers in the caller's thread. "auto" is one thread per four cores with a
             GPU, 4 at most. Without a GPU it is 1; but 0 on one core, and on two cores if records are below 32 KiB or are
             delivered as they are stored.
-        layers: Steps of each sequence to read, as a slice or a list of numbers; nothing else is read. By default all.
+        layers: Layers to read, as a slice or a list of the numbers that the data set records (0 for the embeddings, l for the
+            output of block l; 0, 1, 2 and so on if it records none; negative numbers count from the end). They lie along the
+            axis named layer: the steps, or an axis of each step. Nothing else is read. By default all.
+        steps: Steps to read, by position, as a slice or a list of numbers. By default all.
+        fields: Names of the further fields to read and deliver, such as ["token_ids"]; [] for none. By default all.
         device: Where batches go: "auto" (this process's GPU if there is one), "cpu", "cuda" or "cuda:N".
         dtype: Floating type of the delivered sequences.
         window_bytes: Bytes of shards that are shuffled together at a time, 256 MiB by default. A larger window mixes better and
@@ -153,6 +181,8 @@ class SequenceLoader(Loader[SequenceBatch]):
         drop_last: bool = False,
         num_workers: NumWorkers = "auto",
         layers: Layers = None,
+        steps: Layers = None,
+        fields: Collection[str] | None = None,
         device: str | torch.device = "auto",
         dtype: torch.dtype = torch.float32,
         window_bytes: int = WINDOW_BYTES,
@@ -178,6 +208,7 @@ class SequenceLoader(Loader[SequenceBatch]):
             drop_last=drop_last,
             num_workers=num_workers,
             layers=layers,
+            fields=fields,
             device=device,
             dtype=dtype,
             window_bytes=window_bytes,
@@ -194,10 +225,10 @@ class SequenceLoader(Loader[SequenceBatch]):
         on_gpu = engine == "dali" and self.device.type == "cuda"
         if on_gpu:
             check_dali()
-        layers = self._positions(options.layers, "step")
+        layers, row_layers = self._chosen(options.layers, plain_selection("steps", steps))
         self.engine = engine
-        steps = self.selection.bounds("step")
-        equal_lengths = steps is not None and steps[0] == steps[1]
+        num_steps = self.selection.bounds("step")
+        equal_lengths = num_steps is not None and num_steps[0] == num_steps[1]
         field = data.schema.sequence
         assert field is not None
         if self.order.bucket_by_length and FormatError in self.skips:
@@ -207,23 +238,31 @@ class SequenceLoader(Loader[SequenceBatch]):
                 raise DataError("a mix has no feature statistics, as those of its data sets differ; expected normalize=False")
             raise DataError(f"{data.root} has no feature statistics to normalize with; expected those of a training split")
         statistics = data.manifest.statistics if normalize else None
-        self._decoding = Decoding.of(field, layers, statistics, dtype, self.device)
-        # On the way to a GPU padding would be so many more bytes; on the CPU records are read to where they stand padded.
-        self._decodes_in_dali = on_gpu and self._decoding.in_dali and field.dtype not in NOT_FOR_DALI
+        self._decoding = Decoding.of(field, layers, statistics, dtype, self.device, row_layers)
+        # On the way to a GPU, padding would be more bytes to copy. On the CPU, records are read straight into padded rows.
+        self._decodes_in_dali = (
+            on_gpu and self._decoding.in_dali and field.dtype not in NOT_FOR_DALI and data.schema.layer_axis is None
+        )
         self._pads_in_dali = self._decodes_in_dali and not equal_lengths
         record_bytes = self.selection.record_bytes
         batch_bytes = int(self.batch_size * record_bytes)
         self._longest_superbatch = max(1, min(SUPERBATCH_STEPS, SUPERBATCH_BYTES // max(1, batch_bytes)))
-        handled = 0 if self._decoding.idle and engine == "torch" else record_bytes  # by the caller
-        self._threads = background_threads(self.device, handled, self.num_workers)
+        caller_bytes = 0 if self._decoding.idle and engine == "torch" else record_bytes  # bytes per record that it decodes
+        self._threads = background_threads(self.device, caller_bytes, self.num_workers)
         busy = self._threads + (DALI_THREADS if engine == "dali" else 0)
         decodes = self.device.type == "cpu" and not self._decoding.idle
         self.cores = cores_beside(busy if decodes else 0)  # for torch in the caller's thread
         self._source = source = SequenceSource(
-            self.selection, data.schema, layers, window_bytes=self.order.window_bytes, finite=on_nan != "keep"
+            self.selection,
+            data.schema,
+            layers,
+            window_bytes=self.order.window_bytes,
+            finite=on_nan != "keep",
+            fields=fields,
+            row_layers=None if row_layers is None else row_layers[1],
         )
         if self.device.type == "cuda":
-            longest = len(select(layers, steps[1])) if steps is not None else 1
+            longest = len(select(layers, num_steps[1])) if num_steps is not None else 1
             nbytes = self.batch_size * longest * source.row_bytes // field.storage.itemsize * dtype.itemsize
             check_memory(self.device, nbytes, f"a batch of {self.batch_size} sequences of {longest} steps")
             source.use(Buffers(pinned=True))
@@ -231,8 +270,41 @@ class SequenceLoader(Loader[SequenceBatch]):
         padded: Padded = None if self._pads_in_dali else "batch"
         self._superbatches = SequenceGatherer(source, self.world, self.batch_size, padded, bits=bits, skips=skips)
 
+    def _chosen(self, layers: Layers, steps: Layers) -> tuple[Layers, tuple[int, list[int]] | None]:
+        """Return the positions of the steps to read; and, if an axis of the rows is named layer, that axis and its positions.
+
+        Raises UsageError if layers are asked for and no axis is named layer, DataError for layers that are not there.
+        """
+        data, schema = self.data, self.data.schema
+        if layers is None:
+            return steps, None
+        if schema.layer_axis is not None and schema.sequence is not None:
+            numbers = schema.layers or range(schema.sequence.shape[schema.layer_axis])
+            try:
+                return steps, (schema.layer_axis, to_positions(layers, numbers))
+            except DataError as error:
+                raise DataError(f"{error} in split {self.split!r} of {data.root}") from None
+        if steps is not None:
+            raise UsageError(f"layers and steps both choose steps of {data.root}, as no axis of a step is a layer; give one")
+        if schema.steps != "layer" and data.manifest.version > 1:
+            raise UsageError(
+                f"layers are {shown(layers)}, and {data.root} has no axis named layer: its steps are named {schema.steps!r}; "
+                "expected steps="
+            )
+        if schema.steps != "layer" and data.layer_numbers(self.kind) is None:
+            _warn_of_steps(str(data.root))
+        return self._positions(layers, "step"), None
+
+    def _batch_view(self, values: torch.Tensor, steps: int) -> torch.Tensor:
+        """Return the gathered rows of one batch, each record padded to `steps` steps, as (B, steps, *row)."""
+        axis = self.data.schema.layer_axis
+        if axis is None:
+            return values.view(self.batch_size, steps, *values.shape[1:])
+        by_layer = values.view(self.batch_size, self._source.parts_per_record, steps, *values.shape[1:])
+        return by_layer.movedim(1, 2 + axis)
+
     def gathered(self, plan: EpochPlan, step: int) -> Superbatch:
-        """Gather one batch as stored and padded, whether or not the loader itself leaves padding to DALI."""
+        """Gather one batch as stored, and pad it even if the loader leaves padding to DALI."""
         bits = self._decoding.bfloat16
         padded = SequenceGatherer(self._source, self.world, self.batch_size, "batch", bits=bits, skips=self.skips)
         loaded, error = padded.gather(plan, Part(range(step, step + 1)))
@@ -242,31 +314,31 @@ class SequenceLoader(Loader[SequenceBatch]):
 
     def decoded(self, gathered: Superbatch) -> torch.Tensor:
         """Decode a gathered batch with torch: (B, T, F) in the loader's dtype, on its device."""
-        values = torch.from_numpy(gathered.rows.values).view(self.batch_size, -1, *gathered.rows.values.shape[1:])
+        values = self._batch_view(torch.from_numpy(gathered.rows.values), gathered.longest[0])
         with on_threads(self.cores):
             return self._decoding.run(values.to(self.device), gathered.rows.lengths)
 
-    def _batches(self, plan: EpochPlan, start: Position) -> Generator[Made[SequenceBatch], None, None]:
-        batches = self._moved(plan, start)
+    def _batches(self, plan: EpochPlan, start: Position) -> Generator[LoadedBatch[SequenceBatch], None, None]:
+        batches = self._on_device(plan, start)
         if self.device.type == "cuda" and self.engine == "torch":  # DALI has a stream of its own
-            return a_batch_ahead(batches, lambda made: made.batch.tensors(), self.device)
+            return a_batch_ahead(batches, lambda loaded: loaded.batch.tensors(), self.device)
         return batches
 
-    def _moved(self, plan: EpochPlan, start: Position) -> Generator[Made[SequenceBatch], None, None]:
+    def _on_device(self, plan: EpochPlan, start: Position) -> Generator[LoadedBatch[SequenceBatch], None, None]:
         through = self._through_dali if self.engine == "dali" else self._through_torch
         with UnderWay(self.device) as under_way, closing(self._read_ahead(plan, start.step)) as loaded:
             yield from through(loaded, under_way)
 
     def _read_ahead(self, plan: EpochPlan, start: int) -> Loaded:
-        """Superbatches in order, cut by their padding, which is known from the lengths of many batches at once."""
+        """Yield superbatches in order, split so that their batches need little padding."""
         ranges = superbatches(range(start, plan.num_steps), self._longest_superbatch)
         planned = map_ahead(partial(self._superbatches.parts, plan), ranges, min(1, self._threads))
         with closing(planned):
-            parts = (part for found in planned for part in found)
+            parts = chain.from_iterable(planned)
             results = map_ahead(partial(self._superbatches.gather, plan), parts, self._threads, _nbytes)
             with closing(results):
                 for loaded, error in results:
-                    while loaded:  # nothing here holds a superbatch while the next is made
+                    while loaded:  # no local name keeps a superbatch alive while the next one is gathered
                         yield loaded.pop(0)
                     if error is not None:
                         raise error
@@ -274,48 +346,49 @@ class SequenceLoader(Loader[SequenceBatch]):
     def _lengths(self, positions: Ints) -> Ints:
         return self._superbatches.lengths(positions)
 
-    def _through_torch(self, loaded: Loaded, under_way: UnderWay) -> Iterator[Made[SequenceBatch]]:
-        return chain.from_iterable(map(self._in_torch, loaded, repeat(under_way)))  # holds no superbatch while the next is made
+    def _through_torch(self, loaded: Loaded, under_way: UnderWay) -> Iterator[LoadedBatch[SequenceBatch]]:
+        return chain.from_iterable(
+            map(self._torch_batches, loaded, repeat(under_way))
+        )  # keeps no superbatch alive while the next one is gathered
 
-    def _in_torch(self, superbatch: Superbatch, under_way: UnderWay) -> Iterator[Made[SequenceBatch]]:
+    def _torch_batches(self, superbatch: Superbatch, under_way: UnderWay) -> Iterator[LoadedBatch[SequenceBatch]]:
         values = torch.from_numpy(superbatch.rows.values)
         try:
-            yield from self._made(
-                superbatch, self._spread(superbatch, values) if superbatch.sparse else self._cut(superbatch, values)
-            )
+            split = self._decode_unpadded if superbatch.sparse else self._split
+            yield from self._deliver(superbatch, split(superbatch, values))
         finally:
             under_way.keep(values)
 
-    def _cut(self, superbatch: Superbatch, values: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The values (B, T, *row) of each batch, on the device, of those of all."""
+    def _split(self, superbatch: Superbatch, values: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the values (B, T, *row) of each batch on the device, from the values of a superbatch."""
         longest = superbatch.longest
         for batch, steps in zip(torch.split(values, [self.batch_size * steps for steps in longest]), longest, strict=True):
             with span("copy", self.device.type != "cpu"):
                 moved = batch.to(self.device, non_blocking=True)
-            yield moved.view(self.batch_size, steps, *values.shape[1:])
+            yield self._batch_view(moved, steps)
 
-    def _spread(self, superbatch: Superbatch, values: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The decoded values of the one batch that came without padding."""
+    def _decode_unpadded(self, superbatch: Superbatch, values: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the decoded values of the only batch of a superbatch that was gathered without padding."""
         with span("copy", self.device.type != "cpu"):
             values = values.to(self.device, non_blocking=True)
         with span("decode"), on_threads(self.cores):
             yield self._decoding.spread(values, superbatch.rows.starts, superbatch.rows.lengths)
 
-    def _through_dali(self, loaded: Loaded, under_way: UnderWay) -> Iterator[Made[SequenceBatch]]:
-        # A pipeline an epoch: building one takes about 10 ms, and nothing read ahead can outlive its epoch.
-        ahead: deque[Superbatch] = deque()  # what DALI has in hand; it reads from these very arrays
-        passing: deque[Superbatch] = deque()  # what goes past DALI, once it is empty
+    def _through_dali(self, loaded: Loaded, under_way: UnderWay) -> Iterator[LoadedBatch[SequenceBatch]]:
+        # One pipeline per epoch: building it takes about 10 ms, and nothing that was read ahead can outlive its epoch.
+        ahead: deque[Superbatch] = deque()  # superbatches that DALI reads from, so they must stay unchanged
+        passing: deque[Superbatch] = deque()  # superbatches that bypass DALI, once DALI is empty
         failures: list[BaseException] = []
 
         def feed() -> Array | list[Array]:
-            """One superbatch for external_source; an error ends DALI's epoch and is raised behind the batches before it."""
+            """Return the next superbatch; an error ends DALI's epoch and is raised after the preceding batches."""
             try:
                 superbatch = None if passing or failures else next(loaded, None)
             except BaseException as error:
                 failures.append(error)
                 superbatch = None
             if superbatch is not None and superbatch.lone and not self._decodes_in_dali:
-                passing.append(superbatch)  # DALI would only copy it, and hold several
+                passing.append(superbatch)  # DALI would only copy it, and keep several copies
             if superbatch is None or passing:
                 raise StopIteration
             ahead.append(superbatch)
@@ -326,17 +399,17 @@ class SequenceLoader(Loader[SequenceBatch]):
             while True:
                 for (out,) in spans("dali", iterator):
                     superbatch = ahead.popleft()
-                    yield from self._made(superbatch, self._out_of_dali(superbatch, out["sequences"]))
+                    yield from self._deliver(superbatch, self._dali_values(superbatch, out["sequences"]))
                 if failures:
                     raise failures[0]
                 if not passing:
                     return
-                yield from self._in_torch(passing.popleft(), under_way)
+                yield from self._torch_batches(passing.popleft(), under_way)
                 iterator.reset()
 
     def _dali(self, feed: Callable[[], Array | list[Array]]) -> Any:
-        """An iterator over what DALI makes of what `feed` gives."""
-        # with DALI's padding a sample is a record; with its decoding alone, a batch; otherwise a whole superbatch
+        """Return an iterator over DALI's outputs for the samples that `feed` returns."""
+        # a sample is a record if DALI pads, a batch if DALI only decodes, otherwise a whole superbatch
         samples = self._longest_superbatch if self._decodes_in_dali else 1
         pipeline = sequence_graph(
             feed,
@@ -350,36 +423,48 @@ class SequenceLoader(Loader[SequenceBatch]):
         return iterate(pipeline)
 
     def _samples(self, superbatch: Superbatch) -> Array | list[Array]:
-        """What external_source takes: a sample per record or batch for DALI to work on, else one in all."""
+        """Return the samples for external_source: one per record if DALI pads, per batch if it only decodes, otherwise one."""
         if self._pads_in_dali:
             return superbatch.records()
         return superbatch.batches() if self._decodes_in_dali else superbatch.rows.values[None]
 
-    def _out_of_dali(self, superbatch: Superbatch, values: torch.Tensor) -> Iterable[torch.Tensor]:
-        """The values (B, T, *row) of each batch, of DALI's output for a superbatch."""
+    def _dali_values(self, superbatch: Superbatch, values: torch.Tensor) -> Iterable[torch.Tensor]:
+        """Return the values (B, T, *row) of each batch, from DALI's output for a superbatch."""
         if not self._decodes_in_dali:
-            return self._cut(superbatch, values[0])
+            return self._split(superbatch, values[0])
         if self._pads_in_dali:
             values = values.view(-1, self.batch_size, *values.shape[1:])
         return (batch[:, :steps] for batch, steps in zip(values.unbind(), superbatch.longest, strict=True))
 
-    def _made(self, superbatch: Superbatch, values: Iterable[torch.Tensor]) -> Iterator[Made[SequenceBatch]]:
-        """A superbatch's batches, of the values of each."""
+    def _deliver(self, superbatch: Superbatch, values: Iterable[torch.Tensor]) -> Iterator[LoadedBatch[SequenceBatch]]:
+        """Yield the batches of a superbatch, from the values of each batch."""
         rows, size = superbatch.rows, self.batch_size
-        on_cpu = [torch.from_numpy(each) for each in (rows.labels, superbatch.valid, rows.lengths, rows.positions)]
+        columns = [torch.from_numpy(column) for column in (superbatch.valid, rows.lengths, rows.positions)]
+        stored_labels = None if rows.labels is None else torch.from_numpy(rows.labels)
         with span("copy", self.device.type != "cpu"):
-            on_device = [to_device(each, self.device) for each in on_cpu[:2]]
-        alike = (torch.split(each, size) for each in on_device + on_cpu[2:])
-        for begin, batch, label, kept, length, position in zip(superbatch.begins, values, *alike, strict=True):
+            columns[0] = to_device(columns[0], self.device)
+            labels_on_device = None if stored_labels is None else to_device(stored_labels, self.device)
+            all_fields = field_tensors(rows.fields, self.data.schema, self.dtype, self.device)
+        batch_columns = (torch.split(column, size) for column in columns)
+        batch_labels = repeat(None) if labels_on_device is None else torch.split(labels_on_device, size)
+        batch_fields = cut_fields(all_fields, self.data.schema, size, superbatch.longest)
+        by_batch = zip(superbatch.begins, values, *batch_columns, batch_fields, strict=True)
+        for (begin, batch, valid, lengths, positions, fields), labels in zip(by_batch, batch_labels, strict=False):
             end = begin + size
             if not (self._decodes_in_dali or superbatch.sparse):
                 with span("decode"), on_threads(self.cores):
                     batch = self._decoding.run(batch, rows.lengths[begin:end])
             ids = rows.ids[begin:end]
             delivered = SequenceBatch(
-                sequences=batch.contiguous(), lengths=length, labels=label, valid=kept, ids=ids, positions=position
+                sequences=batch if self._source.layered else batch.contiguous(),
+                lengths=lengths,
+                labels=cast("torch.Tensor", labels),
+                valid=valid,
+                ids=ids,
+                positions=positions,
+                fields=fields,
             )
-            yield Made(delivered, ids, superbatch.valid[begin:end], superbatch.left_out)
+            yield LoadedBatch(delivered, ids, superbatch.valid[begin:end], superbatch.left_out)
 
 
 def _nbytes(part: Part) -> int:

@@ -1,4 +1,4 @@
-"""Moves from the host to a GPU that nobody waits for: through pinned memory, and a batch ahead on a stream of its own."""
+"""Copy from the host to a GPU without waiting: through pinned memory, one batch ahead, on a separate stream."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return `values` on the device: on a GPU by way of pinned memory, so that neither the host nor the GPU waits.
+    """Return `values` on the device; to a GPU through pinned memory, so that neither the host nor the GPU waits.
 
-    Costs a copy on the host; torch keeps the pinned memory until the device has read it, then uses it again.
+    Costs one copy on the host. torch keeps the pinned memory until the device has read it, then reuses it.
     """
     if device.type != "cuda" or values.is_cuda:
         return values.to(device)
@@ -24,14 +24,14 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class UnderWay:
-    """Keeps pinned memory that a GPU still reads from, until it is through; whoever ends the block waits for the rest."""
+    """Keeps pinned memory alive until a GPU has read it; leaving the `with` block waits for the remaining copies."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._kept: deque[tuple[torch.cuda.Event, object]] = deque()
 
     def keep(self, memory: object) -> None:
-        """Keep `memory` until the current stream has passed here; let go of what it has passed already."""
+        """Keep `memory` until the current stream has passed this point; release memory that the stream has read already."""
         if self._device.type == "cuda":
             self._kept.append((torch.cuda.current_stream(self._device).record_event(), memory))
             while self._kept and self._kept[0][0].query():  # type: ignore[no-untyped-call]
@@ -42,7 +42,7 @@ class UnderWay:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # left early, by whoever works on another stream than the copies
+            torch.cuda.synchronize(self._device)  # the block was left early, and another stream than this may still copy
         while self._kept:
             self._kept[0][0].synchronize()
             self._kept.popleft()
@@ -51,10 +51,15 @@ class UnderWay:
 def a_batch_ahead(
     batches: Generator[T, None, None], tensors: Callable[[T], Iterable[torch.Tensor]], device: torch.device
 ) -> Generator[T, None, None]:
-    """The same batches; each is asked for, and its copies are begun, before the one before it is handed out.
+    """Yield the same batches, and start the copies of each batch before the previous batch is yielded.
 
-    What `batches` does on the GPU runs on a side stream. The caller's stream waits for it there, not the caller, and memory of
-    `tensors` is not used again before the caller's stream has passed. An error comes behind the batches before it.
+    The GPU work of `batches` runs on a side stream. The caller's stream waits for it, not the caller. The memory of a batch's
+    tensors is reused only after the caller's stream has passed. An error is raised after the batches that precede it.
+
+    Args:
+        batches: Batches in order; closed at the end.
+        tensors: Returns the tensors of a batch.
+        device: A GPU.
     """
     side = _side_stream(device)
     held: tuple[T, torch.cuda.Event] | None = None
@@ -68,7 +73,7 @@ def a_batch_ahead(
             except Exception as error:
                 failure = error
             if held is not None:
-                out, held = [held], None  # no name here keeps a batch that the caller has let go
+                out, held = [held], None  # no local name keeps a batch alive that the caller has released
                 yield _handed_over(*out.pop(), tensors, device)
             if failure is not None:
                 raise failure
@@ -88,5 +93,5 @@ def _handed_over(batch: T, ready: torch.cuda.Event, tensors: Callable[[T], Itera
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all epochs: torch keeps the memory of each stream apart."""
+    """Return one stream for all epochs, because torch keeps the memory of each stream apart."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

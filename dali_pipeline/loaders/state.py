@@ -1,4 +1,4 @@
-"""LoaderState: where a loader stands, as coordinates; and the one-sentence refusal of a state that does not fit."""
+"""LoaderState: the position of a loader as coordinates, and the refusal of a state that does not fit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dali_pipeline.errors import PipelineError
 from dali_pipeline.sampling.order import Order
 from dali_pipeline.types import Kind
 
-VERSION = 3  # 1: before batches were kept within two groups of the shuffle; 2: before its words were torch's
+VERSION = 3  # 1: batches crossed more than two groups of the shuffle; 2: keys had names of our own instead of torch's
 
 
 class StateError(PipelineError):
@@ -22,9 +22,15 @@ class StateError(PipelineError):
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderState:
-    """Epoch and step (batches delivered in it), with everything that the order depends on. Under 1 KB as JSON.
+    """Epoch and step of a loader, with everything that the order depends on. Under 1 KB as JSON.
 
-    cursors: with a budget, records delivered of each partition, over all ranks.
+    Attributes:
+        kind: Kind of record that the loader delivers.
+        order: Everything that the order of records depends on.
+        epoch: Number of the epoch, from 0.
+        step: Number of batches delivered in the epoch.
+        cursors: Records delivered of each partition over all ranks, with a budget; otherwise empty.
+        version: Version of this state's format.
     """
 
     kind: Kind
@@ -35,7 +41,7 @@ class LoaderState:
     version: int = VERSION
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Return the state in plain JSON types."""
         return {**dataclasses.asdict(self), "cursors": list(self.cursors)}
 
     @classmethod
@@ -48,15 +54,15 @@ class LoaderState:
                 "begin the epoch anew with set_epoch"
             )
         try:
-            found = msgspec.convert(dict(state), cls)
+            loaded = msgspec.convert(dict(state), cls)
         except (msgspec.ValidationError, TypeError, ValueError) as error:
             raise StateError(f"not a loader state ({error}); expected what state_dict() returned") from None
-        if min(found.epoch, found.step, *found.cursors) < 0:
-            raise StateError(f"the state is at epoch {found.epoch}, step {found.step}; expected 0 or more")
-        return found
+        if min(loaded.epoch, loaded.step, *loaded.cursors) < 0:
+            raise StateError(f"the state is at epoch {loaded.epoch}, step {loaded.step}; expected 0 or more")
+        return loaded
 
     def check_fits(self, kind: Kind, order: Order) -> None:
-        """Raises StateError naming the first difference, and both values, unless the state is of this kind and order."""
+        """Raise StateError, which names the first difference and both values, unless the state has this kind and order."""
         if self.kind != kind:
             raise StateError(f"the state is of a loader of {self.kind}; this one loads {kind}")
         for field in dataclasses.fields(Order):

@@ -1,1 +1,1 @@
-"""Positions in a split to gathered rows, checked block by block; reading ahead; what becomes of records that are damaged."""
+"""Reading: gather the rows of positions in a split, checked block by block; read-ahead; handling of damaged records."""

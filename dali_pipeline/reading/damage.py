@@ -1,4 +1,4 @@
-"""Damage: what becomes of a batch with records that cannot be read, or are not finite, and are to be left out."""
+"""Damage: replacement of records that cannot be read, or are not finite, and are to be left out."""
 
 from __future__ import annotations
 
@@ -11,18 +11,24 @@ from dali_pipeline.errors import PipelineError
 from dali_pipeline.sampling.plan import Shares
 from dali_pipeline.types import Ints
 
-TRIED = 64  # records of the split, where none of a batch can be read
-TOLD = 10  # records left out that are named in the log, an epoch
+TRIED = 64  # records of the split that are tried if none of a batch can be read
+TOLD = 10  # records left out that the log names, per epoch
 log = logging.getLogger("dali_pipeline")
 
 
 def without_damaged(
     shares: Shares, gather: Callable[[Ints], object], skips: tuple[type[PipelineError], ...], num_records: int
 ) -> tuple[Shares, tuple[str, ...]]:
-    """The rows with padding in place of what `gather` refuses with one of `skips`; and why, once for each such record.
+    """Return the rows with padding in place of records that cannot be read, and the reason per such record.
 
-    Padding repeats a sound record of the batch, or where there is none, of the split, found the same way on every rank.
-    Gathers record by record; raises what else `gather` raises, or the first refusal where nothing can be read.
+    Padding repeats a sound record of the batch, or if there is none, of the split, found the same way on every rank. Gathers
+    record by record. Raises any other error of `gather`, or the first refusal if nothing can be read.
+
+    Args:
+        shares: Rows of one rank's batch.
+        gather: Function that reads the records at positions.
+        skips: Errors of `gather` for which a record is left out.
+        num_records: Records of the split.
     """
     refused: dict[int, PipelineError] = {}
     for position in dict.fromkeys(shares.positions.tolist()):
@@ -35,12 +41,12 @@ def without_damaged(
     if not len(sound):
         sound = _first_sound(gather, skips, np.arange(0, num_records, max(1, num_records // TRIED)), refused)
     positions = np.where(damaged, sound[0], shares.positions)
-    told = [position for position in dict.fromkeys(shares.positions[shares.valid].tolist()) if position in refused]
-    return Shares(positions=positions, valid=shares.valid & ~damaged), tuple(str(refused[position]) for position in told)
+    named = [position for position in dict.fromkeys(shares.positions[shares.valid].tolist()) if position in refused]
+    return Shares(positions=positions, valid=shares.valid & ~damaged), tuple(str(refused[position]) for position in named)
 
 
 def without_padding(shares: Shares) -> Shares:
-    """The valid rows alone; where there is none, one that is not."""
+    """Return the valid rows only; if there are none, one row of padding."""
     kept = shares.valid if shares.valid.any() else np.arange(len(shares.valid)) == 0
     return Shares(positions=shares.positions[kept], valid=shares.valid[kept])
 
@@ -58,7 +64,7 @@ def _first_sound(
 
 
 def tell(epoch: int, faults: tuple[str, ...], left_out: list[str]) -> None:
-    """Into the log, the first ones by name."""
+    """Log the reasons of records left out, the first ones by name, and append them to `left_out`."""
     for fault in faults:
         left_out.append(fault)
         if len(left_out) <= TOLD:

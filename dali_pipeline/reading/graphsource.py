@@ -1,9 +1,9 @@
-"""GraphSource: positions in a split to gathered graphs, by arithmetic on offsets; no loop runs over graphs."""
+"""GraphSource: gather the graphs at positions in a split by arithmetic on offsets; no loop runs over graphs."""
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,9 +15,9 @@ from dali_pipeline.format.layers import Layers
 from dali_pipeline.format.schema import LEVELS, Field, Schema, level_of
 from dali_pipeline.reading.gather import gather
 from dali_pipeline.reading.graphrows import GraphRows, spread, wrong_graphs
-from dali_pipeline.reading.held import HeldGraphs
-from dali_pipeline.reading.records import Found
-from dali_pipeline.reading.source import BatchSource
+from dali_pipeline.reading.inmemory import InMemoryGraphs
+from dali_pipeline.reading.records import Locations
+from dali_pipeline.reading.source import BatchSource, chosen_fields
 from dali_pipeline.sampling.order import WINDOW_BYTES
 from dali_pipeline.types import Array, Ints
 
@@ -26,8 +26,17 @@ if TYPE_CHECKING:
 
 
 class GraphSource(BatchSource):
-    """Gathers graphs. min_weight: edges of a smaller edge_attr are left out · may_hold: whether this process may have a window
-    of its own in memory, where that makes it faster; other arguments as in `BatchSource`."""
+    """Gather graphs.
+
+    Args:
+        selection: Records that positions refer to.
+        schema: Fields of the data set.
+        layers: Graphs of each record to read. Default: all.
+        window_bytes: Bytes that are shuffled together at a time.
+        finite: Whether to check that values are finite. Default: False.
+        min_weight: Edges with a smaller edge_attr are left out. Default: None.
+        may_hold: Whether this process may keep a window in memory if that is faster. Default: False.
+    """
 
     kind = "graphs"
     ragged = ("graphs", "x", "edge_index")
@@ -43,43 +52,46 @@ class GraphSource(BatchSource):
         finite: bool = False,
         min_weight: float | None = None,
         may_hold: bool = False,
+        fields: Collection[str] | None = None,
     ) -> None:
-        super().__init__(selection, schema, layers, window_bytes, finite=finite)
-        self.fields = schema.of_graphs
+        super().__init__(selection, schema, layers, window_bytes, finite=finite, fields=fields)
+        own = {name: field for name, field in schema.of_graphs.items() if name not in schema.named}
+        self.fields = own | chosen_fields(schema.named, fields)
         self.streamed = ("edge_index", *self.fields)
         self._min_weight = min_weight
-        self._held: HeldGraphs | None = None
-        nodes = selection.bounds("node")  # of a record
-        if may_hold and layers is None and nodes is not None and HeldGraphs.fits(selection, window_bytes):
+        self._in_memory: InMemoryGraphs | None = None
+        nodes = selection.bounds("node")  # fewest and most per record
+        simple = schema.labels.kind == "class" and not self.record_fields
+        if may_hold and simple and layers is None and nodes is not None and InMemoryGraphs.fits(selection, window_bytes):
             indices = Field(dtype=np.min_scalar_type(max(0, nodes[1] - 1)).name, shape=(2,))
-            self._held = HeldGraphs({"edge_index": indices, **self.fields}, self._index, selection)
+            self._in_memory = InMemoryGraphs({"edge_index": indices, **self.fields}, self._index, selection)
 
     def gather(self, positions: Ints) -> GraphRows:
-        """The records at `positions` (B,), any order, repeats allowed.
+        """Read the records at `positions` (B,), any order, repeats allowed.
 
-        Costs a read a record, array and run of layers that does not go on where the one before ends; none where records are
-        held. Raises FormatError for a graph without nodes and for an edge that leaves its graph.
+        Costs one read per record, array and run of layers that does not continue the one before; none once records are in
+        memory. Raises FormatError for a graph without nodes and for an edge that leaves its graph.
         """
-        rows = None if self._held is None else self._held.take(positions, self._buffers)
+        rows = None if self._in_memory is None else self._in_memory.take(positions, self._buffers)
         if rows is None or (self._finite and not self._all_finite(rows)):
             rows = self._read(positions)
-        rows = replace(rows, positions=self._selection.told(positions))
+        rows = replace(rows, positions=self._selection.reported_positions(positions))
         if self._min_weight is None:
             return rows
         weights = self.fields["edge_attr"].values(rows.arrays["edge_attr"]).reshape(-1)
         return rows.without_light_edges(weights, self._min_weight)
 
     def _read(self, positions: Ints) -> GraphRows:
-        found = self._index.locate(positions)
-        graphs_per_record, layer_index, record, spans = self._graphs(found)
+        locations = self._index.locate(positions)
+        graphs_per_record, layer_index, record, spans = self._graphs(locations)
         counted = spans[:, 1::2] - spans[:, ::2]  # (G, 2)
         if (counted[:, 0] < 1).any():
-            self._fail(found, record, int(np.argmin(counted[:, 0])), layer_index, "has no nodes; expected at least one")
-        # runs of graphs that lie together
+            self._fail(locations, record, int(np.argmin(counted[:, 0])), layer_index, "has no nodes; expected at least one")
+        # runs of graphs that are contiguous in the file
         heads = np.flatnonzero(np.append(True, (record[1:] != record[:-1]) | (spans[1:, ::2] != spans[:-1, 1::2]).any(axis=1)))
         lasts = np.append(heads[1:], len(record)) - 1
-        # of each run: where its nodes, edges and graphs begin, and end
-        first = found.begins[record] + layer_index  # (G,) graph in its shard
+        # (3, runs): where the nodes, edges and graphs of each run begin, and end
+        first = locations.begins[record] + layer_index  # (G,) number of the graph in its shard
         begins = np.stack([*spans[heads].T[::2], first[heads]])
         ends = np.stack([*spans[lasts].T[1::2], first[lasts] + 1])
 
@@ -87,15 +99,15 @@ class GraphSource(BatchSource):
             axis = LEVELS.index(level)
             records, begin, end = record[heads], begins[axis], ends[axis]
             starts = np.cumsum(end - begin) - (end - begin)
-            out = self._room(name, int((end - begin).sum()), field, found, int(begin[0]))
-            gather(found, name, records, begin, end, out, starts)
+            out = self._allocate(name, int((end - begin).sum()), field, locations, int(begin[0]))
+            gather(locations, name, records, begin, end, out, starts)
             if self._finite and name != "edge_index":
-                self._check_finite(name, field, out, starts, found, records)
+                self._check_finite(name, field, out, starts, locations, records)
             return out
 
-        widest = np.result_type(*{part.shard.array("edge_index").dtype for part in found.parts})
+        widest = np.result_type(*{part.shard.array("edge_index").dtype for part in locations.parts})
         edge_index = rows("edge_index", Field(dtype=widest.name, shape=(2,)), "edge")
-        self._check_edges(edge_index, counted, found, record, layer_index)
+        self._check_edges(edge_index, counted, locations, record, layer_index)
         return GraphRows(
             arrays={name: rows(name, field, level_of(name)) for name, field in self.fields.items()},
             edge_index=edge_index,
@@ -103,94 +115,106 @@ class GraphSource(BatchSource):
             edge_counts=counted[:, 1],
             layer_index=layer_index,
             graphs_per_record=graphs_per_record,
-            labels=found.labels,
-            ids=found.ids,
+            labels=locations.labels,
+            ids=locations.ids,
             positions=positions,
+            fields=self._read_record_fields(locations),
         )
 
     def sizes(self, positions: Ints) -> Ints:
-        """(N, 2) int64, nodes and edges of each record's selected graphs, as stored.
+        """Return nodes and edges of each record's selected graphs, as stored, (N, 2) int64.
 
-        Reads what is to be read of them anyway before their values.
+        Reads only what reading their values needs anyway.
         """
         graphs_per_record, _, _, spans = self._graphs(self._index.locate(positions))
-        spent = np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(spans[:, 1::2] - spans[:, ::2], axis=0)])
+        totals = np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(spans[:, 1::2] - spans[:, ::2], axis=0)])
         ends = np.cumsum(graphs_per_record)
-        sizes: Ints = spent[ends] - spent[ends - graphs_per_record]
+        sizes: Ints = totals[ends] - totals[ends - graphs_per_record]
         return sizes
 
-    def bring(self, start: int, count: int) -> bool:
-        """As there; of what is held, nothing."""
-        return not (self._held is not None and self._held.complete) and super().bring(start, count)
+    def prefetch(self, start: int, count: int) -> bool:
+        """Like `BatchSource.prefetch`; a no-op once all records are in memory."""
+        return not (self._in_memory is not None and self._in_memory.complete) and super().prefetch(start, count)
 
-    def _wanted(self, start: int, count: int) -> Iterator[tuple[str, Iterable[tuple[int, int]]]]:
+    def _value_spans(self, start: int, count: int) -> Iterator[tuple[str, Iterable[tuple[int, int]]]]:
         if self._layers is None:
-            yield from super()._wanted(start, count)
+            yield from super()._value_spans(start, count)
             return
-        found = self._index.locate(np.arange(start, start + count))
-        _, layer_index, record, spans = self._graphs(found)
-        graphs = found.begins[record] + layer_index
+        locations = self._index.locate(np.arange(start, start + count))
+        _, layer_index, record, spans = self._graphs(locations)
+        graphs = locations.begins[record] + layer_index
         rows = {"node": spans[:, :2], "edge": spans[:, 2:], "graph": np.stack([graphs, graphs + 1], axis=1)}
         for name in self.streamed:
-            if name in (arrays := found.shard(0).arrays):
+            if name in (arrays := locations.shard(0).arrays):
                 width = arrays[name].nbytes // max(1, arrays[name].shape[0])
                 yield name, _joined(rows[level_of(name)] * width)
 
     def name(self, position: int) -> str:
-        """The record there in words, for an error."""
-        found = self._index.locate(np.array([position]))
-        return f"{found.shard(0).path}: record {found.ids[0]!r}"
+        """Return the record at a position in words, for an error."""
+        locations = self._index.locate(np.array([position]))
+        return f"{locations.shard(0).path}: record {locations.ids[0]!r}"
 
-    def _graphs(self, found: Found) -> tuple[Ints, Ints, Ints, Ints]:
-        """(N,) selected graphs of each record; of each of them (G,) its layer and its record, and (G, 4) where its nodes,
-        and its edges, begin and end."""
-        graphs_per_record, layer_index = self._layers_of(found.ends - found.begins)
-        record = np.repeat(np.arange(len(found.ids)), graphs_per_record)
-        first = np.array([part.table[0, 1] for part in found.parts])[found.which]  # graph of the part of the index
-        return graphs_per_record, layer_index, record, _spans(found, record, (found.begins - first)[record] + layer_index)
+    def _graphs(self, locations: Locations) -> tuple[Ints, Ints, Ints, Ints]:
+        """Return the selected graphs of the records.
+
+        Returns:
+            (N,) number of graphs per record, and per graph (G,) its layer, (G,) its record, and (G, 4) where its nodes, and its
+            edges, begin and end.
+        """
+        graphs_per_record, layer_index = self._layers_of(locations.ends - locations.begins)
+        record = np.repeat(np.arange(len(locations.ids)), graphs_per_record)
+        first = np.array([part.table[0, 1] for part in locations.parts])[
+            locations.which
+        ]  # first graph of each record's index part
+        return (
+            graphs_per_record,
+            layer_index,
+            record,
+            _spans(locations, record, (locations.begins - first)[record] + layer_index),
+        )
 
     def _layers_of(self, counts: Ints) -> tuple[Ints, Ints]:
-        """Of records with so many graphs (B,): how many are selected, and which, (G,) one record after the other."""
+        """Return for records with `counts` graphs (B,): the number selected (B,), and their layers (G,), concatenated."""
         if self._layers is None:
             return counts, spread(np.zeros_like(counts), counts)
         chosen = {count: np.array(self._chosen(count)) for count in np.unique(counts).tolist()}
-        each = [chosen[count] for count in counts.tolist()]
-        return np.array([len(one) for one in each], np.int64), np.concatenate(each)
+        layers = [chosen[count] for count in counts.tolist()]
+        return np.array([len(record_layers) for record_layers in layers], np.int64), np.concatenate(layers)
 
     def _all_finite(self, rows: GraphRows) -> bool:
         return all(all_finite(rows.arrays[name], field.dtype) for name, field in self.fields.items())
 
-    def _check_edges(self, edge_index: Array, counted: Ints, found: Found, record: Ints, layers: Ints) -> None:
-        """counted: (G, 2) nodes and edges of each graph."""
+    def _check_edges(self, edge_index: Array, counted: Ints, locations: Locations, record: Ints, layers: Ints) -> None:
+        """Raise FormatError for an edge beyond the nodes of its graph; `counted` is (G, 2) nodes and edges."""
         for graph in wrong_graphs(edge_index, counted)[:1].tolist():
             nodes, begin = int(counted[graph, 0]), int(counted[:graph, 1].sum())
             edges = edge_index[begin : begin + counted[graph, 1]]
             pair = tuple(edges[np.argmax((edges >= nodes).any(axis=1))].tolist())
             words = f"has {nodes} nodes and the edge {pair}; expected indices below {nodes}"
-            self._fail(found, record, graph, layers, words)
+            self._fail(locations, record, graph, layers, words)
 
-    def _fail(self, found: Found, record: Ints, graph: int, layers: Ints, words: str) -> None:
-        where = int(record[graph])
-        raise FormatError(f"{found.shard(where).path}: graph {layers[graph]} of record {found.ids[where]!r} {words}")
+    def _fail(self, locations: Locations, record: Ints, graph: int, layers: Ints, words: str) -> None:
+        index = int(record[graph])
+        raise FormatError(f"{locations.shard(index).path}: graph {layers[graph]} of record {locations.ids[index]!r} {words}")
 
 
-def _spans(found: Found, record: Ints, graph: Ints) -> Ints:
-    """(G, 4) of the spans of graphs, each by its record and its number in that record's part of the index."""
-    if len(found.parts) == 1:
-        one: Ints = found.parts[0].spans[graph]
-        return one
-    which = found.which[record]
+def _spans(locations: Locations, record: Ints, graph: Ints) -> Ints:
+    """Return the spans of graphs, (G, 4), by each one's record and its number in that record's part of the index."""
+    if len(locations.parts) == 1:
+        spans: Ints = locations.parts[0].spans[graph]
+        return spans
+    which = locations.which[record]
     order = np.argsort(which, kind="stable")
-    cuts = np.searchsorted(which[order], np.arange(len(found.parts) + 1)).tolist()
+    cuts = np.searchsorted(which[order], np.arange(len(locations.parts) + 1)).tolist()
     spans = np.empty((len(graph), 4), np.int64)
-    for part, begin, end in zip(found.parts, cuts, cuts[1:], strict=False):
-        mine = order[begin:end]
-        spans[mine] = part.spans[graph[mine]]
+    for part, begin, end in zip(locations.parts, cuts, cuts[1:], strict=False):
+        members = order[begin:end]
+        spans[members] = part.spans[graph[members]]
     return spans
 
 
 def _joined(spans: Ints) -> list[tuple[int, int]]:
-    """Spans (n, 2) of bytes in order of their begins, those with less than a page between them as one."""
+    """Sort spans (n, 2) of bytes by their begins, and join those with less than a page between them."""
     spans = spans[np.argsort(spans[:, 0], kind="stable")]
     heads = np.flatnonzero(np.append(True, spans[1:, 0] - spans[:-1, 1] >= mmap.PAGESIZE))
     ends = np.append(heads[1:], len(spans)) - 1

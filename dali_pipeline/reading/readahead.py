@@ -1,4 +1,4 @@
-"""ReadAhead: brings what an epoch needs next from the disk into memory, several reads in flight, before it is gathered."""
+"""ReadAhead: read what an epoch needs next from the disk before it is gathered, several reads in flight."""
 
 from __future__ import annotations
 
@@ -16,50 +16,53 @@ from dali_pipeline.sampling.plan import EpochPlan
 if TYPE_CHECKING:
     from dali_pipeline.reading.source import BatchSource
 
-READS_IN_FLIGHT = 4  # threads; each asks for a run of some MiB
-REQUESTS_IN_FLIGHT = 16  # to a store: 20 ms of waiting each are hidden up to some GB/s
-GATHERED_BYTES = 64 << 20  # that are gathered and not delivered yet, at most: four superbatches
-MOST_GROUPS = 64  # ahead, where windows are tiny
-SAMPLED = 16  # of so many runs one is looked at, where all that were lately lay in the cache
+READS_IN_FLIGHT = 4  # threads; each reads a run of some MiB
+REQUESTS_IN_FLIGHT = 16  # to a store: hides 20 ms of latency each up to some GB/s
+GATHERED_BYTES = 64 << 20  # most bytes gathered and not yet delivered: four superbatches
+MOST_GROUPS = 64  # most groups ahead if windows are tiny
+SAMPLED = 16  # one run of this many is checked while all recent ones were cached
 
 
 class ReadAhead:
-    """Half a window ahead of where an epoch stands, into the page cache: no memory of this process.
+    """Prefetch half a window ahead of an epoch into the page cache; it takes no memory of this process.
 
-    Blocks that were never met are read and hashed, so that a first epoch goes as fast as the others. What is in the cache
-    already costs a look at a run in sixteen, in later epochs too; once one is not there, all are looked at. Damage is left for
-    the gather to meet and name.
+    Blocks never read before are read and hashed, so a first epoch is as fast as the others. If the data are cached, one run in
+    sixteen is checked, in later epochs too; once one is not cached, all are. Damage is left for the gather to report.
 
-    From a store a whole window is brought ahead of what is gathered, from before the first batch on, so that its link is never
-    idle; and its cache is told when the next epoch wants what this one has done with.
+    From a store, a whole window is downloaded ahead of what is gathered, from before the first batch on, so that the network is
+    never idle. The cache is told when the next epoch needs what this one has finished with.
     """
 
     def __init__(self, source: BatchSource, plan: EpochPlan, world: World) -> None:
         self._source, self._plan, self._world = source, plan, world
-        self._asked: dict[int, int] = {}  # by partition, the group behind the last one asked for
+        self._requested: dict[int, int] = {}  # by partition, the group after the last one requested
         self._pool: ThreadPoolExecutor | None = None
-        self._unseen: list[tuple[int, int]] = []  # runs lately due that were not looked at
+        self._unchecked: list[tuple[int, int]] = []  # runs recently due that were not checked
         self._process = os.getpid()
-        self._remote = source.room is not None
-        self._groups = 1  # ahead
-        if source.room is not None:  # of a small cache a quarter at most
-            every = plan.order.num_partitions * max(1, plan.order.window_bytes // 2)
-            self._groups = max(2, min(2 + -(-GATHERED_BYTES // every), source.room // (4 * every), MOST_GROUPS))
+        self._remote = source.cache_bytes is not None
+        self._groups = 1  # groups ahead
+        if source.cache_bytes is not None:  # at most a quarter of a small cache
+            group_bytes = plan.order.num_partitions * max(1, plan.order.window_bytes // 2)
+            self._groups = max(
+                2, min(2 + -(-GATHERED_BYTES // group_bytes), source.cache_bytes // (4 * group_bytes), MOST_GROUPS)
+            )
 
-    def begin(self, step: int, places: Sequence[int] = ()) -> None:
-        """Told where the epoch begins, before its first batch."""
+    def begin(self, step: int, cursors: Sequence[int] = ()) -> None:
+        """Receive where the epoch begins, before its first batch."""
         if self._remote:
-            self.reached(step, places)
+            self.reached(step, cursors)
 
-    def reached(self, step: int, places: Sequence[int] = ()) -> None:
-        """Told of every step delivered, and `places` in the partitions where it has them; costs microseconds, but once in half
-        a window."""
+    def reached(self, step: int, cursors: Sequence[int] = ()) -> None:
+        """Receive every step delivered, and the `cursors` of the partitions if a budget is used.
+
+        Costs microseconds, except once per half window.
+        """
         due = []
-        for partition, group in self._plan.groups(step, self._world.rank, self._world.world_size, places):
-            begin = self._asked.get(partition, max(0, group - 1))
+        for partition, group in self._plan.groups(step, self._world.rank, self._world.world_size, cursors):
+            begin = self._requested.get(partition, max(0, group - 1))
             due += [(partition, number) for number in range(begin, group + 1 + self._groups)]
-            self._asked[partition] = max(begin, group + 1 + self._groups)
-        late, self._unseen = (self._unseen, []) if self._source.cold else ([], self._unseen)
+            self._requested[partition] = max(begin, group + 1 + self._groups)
+        late, self._unchecked = (self._unchecked, []) if self._source.cold else ([], self._unchecked)
         if not (due or late):
             return
         if self._pool is None:
@@ -71,36 +74,36 @@ class ReadAhead:
             return
         runs = [run for partition, group in due for run in self._plan.runs(partition, group)]
         if due:
-            every, self._source.cold = 1 if self._source.cold else SAMPLED, False
-            self._unseen = [run for number, run in enumerate(runs) if number % every]
-            runs = runs[::every]
+            stride, self._source.cold = 1 if self._source.cold else SAMPLED, False
+            self._unchecked = [run for number, run in enumerate(runs) if number % stride]
+            runs = runs[::stride]
         for start, count in late + runs:
-            self._pool.submit(self._bring, start, count)
+            self._pool.submit(self._prefetch, start, count)
 
     def _from_store(self, pool: ThreadPoolExecutor, partition: int, group: int) -> None:
-        """Asks for a group's runs, and tells of the group that no batch needs any more when its runs come again."""
+        """Download a group's runs, and note when the runs of the group just finished are needed again."""
         runs = self._plan.runs(partition, group)
-        for (start, count), need in zip(runs, self._plan.turns(partition, group).tolist(), strict=True):
-            pool.submit(self._bring, start, count, need)
-        if (done := group - self._groups - 2) >= 0:
+        for (start, count), need in zip(runs, self._plan.next_needed(partition, group).tolist(), strict=True):
+            pool.submit(self._prefetch, start, count, need)
+        if (finished := group - self._groups - 2) >= 0:
             for (start, count), need in zip(
-                self._plan.runs(partition, done), self._plan.turns(partition, done, 1).tolist(), strict=True
+                self._plan.runs(partition, finished), self._plan.next_needed(partition, finished, 1).tolist(), strict=True
             ):
-                pool.submit(self._tell, start, count, need)
+                pool.submit(self._note_need, start, count, need)
 
-    def _tell(self, start: int, count: int, need: float) -> None:
+    def _note_need(self, start: int, count: int, need: float) -> None:
         with contextlib.suppress(PipelineError, OSError):
-            self._source.wanted(start, count, need)
+            self._source.note_need(start, count, need)
 
-    def _bring(self, start: int, count: int, need: float | None = None) -> None:
+    def _prefetch(self, start: int, count: int, need: float | None = None) -> None:
         with contextlib.suppress(PipelineError, OSError), span("read ahead"):
             if need is not None:
-                self._source.wanted(start, count, need)
-            if self._source.bring(start, count):
+                self._source.note_need(start, count, need)
+            if self._source.prefetch(start, count):
                 self._source.cold = True
 
     def close(self) -> None:
-        """Waits for the reads in flight; leaves no thread behind."""
+        """Wait for the reads in flight; leave no thread behind."""
         if self._pool is not None and os.getpid() == self._process:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None

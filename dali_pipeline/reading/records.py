@@ -1,12 +1,12 @@
-"""RecordIndex: which shard and row a position is, with the labels, ids and offsets of the rows around it."""
+"""RecordIndex: shard and row of a position, with the labels, ids and offsets of the records around it."""
 
 from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,129 +28,172 @@ MAX_SHARDS = 1024  # parsed headers kept
 class IndexPart:
     """Labels, ids and offsets of up to INDEX_ROWS consecutive records of a shard.
 
-    table: (n, 3) int64 label, and where the rows of the first ragged array begin and end · ids: (n,) texts, as objects ·
-    spans: (rows of the first, 2 each) where they begin and end in every other ragged array · first_block: the shard's first
-    among all blocks of the index.
+    Attributes:
+        shard: The shard.
+        first_block: Number of the shard's first block among all blocks of the index.
+        table: (n, 3) int64, row in the shard, and where the rows of the first ragged array begin and end.
+        labels: (n, *shape) in the stored type, or None.
+        ids: (n,) texts, as objects.
+        texts: (n,) texts, as objects, of each text field that is read.
+        spans: (rows of the first ragged array, 2 per other ragged array), where its rows begin and end.
     """
 
     shard: Shard
     first_block: int
     table: Ints
+    labels: Array | None
     ids: Array
+    texts: Mapping[str, Array]
     spans: Ints
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory, about."""
-        texts = sum(map(len, self.ids))
-        return 100 * len(self.ids) + texts + self.spans.nbytes
+        """Bytes of memory, approximately."""
+        characters = sum(sum(map(len, texts)) for texts in (self.ids, *self.texts.values()))
+        labels = 0 if self.labels is None else self.labels.nbytes
+        return 100 * len(self.ids) * (1 + len(self.texts)) + characters + labels + self.spans.nbytes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Found:
-    """N records. parts: the different ones they lie in · which: (N,) each record's among `parts`.
+class Locations:
+    """Locations of N records.
 
-    labels, begins, ends: (N,) int64, as IndexPart's table has them · ids: N texts · sound: (blocks,) uint8 of the whole index,
-    1 once a block's hash was right · files_at_once: that may be held open.
+    Attributes:
+        parts: Index parts that the records are in.
+        which: (N,) number of each record's part in `parts`.
+        labels: (N, *shape) in the stored type, or None.
+        rows: (N,) int64, row of each record in its shard.
+        begins: (N,) int64, first row of each record in the first ragged array.
+        ends: (N,) int64, row after its last one.
+        ids: N texts.
+        texts: N texts of each text field that is read.
+        sound: (blocks,) uint8 of the whole index, 1 once a block's hash was right.
+        files_at_once: Number of files that may be open.
     """
 
     parts: list[IndexPart]
     which: Ints
-    labels: Ints
+    labels: Array | None
+    rows: Ints
     begins: Ints
     ends: Ints
     ids: list[str]
+    texts: Mapping[str, list[str]]
     sound: Array
     files_at_once: int
 
     def shard(self, record: int) -> Shard:
-        """Where that record lies."""
+        """Return the shard of a record."""
         return self.parts[int(self.which[record])].shard
 
-    def cut(self, begin: int, end: int) -> Found:
-        """Records `begin` to `end` of these."""
+    def cut(self, begin: int, end: int) -> Locations:
+        """Return the locations of records `begin` to `end`."""
         part = slice(begin, end)
         chosen, which = np.unique(self.which[part], return_inverse=True)
         return replace(
             self,
             parts=[self.parts[number] for number in chosen.tolist()],
             which=which,
-            labels=self.labels[part],
+            labels=None if self.labels is None else self.labels[part],
+            rows=self.rows[part],
             begins=self.begins[part],
             ends=self.ends[part],
             ids=self.ids[part],
+            texts={name: texts[part] for name, texts in self.texts.items()},
         )
 
 
 class RecordIndex:
-    """The records of a selection by position.
+    """Index of a selection's records by position.
 
-    ragged: the arrays whose offsets are read, the first with an entry a record, the others with one a row of the first.
-    window_bytes: the index kept is of about its size at most. Several threads may share it; a pickled one begins anew, with
-    nothing kept but, in a worker, what is known to be sound. Raises FormatError for damage.
+    Several threads may share it. A pickled one has an empty cache; in a worker it keeps the known sound blocks.
+    Methods raise FormatError for damage.
+
+    Args:
+        selection: The records.
+        ragged: Arrays whose offsets are read: the first with one entry per record, the others with one per row of the first.
+        window_bytes: Size of the cached index in bytes, at most about this.
+        sound: Memory with one byte per block, 1 once its hash was right. Default: new memory.
+        texts: Text fields of records that are read with the ids. Default: none.
+        labels: Whether records have labels. Default: True.
     """
 
     def __init__(
-        self, selection: Selection, ragged: Sequence[str], window_bytes: int, sound: SharedBytes | None = None
+        self,
+        selection: Selection,
+        ragged: Sequence[str],
+        window_bytes: int,
+        sound: SharedBytes | None = None,
+        texts: Sequence[str] = (),
+        labels: bool = True,
     ) -> None:
-        self._selection, self._ragged = selection, ragged
-        # shards are numbered through all tables, and so are blocks
+        self._selection, self._ragged, self._texts, self._labels = selection, ragged, tuple(texts), labels
+        # shards, and blocks, are numbered through all tables
         tables = [shards.table for shards in selection.shards]
         self._first_shards = np.cumsum([0, *map(len, tables)]).tolist()
-        blocks = [np.asarray(each.blocks, np.int64) for each in tables]
+        blocks = [np.asarray(table.blocks, np.int64) for table in tables]
         self._block_ends = np.cumsum(np.concatenate([np.zeros(1, np.int64), *blocks]))
-        # a byte a block, 1 once its hash was right; shared memory, so workers tell each other
+        # one byte per block, 1 once its hash was right; in shared memory, so workers share it
         shared = SharedBytes(max(1, int(self._block_ends[-1]))) if sound is None else sound
-        self._arguments = selection, ragged, window_bytes, shared
+        self._arguments = selection, ragged, window_bytes, shared, self._texts, labels
         self._memory = shared.memory
         self._sound = np.frombuffer(self._memory, np.uint8)
         self._numbers = np.asarray(self._first_shards)[selection.table] + selection.number  # (entries,)
-        self._ends = np.cumsum(selection.records)  # (entries,) position behind each entry's last record
+        self._ends = np.cumsum(selection.records)  # (entries,) position after the last record of each entry
         self._starts = self._ends - selection.records
         self._files = Files()
         self._shards: Recent[int, Shard] = Recent(MAX_SHARDS)
         self._parts: Recent[tuple[int, int], IndexPart] = Recent(max(window_bytes, LEAST_INDEX_BYTES))
 
-    def __reduce__(self) -> tuple[type[RecordIndex], tuple[Selection, Sequence[str], int, SharedBytes]]:
+    def __reduce__(self) -> tuple[type[RecordIndex], tuple[Any, ...]]:
         return RecordIndex, self._arguments
 
-    def locate(self, positions: Ints) -> Found:
-        """Where the records at `positions` (N,) lie."""
+    def locate(self, positions: Ints) -> Locations:
+        """Return the locations of the records at `positions` (N,)."""
         entries = np.searchsorted(self._ends, positions, side="right")
-        every = self._selection.rows
-        rows = positions - self._starts[entries] if every is None else every[positions]
-        numbers, pieces = self._numbers[entries], rows // INDEX_ROWS
-        order = np.lexsort((pieces, numbers))  # records of a part one behind the other
-        numbers, pieces, rows = numbers[order], pieces[order], rows[order] % INDEX_ROWS
-        heads = np.flatnonzero(np.append(True, (numbers[1:] != numbers[:-1]) | (pieces[1:] != pieces[:-1])))
-        parts = [self._part(*key) for key in zip(numbers[heads].tolist(), pieces[heads].tolist(), strict=True)]
-        each = [rows[begin:end] for begin, end in itertools.pairwise([*heads.tolist(), len(rows)])]
-        back = np.empty_like(order)
-        back[order] = np.arange(len(order))
-        table = np.concatenate([part.table[some] for part, some in zip(parts, each, strict=True)])[back]
-        labels, begins, ends = np.ascontiguousarray(table.T)
-        return Found(
+        selected_rows = self._selection.rows
+        rows = positions - self._starts[entries] if selected_rows is None else selected_rows[positions]
+        shard_numbers, part_numbers = self._numbers[entries], rows // INDEX_ROWS
+        order = np.lexsort((part_numbers, shard_numbers))  # the records of a part become neighbours
+        shard_numbers, part_numbers, rows = shard_numbers[order], part_numbers[order], rows[order] % INDEX_ROWS
+        heads = np.flatnonzero(
+            np.append(True, (shard_numbers[1:] != shard_numbers[:-1]) | (part_numbers[1:] != part_numbers[:-1]))
+        )
+        parts = [self._part(*key) for key in zip(shard_numbers[heads].tolist(), part_numbers[heads].tolist(), strict=True)]
+        part_rows = [rows[begin:end] for begin, end in itertools.pairwise([*heads.tolist(), len(rows)])]
+        inverse = np.empty_like(order)
+        inverse[order] = np.arange(len(order))
+        table = np.concatenate([part.table[chosen] for part, chosen in zip(parts, part_rows, strict=True)])[inverse]
+        shard_rows, begins, ends = np.ascontiguousarray(table.T)
+
+        def joined(arrays: Iterable[Array]) -> Array:
+            taken: Array = np.concatenate([array[chosen] for array, chosen in zip(arrays, part_rows, strict=True)])[inverse]
+            return taken
+
+        return Locations(
             parts=parts,
-            which=np.repeat(np.arange(len(parts)), [len(some) for some in each])[back],
-            labels=labels,
+            which=np.repeat(np.arange(len(parts)), [len(chosen) for chosen in part_rows])[inverse],
+            labels=joined(part.labels for part in parts if part.labels is not None) if self._labels else None,
+            rows=shard_rows,
             begins=begins,
             ends=ends,
-            ids=np.concatenate([part.ids[some] for part, some in zip(parts, each, strict=True)])[back].tolist(),
+            ids=joined(part.ids for part in parts).tolist(),
+            texts={name: joined([part.texts[name] for part in parts]).tolist() for name in self._texts},
             sound=self._sound,
             files_at_once=self._files.limit,
         )
 
-    def place(self, position: int, count: int) -> tuple[Shard, int, int]:
-        """The shard of so many records from `position` on, all in one entry; their first row there, and behind their last."""
+    def span_of(self, position: int, count: int) -> tuple[Shard, int, int]:
+        """Return the shard of `count` records of one entry, their first row, and the row after their last."""
         entry = int(np.searchsorted(self._ends, position, side="right"))
-        every = self._selection.rows
+        selected_rows = self._selection.rows
         first, last = position - int(self._starts[entry]), position + count - 1 - int(self._starts[entry])
-        if every is not None:
-            first, last = int(every[position]), int(every[position + count - 1])
+        if selected_rows is not None:
+            first, last = int(selected_rows[position]), int(selected_rows[position + count - 1])
         return self._shard(int(self._numbers[entry])), first, last + 1
 
     def parts(self) -> Iterator[IndexPart]:
-        """Those of a whole split, in order."""
+        """Yield the index parts of a whole split, in order."""
         for number, records in zip(self._numbers.tolist(), self._selection.records.tolist(), strict=True):
             yield from (self._part(number, which) for which in range(-(-records // INDEX_ROWS)))
 
@@ -174,7 +217,7 @@ class RecordIndex:
         shard = self._shard(number)
         end = min(first + INDEX_ROWS, shard.records)
         leading, *following = self._ragged
-        offsets = {name: shard.read(f"{name}.offsets", first, end + 1) for name in ("ids", leading)}
+        offsets = {name: shard.read(f"{name}.offsets", first, end + 1) for name in ("ids", *self._texts, leading)}
         begin_row, end_row = int(offsets[leading][0]), int(offsets[leading][-1])
         offsets |= {name: shard.read(f"{name}.offsets", begin_row, end_row + 1) for name in following}
         for name, array in offsets.items():
@@ -182,23 +225,29 @@ class RecordIndex:
                 raise FormatError(
                     f"{shard.path}, {name}.offsets do not begin with 0 or go backward between records {first} and {end}"
                 )
-        cuts = offsets.pop("ids")
-        ids = shard.read("ids", int(cuts[0]), int(cuts[-1])).tobytes()
+        texts: dict[str, Array] = {}
+        for name in ("ids", *self._texts):
+            cuts = offsets.pop(name)
+            data = shard.read(name, int(cuts[0]), int(cuts[-1])).tobytes()
+            texts[name] = np.array(_texts(shard, name, data, (cuts - cuts[0]).tolist()), object)
         rows = offsets.pop(leading)
         return IndexPart(
             shard=shard,
             first_block=int(self._block_ends[number]),
-            table=np.stack([shard.read("labels", first, end), rows[:-1], rows[1:]], axis=1, dtype=np.int64),
-            ids=np.array(_texts(shard, ids, (cuts - cuts[0]).tolist()), object),
-            spans=np.stack([cut for each in offsets.values() for cut in (each[:-1], each[1:])] or [cuts[:0]], axis=1),
+            table=np.stack([np.arange(first, end), rows[:-1], rows[1:]], axis=1, dtype=np.int64),
+            labels=shard.read("labels", first, end) if self._labels else None,
+            ids=texts.pop("ids"),
+            texts=texts,
+            spans=np.stack([bound for array in offsets.values() for bound in (array[:-1], array[1:])] or [cuts[:0]], axis=1),
         )
 
 
-def _texts(shard: Shard, texts: bytes, cuts: list[int]) -> list[str]:
+def _texts(shard: Shard, name: str, texts: bytes, cuts: list[int]) -> list[str]:
     try:
         if texts.isascii():
-            every = texts.decode()
-            return [every[a:b] for a, b in itertools.pairwise(cuts)]
-        return [texts[a:b].decode() for a, b in itertools.pairwise(cuts)]
+            decoded = texts.decode()
+            return [decoded[begin:end] for begin, end in itertools.pairwise(cuts)]
+        return [texts[begin:end].decode() for begin, end in itertools.pairwise(cuts)]
     except UnicodeDecodeError as error:
-        raise FormatError(f"{shard.path}, ids: the bytes of a record's id are not UTF-8 ({error.reason})") from None
+        what = "id" if name == "ids" else "text"
+        raise FormatError(f"{shard.path}, {name}: the bytes of a record's {what} are not UTF-8 ({error.reason})") from None

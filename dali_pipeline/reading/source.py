@@ -1,22 +1,23 @@
-"""Sources: positions in a split to one gathered batch of rows, read straight from the shards."""
+"""Sources: read the rows of one batch, given as positions in a split, straight from the shards."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import msgspec
 import numpy as np
 
 from dali_pipeline.errors import DataError
-from dali_pipeline.format.encoding import all_finite
+from dali_pipeline.format.encoding import TEXT, all_finite, encode
 from dali_pipeline.format.layers import Layers, select
-from dali_pipeline.format.schema import Field, Schema
+from dali_pipeline.format.schema import Field, Schema, unit_field
 from dali_pipeline.format.shard import Shard
 from dali_pipeline.reading.gather import gather
-from dali_pipeline.reading.records import Found, RecordIndex
-from dali_pipeline.reading.rows import SequenceRows
+from dali_pipeline.reading.records import Locations, RecordIndex
+from dali_pipeline.reading.rows import FieldRows, SequenceRows
 from dali_pipeline.runtime.memory import Buffers
 from dali_pipeline.sampling.order import WINDOW_BYTES
 from dali_pipeline.types import Array, Ints, Kind
@@ -28,21 +29,30 @@ Padded: TypeAlias = Literal["batch"] | None
 
 
 class NotFiniteError(DataError):
-    """A record that holds NaN or infinite values, met by who asked for none."""
+    """Error for a record with NaN or infinite values, if the caller asked for none."""
 
 
 class BatchSource:
-    """What both sources share.
+    """Common part of both sources. Several threads may gather.
 
-    layers: which steps, or graphs, of each record; the others' bytes are not read · finite: whether to look for values that are
-    not, which costs a pass over them. Raises DataError for layers that a record does not have; `gather` raises FormatError for
-    damage, NotFiniteError. Several threads may gather.
+    `gather` raises FormatError for damage, and NotFiniteError.
+
+    Args:
+        selection: Records that positions refer to.
+        schema: Fields of the data set.
+        layers: Steps, or graphs, of each record to read; the bytes of others are not read. Default: all.
+        window_bytes: Bytes that are shuffled together at a time.
+        finite: Whether to check that values are finite, which costs a pass over them. Default: False.
+        fields: Names, without their level, of the further fields to read; no byte of others is read. Default: all.
+
+    Raises:
+        DataError: A record does not have these layers, or the schema not these fields.
     """
 
     kind: Kind
     ragged: tuple[str, ...]
     streamed: tuple[str, ...]  # arrays of values
-    axis: str  # what `layers` chooses among, by its name in the manifest
+    axis: str  # axis that `layers` chooses from, by its name in the manifest
 
     def __init__(
         self,
@@ -52,98 +62,117 @@ class BatchSource:
         window_bytes: int = WINDOW_BYTES,
         *,
         finite: bool = False,
+        fields: Collection[str] | None = None,
     ) -> None:
         self._selection, self._schema, self._layers, self._finite = selection, schema, layers, finite
-        selection.check_room(window_bytes)
-        self._index = RecordIndex(selection, self.ragged, window_bytes)
+        selection.check_cache(window_bytes)
+        self.record_fields = chosen_fields(schema.record_fields, fields)
+        texts = [name for name, field in self.record_fields.items() if field.dtype == TEXT]
+        labels = schema.labels.dtype is not None
+        self._index = RecordIndex(selection, self.ragged, window_bytes, texts=texts, labels=labels)
         self._runs: dict[int, list[tuple[int, int]]] = {}
         self._buffers = Buffers()
-        self.cold = True  # whether something lately was not in the page cache, as far as reading ahead has looked
+        self.cold = True  # whether something was recently not in the page cache, as far as read-ahead has checked
         if rows := selection.bounds(self.axis):
-            self._selected(rows[0])  # what the shortest record has, all have
+            self._selected(rows[0])  # layers that the shortest record has, all records have
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_runs": {}}  # other threads add to it while it is pickled
+        return {**self.__dict__, "_runs": {}}  # without a cache that other threads may be changing
 
     @property
     def num_records(self) -> int:
-        """Positions go from 0 to below this."""
+        """Number of records; positions are below it."""
         return self._selection.num_records
 
-    def bring(self, start: int, count: int) -> bool:
-        """Has the system read the values of so many records from position `start` on, of one shard; whether any was not there.
+    def prefetch(self, start: int, count: int) -> bool:
+        """Prefetch the values of `count` records of one shard, from position `start` on; return whether any were absent.
 
-        Blocks not met before are read here, and hashed. Where records differ in size, about the right bytes are read; of one
-        of which most records are not asked for, as in a fold, none. Raises FormatError for damage.
+        Blocks never read before are read here and hashed. If records differ in size, approximately the right bytes are read. If
+        most records of a range are not selected, as in a fold, none are. Raises FormatError for damage.
         """
-        shard, begin, end = self._index.place(start, count)
+        shard, begin, end = self._index.span_of(start, count)
         if end - begin > 2 * count:
             return False
-        return sum(shard.bring(name, *span) for name, spans in self._wanted(start, count) for span in spans) > 0
+        return sum(shard.prefetch(name, *span) for name, spans in self._value_spans(start, count) for span in spans) > 0
 
-    def _wanted(self, start: int, count: int) -> Iterator[tuple[str, Iterable[tuple[int, int]]]]:
-        """By array, from which byte to which the values of so many records from position `start` on lie, as far as they are
-        read; of one shard."""
-        shard, begin, end = self._index.place(start, count)
+    def _value_spans(self, start: int, count: int) -> Iterator[tuple[str, Iterable[tuple[int, int]]]]:
+        """Yield per array the spans of bytes with the values, as far as read, of `count` records of one shard."""
+        shard, begin, end = self._index.span_of(start, count)
         for name in self.streamed:
             if name in shard.arrays:
                 yield name, self._extents(shard, name, begin, end)
 
     @property
-    def room(self) -> int | None:
-        """Bytes of the cache that what it reads comes through; None where that lies in folders."""
-        return self._selection.room
+    def cache_bytes(self) -> int | None:
+        """Bytes of the cache that shards are read through; None if all lie in folders."""
+        return self._selection.cache_bytes
 
-    def wanted(self, start: int, count: int, need: float) -> None:
-        """Tells the cache when so many records from position `start` on, of one shard, are asked for next."""
-        shard, _, _ = self._index.place(start, count)
-        for name, spans in self._wanted(start, count):
+    def note_need(self, start: int, count: int, need: float) -> None:
+        """Tell the cache when `count` records of one shard, from position `start` on, are needed next."""
+        shard, _, _ = self._index.span_of(start, count)
+        for name, spans in self._value_spans(start, count):
             for span in spans:
-                shard.wanted(name, *span, need)
+                shard.note_need(name, *span, need)
 
     def _extents(self, shard: Shard, name: str, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """From which byte to which the values of records `begin` to `end` lie in an array, as far as they are read."""
+        """Yield the spans of bytes of an array with the values of records `begin` to `end`, as far as they are read."""
         array, records = shard.array(name), max(1, shard.records)
         rows = array.shape[0]
-        width, each = array.nbytes // max(1, rows), rows // records
+        width, record_rows = array.nbytes // max(1, rows), rows // records
         by_layer = self._schema.sequence.layout if self._schema.sequence is not None and name == "sequence" else None
         if by_layer is not None:
-            for step in itertools.chain.from_iterable(range(a, b) for a, b in self._selected(by_layer.steps)):
-                yield from ((a * width, b * width) for a, b in by_layer.spans(begin, end, step, rows))
+            for step in itertools.chain.from_iterable(range(first, last) for first, last in self._selected(by_layer.steps)):
+                yield from ((first * width, last * width) for first, last in by_layer.spans(begin, end, step, rows))
         elif self._layers is None or name != "sequence" or rows % records:
             yield array.nbytes * begin // records, array.nbytes * end // records
         else:
-            for record, (a, b) in itertools.product(range(begin, end), self._selected(each)):
-                yield (record * each + a) * width, (record * each + b) * width
+            for record, (first, last) in itertools.product(range(begin, end), self._selected(record_rows)):
+                yield (record * record_rows + first) * width, (record * record_rows + last) * width
+
+    def _read_record_fields(self, locations: Locations) -> dict[str, FieldRows]:
+        """Read the record fields of N records, by the names after their dots: (N, *shape), or N texts."""
+        read: dict[str, FieldRows] = {}
+        for name, field in self.record_fields.items():
+            short = name.partition(".")[2]
+            if field.dtype == TEXT:
+                read[short] = locations.texts[name]
+                continue
+            records = np.arange(len(locations.rows))
+            out = np.empty((len(records), *field.shape), field.storage)
+            gather(locations, name, records, locations.rows, locations.rows + 1, out, records)
+            if self._finite:
+                self._check_finite(name, field, out, records, locations, records)
+            read[short] = out
+        return read
 
     def use(self, memory: Buffers) -> None:
-        """Takes the rows' memory from there from now on."""
+        """Take the memory of rows from these buffers from now on."""
         self._buffers = memory
 
-    def _room(self, name: str, rows: int, field: Field, found: Found, begin: int) -> Array:
-        """Memory for so many rows, of which the first is row `begin` of array `name` in the shard of the first record.
+    def _allocate(self, name: str, rows: int, field: Field, locations: Locations, begin: int) -> Array:
+        """Return memory for `rows` rows; the first is row `begin` of array `name` in the shard of the first record.
 
-        It lies in its cache line as the first row does in the file: where memory stands 1 to 31 bytes beyond the file's place
-        in a page, processors that copy by `rep movsb` (AMD Zen 3 and later) take five times as long.
+        It has the same offset in its cache line as the first row in the file. If memory is 1 to 31 bytes beyond the file's
+        offset in a page, processors that copy by `rep movsb` (AMD Zen 3 and later) take five times as long.
         """
-        phase = (found.shard(0).array(name).begin + begin * field.row_bytes) % 64
+        phase = (locations.shard(0).array(name).begin + begin * field.row_bytes) % 64
         if phase % field.storage.itemsize:
             phase = 0
         return self._buffers.take(rows * field.row_bytes, phase).view(field.storage).reshape(rows, *field.shape)
 
-    def _check_finite(self, name: str, field: Field, values: Array, starts: Ints, found: Found, records: Ints) -> None:
-        """starts: (n,) where the values of each of these `records` begin."""
+    def _check_finite(self, name: str, field: Field, values: Array, starts: Ints, locations: Locations, records: Ints) -> None:
+        """Raise NotFiniteError if a value is not finite; `starts` (n,) are the first rows of these `records`."""
         if all_finite(values, field.dtype):
             return
-        strange = ~np.isfinite(field.values(values)).reshape(len(values), -1).all(axis=1)
-        record = int(records[np.searchsorted(starts, np.argmax(strange), side="right") - 1])
+        not_finite = ~np.isfinite(field.values(values)).reshape(len(values), -1).all(axis=1)
+        record = int(records[np.searchsorted(starts, np.argmax(not_finite), side="right") - 1])
         raise NotFiniteError(
-            f"{found.shard(record).path}, {name}: record {found.ids[record]!r} holds NaN or infinite values; "
+            f"{locations.shard(record).path}, {name}: record {locations.ids[record]!r} holds NaN or infinite values; "
             "on_nan='skip' leaves such records out, 'keep' delivers them"
         )
 
     def _selected(self, count: int) -> list[tuple[int, int]]:
-        """Runs (begin, end) of the selected ones among `count` steps or graphs, in the order asked for."""
+        """Return runs (begin, end) of the selected layers among `count` steps or graphs, in the order asked for."""
         if self._layers is None:
             return [(0, count)]
         if count not in self._runs:
@@ -152,8 +181,8 @@ class BatchSource:
 
     def _select(self, count: int) -> list[tuple[int, int]]:
         chosen = self._chosen(count)
-        cuts = [0, *(at for at in range(1, len(chosen)) if chosen[at] != chosen[at - 1] + 1), len(chosen)]
-        return [(chosen[a], chosen[b - 1] + 1) for a, b in itertools.pairwise(cuts)]
+        cuts = [0, *(index for index in range(1, len(chosen)) if chosen[index] != chosen[index - 1] + 1), len(chosen)]
+        return [(chosen[begin], chosen[end - 1] + 1) for begin, end in itertools.pairwise(cuts)]
 
     def _chosen(self, count: int) -> list[int]:
         try:
@@ -163,49 +192,94 @@ class BatchSource:
             raise DataError(f"{error} in split {shards.split!r} of {shards.root}") from None
 
 
+def chosen_fields(fields: Mapping[str, Field], names: Collection[str] | None) -> dict[str, Field]:
+    """Return the fields whose names, without their level, are asked for; None asks for all."""
+    return {name: field for name, field in fields.items() if names is None or name.partition(".")[2] in names}
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Located:
-    """Records whose place in the shards is known, and nothing of their values.
+    """Records whose locations in the shards are known, but not their values.
 
-    found: where they lie · positions: (N,) in the selection · lengths: (N,) int64 steps of each that are selected.
+    Attributes:
+        locations: Locations of the records.
+        positions: (N,) in the selection.
+        lengths: (N,) int64, selected steps of each.
     """
 
-    found: Found
+    locations: Locations
     positions: Ints
     lengths: Ints
 
     def cut(self, begin: int, end: int) -> Located:
-        """Records `begin` to `end` of these."""
+        """Return records `begin` to `end`."""
         part = slice(begin, end)
-        return Located(found=self.found.cut(begin, end), positions=self.positions[part], lengths=self.lengths[part])
+        return Located(locations=self.locations.cut(begin, end), positions=self.positions[part], lengths=self.lengths[part])
 
 
 class SequenceSource(BatchSource):
-    """Gathers sequences."""
+    """Gather sequences.
+
+    Args:
+        selection, schema, layers, window_bytes, finite, fields: As in `BatchSource`; `layers` are numbers of steps.
+        row_layers: Numbers of the layers to read, if an axis of the rows is named layer. Default: all.
+    """
 
     kind = "sequences"
-    ragged = streamed = ("sequence",)
+    ragged = ("sequence",)
     axis = "step"
+
+    def __init__(
+        self,
+        selection: Selection,
+        schema: Schema,
+        layers: Layers = None,
+        window_bytes: int = WINDOW_BYTES,
+        *,
+        finite: bool = False,
+        fields: Collection[str] | None = None,
+        row_layers: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(selection, schema, layers, window_bytes, finite=finite, fields=fields)
+        assert schema.sequence is not None
+        self.step_fields = chosen_fields(schema.step_fields, fields)
+        self.streamed = ("sequence", *self.step_fields)
+        # A sequence with a layer axis is stored as one part per layer, (layers, steps, *rest). `unit` is one step of a part.
+        self.unit = schema.sequence
+        self.stored_layers, self._parts_read = 1, np.zeros(1, np.int64)
+        if schema.layer_axis is not None:
+            self.unit = unit_field(schema.sequence, schema.layer_axis)
+            self.stored_layers = schema.sequence.shape[schema.layer_axis]
+            self._parts_read = np.arange(self.stored_layers) if row_layers is None else np.array(row_layers, np.int64)
+
+    @property
+    def parts_per_record(self) -> int:
+        """Number of layers of each record that are read, if the rows have a layer axis; otherwise 1."""
+        return len(self._parts_read)
+
+    @property
+    def layered(self) -> bool:
+        """Whether an axis of the rows is named layer, so that each layer of a record is stored on its own."""
+        return self._schema.layer_axis is not None
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a step as stored."""
-        assert self._schema.sequence is not None
-        return self._schema.sequence.row_bytes
+        """Bytes of a step as stored, as far as it is read."""
+        return self.unit.row_bytes * self.parts_per_record
 
     def lengths(self, positions: Ints) -> Ints:
-        """Steps of the records (N,), as stored; reads what is to be read of them anyway before their values."""
-        found = self._index.locate(positions)
-        return found.ends - found.begins
+        """Return the steps of the records (N,), as stored; reads only what reading their values needs anyway."""
+        locations = self._index.locate(positions)
+        return locations.ends - locations.begins
 
     def locate(self, positions: Ints) -> Located:
         """Look up the records at `positions` (N,), any order, repeats allowed; reads the index alone."""
-        found = self._index.locate(positions)
-        lengths = found.ends - found.begins
+        locations = self._index.locate(positions)
+        lengths = locations.ends - locations.begins
         if self._layers is not None:
             selected = {length: sum(end - begin for begin, end in self._selected(length)) for length in set(lengths.tolist())}
             lengths = np.array([selected[length] for length in lengths.tolist()], np.int64)
-        return Located(found=found, positions=positions, lengths=lengths)
+        return Located(locations=locations, positions=positions, lengths=lengths)
 
     def gather(self, positions: Ints, batch_size: int, padded: Padded) -> SequenceRows:
         """Locate and read the records at `positions` (N,)."""
@@ -214,41 +288,119 @@ class SequenceSource(BatchSource):
     def read(self, located: Located, batch_size: int, padded: Padded) -> SequenceRows:
         """Read records in batches of `batch_size`.
 
-        padded: each record to the longest of its "batch"; None for no padding. Costs one read a record and run of layers that
-        does not go on where the one before ends.
+        Costs one read per record, layer of its rows, and run of steps that does not continue the one before; and one per record
+        and step field.
+
+        Args:
+            located: The records.
+            batch_size: Records per batch.
+            padded: "batch" pads each record to the longest of its batch; None does not pad. Step fields are always padded.
         """
-        field = self._schema.sequence
-        assert field is not None
-        found, lengths, positions = located.found, located.lengths, located.positions
-        begins, ends, records = found.begins, found.ends, np.arange(len(positions))
-        if self._layers is not None:  # every record several times, once for each run of its layers
+        locations, lengths, positions = located.locations, located.lengths, located.positions
+        begins, ends, records = locations.begins, locations.ends, np.arange(len(positions))
+        if self._layers is not None:  # every record once per run of its layers
             runs = [self._selected(length) for length in (ends - begins).tolist()]
-            records = np.repeat(records, [len(each) for each in runs])
-            spans = np.array([span for each in runs for span in each], np.int64)  # (reads, 2)
+            records = np.repeat(records, [len(record_runs) for record_runs in runs])
+            spans = np.array([span for record_runs in runs for span in record_runs], np.int64)  # (reads, 2)
             begins, ends = begins[records] + spans[:, 0], begins[records] + spans[:, 1]
-        sizes = lengths  # rows that each record takes in `values`
-        if padded is not None:
-            sizes = np.repeat(np.maximum.reduceat(lengths, np.arange(0, len(lengths), batch_size)), batch_size)
+        reads = _Reads(records=records, begins=begins, ends=ends, lengths=lengths)
+        longest = np.repeat(np.maximum.reduceat(lengths, np.arange(0, len(lengths), batch_size)), batch_size)
+        sizes = lengths if padded is None else longest[: len(lengths)]
         starts = np.cumsum(sizes) - sizes
-        at = starts[records] + (np.cumsum(ends - begins) - (ends - begins)) - (np.cumsum(lengths) - lengths)[records]
-        values = self._room("sequence", int(sizes.sum()), field, found, int(begins[0]))
-        for short in np.flatnonzero(lengths < sizes).tolist():
-            values[starts[short] + lengths[short] : starts[short] + sizes[short]] = 0
-        if field.layout is not None:  # every row is a read of its own
-            counts = ends - begins
-            into = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-            records, at = np.repeat(records, counts), np.repeat(at, counts) + into
-            totals = np.array([part.shard.array("sequence").shape[0] for part in found.parts])[found.which[records]]
-            begins = field.layout.stored(np.repeat(begins, counts) + into, totals)
-            ends = begins + 1
-        gather(found, "sequence", records, begins, ends, values, at)
+        values = self._read_values(locations, reads, sizes, starts)
         if self._finite:
-            self._check_finite("sequence", field, values, starts, found, np.arange(len(positions)))
+            unit_starts = starts * self.parts_per_record
+            self._check_finite("sequence", self.unit, values, unit_starts, locations, np.arange(len(positions)))
+        fields = self._read_record_fields(locations)
+        if self.step_fields:
+            sizes = longest[: len(lengths)]
+            field_starts = np.cumsum(sizes) - sizes
+            for name, field in self.step_fields.items():
+                fields[name.partition(".")[2]] = self._read_step_field(name, field, locations, reads, sizes, field_starts)
         return SequenceRows(
             values=values,
             starts=starts,
             lengths=lengths,
-            positions=self._selection.told(positions),
-            labels=found.labels,
-            ids=found.ids,
+            positions=self._selection.reported_positions(positions),
+            labels=locations.labels,
+            ids=locations.ids,
+            fields=fields,
         )
+
+    def _read_values(self, locations: Locations, reads: _Reads, sizes: Ints, starts: Ints) -> Array:
+        """Read the sequences into rows of `unit`: per record all layers that are read, each `sizes[record]` steps."""
+        unit, parts, field = self.unit, self.parts_per_record, self._schema.sequence
+        assert field is not None
+        records, begins, ends, lengths = reads.records, reads.begins, reads.ends, reads.lengths
+        out_begins = starts[records] + reads.offsets()
+        first = int(begins[0])
+        if self.layered:
+            counts, stored = ends - begins, locations.ends - locations.begins
+            first_steps = locations.begins[records]
+            records, counts, inner = (np.repeat(array, parts) for array in (records, counts, begins - first_steps))
+            part_number = np.tile(np.arange(parts), len(begins))
+            first_unit = np.repeat(first_steps, parts) * self.stored_layers
+            begins = first_unit + self._parts_read[part_number] * stored[records] + inner
+            ends = begins + counts
+            out_begins = starts[records] * parts + part_number * sizes[records] + np.repeat(reads.offsets(), parts)
+            first = int(begins[0])
+        values = self._allocate("sequence", int(sizes.sum()) * parts, unit, locations, first)
+        for record in np.flatnonzero(lengths < sizes).tolist():
+            begin, size = int(starts[record]) * parts, int(sizes[record])
+            values[begin : begin + size * parts].reshape(parts, size, *unit.shape)[:, int(lengths[record]) :] = 0
+        if field.layout is not None:  # every row is one read
+            counts = ends - begins
+            offsets = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+            records, out_begins = np.repeat(records, counts), np.repeat(out_begins, counts) + offsets
+            totals = np.array([part.shard.array("sequence").shape[0] for part in locations.parts])[locations.which[records]]
+            begins = field.layout.stored(np.repeat(begins, counts) + offsets, totals)
+            ends = begins + 1
+        gather(locations, "sequence", records, begins, ends, values, out_begins)
+        return values
+
+    def _read_step_field(
+        self, name: str, field: Field, locations: Locations, reads: _Reads, sizes: Ints, starts: Ints
+    ) -> Array:
+        """Read one field of the steps that are read, (sum of sizes, *row), each record padded to `sizes[record]` rows."""
+        out = np.empty((int(sizes.sum()), *field.shape), field.storage)
+        pad = 0 if field.pad is msgspec.UNSET else encode(np.array(field.pad), field.dtype, None)[0]
+        for record in np.flatnonzero(reads.lengths < sizes).tolist():
+            out[starts[record] + reads.lengths[record] : starts[record] + sizes[record]] = pad
+        out_begins = starts[reads.records] + reads.offsets()
+        gather(locations, name, reads.records, reads.begins, reads.ends, out, out_begins)
+        if self._finite:
+            self._check_finite(name, field, out, starts, locations, np.arange(len(sizes)))
+        return out
+
+    def _extents(self, shard: Shard, name: str, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        if name != "sequence" or self.parts_per_record == self.stored_layers:
+            yield from super()._extents(shard, name, begin, end)
+            return
+        width, offsets = self.unit.row_bytes, shard.read("sequence.offsets", begin, end + 1).tolist()
+        for first, last in itertools.pairwise(offsets):
+            for part in self._parts_read.tolist():
+                row = first * self.stored_layers + part * (last - first)
+                yield row * width, (row + last - first) * width
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Reads:
+    """Runs of steps that are read of N records, in the order of the records.
+
+    Attributes:
+        records: (n,) record of each run.
+        begins: (n,) its first step in the shard.
+        ends: (n,) step behind its last.
+        lengths: (N,) steps that are read of each record.
+    """
+
+    records: Ints
+    begins: Ints
+    ends: Ints
+    lengths: Ints
+
+    def offsets(self) -> Ints:
+        """Return how many steps of the same record are read before each run."""
+        counts = self.ends - self.begins
+        before: Ints = np.cumsum(counts) - counts - (np.cumsum(self.lengths) - self.lengths)[self.records]
+        return before

@@ -1,4 +1,4 @@
-"""Superbatch: several batches on their way together, for what gathering and DALI cost a time, whatever they carry."""
+"""Superbatch: several batches gathered together, which shares the fixed cost of a gather and of a DALI run."""
 
 from __future__ import annotations
 
@@ -21,10 +21,15 @@ SUPERBATCH_BYTES = 16 << 20
 
 
 class Part(NamedTuple):
-    """Neighbouring batches that are gathered at once: their steps, what the index says of them, and the bytes that they take.
+    """Neighbouring batches that are gathered at once.
 
-    shares, located: None where the index could not be read; gathering says why. sparse: one batch, most of which would be
-    padding, is gathered without. lone: one batch that takes more than SUPERBATCH_BYTES.
+    Attributes:
+        steps: Their steps.
+        nbytes: Bytes that they take.
+        shares: Their records; None if the index could not be read, which gathering reports.
+        located: Locations of the records; None likewise.
+        sparse: One batch, gathered without padding because most of it would be padding.
+        lone: One batch that takes more than SUPERBATCH_BYTES.
     """
 
     steps: range
@@ -37,10 +42,15 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Superbatch:
-    """Several batches that are gathered, and go through DALI, at once: what either costs a time is shared by them.
+    """Several batches that are gathered, and go through DALI, at once. A view of `rows` keeps all of them in memory.
 
-    rows: of all of them · valid: (N,) bool · batch_size: rows of one · left_out: why, of every record that was. A batch that
-    looks into `rows` keeps all of them. sparse, lone: as in `Part`.
+    Attributes:
+        rows: Sequences of all batches.
+        valid: (N,) bool, False for padding.
+        batch_size: Records per batch.
+        left_out: The reason per record that was left out.
+        sparse: As in `Part`.
+        lone: As in `Part`.
     """
 
     rows: SequenceRows
@@ -52,28 +62,28 @@ class Superbatch:
 
     @property
     def begins(self) -> range:
-        """The first row of each batch."""
+        """First record of each batch."""
         return range(0, len(self.valid), self.batch_size)
 
     @property
     def longest(self) -> list[int]:
-        """Steps of each batch's longest sequence."""
+        """Steps of the longest sequence of each batch."""
         longest: list[int] = np.maximum.reduceat(self.rows.lengths, self.begins).tolist()
         return longest
 
     def records(self) -> list[Array]:
-        """A view (T_i, *row) of each record; DALI takes about a microsecond for every sample."""
+        """Return a view (T_i, *row) per record; DALI takes about a microsecond per sample."""
         values, starts = self.rows.values, self.rows.starts
         return [values[begin : begin + length] for begin, length in zip(starts, self.rows.lengths, strict=True)]
 
     def batches(self) -> Array:
-        """(batches, B, T, *row), where all records are of one length."""
+        """Return the values as (batches, B, T, *row), if all records have one length."""
         values = self.rows.values
         return values.reshape(len(self.begins), self.batch_size, -1, *values.shape[1:])
 
 
 def superbatches(steps: range, longest: int) -> Iterator[range]:
-    """The steps in superbatches of 1, 2, 4 ... up to `longest`: the first batch comes soon, and the others cheaply."""
+    """Yield the steps in superbatches of 1, 2, 4 ... up to `longest`: the first batch comes soon, the others at low cost."""
     length = 1
     while steps:
         yield steps[:length]
@@ -81,24 +91,33 @@ def superbatches(steps: range, longest: int) -> Iterator[range]:
 
 
 def cuts(longest: Ints, most: int, *, alike: bool) -> Iterator[tuple[int, int]]:
-    """Cut batches (N,), of so many steps each, where more would come to over `most` steps together; one alone may.
+    """Yield ranges of batches that have at most `most` steps together; a single batch may have more.
 
-    alike: each counts as many as the longest that it goes with.
+    Args:
+        longest: (N,) steps of each batch.
+        most: Steps of a range, at most.
+        alike: Whether each batch counts with the steps of the longest one in its range.
     """
     begin = 0
     while begin < len(longest):
-        left = longest[begin:]
-        steps = np.maximum.accumulate(left) * np.arange(1, len(left) + 1) if alike else np.cumsum(left)
+        remaining = longest[begin:]
+        steps = np.maximum.accumulate(remaining) * np.arange(1, len(remaining) + 1) if alike else np.cumsum(remaining)
         end = begin + max(1, int(np.searchsorted(steps, most, side="right")))
         yield begin, end
         begin = end
 
 
 class SequenceGatherer:
-    """Gathers one rank's superbatches; several threads may.
+    """Gather the superbatches of one rank; several threads may.
 
-    padded: "batch" pads each record to the longest of its batch; None leaves padding to DALI, to the longest of the superbatch.
-    bits: whether values are those of bfloat16. skips: errors for which a record is left out.
+    Args:
+        source: Source of the sequences.
+        world: This process among all.
+        batch_size: Records per rank and batch.
+        padded: "batch" pads each record to the longest of its batch; None leaves padding to DALI, to the longest of the
+            superbatch.
+        bits: Whether values are the bits of bfloat16.
+        skips: Errors for which a record is left out.
     """
 
     def __init__(
@@ -115,7 +134,7 @@ class SequenceGatherer:
         self._bits, self._skips = bits, skips
 
     def parts(self, plan: EpochPlan, steps: range) -> list[Part]:
-        """Cut the batches of these steps into parts of SUPERBATCH_BYTES at most, padding counted; reads the index."""
+        """Cut the batches of these steps into parts of at most SUPERBATCH_BYTES, padding included; reads the index."""
         try:
             shares = plan.batches(steps, self._world.rank, self._world.world_size)
             located = self._source.locate(shares.positions)
@@ -124,16 +143,16 @@ class SequenceGatherer:
                 return [Part(steps)]
             return [part for step in steps for part in self.parts(plan, range(step, step + 1))]
         size, row_bytes = self._batch_size, self._source.row_bytes
-        longest = np.maximum.reduceat(located.lengths, np.arange(0, len(located.lengths), size))  # of each batch
-        most = SUPERBATCH_BYTES // max(1, size * row_bytes)
-        found: list[Part] = []
-        for begin, end in cuts(longest, most, alike=self._padded is None):
+        longest = np.maximum.reduceat(located.lengths, np.arange(0, len(located.lengths), size))  # (batches,)
+        most_steps = SUPERBATCH_BYTES // max(1, size * row_bytes)
+        parts: list[Part] = []
+        for begin, end in cuts(longest, most_steps, alike=self._padded is None):
             rows = slice(begin * size, end * size)
             stored = int(located.lengths[rows].sum()) * row_bytes
             padded = int(longest[begin:end].sum()) * size * row_bytes
             lone = padded > SUPERBATCH_BYTES and self._padded is not None
-            sparse = lone and 2 * stored <= padded
-            one = Part(
+            sparse = lone and 2 * stored <= padded and not self._source.layered
+            part = Part(
                 steps=steps[begin:end],
                 nbytes=stored if sparse or self._padded is None else padded,
                 shares=Shares(positions=shares.positions[rows], valid=shares.valid[rows]),
@@ -141,11 +160,11 @@ class SequenceGatherer:
                 sparse=sparse,
                 lone=lone,
             )
-            found.append(one)
-        return found
+            parts.append(part)
+        return parts
 
     def gather(self, plan: EpochPlan, part: Part) -> tuple[list[Superbatch], PipelineError | None]:
-        """The batches of a part; where one is damaged, those before it, one by one, and the error."""
+        """Gather the batches of a part. If one is damaged, return those before it, one by one, and the error."""
         steps = part.steps
         try:
             shares = part.shares or plan.batches(steps, self._world.rank, self._world.world_size)
@@ -153,16 +172,16 @@ class SequenceGatherer:
                 return [self._gather(shares, part)], None
             except self._skips:
                 if len(steps) == 1:
-                    one_by_one = partial(self._source.gather, batch_size=1, padded=None)
-                    sound, left_out = without_damaged(shares, one_by_one, self._skips, self._source.num_records)
+                    gather_one = partial(self._source.gather, batch_size=1, padded=None)
+                    sound, left_out = without_damaged(shares, gather_one, self._skips, self._source.num_records)
                     return [self._gather(sound, part._replace(located=None), left_out)], None
         except PipelineError as error:
             if len(steps) == 1:
                 return [], error
         loaded: list[Superbatch] = []
         for step in steps:
-            one, failure = self.gather(plan, Part(range(step, step + 1)))
-            loaded += one
+            gathered, failure = self.gather(plan, Part(range(step, step + 1)))
+            loaded += gathered
             if failure is not None:
                 return loaded, failure
         return loaded, None
@@ -180,13 +199,12 @@ class SequenceGatherer:
         )
 
     def lengths(self, positions: Ints) -> Ints:
-        """Steps of records (N,), as stored."""
+        """Return the steps of records (N,), as stored."""
         return self._source.lengths(positions)
 
 
 def _signed(rows: SequenceRows, bits: bool) -> SequenceRows:
-    """uint16 and uint32 in the next wider signed type, or, where they are `bits`, in their own: neither DALI nor torch does
-    much with them."""
+    """View `bits` as int16, and widen uint16 and uint32 to signed types, because DALI and torch support them little."""
     if bits:
         return replace(rows, values=rows.values.view(np.int16))
     wider = {"uint16": np.int32, "uint32": np.int64}.get(rows.values.dtype.name)

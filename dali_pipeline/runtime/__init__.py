@@ -1,2 +1,4 @@
-"""What every other folder may use and nothing of it is about data sets: this process among others (`World`, container limits,
-threads, worker processes, memory that is used again), what a run tells (trace, timing, progress), checked arguments."""
+"""This process and its machine: `World`, container limits, threads, worker processes, buffers, timing, traces, checks.
+
+Every other folder may use this one; nothing in it is about data sets.
+"""

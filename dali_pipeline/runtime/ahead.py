@@ -1,5 +1,4 @@
-"""Work done ahead of its use, in threads of this process, its results in order, and torch's beside them; and what a forked
-child must not take down."""
+"""Work done ahead of its use in background threads, with results in order, and torch's number of threads beside them."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from dali_pipeline.runtime.trace import span
 
 T = TypeVar("T")
 R = TypeVar("R")
-LONG_RECORD_BYTES = 32 << 10  # from which on a record is copied for longer than Python works on it
+LONG_RECORD_BYTES = 32 << 10  # for larger records, copying takes longer than Python's work
 AHEAD_BYTES = 96 << 20
 _LEFT_TO_THE_PARENT: list[Any] = []
 
@@ -27,31 +26,37 @@ _LEFT_TO_THE_PARENT: list[Any] = []
 def map_ahead(
     function: Callable[[T], R], items: Iterable[T], threads: int, nbytes: Callable[[T], int] = lambda _: 0
 ) -> Generator[R, None, None]:
-    """`map` in order, `threads` background threads working up to two results ahead each; 0 is the caller's own thread.
+    """Map a function over items in order; background threads work up to two results ahead each.
 
-    nbytes: bytes of memory that an item's result takes; results ahead take AHEAD_BYTES together at most, so none is ahead of a
-    larger one. Closed early, it waits for what is running and leaves no thread behind.
+    Closed early, it waits for running calls and leaves no thread behind.
+
+    Args:
+        function: Function of one item.
+        items: The items.
+        threads: Number of background threads; 0 runs in the caller's thread.
+        nbytes: Function from an item to the bytes of its result. Results ahead take at most AHEAD_BYTES together, so none is
+            ahead of a larger one. Default: 0 bytes.
     """
     if not threads:
         for item in items:
             yield _gathered(function, item)
         return
     pool = ThreadPoolExecutor(threads, thread_name_prefix="gather")
-    pending: deque[tuple[Any, int]] = deque()
-    held = 0
+    results: deque[tuple[Any, int]] = deque()
+    bytes_ahead = 0
     try:
         for item in items:
             size = nbytes(item)
-            while pending and held + size > AHEAD_BYTES:
-                held -= pending[0][1]
-                yield pending.popleft()[0].result()
-            held += size
-            pending.append((pool.submit(_gathered, function, item), size))
-            if len(pending) > 2 * threads:
-                held -= pending[0][1]
-                yield pending.popleft()[0].result()
-        while pending:
-            yield pending.popleft()[0].result()
+            while results and bytes_ahead + size > AHEAD_BYTES:
+                bytes_ahead -= results[0][1]
+                yield results.popleft()[0].result()
+            bytes_ahead += size
+            results.append((pool.submit(_gathered, function, item), size))
+            if len(results) > 2 * threads:
+                bytes_ahead -= results[0][1]
+                yield results.popleft()[0].result()
+        while results:
+            yield results.popleft()[0].result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -62,11 +67,11 @@ def _gathered(function: Callable[[T], R], item: T) -> R:
 
 
 def background_threads(device: torch.device, record_bytes: float, num_workers: int | Literal["auto"] = "auto") -> int:
-    """Return `workers`, or what "auto" stands for.
+    """Return `num_workers`, or the number that "auto" stands for.
 
-    On a GPU that is a quarter of the cores, 4 at most, as one thread gathers 3.5 to 4 GB/s. On a CPU it is one, which overlaps
-    with what the caller's thread does with records of such a size; none where that computes on the same one core, or on the
-    same two and Python holds it up, which one thread runs at a time, rather than copying.
+    On a GPU it is a quarter of the cores, at most 4, because one thread gathers 3.5 to 4 GB/s. On a CPU it is one thread, which
+    overlaps with the caller's work on records. It is none on one core. On two cores it is none for short records, on which
+    Python, which one thread runs at a time, takes longer than copying.
     """
     if num_workers != "auto":
         return num_workers
@@ -76,30 +81,31 @@ def background_threads(device: torch.device, record_bytes: float, num_workers: i
 
 
 def cores_beside(busy: int) -> int:
-    """Threads that torch may work on in the caller's, while so many others are `busy`."""
+    """Return the threads that torch may use in the caller's thread while `busy` others work."""
     return max(1, int(allowed_cores()) - busy)
 
 
 def on_threads(count: int) -> AbstractContextManager[object]:
-    """Inside, torch works in this thread on so many threads at most; costs 11 us where that is fewer than elsewhere.
+    """Limit torch in this thread to `count` threads inside the block; costs 11 us if that is fewer than elsewhere.
 
-    OpenMP cuts work into equal parts, so all wait for the one whose core is busy, and keep their own cores waiting: a cast
-    beside a gathering thread on two cores took two threads 1.6 times as long as one alone, and twice the cores' time.
+    OpenMP cuts work into equal parts, so all threads wait for the one whose core is busy, and keep their own cores waiting. A
+    cast beside a gathering thread on two cores took two threads 1.6 times as long as one, and twice the cores' time.
     """
     return nullcontext() if count >= torch.get_num_threads() else _openmp().limit(limits=count)
 
 
 @cache
 def _openmp() -> ThreadpoolController:
-    """Torch's, whose limits hold for the calling thread alone."""
+    """Return the controller of torch's OpenMP, whose limits hold for the calling thread alone."""
     return ThreadpoolController().select(user_api="openmp")
 
 
 @contextmanager
 def belonging_to_this_process(thing: Any) -> Iterator[None]:
-    """Where the block ends in a process forked meanwhile, keeps `thing` alive there.
+    """Keep `thing` alive in a process that was forked within the block.
 
-    Taken down, a DALI pipeline would wait for threads that the child has not, and torch's iterator end the parent's workers.
+    If it were destroyed there, a DALI pipeline would wait for threads that the child does not have, and torch's iterator would
+    end the parent's workers.
     """
     process = os.getpid()
     try:

@@ -1,6 +1,6 @@
-"""Checks of single arguments: what stands for a number is taken as one, anything else is refused in one sentence.
+"""Checks of single arguments: what stands for a number is accepted as one, anything else is refused in one sentence.
 
-Words that changed before the first release are refused too, and the new word is named.
+Words that changed before the first release are refused too, with the new word.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def shown(value: object) -> str:
-    """Return an argument as an error tells it: on one line, and short."""
+    """Return an argument as an error shows it: on one line, and short."""
     text = " ".join(repr(value).split())
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]} …"
 
 
 def is_truth(value: object) -> bool:
-    """Whether `value` is True or False, of Python or NumPy."""
+    """Return whether `value` is True or False, of Python or NumPy."""
     return isinstance(value, bool | np.bool_)
 
 
 def whole(name: str, value: Any, least: int = 0, most: int = MOST, *, expected: str = "") -> int:
-    """Return any integral number (NumPy's, a tensor of one element) between `least` and `most` as an int; True is none.
+    """Return any integral number between `least` and `most` as an int, for example NumPy's or a tensor of one element.
 
-    Raises UsageError that names the argument and what was `expected`.
+    True is not a number. Raises UsageError that names the argument and what was `expected`.
     """
     try:
         number = None if is_truth(value) or "bool" in str(getattr(value, "dtype", "")) else operator.index(value)
@@ -76,8 +76,8 @@ def truth(name: str, value: Any) -> bool:
 
 
 def one_of(name: str, value: Any, known: Collection[Any]) -> None:
-    """Raise UsageError for a value that is none of `known`; of anything, also what cannot be hashed or compared."""
-    if not any(value is each or (isinstance(value, str) and value == each) for each in known):
+    """Raise UsageError for a value that is none of `known`, also for one that cannot be hashed or compared."""
+    if not any(value is option or (isinstance(value, str) and value == option) for option in known):
         raise UsageError(f"{name} is {shown(value)}; expected {' or '.join(map(repr, known))}")
 
 
@@ -89,12 +89,12 @@ def mapping(name: str, value: Any, example: str) -> Mapping[Any, Any]:
 
 
 def path(name: str, value: Any) -> str:
-    """Return the text of a path; raises UsageError for what no file can be called."""
+    """Return the text of a path; raise UsageError for a value that cannot name a file."""
     try:
         text = os.fspath(value)
         if isinstance(text, str) and b"\0" not in os.fsencode(text):
             return text
-    except (TypeError, ValueError):  # of a lone surrogate, UnicodeEncodeError
+    except (TypeError, ValueError):  # a lone surrogate raises UnicodeEncodeError
         pass
     raise UsageError(f"{name} is {shown(value)}; expected a path")
 

@@ -1,4 +1,4 @@
-"""Container: the cores and the memory that this process is allowed, by affinity and by control groups of either version."""
+"""Container: the cores and the memory that this process may use, by affinity and by control groups of either version."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ ROOT = Path("/")
 
 
 def allowed_cores(system: Path = ROOT) -> float:
-    """Those that this process may use, in tenths of one where its container says so. Costs microseconds."""
+    """Return the cores that this process may use, in fractions if its container says so. Costs microseconds."""
     cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     for folder in _groups("cpu", system):
-        with suppress(OSError, ValueError):  # version 2: "max 100000" where there is no limit
+        with suppress(OSError, ValueError):  # version 2: "max 100000" without a limit
             quota, period = (folder / "cpu.max").read_text().split()
             cores = min(cores, int(quota) / int(period))
         quota_us, period_us = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
-        if quota_us and period_us and quota_us > 0:  # version 1: -1 where there is none
+        if quota_us and period_us and quota_us > 0:  # version 1: -1 without a limit
             cores = min(cores, quota_us / period_us)
     return cores
 
 
 def allowed_memory(system: Path = ROOT) -> tuple[int, int]:
-    """Bytes of memory, and bytes of it that are to be had, the page cache among them, as it gives way."""
+    """Return the bytes of memory, and the bytes available, which include the page cache because it gives way."""
     memory = psutil.virtual_memory()
     total, available = int(memory.total), int(memory.available)
     names = (("memory.max", "memory.current", ""), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"))
     for folder in _groups("memory", system):
         for limit_name, used_name, prefix in names:
             limit, used = _number(folder / limit_name), _number(folder / used_name)
-            if limit is None or used is None or limit >= memory.total:  # none, however it is written
+            if limit is None or used is None or limit >= memory.total:  # no limit, in any notation
                 continue
             cached = sum(_statistics(folder).get(f"{prefix}{name}", 0) for name in ("active_file", "inactive_file"))
             total, available = min(total, limit), min(available, max(0, limit - used + cached))
@@ -41,7 +41,7 @@ def allowed_memory(system: Path = ROOT) -> tuple[int, int]:
 
 
 def _groups(controller: str, system: Path) -> Iterator[Path]:
-    """The folders of this process's control group and of those above it; in a container often the root alone is there."""
+    """Yield the folders of this process's control group and of its parents; in a container often only the root exists."""
     with suppress(OSError):
         for line in (system / "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -53,7 +53,7 @@ def _groups(controller: str, system: Path) -> Iterator[Path]:
 
 
 def _number(path: Path) -> int | None:
-    """None where there is no such file, or no number in it (`max`)."""
+    """Return the number in a file; None if the file does not exist or contains no number (`max`)."""
     with suppress(OSError, ValueError):
         return int(path.read_text())
     return None

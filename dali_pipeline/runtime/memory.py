@@ -1,4 +1,4 @@
-"""Buffers: memory that is used again once nothing looks at it any more."""
+"""Buffers: memory that is reused once nothing refers to it any more."""
 
 from __future__ import annotations
 
@@ -16,17 +16,21 @@ from dali_pipeline.types import Array
 _UNIT = 2 << 20  # a huge page
 _PAGE = 4096
 _KEPT_BYTES = 192 << 20
-_OURS = 2  # references to a piece that nothing else looks at: the name that asks, and the question
+_OURS = 2  # references to an unused piece: the local name, and the argument of getrefcount
 
 
 class Buffers:
-    """Page-aligned memory by the piece, for batches; thread-safe.
+    """Page-aligned memory for batches; thread-safe.
 
-    Fresh memory costs a page fault every 4 KiB, which took longer than reading into it. A piece is handed out again when the
-    last array or tensor that looks into it is gone, so a batch that is kept stays what it is. That is seen by its count of
-    references: a finaliser would run wherever a batch is let go, and swallow a Ctrl-C that strikes inside it. kept: pieces
-    remembered, those in use too; of _KEPT_BYTES together at most, so a huge batch leaves no memory behind. pinned: whether a
-    GPU may read it while nobody waits; whoever has it do so holds on to the array until it is through.
+    Fresh memory costs a page fault every 4 KiB, which took longer than reading into it. A piece is reused when the last array
+    or tensor that refers to it is gone, so a batch that is kept does not change. Reference counts show that: a finaliser would
+    run wherever a batch is dropped, and swallow a Ctrl-C that arrives inside it.
+
+    Args:
+        kept: Pieces remembered, those in use included; at most _KEPT_BYTES together, so a huge batch leaves no memory behind.
+            Default: 12.
+        pinned: Whether a GPU may read the memory asynchronously. Who starts such a read keeps the array until it is finished.
+            Default: False.
     """
 
     def __init__(self, kept: int = 12, *, pinned: bool = False) -> None:
@@ -37,38 +41,38 @@ class Buffers:
         return partial(type(self), self._pieces.maxlen or 0, pinned=self._pinned), ()
 
     def take(self, nbytes: int, phase: int = 0) -> Array:
-        """`nbytes` bytes, uint8, of any content; where they are many, `phase` bytes (below 4096) behind a page's begin."""
-        if nbytes < _UNIT // 2:  # kept by the allocator anyway
+        """Return `nbytes` bytes, uint8, not initialised; large ones begin `phase` bytes (below 4096) after a page boundary."""
+        if nbytes < _UNIT // 2:  # the allocator reuses it anyway
             return pinned_bytes(nbytes) if self._pinned else np.empty(nbytes, np.uint8)
-        wanted = -(-(nbytes + _PAGE) // _UNIT) * _UNIT
-        whole = self._find(wanted)
-        if whole is None:
-            whole = pinned_bytes(wanted) if self._pinned else _fresh(wanted)  # what every view has for its base
-        part: Array = whole[phase : phase + nbytes]
-        self._pieces.append(whole)
+        piece_bytes = -(-(nbytes + _PAGE) // _UNIT) * _UNIT
+        base = self._find(piece_bytes)
+        if base is None:
+            base = pinned_bytes(piece_bytes) if self._pinned else _fresh(piece_bytes)  # the base of every view
+        view: Array = base[phase : phase + nbytes]
+        self._pieces.append(base)
         while sum(len(piece) for piece in list(self._pieces)) > _KEPT_BYTES:
             with contextlib.suppress(IndexError):  # another thread was first
                 self._pieces.popleft()
-        return part
+        return view
 
-    def _find(self, wanted: int) -> Array | None:
-        """A piece that nothing looks at, large enough and not more than twice as large; smaller ones are let go."""
+    def _find(self, min_bytes: int) -> Array | None:
+        """Return an unused piece, large enough and at most twice as large; smaller unused ones are dropped."""
         for _ in range(len(self._pieces)):
             try:
                 piece = self._pieces.popleft()
-            except IndexError:  # another thread looks at it
+            except IndexError:  # another thread has taken it
                 return None
             if sys.getrefcount(piece) == _OURS:
-                if wanted <= len(piece) <= 2 * wanted:
+                if min_bytes <= len(piece) <= 2 * min_bytes:
                     return piece
-                if len(piece) < wanted:
+                if len(piece) < min_bytes:
                     continue
             self._pieces.append(piece)
         return None
 
 
 def pinned_bytes(nbytes: int) -> Array:
-    """Return `nbytes` bytes, uint8, that a GPU may read from; torch keeps such memory and hands it out again."""
+    """Return `nbytes` bytes, uint8, that a GPU may read from; torch caches and reuses such memory."""
     import torch
 
     memory: Array = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()

@@ -1,4 +1,4 @@
-"""numpyversion: refuse NumPy 1 in one sentence, before what cannot be imported beside it; `make` runs this module first."""
+"""numpyversion: refuse NumPy 1 with one sentence, before an import that fails with it; `make` runs this module first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from dali_pipeline.errors import UsageError
 
-LEAST = 2  # pyarrow and others are built for it, and say so only as they are imported
+LEAST = 2  # pyarrow and others are built for it, and fail only when they are imported
 
 
 def check_numpy() -> None:

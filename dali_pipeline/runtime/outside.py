@@ -1,4 +1,4 @@
-"""The outside of a command: standard streams, working folder and signals, so that each of their faults is one sentence."""
+"""Environment of a command: standard streams, working folder and signals, each failure of which is one sentence."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from dali_pipeline.errors import UsageError
 
 
 class Terminated(BaseException):
-    """SIGTERM came: no error, so what catches errors lets it through, and what cleans up does."""
+    """SIGTERM arrived. It is no Exception, so handlers of errors let it pass, and cleanup code runs."""
 
     exit_code = 128 + signal.SIGTERM
 
 
 def check_outside() -> None:
-    """Makes standard streams that fail at no character. Raises UsageError for a closed standard output, or no working folder.
+    """Make standard streams that accept any character; raise UsageError for a closed standard output, or no working folder.
 
-    A closed stream is replaced by one that goes nowhere: else the next file that is opened would have its number, and what a
+    A closed stream is replaced by one to the null device. Otherwise the next file opened would get its number, and what a
     library prints would be written into that file.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # uses the lowest free number
     closed = sys.stdout is None
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w", encoding="utf-8") for stream in (sys.stdout, sys.stderr))  # noqa: PTH123, SIM115
     if closed:
@@ -41,18 +41,18 @@ def check_outside() -> None:
         sys.stdout.reconfigure(errors="replace")
     try:
         os.getcwd()  # noqa: PTH109
-    except FileNotFoundError:  # with which libraries beneath torch end the process
+    except FileNotFoundError:  # libraries beneath torch end the process for it
         raise UsageError("the working folder is gone; go to one that is there") from None
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Within the block a first SIGTERM raises Terminated, unless the program has a handler of its own; a second one kills."""
+    """Raise Terminated for the first SIGTERM within the block, unless the program has its own handler; a second one kills."""
     process = os.getpid()
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if os.getpid() != process:  # forked meanwhile: not the process that cleans up
+        if os.getpid() != process:  # forked meanwhile: another process cleans up
             os.kill(os.getpid(), signal.SIGTERM)
         raise Terminated
 
@@ -68,7 +68,7 @@ def terminable() -> Iterator[None]:
 
 @contextmanager
 def broken_pipes() -> Iterator[None]:
-    """Within the block a broken pipe is BrokenPipeError, where typer would make of it exit code 1, and streams that hide it."""
+    """Raise BrokenPipeError for a broken pipe within the block, where typer would end with exit code 1 and hide the streams."""
     streams = sys.stdout, sys.stderr
     try:
         yield
@@ -80,12 +80,12 @@ def broken_pipes() -> Iterator[None]:
 
 
 def readable(root: Any) -> str:
-    """A path or URL as text that any encoding of text takes; bytes of a name that are no UTF-8 become U+FFFD."""
+    """Return a path or URL as text that any encoding accepts; bytes of a name that are not UTF-8 become U+FFFD."""
     return str(root).encode(errors="surrogateescape").decode(errors="replace")
 
 
 def as_output(path: Path) -> Path:
-    """The file that a name given by the user stands for, links followed. Raises UsageError for one that is no regular file."""
+    """Return the file that a user's path stands for, links followed; raise UsageError if it is no regular file."""
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise UsageError(f"{path} is no regular file; expected the name of a file to be written")
@@ -93,14 +93,14 @@ def as_output(path: Path) -> Path:
 
 
 def say(text: str) -> None:
-    """A line on standard error, if that can be written to."""
+    """Print a line on standard error, if it can be written to."""
     with suppress(OSError, ValueError):
         sys.stderr.write(text.encode(errors="backslashreplace").decode() + "\n")
     drained(sys.stderr)
 
 
 def drained(stream: IO[Any]) -> bool:
-    """Whether all that was printed is where it should be. If not, the rest goes nowhere, or Python would end with code 120."""
+    """Flush a stream; return whether that worked. Otherwise the rest is dropped, or Python would end with code 120."""
     try:
         stream.flush()
     except (OSError, ValueError):
@@ -111,7 +111,7 @@ def drained(stream: IO[Any]) -> bool:
 
 
 def reason_of(error: OSError) -> str:
-    """What went wrong, and where, in words."""
+    """Return what failed, and where, in words."""
     why = error.strerror or str(error) or type(error).__name__
     if error.filename is not None:
         return f"{os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename}: {why}"

@@ -1,6 +1,6 @@
-"""Processes that work ahead: results in order, their large arrays in memory that is shared and used again, the rest by pipe.
+"""Worker processes that work ahead: results in order, large arrays in shared memory that is reused, the rest by pipe.
 
-The memory is not a file of /dev/shm, so a container's small one is no limit.
+The memory is not a file of /dev/shm, so the small one of a container is no limit.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from dali_pipeline.types import Array
 
 T = TypeVar("T")
 R = TypeVar("R")
-ARENAS = 2  # a worker: one that it fills while the other is used up
+ARENAS = 2  # per worker: it fills one while the other is in use
 _ALIGNED = 64
 
 
 class Arena(Buffers):
-    """Shared memory of a size, handed out from its begin; what it has no room for is memory of the process's own."""
+    """Shared memory of fixed size, allocated from its begin. A request that does not fit gets memory of this process."""
 
     def __init__(self, shared: SharedBytes) -> None:
         super().__init__()
@@ -40,11 +40,11 @@ class Arena(Buffers):
         return Arena, (self._shared,)
 
     def clear(self) -> None:
-        """Everything may be handed out again."""
+        """Free all allocations."""
         self._used = 0
 
     def take(self, nbytes: int, phase: int = 0) -> Array:
-        """`nbytes` bytes, uint8, `phase` bytes behind a multiple of 64."""
+        """Return `nbytes` bytes, uint8, `phase` bytes after a multiple of 64."""
         begin = -(-self._used // _ALIGNED) * _ALIGNED + phase % _ALIGNED
         if begin + nbytes > len(self._bytes):
             return np.empty(nbytes, np.uint8)
@@ -52,8 +52,8 @@ class Arena(Buffers):
         return self._bytes[begin : begin + nbytes]
 
     def dumps(self, result: object) -> bytes:
-        """The result, but for arrays that lie in the arena: of these only where."""
-        places: list[tuple[int, int]] = []
+        """Pickle the result; for arrays in the arena, only their locations."""
+        locations: list[tuple[int, int]] = []
         base = self._bytes.ctypes.data
 
         def outside(buffer: pickle.PickleBuffer) -> bool:
@@ -61,20 +61,20 @@ class Arena(Buffers):
             begin = array.ctypes.data - base
             inside = len(array) > 0 and 0 <= begin < len(self._bytes)
             if inside:
-                places.append((begin, len(array)))
+                locations.append((begin, len(array)))
             return not inside
 
         body = pickle.dumps(result, protocol=5, buffer_callback=outside)
-        return pickle.dumps((places, body))
+        return pickle.dumps((locations, body))
 
     def loads(self, message: bytes) -> Any:
-        """What `dumps` was given, in another process; it holds until the arena is filled again."""
-        places, body = pickle.loads(message)
-        return pickle.loads(body, buffers=[self._bytes[begin : begin + size] for begin, size in places])
+        """Unpickle, in another process, what `dumps` returned; valid until the arena is filled again."""
+        locations, body = pickle.loads(message)
+        return pickle.loads(body, buffers=[self._bytes[begin : begin + size] for begin, size in locations])
 
 
 class _Worker:
-    """One process, and its arenas that wait for work."""
+    """One process, and its arenas."""
 
     def __init__(self, process: WorkerProcess, arenas: list[Arena]) -> None:
         self.process, self.pipe, self.arenas = process, process.pipe, arenas
@@ -104,10 +104,18 @@ class _Worker:
 def map_in_processes(
     work: Callable[[T, Buffers], R], items: Iterable[T], num_workers: int, arena_bytes: int
 ) -> Generator[R, None, None]:
-    """`map` in order by so many processes, each up to two results ahead; a result holds until the next is asked for.
+    """Map a function over items in order in processes, each up to two results ahead; a result is valid until the next one.
 
-    work: may take what is large in its result from the memory that it is handed · arena_bytes: of it, for one result; a larger
-    one goes through a pipe. Raises what `work` raises, PipelineError for a worker that died. Closed early, leaves no process.
+    Closed early, it leaves no process behind.
+
+    Args:
+        work: Function of an item and of memory, from which it may take the large arrays of its result.
+        items: The items.
+        num_workers: Number of processes.
+        arena_bytes: Shared memory per result; a larger result goes through a pipe.
+
+    Raises:
+        PipelineError: A worker died, or cannot be started. Errors of `work` are raised as they are.
     """
     owner, processes, arenas = os.getpid(), list[WorkerProcess](), list[list[Arena]]()
 
@@ -123,18 +131,18 @@ def map_in_processes(
                 f"{num_workers} worker processes with {ARENAS} x {arena_bytes >> 20} MiB of shared memory each cannot be had "
                 f"({error.strerror}); expected memory for them: use fewer workers or workers=0"
             ) from error
-        crew = [_Worker(process, own) for process, own in zip(processes, arenas, strict=True)]
-        left = iter(items)
-        asked: deque[tuple[_Worker, int]] = deque()
-        free = deque((worker, arena) for arena in range(ARENAS) for worker in crew)
+        workers = [_Worker(process, worker_arenas) for process, worker_arenas in zip(processes, arenas, strict=True)]
+        remaining = iter(items)
+        running: deque[tuple[_Worker, int]] = deque()
+        free = deque((worker, arena) for arena in range(ARENAS) for worker in workers)
         while True:
-            while free and (item := next(left, None)) is not None:
+            while free and (item := next(remaining, None)) is not None:
                 worker, arena = free.popleft()
                 worker.ask(item, arena)
-                asked.append((worker, arena))
-            if not asked:
+                running.append((worker, arena))
+            if not running:
                 return
-            worker, arena = asked.popleft()
+            worker, arena = running.popleft()
             result = worker.answer(arena)
             if isinstance(result, BaseException):
                 raise result
@@ -142,16 +150,16 @@ def map_in_processes(
             del result
             free.append((worker, arena))
     finally:
-        if os.getpid() == owner:  # a process forked meanwhile has none of them
+        if os.getpid() == owner:  # a process forked meanwhile owns none of them
             end_workers(processes)
 
 
 def _serve(pipe: Connection, work: Callable[[Any, Buffers], object], arenas: list[Arena]) -> None:
-    """Answer each (item, arena) with the result, or the error, and when it was worked on, in a worker."""
+    """Answer each (item, arena) in a worker with the result, or the error, and the begin and end of the work."""
     while True:
         item, arena = pipe.recv()
         arenas[arena].clear()
-        begin = time.perf_counter()  # of all processes the same clock
+        begin = time.perf_counter()  # the same clock in all processes
         try:
             answer = arenas[arena].dumps((work(item, arenas[arena]), begin, time.perf_counter()))
         except Exception as error:

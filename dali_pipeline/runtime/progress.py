@@ -1,4 +1,4 @@
-"""One progress bar for every long job: done of total, rate, time left. Silent when standard error is not a terminal."""
+"""One progress bar for every long job: done of total, rate, time left. Silent if standard error is not a terminal."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ from rich.text import Text
 
 
 class _Rate(ProgressColumn):
+    """Column with the speed of a task, in units per second."""
+
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed or 0.0
         return Text(f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.2f}/s")
 
 
 def shown(bar: Progress, description: str, total: int, before: int = 0) -> Callable[[int], None]:
-    """A new task of the bar, of which `before` was done earlier; told how much more is done now, it shows that."""
+    """Add a task to the bar, `before` of which was done earlier; return a function that takes how much more is done."""
     task = bar.add_task(description, total=total, completed=before)
     return lambda count: bar.update(task, completed=before + count)
 
 
 def progress_bar(*extra: ProgressColumn) -> Progress:
-    """A rich Progress on standard error; `extra` columns stand at its end."""
+    """Return a rich Progress on standard error, with `extra` columns at its end."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""How many threads torch computes with on a CPU, for models whose steps take milliseconds."""
+"""Number of threads that torch computes with on a CPU, for models whose steps take milliseconds."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ CORES_PER_THREAD, MOST_THREADS = 4, 4  # measured: docs/log.md, 2026-11-28
 
 
 def wait_passively() -> None:
-    """Have OpenMP's threads sleep while they wait, unless the user says otherwise; to be called before torch loads.
+    """Make OpenMP's threads sleep while they wait, unless the user chose otherwise; call it before torch loads.
 
-    Left alone, a thread that waits for another one spins, and so takes the core that the other one needs.
+    By default a waiting thread spins, and so takes the core that another thread needs.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def default_threads() -> int:
-    """Return torch's threads in this process: as OMP_NUM_THREADS says, else a fixed function of the cores it may use.
+    """Return the number of torch's threads in this process: OMP_NUM_THREADS, or a fixed function of its cores.
 
-    A quarter of the cores, 4 at most: parts of a small step are too short to be shared, and on a shared machine or in a
+    It is a quarter of the cores, at most 4. Parts of a small step are too short to be shared, and on a shared machine or in a
     container all parts wait for the one whose core is busy.
     """
-    told = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    if told.strip().isdecimal() and int(told) > 0:
-        return int(told)
+    variable = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    if variable.strip().isdecimal() and int(variable) > 0:
+        return int(variable)
     processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
     return int(min(MOST_THREADS, max(1, allowed_cores() / processes // CORES_PER_THREAD)))
 
 
 def thread_counts() -> list[int]:
-    """Return the numbers of threads that are worth trying: 1, 2, 4 … up to the cores of this process."""
+    """Return the numbers of threads worth trying: 1, 2, 4 … up to the cores of this process."""
     processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
     cores = max(1, int(allowed_cores() / processes))
     return [count for count in (1, 2, 4, 8, 16, 32, 64) if count <= cores]

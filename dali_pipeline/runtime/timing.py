@@ -1,4 +1,4 @@
-"""StepTimer: how long a training loop waited for data and how long it computed; replay: how fast it could be."""
+"""StepTimer: how long a training loop waited for data and computed; replay: how fast the loop could be."""
 
 from __future__ import annotations
 
@@ -19,33 +19,50 @@ T = TypeVar("T")
 
 
 class StepTimer:
-    """Splits a loop's time into waiting for the next batch and everything else.
+    """Split the time of a training loop into waiting for the next batch and everything else.
 
-        timer = StepTimer()
-        for batch in timer(loader):
-            train(batch)
-        print(timer.wait_seconds, timer.compute_seconds, timer.gap_share)
+    Both are seconds of the host. A GPU works behind the host: it may be busy all the time while the host waits in `next()`, and
+    idle while the host launches kernels. With a GPU as `device`, two CUDA events per step measure the true gap between the end
+    of a step and the begin of the next; nothing waits for them. A `Trace` shows the host's times as `load` and `step`.
 
-    Both are the host's seconds. A GPU works behind the host: it may be busy all the time while the host waits in `next()`, and
-    idle while the host launches kernels. With its `device`, two CUDA events per step tell the true gap between the end of a
-    step and the begin of the next; nothing waits for them. Costs two clock readings per step, on a GPU some microseconds more.
-    A `Trace` shows the host's two, as `load` and `step`.
+    Costs two clock readings per step, on a GPU some microseconds more.
 
     Args:
-        device: Where the loop computes. Only a GPU makes a difference. Default: None, as for a CPU.
+        device: Device that the loop computes on; only a GPU makes a difference. Default: None, as for a CPU.
+
+    Attributes:
+        wait_seconds: Seconds spent waiting for batches.
+        start_seconds: Seconds of these spent waiting for the very first batch: libraries, files, the first hashes.
+        compute_seconds: Seconds spent in the loop's body.
+        records: Number of records, padding included; the sum of the batches' `len()`.
+        bytes: Bytes of the batches; the sum of their `nbytes`.
+        steps: Number of steps.
+
+    Examples:
+        >>> timer = dp.StepTimer()  # doctest: +SKIP
+        >>> for batch in timer(loader):  # doctest: +SKIP
+        ...     train(batch)
+        >>> print(timer.wait_seconds, timer.compute_seconds, timer.gap_share)  # doctest: +SKIP
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._gpu = _DeviceTimes() if device is not None and device.type == "cuda" else None
         self.wait_seconds = 0.0
-        self.start_seconds = 0.0  # of them, waiting for the very first batch: libraries, files, the first hashes
+        self.start_seconds = 0.0
         self.compute_seconds = 0.0
         self.records = 0
         self.bytes = 0
         self.steps = 0
 
     def __call__(self, batches: Iterable[T]) -> Iterator[T]:
-        """Yields the batches; a batch's `len()` counts as records, its `nbytes` as bytes, where it has them."""
+        """Yield the batches, and measure the loop over them.
+
+        Args:
+            batches: Any iterable. `len()` of a batch counts as records, `nbytes` as bytes, if it has them.
+
+        Returns:
+            An iterator over the same batches.
+        """
         mark = time.perf_counter()
         for batch in batches:
             now = self._waited(mark)
@@ -59,7 +76,7 @@ class StepTimer:
                 self._gpu.begin()
             try:
                 yield batch
-            finally:  # also where the loop is left by a break
+            finally:  # also after a break
                 if self._gpu is not None:
                     self._gpu.end()
                 now = time.perf_counter()
@@ -68,7 +85,7 @@ class StepTimer:
                 mark = now
         self._waited(mark)
         if self._gpu is not None:
-            self._gpu.pause()  # what comes between two loops is no gap between steps
+            self._gpu.pause()  # the time between two loops is no gap between steps
 
     def _waited(self, since: float) -> float:
         now = time.perf_counter()
@@ -78,7 +95,7 @@ class StepTimer:
 
     @property
     def seconds(self) -> float:
-        """Wait and compute together."""
+        """Seconds of waiting and computing together."""
         return self.wait_seconds + self.compute_seconds
 
     @property
@@ -88,7 +105,7 @@ class StepTimer:
 
     @property
     def steady_wait_share(self) -> float:
-        """The same without the wait for the very first batch, which a long run does not notice."""
+        """The wait share without the wait for the very first batch, which does not matter in a long run."""
         rest = self.seconds - self.start_seconds
         return (self.wait_seconds - self.start_seconds) / rest if rest > 0 else 0.0
 
@@ -96,30 +113,30 @@ class StepTimer:
     def gap_share(self) -> float:
         """Share of the time in which the device had no step to work on, 0 to 1: what training loses to the input.
 
-        On a GPU the gaps between its steps, of those that have ended; elsewhere `steady_wait_share`. Without the wait for the
-        very first batch.
+        On a GPU these are the gaps between the steps that have ended; otherwise it is `steady_wait_share`. Without the wait for
+        the very first batch.
         """
         return self.steady_wait_share if self._gpu is None else self._gpu.gap_share
 
     @property
     def records_per_second(self) -> float:
-        """Records through the loop a second, padding rows included."""
+        """Records per second through the loop, padding included."""
         return self.records / self.seconds if self.seconds else 0.0
 
     @property
     def bytes_per_second(self) -> float:
-        """Bytes of batches through the loop a second."""
+        """Bytes of batches per second through the loop."""
         return self.bytes / self.seconds if self.seconds else 0.0
 
 
 class _DeviceTimes:
-    """Seconds of a GPU within steps and between them, by events in the caller's stream that are read once they have passed."""
+    """Seconds of a GPU within and between steps, from events in the caller's stream, read once they have passed."""
 
     def __init__(self) -> None:
         self.gap_seconds = self.step_seconds = 0.0
         self._last_end: Any = None
         self._begin: Any = None
-        self._passing: deque[tuple[Any, Any, Any]] = deque()  # end of the step before, or None; begin and end of a step
+        self._passing: deque[tuple[Any, Any, Any]] = deque()  # end of the previous step, or None; begin and end of a step
 
     def begin(self) -> None:
         self._begin = _event()
@@ -155,12 +172,22 @@ def _event() -> Any:
 
 
 def replay(batches: Iterable[T], count: int) -> Iterator[T]:
-    """The first batch `count` times: a loop over it waits for no data, so its speed is the most that any loader can give it."""
+    """Yield the first batch `count` times.
+
+    A loop over it waits for no data, so its speed is the highest that any loader can give the loop.
+
+    Args:
+        batches: Any iterable.
+        count: Number of batches to yield.
+
+    Returns:
+        An iterator; empty if there are no batches.
+    """
     for first in batches:
         yield from repeat(first, count)
         return
 
 
 def peak_rss_bytes() -> int:
-    """The most resident memory this process has had so far, in bytes (Linux counts it in KiB, macOS in bytes)."""
+    """Return the peak resident memory of this process in bytes (Linux counts it in KiB, macOS in bytes)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

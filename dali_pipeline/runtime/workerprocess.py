@@ -1,4 +1,4 @@
-"""WorkerProcess: a Python process of this package's own, and memory that it shares with the process that started it.
+"""WorkerProcess: a Python process started by this package, and memory that it shares with the process that started it.
 
 A worker is started as a fresh program, not forked. A forked child has none of its parent's threads, so a library that waits for
 one of its own hangs in it: OpenMP does, once torch has computed in the parent. And unlike the processes of `multiprocessing`, a
@@ -26,16 +26,16 @@ from typing import Any
 
 from dali_pipeline.errors import PipelineError
 
-LOOK_SECONDS = 0.5  # between two looks at whether the parent is still there
+LOOK_SECONDS = 0.5  # between two checks that the parent still exists
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from dali_pipeline.runtime.workerprocess import main; main(*sys.argv[2:])"
-_passing = threading.local()  # `descriptors`: those that pickled objects ask to be passed on, while a worker is being started
+_passing = threading.local()  # `descriptors` that pickled objects pass to the worker being started
 
 
 class SharedBytes:
-    """Zeroed memory of `nbytes` bytes, at `memory`, that workers see as well.
+    """Zeroed memory of `nbytes` bytes, at `memory`, that workers share.
 
     It is a file without a name, known by its descriptor: a container's small /dev/shm is no limit, and a process that is killed
-    leaves nothing behind. Pickled for a worker it is the same memory; pickled for anything else it begins anew, zeroed.
+    leaves nothing behind. Pickled for a worker it is the same memory; pickled for anything else it is new, zeroed memory.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -62,16 +62,17 @@ def _attach(descriptor: int, nbytes: int) -> SharedBytes:
 
 
 class WorkerProcess:
-    """A process that runs `serve(pipe, *arguments)` and ends with it, or with the process that started it, however that ends.
+    """A process that runs `serve(pipe, *arguments)`, and ends with it or with the process that started it.
+
+    Starting costs 0.2 to 0.4 s, of which the caller waits a few milliseconds. A worker ignores Ctrl-C, which the parent
+    receives.
 
     Args:
         serve: Function of a module, called in the worker with its end of the pipe.
-        arguments: What it is given besides; pickled. `SharedBytes` among them are shared.
+        arguments: Further arguments; pickled. `SharedBytes` among them are shared.
 
     Raises:
         OSError: The system grants no more processes, memory or descriptors.
-
-    Starting costs 0.2 to 0.4 s, of which the caller waits a few milliseconds. A worker ignores Ctrl-C, which the parent hears.
     """
 
     def __init__(self, serve: Callable[..., None], arguments: tuple[Any, ...]) -> None:
@@ -82,7 +83,7 @@ class WorkerProcess:
             del _passing.descriptors
         self.pipe, theirs = Pipe()
         command = [get_executable(), "-P", "-c", _BOOT, str(Path(__file__).parents[2])]
-        # blocked while the worker starts, as a Ctrl-C would end it with a traceback before it can ignore it
+        # blocked while the worker starts: a Ctrl-C would end it with a traceback before it can ignore the signal
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._process = subprocess.Popen(
@@ -102,9 +103,9 @@ class WorkerProcess:
         return self._process.pid
 
     def begin(self) -> None:
-        """Hand over the task: apart from the start, so that several workers start side by side.
+        """Send the task: apart from the start, so that several workers start side by side.
 
-        Raises OSError where the worker is gone already.
+        Raises OSError if the worker is gone already.
         """
         assert self._task is not None
         self.pipe.send(sys.path)
@@ -112,16 +113,16 @@ class WorkerProcess:
         self._task = None
 
     def kill(self) -> None:
-        """End the process at once, whatever it does."""
+        """End the process at once."""
         self._process.kill()
 
     def join(self) -> None:
-        """Wait until the process has ended, and let its pipe go."""
+        """Wait until the process has ended, and close its pipe."""
         self._process.wait()
         self.pipe.close()
 
     def how_it_ended(self) -> str:
-        """Return `killed by signal 9`, `exit code 1`; waits a second for it."""
+        """Return `killed by signal 9`, or `exit code 1`, after a wait of at most a second."""
         try:
             code: int | None = self._process.wait(1)
         except subprocess.TimeoutExpired:
@@ -130,9 +131,9 @@ class WorkerProcess:
 
 
 def start_workers(count: int, serve: Callable[..., None], arguments: Callable[[], tuple[Any, ...]]) -> list[WorkerProcess]:
-    """Start `count` workers side by side, each with `arguments()` of its own.
+    """Start `count` workers side by side, each with its own `arguments()`.
 
-    Raises OSError where one of them cannot be started; then none is left.
+    Raises OSError if one of them cannot be started; then none is left.
     """
     crew: list[WorkerProcess] = []
     try:
@@ -155,7 +156,7 @@ def end_workers(crew: list[WorkerProcess]) -> None:
 
 
 def as_sent(error: Exception) -> Exception:
-    """Return an error that pickles; of one that nobody expected, with the traceback as its note."""
+    """Return an error that can be pickled; an unexpected one has its traceback as its note."""
     if not isinstance(error, PipelineError | OSError):
         error.add_note("".join(traceback.format_exception(error)))
     try:
@@ -166,7 +167,7 @@ def as_sent(error: Exception) -> Exception:
 
 
 def main(descriptor: str, parent: str) -> None:
-    """Do what a worker does, from its start to its end."""
+    """Run a worker, from its start to its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -177,7 +178,7 @@ def main(descriptor: str, parent: str) -> None:
         serve, arguments = pickle.loads(pipe.recv_bytes())
         serve(pipe, *arguments)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the parent wants no more
+        pass  # the parent has closed the pipe
 
 
 def _end_with(parent: int) -> None:

@@ -1,4 +1,4 @@
-"""World: the one place that finds out which process of how many this is."""
+"""World: rank and world size of this process, detected in one place."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FORKED = (
 
 
 class WorkersRefused(UsageError):
-    """The loader was iterated inside a torch worker.
+    """Error for a loader that is iterated inside a torch worker.
 
-    It says its one sentence whatever it is made with: torch makes a worker's error anew in the main process, and hands it
-    the worker's whole traceback for a message.
+    Its message is always the same one sentence: torch creates the error of a worker again in the main process, with the whole
+    traceback of the worker as its message.
     """
 
     def __init__(self, *_: object) -> None:
@@ -29,8 +29,14 @@ class WorkersRefused(UsageError):
 class World:
     """This process among all that train together.
 
-    rank: 0 to world_size - 1 over all nodes. local_rank: the same within the node; picks the GPU of `device="auto"`. alone:
-    whether no other process of these is on this node, as far as is known.
+    Attributes:
+        rank: Number of this process over all nodes, 0 to world_size - 1. Default: 0.
+        world_size: Number of processes. Default: 1.
+        local_rank: Number of this process within its node; chooses the GPU of `device="auto"`. Default: 0.
+        alone: Whether this is the only one of these processes on its node, as far as is known. Default: True.
+
+    Raises:
+        UsageError: The rank or the world size is not a whole number in its range.
     """
 
     rank: int = 0
@@ -48,9 +54,22 @@ class World:
 
     @classmethod
     def detect(cls, rank: int | None = None, world_size: int | None = None) -> World:
-        """What the arguments say; else an initialised process group; else torchrun's variables; else one process.
+        """Find rank and world size.
 
-        Raises UsageError where only one of `rank` and `world_size` is given, or a variable is not a number.
+        They come from the arguments, otherwise from an initialised process group of torch, otherwise from torchrun's
+        environment variables, otherwise they are those of one process.
+
+        Args:
+            rank: Number of this process; given together with `world_size`. Default: None.
+            world_size: Number of processes. Default: None.
+
+        Returns:
+            The `World`.
+
+        Raises:
+            UsageError: Only one of the two is given, or a variable is not a number.
+
+        Costs torch's import unless both are given.
         """
         if (rank is None) != (world_size is None):
             raise UsageError("give both rank and world_size, or neither")

@@ -1,4 +1,4 @@
-"""Order: all that the order of an epoch depends on; and the hashed keys that it is made of."""
+"""Order: everything that the order of an epoch depends on, and the hashed keys that it is computed from."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ RUNS, WITHIN_GROUPS, ACROSS_GROUPS, TURNS, BUCKETS = range(5)  # purposes of a k
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """All that the order of a split depends on. The same Order and the same shards give the same epochs, for ever.
+    """Everything that the order of a split depends on. The same Order and the same shards always give the same epochs.
 
     Attributes:
-        digest: Digest of the manifest, as 32 hexadecimal digits.
+        digest: Digest of the manifest, 32 hexadecimal digits.
         split: Name of the split.
-        seed: 0 to 2**64 - 1.
+        seed: Seed of the shuffle, 0 to 2**64 - 1.
         shuffle: Whether records are shuffled; otherwise they come in file order.
-        max_nodes, max_edges: Budget of each rank's batch, which then has no number of records, and `global_batch_size` is
-            `num_partitions`.
+        max_nodes: Budget of nodes per rank and batch, or None. With a budget, a batch has no fixed number of records, and
+            `global_batch_size` is `num_partitions`.
+        max_edges: Budget of edges per rank and batch, or None.
         num_partitions: Number of disjoint sets of shards, each with a window of its own. A global batch takes an equal share of
             each.
         global_batch_size: Records per step over all ranks.
         window_bytes: Bytes of shards that are shuffled together at a time.
-        drop_last: Partitions differ by a shard or so. False fills the shorter ones up with padding; True leaves the rest of the
-            longer ones out.
+        drop_last: Partitions differ by about a shard. False fills the shorter ones up with padding; True leaves out the rest of
+            the longer ones.
         bucket_by_length: Whether neighbouring batches exchange records, so that lengths within a batch are alike.
     """
 
@@ -67,7 +68,7 @@ class Order:
 
 
 def hashed_keys(index: Ints, key: int) -> Keys:
-    """A 64-bit key for every index: SplitMix64's finaliser (Steele, Lea and Flood 2014), twice, the second time keyed."""
+    """Return a 64-bit key per index: the finaliser of SplitMix64 (Steele, Lea and Flood 2014), twice, the second time keyed."""
     return _mix(_mix(index.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)) ^ np.uint64(key))
 
 
@@ -78,7 +79,7 @@ def _mix(z: Keys) -> Keys:
 
 
 def purpose_key(order: Order, epoch: int, purpose: int) -> int:
-    """A 64-bit key for one purpose in one epoch, from the order's seed, split and data."""
+    """Return a 64-bit key for one purpose in one epoch, from the order's seed, split and data."""
     seed_low, seed_high, split = order.seed & 0xFFFFFFFF, order.seed >> 32, xxhash.xxh32_intdigest(order.split.encode())
     words = [seed_low, seed_high, epoch, purpose, split, int(order.digest, 16)]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])

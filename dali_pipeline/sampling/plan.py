@@ -1,4 +1,4 @@
-"""EpochPlan: which record stands where in an epoch. Pure arithmetic on shard sizes; no I/O, nothing to remember."""
+"""EpochPlan: which record comes where in an epoch. Arithmetic on shard sizes; no I/O and no state."""
 
 from __future__ import annotations
 
@@ -17,12 +17,17 @@ from dali_pipeline.sampling.order import BUCKETS, Order, hashed_keys, purpose_ke
 from dali_pipeline.sampling.shuffle import WindowShuffle
 from dali_pipeline.types import Ints
 
-POOL_STEPS = 64  # batches that exchange records to be of like length, at most
+POOL_STEPS = 64  # most batches that exchange records so that lengths are alike
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Shares:
-    """Rows of one rank's batch. positions: (B,) int64, record numbers in the split · valid: (B,) bool, False for padding."""
+    """Rows of one rank's batch.
+
+    Attributes:
+        positions: (B,) int64, positions of the records in the split.
+        valid: (B,) bool, False for padding.
+    """
 
     positions: Ints
     valid: npt.NDArray[np.bool_]
@@ -31,10 +36,17 @@ class Shares:
 class EpochPlan:
     """The batches of one epoch, for every rank.
 
-    shard_records, shard_bytes: (S,) sizes of the split's shards in file order · draws: where given, the epoch is `num_draws`
-    draws rather than every record once · lengths: of records by position, asked for where the order has `bucket_by_length`.
-    Costs a sort of the shards to make, O(runs) for the first batch of a partition and O(window) for any other, most of it
+    Costs a sort of the shards to make, O(runs) for the first batch of a partition, and O(window) for any other, most of it
     cached between neighbouring batches.
+
+    Args:
+        order: Everything that the order depends on.
+        epoch: Number of the epoch.
+        shard_records: (S,) records of the split's shards, in file order.
+        shard_bytes: (S,) bytes of the same shards.
+        draws: Parts of an epoch of draws. Default: none, every record comes once.
+        num_draws: Number of draws, if there are any.
+        lengths: Function from positions to the lengths of records, for an order with `bucket_by_length`.
     """
 
     def __init__(
@@ -53,17 +65,16 @@ class EpochPlan:
         self._starts = np.cumsum(self._records) - self._records
         self._drawn = bool(draws)
         self._parts = draws or (Draws(begin=0, end=len(self._records), share=1.0),)
-        fewest = min(each.end - each.begin for each in self._parts)
+        fewest = min(part.end - part.begin for part in self._parts)
         if len(self._records) and order.num_partitions > fewest:
             raise DataError(
                 f"split {order.split!r} has {fewest} shards{' of a kind that is drawn' if draws else ''}; "
                 f"expected at least one for each of {order.num_partitions} partitions"
             )
-        # of each part: the partition of every shard
-        self._partition_of = [deal_shards(self._records[each.begin : each.end], order.num_partitions) for each in self._parts]
-        self._partitions: dict[
-            int, WindowShuffle | DrawnShuffle
-        ] = {}  # made when first asked for: `len` needs none, a node its own alone
+        # Partition of every shard, per part.
+        self._partition_of = [deal_shards(self._records[part.begin : part.end], order.num_partitions) for part in self._parts]
+        # made on first use: `len` needs none, a node only its own
+        self._partitions: dict[int, WindowShuffle | DrawnShuffle] = {}
         self._share = order.global_batch_size // order.num_partitions
         sizes = [self.length(partition) for partition in range(order.num_partitions)]
         self.num_steps: int = (
@@ -73,14 +84,14 @@ class EpochPlan:
         self.nbytes, self.num_records = int(self._nbytes.sum()), int(self._records.sum())
         batch_bytes = self._share * self.nbytes // max(1, self.num_records)
         self._pool_steps = max(1, min(POOL_STEPS, order.window_bytes // 2 // max(1, batch_bytes)))
-        self._later: EpochPlan | None = None
-        self._pools: dict[tuple[int, int], Ints] = {}  # the last ones, by partition and number
+        self._following_plan: EpochPlan | None = None
+        self._pools: dict[tuple[int, int], Ints] = {}  # the last two per partition, by partition and number
 
     def __reduce__(self) -> tuple[type[EpochPlan], tuple[Any, ...]]:
-        return EpochPlan, self._arguments  # what was computed so far is left: other threads add to it meanwhile
+        return EpochPlan, self._arguments  # without the caches, which other threads may be changing
 
     def length(self, partition: int) -> int:
-        """Records, or draws, of a partition."""
+        """Return the number of records, or draws, of a partition."""
         if self._drawn:
             return (
                 self._num_draws * (partition + 1) // self.order.num_partitions
@@ -89,59 +100,60 @@ class EpochPlan:
         return int(self._records[self._partition_of[0] == partition].sum())
 
     def num_valid(self, step: int) -> int:
-        """Rows of the global batch at a step that are not padding."""
+        """Return the number of rows of the global batch at a step that are not padding."""
         left = (self.length(partition) - step * self._share for partition in range(self.order.num_partitions))
-        return sum(min(self._share, max(0, each)) for each in left)
+        return sum(min(self._share, max(0, records)) for records in left)
 
-    def at(self, partition: int, places: Ints) -> Ints:
-        """The records at these places of a partition's order."""
-        return self._shuffle_of(partition).positions(places)
+    def positions(self, partition: int, cursors: Ints) -> Ints:
+        """Return the positions of the records at these cursors in a partition's order."""
+        return self._shuffle_of(partition).positions(cursors)
 
     def _shuffle_of(self, partition: int) -> WindowShuffle | DrawnShuffle:
-        found = self._partitions.get(partition)
-        if found is None:  # two threads may make it at once, and make the same
-            found = self._partitions[partition] = self._make(partition)
-        return found
+        shuffle = self._partitions.get(partition)
+        if shuffle is None:  # two threads may compute it at once, with the same result
+            shuffle = self._partitions[partition] = self._make(partition)
+        return shuffle
 
     def _make(self, partition: int) -> WindowShuffle | DrawnShuffle:
-        window_bytes, own = self.order.window_bytes, self.length(partition)
+        window_bytes, length = self.order.window_bytes, self.length(partition)
         shards = [
-            each.begin + np.flatnonzero(of == partition) for each, of in zip(self._parts, self._partition_of, strict=True)
+            part.begin + np.flatnonzero(partition_of == partition)
+            for part, partition_of in zip(self._parts, self._partition_of, strict=True)
         ]
         if not self._drawn:
             return self._pass(shards[0], window_bytes, self._share, self.epoch)
-        counts = apportion(own, [each.share for each in self._parts])
+        counts = apportion(length, [part.share for part in self._parts])
         return DrawnShuffle(
             self.order,
             self.epoch,
             [
                 Part(
                     times=times,
-                    records=int(self._records[mine].sum()),
-                    passes=partial(self._pass, mine, max(1, window_bytes * times // max(own, 1)), 1),
+                    records=int(self._records[part_shards].sum()),
+                    passes=partial(self._pass, part_shards, max(1, window_bytes * times // max(length, 1)), 1),
                 )
-                for times, mine in zip(counts, shards, strict=True)
+                for times, part_shards in zip(counts, shards, strict=True)
             ],
         )
 
     def _pass(self, shards: Ints, window_bytes: int, batch_size: int, number: int) -> WindowShuffle:
-        """The order of some shards, in the epoch or pass of this number."""
-        starts, records, nbytes = (each[shards] for each in (self._starts, self._records, self._nbytes))
+        """Return the order of some shards, in the epoch or pass of this number."""
+        starts, records, nbytes = (column[shards] for column in (self._starts, self._records, self._nbytes))
         return WindowShuffle(self.order, number, starts, records, nbytes, window_bytes, batch_size)
 
     def rows(self, world_size: int = 1) -> int:
-        """Rows of each rank's batch: its part of the global batch size, but no more than the epoch's only batch needs."""
+        """Return the rows of each rank's batch: its part of the global batch size, or fewer if an epoch is one batch."""
         order = self.order
         unit = math.lcm(order.num_partitions, world_size)
         needed = max(1, -(-order.num_partitions * self._longest_partition // unit)) * unit
         return min(order.global_batch_size, order.global_batch_size if order.drop_last else needed) // world_size
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Shares:
-        """What `rank` takes at `step`: its equal part of the global batch, partition after partition."""
+        """Return the records of `rank` at `step`: its equal part of the global batch, partition after partition."""
         return self.batches(range(step, step + 1), rank, world_size)
 
     def batches(self, steps: range, rank: int = 0, world_size: int = 1) -> Shares:
-        """What `rank` takes at these steps, one after the other."""
+        """Return the records of `rank` at these steps, one step after the other."""
         if not 0 <= steps[0] <= steps[-1] < self.num_steps:
             raise IndexError(f"steps {steps[0]} to {steps[-1]} of {self.num_steps}")
         size = self.rows(world_size) * world_size
@@ -150,80 +162,81 @@ class EpochPlan:
         parts = [
             _take(
                 self._shuffle_of(partition),
-                self._places(partition, steps, share)[:, max(begin, first) - first : min(end, first + share) - first],
+                self._cursors(partition, steps, share)[:, max(begin, first) - first : min(end, first + share) - first],
             )
             for partition, first in enumerate(range(0, size, share))
             if begin < first + share and first < end
         ]
-        positions, valid = (np.concatenate(each, axis=1).reshape(-1) for each in zip(*parts, strict=True))
+        positions, valid = (np.concatenate(column, axis=1).reshape(-1) for column in zip(*parts, strict=True))
         return Shares(positions=positions, valid=valid)
 
-    def groups(self, step: int, rank: int = 0, world_size: int = 1, places: Sequence[int] = ()) -> list[tuple[int, int]]:
-        """Return the partitions that `rank` reads from, each with the group of runs that it has come to.
+    def groups(self, step: int, rank: int = 0, world_size: int = 1, cursors: Sequence[int] = ()) -> list[tuple[int, int]]:
+        """Return the partitions that `rank` reads from, each with its current group of runs.
 
-        That is at `step`, or at `places` if given; there are none for draws.
+        Current is at `step`, or at `cursors` if given. An epoch of draws has no groups.
         """
         size, share = self.order.global_batch_size, self._share
         partitions = range(rank * size // world_size // share, -(-(rank + 1) * size // world_size // share))
-        found = [(number, self._shuffle_of(number)) for number in partitions]
-        place = min(step, self.num_steps - 1) * share
+        shuffles = [(number, self._shuffle_of(number)) for number in partitions]
+        cursor = min(step, self.num_steps - 1) * share
         return [
-            (number, shuffle.group(places[number] if places else place))
-            for number, shuffle in found
+            (number, shuffle.group(cursors[number] if cursors else cursor))
+            for number, shuffle in shuffles
             if isinstance(shuffle, WindowShuffle)
         ]
 
     def runs(self, partition: int, group: int) -> list[tuple[int, int]]:
-        """First position and number of records of each run of a partition's group: what is read together."""
-        found = self._shuffle_of(partition)
-        return found.runs(group) if isinstance(found, WindowShuffle) else []
+        """Return first position and number of records of each run of a partition's group, which are read together."""
+        shuffle = self._shuffle_of(partition)
+        return shuffle.runs(group) if isinstance(shuffle, WindowShuffle) else []
 
-    def turns(self, partition: int, group: int, after: int = 0) -> npt.NDArray[np.float64]:
+    def next_needed(self, partition: int, group: int, after: int = 0) -> npt.NDArray[np.float64]:
         """Return when each run of a group is next needed, as epoch plus the fraction of it that is over."""
-        found, later = self._shuffle_of(partition), self._following(after)._shuffle_of(partition)
-        assert isinstance(found, WindowShuffle)
-        assert isinstance(later, WindowShuffle)
-        starts = np.array([start for start, _ in found.runs(group)], np.int64)
-        return self.epoch + after + later.turns(starts)
+        shuffle, later_shuffle = self._shuffle_of(partition), self._following(after)._shuffle_of(partition)
+        assert isinstance(shuffle, WindowShuffle)
+        assert isinstance(later_shuffle, WindowShuffle)
+        starts = np.array([start for start, _ in shuffle.runs(group)], np.int64)
+        return self.epoch + after + later_shuffle.fractions(starts)
 
     def _following(self, after: int) -> EpochPlan:
-        if after and self._later is None:
-            self._later = EpochPlan(self.order, self.epoch + after, self._records, self._nbytes, lengths=self._lengths)
-        return self._later if after and self._later is not None else self
+        """Return the plan of a later epoch, made once; the plan itself for 0. `after` is 0 or 1."""
+        if after and self._following_plan is None:
+            self._following_plan = EpochPlan(self.order, self.epoch + after, self._records, self._nbytes, lengths=self._lengths)
+        return self._following_plan if after and self._following_plan is not None else self
 
-    def _places(self, partition: int, steps: range, share: int) -> Ints:
-        """Places (steps, share) in a partition's order."""
-        places: Ints = np.array(steps)[:, None] * share + np.arange(share)
+    def _cursors(self, partition: int, steps: range, share: int) -> Ints:
+        """Return cursors (steps, share) in a partition's order."""
+        cursors: Ints = np.array(steps)[:, None] * share + np.arange(share)
         if self.order.bucket_by_length:
-            whole = self.length(partition) // self._share  # batches without padding, which stays behind them
-            for at, step in enumerate(steps):
-                if step < whole:
-                    places[at] = self._pool(partition, step // self._pool_steps, whole)[step % self._pool_steps]
-        return places
+            full_batches = self.length(partition) // self._share  # batches without padding; the padded one stays last
+            for row, step in enumerate(steps):
+                if step < full_batches:
+                    cursors[row] = self._pool(partition, step // self._pool_steps, full_batches)[step % self._pool_steps]
+        return cursors
 
-    def _pool(self, partition: int, number: int, whole: int) -> Ints:
-        """Places (steps, share) of neighbouring batches, of the first `whole` ones, cut anew by length, in a random order."""
-        found = self._pools.get((partition, number))
-        if found is None:
+    def _pool(self, partition: int, number: int, full_batches: int) -> Ints:
+        """Return cursors (steps, share) of neighbouring full batches, regrouped by length, in random order."""
+        pool = self._pools.get((partition, number))
+        if pool is None:
             assert self._lengths is not None
             first = number * self._pool_steps
-            steps = range(first, min(first + self._pool_steps, whole))
-            places = np.arange(first * self._share, steps.stop * self._share)
-            by_length = places[np.argsort(self._lengths(_take(self._shuffle_of(partition), places)[0]), kind="stable")]
-            turns = np.array(steps)
+            steps = range(first, min(first + self._pool_steps, full_batches))
+            cursors = np.arange(first * self._share, steps.stop * self._share)
+            by_length = cursors[np.argsort(self._lengths(_take(self._shuffle_of(partition), cursors)[0]), kind="stable")]
+            order_keys = np.array(steps)
             if self.order.shuffle:
-                turns = hashed_keys(turns, purpose_key(self.order, self.epoch, BUCKETS))
-            found = by_length.reshape(len(steps), -1)[np.argsort(turns, kind="stable")]
-            kept = [key for key in self._pools if key[0] == partition][-1:]
-            self._pools = {key: pool for key, pool in self._pools.items() if key[0] != partition or key in kept}
-            self._pools[partition, number] = found
-        return found
+                order_keys = hashed_keys(order_keys, purpose_key(self.order, self.epoch, BUCKETS))
+            pool = by_length.reshape(len(steps), -1)[np.argsort(order_keys, kind="stable")]
+            kept_keys = [key for key in self._pools if key[0] == partition][-1:]
+            self._pools = {key: pool for key, pool in self._pools.items() if key[0] != partition or key in kept_keys}
+            self._pools[partition, number] = pool
+        return pool
 
 
-def _take(partition: WindowShuffle | DrawnShuffle, places: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
-    """Places (steps, n) of a partition's order; beyond its last record that record again, not valid."""
-    found = partition.positions(np.minimum(places, partition.num_records - 1).reshape(-1))
-    return found.reshape(places.shape), places < partition.num_records
+def _take(shuffle: WindowShuffle | DrawnShuffle, cursors: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    """Return the records at cursors (steps, n) and their validity; after the last record it is repeated, not valid."""
+    positions = shuffle.positions(np.minimum(cursors, shuffle.num_records - 1).reshape(-1))
+    return positions.reshape(cursors.shape), cursors < shuffle.num_records
 
 
 def deal_shards(shard_records: Ints, num_partitions: int) -> Ints:
@@ -231,7 +244,7 @@ def deal_shards(shard_records: Ints, num_partitions: int) -> Ints:
 
     Shards are dealt largest first, to and fro, so that partitions differ by about one shard.
     """
-    places = np.arange(len(shard_records)) % (2 * num_partitions)
+    turns = np.arange(len(shard_records)) % (2 * num_partitions)
     partition = np.empty(len(shard_records), np.int64)
-    partition[np.argsort(-shard_records, kind="stable")] = np.minimum(places, 2 * num_partitions - 1 - places)
+    partition[np.argsort(-shard_records, kind="stable")] = np.minimum(turns, 2 * num_partitions - 1 - turns)
     return partition

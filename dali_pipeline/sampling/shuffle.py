@@ -4,7 +4,7 @@ The shuffle of one partition, by index (no buffer, so no state):
 
 1. Cut the partition's shards into runs of consecutive records (an eighth of a shard at most, so that a window mixes four times
    as many shards as a buffer filled from whole ones; some MiB at most) and sort the runs by a hashed key: the *line*, a
-   random order of runs from all over the partition.
+   random order of runs from the whole partition.
 2. Cut the line into groups of at most half a window. Permute the records within each group (hashed keys, sorted).
 3. Permute again within blocks that reach from about the middle of one group to about the middle of the next.
 
@@ -21,19 +21,26 @@ import numpy as np
 import numpy.typing as npt
 
 from dali_pipeline.sampling.order import ACROSS_GROUPS, RUNS, WITHIN_GROUPS, Order, hashed_keys, purpose_key
-from dali_pipeline.types import BLOCK_BYTES, Ints
+from dali_pipeline.types import Ints
 
 RUNS_PER_WINDOW, RUNS_PER_SHARD = 64, 8
-MAX_RUN_BYTES = 4 << 20  # longer ones are read no faster, and mix less
-TOUCHED_BLOCKS = 4  # by a record beside its own bytes: two, and two by its edges
-MAX_RUNS = 1 << 22  # of a partition: their order is in memory, some 100 bytes each while it is made
+LEAST_RUN_BYTES = 1 << 20  # of a run, if the window allows; a hash block of version 1, so that orders stay
+MAX_RUN_BYTES = 4 << 20  # longer runs are read no faster, and mix less
+TOUCHED_BLOCKS = 4  # hash blocks touched by a record beside its own bytes: two, and two by its edges
+MAX_RUNS = 1 << 22  # per partition: their order is in memory, some 100 bytes each while it is computed
 
 
 class WindowShuffle:
-    """The order of one partition's records.
+    """Order of one partition's records.
 
-    starts, records, nbytes: (S,) its shards, by the position of their first record. batch_size: records that the partition
-    gives to a global batch.
+    Args:
+        order: Everything that the order depends on.
+        epoch: Number of the epoch.
+        starts: (S,) position of the first record of each shard of the partition.
+        records: (S,) records of each shard.
+        nbytes: (S,) bytes of each shard.
+        window_bytes: Bytes that are shuffled together at a time.
+        batch_size: Records that the partition gives to a global batch.
     """
 
     def __init__(
@@ -51,62 +58,62 @@ class WindowShuffle:
         self._run_ends = np.cumsum(records)  # (runs,) where each run ends in the line
         # group_ends: (groups,) where each group ends in the line
         group_bytes = window_bytes if fits else window_bytes // 2
-        self._last_runs = _group_last(nbytes, group_bytes)  # (groups,) of each group
+        self._last_runs = _group_last(nbytes, group_bytes)  # (groups,) last run of each group
         self._group_ends = self._run_ends[self._last_runs]
         group_starts = np.concatenate([[0], self._group_ends[:-1]]).astype(np.int64)
-        # block_ends: (groups + 1,) from the middle of a group to the middle of the next, between two batches where it can be,
+        # block_ends: (groups + 1,) from the middle of a group to the middle of the next, between two batches if possible,
         # so that no batch needs three groups
         middles = (group_starts + self._group_ends) // 2
         between = middles // batch_size * batch_size
         self._block_ends = np.concatenate([np.where(between > group_starts, between, middles), self._group_ends[-1:]])
-        self._by_start: Ints | None = None  # the runs in the order of the split, once asked for
-        # the last two blocks computed, and the half group that begins the next; replaced whole, so threads may share them
+        self._by_start: Ints | None = None  # the runs in the order of the split, computed on first use
+        # The last two blocks, and the half group that begins the next. Replaced, not changed, so threads may share them.
         self._recent: tuple[tuple[int, Ints], ...] = ()
         self._half: tuple[int, Ints] | None = None
 
-    def positions(self, places: Ints) -> Ints:
-        """The records at these places of the partition's order."""
+    def positions(self, cursors: Ints) -> Ints:
+        """Return the positions of the records at these cursors in the partition's order."""
         if self._shuffle:
-            blocks = np.searchsorted(self._block_ends, places, side="right")
-            line = np.empty_like(places)
+            blocks = np.searchsorted(self._block_ends, cursors, side="right")
+            line = np.empty_like(cursors)
             for block in np.unique(blocks):
-                at = blocks == block
-                line[at] = self._block(int(block))[places[at] - self._block_start(int(block))]
+                in_block = blocks == block
+                line[in_block] = self._block(int(block))[cursors[in_block] - self._block_start(int(block))]
         else:
-            line = places
+            line = cursors
         run = np.searchsorted(self._run_ends, line, side="right")
-        into = line - np.where(run > 0, self._run_ends[run - 1], 0)
-        found: Ints = self._run_starts[run] + into
-        return found
+        offset = line - np.where(run > 0, self._run_ends[run - 1], 0)
+        positions: Ints = self._run_starts[run] + offset
+        return positions
 
-    def group(self, place: int) -> int:
-        """The later one of the two groups that the records around this place come from."""
-        return min(bisect.bisect_right(self._block_ends, place), len(self._group_ends) - 1)
+    def group(self, cursor: int) -> int:
+        """Return the later one of the two groups that the records around this cursor come from."""
+        return min(bisect.bisect_right(self._block_ends, cursor), len(self._group_ends) - 1)
 
     def runs(self, group: int) -> list[tuple[int, int]]:
-        """First position and number of records of each run of a group; none beyond the last group."""
+        """Return first position and number of records of each run of a group; none beyond the last group."""
         if group >= len(self._last_runs):
             return []
         chosen = slice(int(self._last_runs[group - 1]) + 1 if group else 0, int(self._last_runs[group]) + 1)
         records = np.diff(self._run_ends, prepend=0)[chosen]
         return list(zip(self._run_starts[chosen].tolist(), records.tolist(), strict=True))
 
-    def turns(self, starts: Ints) -> npt.NDArray[np.float64]:
-        """Of runs, by their first positions, the part of the partition that is over when they come; 0 to below 1."""
+    def fractions(self, starts: Ints) -> npt.NDArray[np.float64]:
+        """Return the fraction of the partition, 0 to below 1, that is over when each run, by its first position, comes."""
         if self._by_start is None:
             self._by_start = np.argsort(self._run_starts)
-        at = self._by_start[np.searchsorted(self._run_starts, starts, sorter=self._by_start)]
-        found: npt.NDArray[np.float64] = at / len(self._run_starts)
-        return found
+        ranks = self._by_start[np.searchsorted(self._run_starts, starts, sorter=self._by_start)]
+        fractions: npt.NDArray[np.float64] = ranks / len(self._run_starts)
+        return fractions
 
     def _block_start(self, block: int) -> int:
         return int(self._block_ends[block - 1]) if block else 0
 
     def _block(self, block: int) -> Ints:
-        """Places in the line of the block's records, in delivered order: (records of the block,)."""
-        for number, places in self._recent:
+        """Return the indices in the line of the block's records, in delivered order, (records of the block,)."""
+        for number, indices in self._recent:
             if number == block:
-                return places
+                return indices
         half = self._half
         parts = [half[1] if half is not None and half[0] == block - 1 else self._halves(block - 1)[1]] if block else []
         if block < len(self._group_ends):
@@ -114,12 +121,12 @@ class WindowShuffle:
             parts.append(before)
             self._half = block, behind
         members = np.concatenate(parts)
-        places = members[np.argsort(hashed_keys(members, self._key[ACROSS_GROUPS]), kind="stable")]
-        self._recent = (*self._recent[-1:], (block, places))
-        return places
+        indices = members[np.argsort(hashed_keys(members, self._key[ACROSS_GROUPS]), kind="stable")]
+        self._recent = (*self._recent[-1:], (block, indices))
+        return indices
 
     def _halves(self, group: int) -> tuple[Ints, Ints]:
-        """The group's places in the line, permuted, as the half before its middle and the half behind."""
+        """Return the group's indices in the line, permuted, as the half before its middle and the half after it."""
         begin = int(self._group_ends[group - 1]) if group else 0
         line = np.arange(begin, int(self._group_ends[group]))
         line = line[np.argsort(hashed_keys(line, self._key[WITHIN_GROUPS]), kind="stable")]
@@ -128,36 +135,40 @@ class WindowShuffle:
 
 
 def _cut_into_runs(starts: Ints, records: Ints, nbytes: Ints, window_bytes: int, batch_size: int) -> tuple[Ints, Ints, Ints]:
-    """Shards cut into runs of at least one record: their starts, records and bytes.
+    """Cut shards into runs of at least one record; return their starts, records and bytes.
 
-    A run that is cut off inside a shard touches a hash block more than it fills. Where the blocks of a batch's records alone
-    could fill the window, its bytes count that block, so that a resume still reads one window at most.
+    A run that is cut inside a shard touches one hash block more than it fills. If the blocks of one batch's records alone could
+    fill the window, its bytes include that block, so that a resume still reads at most one window.
     """
-    run_bytes = np.minimum(min(max(window_bytes // RUNS_PER_WINDOW, BLOCK_BYTES), MAX_RUN_BYTES), nbytes // RUNS_PER_SHARD)
-    pieces = np.clip(-(-nbytes // np.maximum(run_bytes, 1)), 1, np.maximum(records, 1))
-    if pieces.sum() > MAX_RUNS:
-        pieces = np.maximum(1, pieces * MAX_RUNS // pieces.sum())
+    run_bytes = np.minimum(min(max(window_bytes // RUNS_PER_WINDOW, LEAST_RUN_BYTES), MAX_RUN_BYTES), nbytes // RUNS_PER_SHARD)
+    run_counts = np.clip(-(-nbytes // np.maximum(run_bytes, 1)), 1, np.maximum(records, 1))
+    if run_counts.sum() > MAX_RUNS:
+        run_counts = np.maximum(1, run_counts * MAX_RUNS // run_counts.sum())
     record_bytes = int((nbytes // np.maximum(records, 1)).max(initial=0))
-    tight = batch_size * (record_bytes + TOUCHED_BLOCKS * BLOCK_BYTES) > window_bytes
-    shard = np.repeat(np.arange(len(records)), pieces)
-    piece = np.arange(len(shard)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    cut = piece * records[shard] // pieces[shard]
-    run_records = (piece + 1) * records[shard] // pieces[shard] - cut
-    filled = nbytes[shard] // pieces[shard]
-    return starts[shard] + cut, run_records, filled + (np.minimum(BLOCK_BYTES, nbytes[shard] - filled) if tight else 0)
+    blocks_fill_window = batch_size * (record_bytes + TOUCHED_BLOCKS * LEAST_RUN_BYTES) > window_bytes
+    shard = np.repeat(np.arange(len(records)), run_counts)
+    run = np.arange(len(shard)) - np.repeat(np.cumsum(run_counts) - run_counts, run_counts)
+    begin = run * records[shard] // run_counts[shard]
+    run_records = (run + 1) * records[shard] // run_counts[shard] - begin
+    run_nbytes = nbytes[shard] // run_counts[shard]
+    return (
+        starts[shard] + begin,
+        run_records,
+        run_nbytes + (np.minimum(LEAST_RUN_BYTES, nbytes[shard] - run_nbytes) if blocks_fill_window else 0),
+    )
 
 
 def _group_last(nbytes: Ints, limit: int) -> Ints:
-    """Index of the last run of each group: as many runs as fit in `limit` bytes, at least one.
+    """Return the index of the last run of each group: as many runs as fit in `limit` bytes, at least one.
 
-    Where a group begun at any run would end is found for all runs at once; what is left is a step a group.
+    The end of a group that begins at any run is computed for all runs at once. What remains is one step per group.
     """
     ends = np.cumsum(nbytes)
-    # behind the last run of the group that would begin at each run; then from group to group
-    behind = np.maximum(np.searchsorted(ends, ends - nbytes + limit, side="right"), np.arange(1, len(ends) + 1))
-    step, at = behind.data, 0  # a look into it costs a third of one into an array
+    # Index after the last run of a group that begins at each run, then from group to group.
+    group_ends = np.maximum(np.searchsorted(ends, ends - nbytes + limit, side="right"), np.arange(1, len(ends) + 1))
+    next_begin, begin = group_ends.data, 0  # an access costs a third of one to an array
     last: list[int] = []
-    while at < len(step):
-        at = step[at]
-        last.append(at - 1)
+    while begin < len(next_begin):
+        begin = next_begin[begin]
+        last.append(begin - 1)
     return np.array(last, np.int64)

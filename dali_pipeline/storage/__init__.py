@@ -1,2 +1,4 @@
-"""Bytes, wherever they lie: files that are written whole or not at all, batched reads past the interpreter lock, object stores,
-the local cache of their blocks. Nothing here knows what a record is."""
+"""Bytes of files and object stores: atomic writes, batched reads without the interpreter lock, a local cache of remote blocks.
+
+Nothing here knows what a record is.
+"""

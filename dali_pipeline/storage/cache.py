@@ -1,8 +1,9 @@
-"""Cache: a bounded folder of blocks of shards that lie in a store; all processes of a node share it, and so may several runs.
+"""Cache: a bounded folder with blocks of shards that lie in a store, shared by all processes of a node and by several runs.
 
-A shard has one sparse file there, named by its digest: its bytes where the shard has them, and behind them a slot for every
-hash block. A slot's stamp tells whether the block is there, and changes when it is let go: who read between two equal stamps
-read the block. Who brings a block, or lets it go, holds a lock on its slot's number, which a killed process gives back.
+Each shard has one sparse file, named by its digest. Its bytes are where the shard has them; after them is one slot per hash
+block. The stamp of a slot tells whether the block is present, and changes when the block is evicted: who read between two equal
+stamps read the block. Who downloads or evicts a block holds a lock on its slot's number, which the system releases if the
+process is killed.
 """
 
 from __future__ import annotations
@@ -25,19 +26,26 @@ import numpy.typing as npt
 from dali_pipeline.errors import DataError, PipelineError, UsageError
 from dali_pipeline.runtime.checks import whole
 
-# need: when the plan asks for the block next, an epoch and its part; what is needed last goes first
+# need: when the plan needs the block next, as epoch plus the fraction of it that is over; needed last is evicted first
 SLOT = np.dtype([("stamp", "<u4"), ("nbytes", "<u4"), ("begin", "<u8"), ("need", "<f8")])
 ABSENT, COMING, FIRST_STAMP = 0, 1, 2
 CACHE_BYTES = 32 << 30
-KEPT = 15 / 16  # of the budget once something had to go, so that not every block makes others go
-WAIT_SECONDS = 30.0  # for the room that blocks under way take
+KEPT = 15 / 16  # share of the budget kept by an eviction, so that not every new block needs one
+WAIT_SECONDS = 30.0  # for space reserved by downloads in progress
 _PUNCH = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 _fallocate: Any = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
 
 
 class Cache:
-    """Up to `nbytes` bytes in `folder`; keeps nothing in memory but the count. Raises UsageError where the folder cannot serve:
-    it cannot be written to, or its file system cannot give back parts of a file."""
+    """Folder of at most `nbytes` bytes; only the count of bytes is in memory.
+
+    Args:
+        folder: The folder.
+        nbytes: Maximum size in bytes.
+
+    Raises:
+        UsageError: The folder cannot be written to, or its file system cannot free parts of a file.
+    """
 
     def __init__(self, folder: Path, nbytes: int) -> None:
         nbytes = whole("cache_bytes", nbytes, 1)
@@ -56,7 +64,7 @@ class Cache:
             raise UsageError(
                 f"{folder} cannot be a cache ({error.strerror}); expected a writable folder on a local disk"
             ) from None
-        # bytes in use or promised, and stamps given
+        # bytes in use or reserved, and stamps given out
         self._ledger = np.memmap(folder / "ledger", "<u8", "r+", shape=(2,))
 
     def __reduce__(self) -> tuple[type[Cache], tuple[Path, int]]:
@@ -64,26 +72,27 @@ class Cache:
 
     @property
     def used(self) -> int:
-        """Bytes that blocks take, or are promised."""
+        """Bytes that blocks take or have reserved."""
         return int(self._ledger[0])
 
-    def check_room(self, needed: int, told: str) -> None:
-        """Raises UsageError where what is in use at once does not fit."""
+    def check_size(self, needed: int, purpose: str) -> None:
+        """Raise UsageError if what is in use at one time does not fit."""
         if needed > self.nbytes:
-            raise UsageError(f"cache_bytes is {self.nbytes}; {told} needs {needed}: give more, or a smaller window_bytes")
+            raise UsageError(f"cache_bytes is {self.nbytes}; {purpose} needs {needed}: give more, or a smaller window_bytes")
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        fd = os.open(self.folder / "ledger", os.O_RDWR | os.O_CLOEXEC)  # its own: a forked child would share another's lock
+        # a descriptor of its own: a forked child would share the lock of another
+        fd = os.open(self.folder / "ledger", os.O_RDWR | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield
         finally:
-            fcntl.flock(fd, fcntl.LOCK_UN)  # closing would not do where a child was forked meanwhile, and has it open too
+            fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough: a child forked meanwhile has it open too
             os.close(fd)
 
     def file(self, digest: str, nbytes: int, blocks: int) -> Path:
-        """The file of a shard, made where it is not there: holes, and slots."""
+        """Return the file of a shard; create it, with holes and slots, if it does not exist."""
         path = self.folder / digest[:2] / f"{digest}-{nbytes}"
         if path.exists():
             return path
@@ -99,19 +108,19 @@ class Cache:
                     os.posix_fallocate(file.fileno(), begin, tail)  # memory mapped onto a full disk would kill the process
                 temporary.rename(path)
             except OSError as error:
-                raise self.failed(error) from None
+                raise self.write_error(error) from None
             self._ledger[0] += np.uint64(tail)
         return path
 
-    def failed(self, error: OSError) -> PipelineError:
-        """In words."""
+    def write_error(self, error: OSError) -> PipelineError:
+        """Return the error for a failed write, in words."""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return DataError(f"the disk of the cache {self.folder} is full; free some space, or give less cache_bytes")
         return DataError(f"the cache {self.folder} cannot be written to ({error.strerror}); expected a writable folder")
 
     def reserve(self, nbytes: int) -> None:
-        """Makes room for so many bytes, letting go what the plan needs last; raises DataError where there is none."""
-        limit = self.nbytes - self.nbytes // 64  # a file system gives out whole pages, and keeps folders
+        """Reserve `nbytes` bytes, and evict the blocks needed last if necessary; raise DataError if there is no space."""
+        limit = self.nbytes - self.nbytes // 64  # a file system allocates whole pages, and stores folders
         end = time.monotonic() + WAIT_SECONDS
         while True:
             with self._locked():
@@ -127,81 +136,83 @@ class Cache:
             time.sleep(0.02)
 
     def release(self, nbytes: int) -> None:
-        """Gives back what was reserved."""
+        """Return reserved bytes."""
         with self._locked():
             self._ledger[0] = max(0, self.used - nbytes)
 
     def stamps(self, count: int) -> npt.NDArray[np.uint32]:
-        """So many that no block has had."""
+        """Return `count` stamps that no block has had."""
         with self._locked():
             first = int(self._ledger[1])
             self._ledger[1] += np.uint64(count)
         return np.asarray(FIRST_STAMP + (first + np.arange(count)) % (2**32 - FIRST_STAMP), np.uint32)
 
-    def _evict(self, wanted: int) -> int:
-        """Lets blocks go until `wanted` bytes are in use, or all that may go are gone; the bytes in use then."""
-        used, found = 0, []
+    def _evict(self, target_bytes: int) -> int:
+        """Evict blocks until `target_bytes` bytes are in use, or nothing more can be evicted; return the bytes then in use."""
+        used, parts = 0, []
         files: list[tuple[Path, Any]] = []
         for path in self.folder.glob("??/*"):
-            if path.suffix == ".tmp":  # of a killed process: this one holds the lock that makes them
+            if path.suffix == ".tmp":  # left by a killed process: this one holds the lock for creating them
                 path.unlink(missing_ok=True)
                 continue
             slots = map_slots(path)
             used += slots.nbytes
             for stale in np.flatnonzero(slots["stamp"] == COMING).tolist():
-                _let_go(path, slots, stale, COMING)
-            here = np.flatnonzero(slots["stamp"] != ABSENT)
-            used += int(slots["nbytes"][here].sum(dtype=np.int64))
-            here = here[(slots["stamp"][here] >= FIRST_STAMP) & (here > 0)]  # headers stay
-            found.append(np.stack([np.full(len(here), len(files)), here, slots["nbytes"][here], slots["stamp"][here]]))
-            found[-1] = np.concatenate([found[-1], [slots["need"][here]]])
+                _evict_block(path, slots, stale, COMING)
+            present = np.flatnonzero(slots["stamp"] != ABSENT)
+            used += int(slots["nbytes"][present].sum(dtype=np.int64))
+            present = present[(slots["stamp"][present] >= FIRST_STAMP) & (present > 0)]  # headers are never evicted
+            parts.append(
+                np.stack([np.full(len(present), len(files)), present, slots["nbytes"][present], slots["stamp"][present]])
+            )
+            parts[-1] = np.concatenate([parts[-1], [slots["need"][present]]])
             files.append((path, slots))
-        every = np.concatenate(found, axis=1) if found else np.zeros((5, 0))
-        for at in np.lexsort((every[3], -every[4])).tolist():  # needed last; of those, brought first
-            if used <= wanted:
+        blocks = np.concatenate(parts, axis=1) if parts else np.zeros((5, 0))
+        for index in np.lexsort((blocks[3], -blocks[4])).tolist():  # needed last; among equals, downloaded first
+            if used <= target_bytes:
                 break
-            path, slots = files[int(every[0, at])]
-            if _let_go(path, slots, int(every[1, at]), int(every[3, at])):
-                used -= int(every[2, at])
+            path, slots = files[int(blocks[0, index])]
+            if _evict_block(path, slots, int(blocks[1, index]), int(blocks[3, index])):
+                used -= int(blocks[2, index])
         return used
 
 
 def slots_begin(nbytes: int) -> int:
-    """Where the slots of a shard of so many bytes begin in its file."""
+    """Return the position of the slots in the file of a shard with `nbytes` bytes."""
     return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def map_slots(path: Path) -> Any:
-    """The slots of a cached shard, shared memory of all who map them: (1 + blocks,), the header's first."""
+    """Map the slots of a cached shard into shared memory: (1 + blocks,), the header's slot first."""
     mapped = np.memmap(path, SLOT, "r+", offset=slots_begin(int(path.name.rpartition("-")[2])))
-    return np.asarray(mapped)  # a look into a plain array costs a fifth of one into a memmap
+    return np.asarray(mapped)  # an access to a plain array costs a fifth of one to a memmap
 
 
 @contextlib.contextmanager
 def locked_slots(path: Path, first: int, count: int, *, wait: bool = True) -> Iterator[bool]:
-    """Holds a lock on these slots; whether it was had. Locks of an open file, so that threads exclude each other too."""
+    """Lock some slots; yield whether it succeeded. Locks belong to an open file, so threads exclude each other as well."""
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, first, count, 0)
+        request = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, first, count, 0)
         try:
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, asked)
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, request)
         except (BlockingIOError, PermissionError):
             yield False
         else:
             try:
                 yield True
-            finally:  # as above
+            finally:  # closing is not enough, as in `_locked`
                 fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi", fcntl.F_UNLCK, os.SEEK_SET, first, count, 0))
     finally:
         os.close(fd)
 
 
-def _let_go(path: Path, slots: Any, slot: int, stamp: int) -> bool:
-    """Frees a block unless somebody has it in hand; whether it did."""
-    with locked_slots(path, slot, 1, wait=False) as had:
-        if not had or slots["stamp"][slot] != stamp:
+def _evict_block(path: Path, slots: Any, slot: int, stamp: int) -> bool:
+    """Evict a block unless another process has it locked; return whether it was evicted."""
+    with locked_slots(path, slot, 1, wait=False) as locked:
+        if not locked or slots["stamp"][slot] != stamp:
             return False
-        slots["stamp"][slot] = ABSENT  # first, so that nobody takes the hole for the block
+        slots["stamp"][slot] = ABSENT  # first, so that nobody reads the hole as the block
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             punch(fd, int(slots["begin"][slot]), int(slots["nbytes"][slot]))
@@ -211,7 +222,7 @@ def _let_go(path: Path, slots: Any, slot: int, stamp: int) -> bool:
 
 
 def punch(fd: int, begin: int, nbytes: int) -> None:
-    """Gives a part of a file back to the disk; it reads as zeros."""
+    """Free a part of a file, which then reads as zeros."""
     if nbytes and _fallocate(fd, _PUNCH, ctypes.c_long(begin), ctypes.c_long(nbytes)):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))

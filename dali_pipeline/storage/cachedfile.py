@@ -1,4 +1,4 @@
-"""CachedFile: a shard in a store as a local file, of which those blocks are there that were asked for."""
+"""CachedFile: a shard in a store as a local file with the blocks that were asked for."""
 
 from __future__ import annotations
 
@@ -16,14 +16,23 @@ from dali_pipeline.storage.cache import ABSENT, COMING, FIRST_STAMP, SLOT, Cache
 from dali_pipeline.storage.openfile import OpenFile, Piece
 from dali_pipeline.storage.stores import GoneError, Store
 
-REQUEST_BYTES = 4 << 20  # neighbouring blocks are asked for together: at 100 MB/s and 20 ms a request, half as long again
-ARRIVALS = 4  # of a block with a wrong hash, before it is called damaged where it lies
+REQUEST_BYTES = 4 << 20  # neighbouring blocks per request: at 100 MB/s and 20 ms per request, half as long again
+ARRIVALS = 4  # downloads of a block with a wrong hash before it counts as damaged in the store
 WRONG = "restore the file in the store or convert again"
 
 
 @dataclass(frozen=True)
 class RemotePath:
-    """The place of an object, as a `Path` is that of a file. digest, nbytes, blocks: of a shard, as its manifest has them."""
+    """Place of an object in a store, like the `Path` of a file.
+
+    Attributes:
+        store: The store.
+        cache: Cache of its blocks.
+        key: Name below the store's URL.
+        digest: Header digest of a shard, by its manifest.
+        nbytes: Size of a shard, by its manifest.
+        blocks: Hash blocks of a shard, by its manifest.
+    """
 
     store: Store
     cache: Cache
@@ -40,11 +49,11 @@ class RemotePath:
 
     @property
     def name(self) -> str:
-        """The last part."""
+        """The last part of the path."""
         return str(self).rpartition("/")[2]
 
     def resolve(self) -> RemotePath:
-        """Itself."""
+        """Return the path itself."""
         return self
 
 
@@ -52,8 +61,15 @@ Place: TypeAlias = Path | RemotePath
 
 
 class CachedFile(OpenFile):
-    """The local file of a shard. fd, size, identity: as of any file · stamps: (blocks,) shared by all processes; a block whose
-    stamp is 2 or more, and the same after a read of it, was there all the while."""
+    """Local file of a shard in a store.
+
+    Attributes:
+        fd: File descriptor.
+        size: Bytes of the shard.
+        identity: Values that change when the file is replaced.
+        stamps: (blocks,) stamps, shared by all processes. A block whose stamp is 2 or more, and the same after a read, was
+            present during the read.
+    """
 
     def __init__(self, place: RemotePath) -> None:
         self._place, self._cache = place, place.cache
@@ -64,11 +80,11 @@ class CachedFile(OpenFile):
         self.stamps = self._stamps[1:]
 
     def header(self) -> bytes:
-        """The 8-byte length and the JSON behind it, with the digest that the manifest names. Raises FormatError for another."""
+        """Return the 8-byte length and the JSON after it; raise FormatError unless their digest is the manifest's."""
         if (data := self._header_here()) is not None:
             return data
         with locked_slots(self.path, 0, 1):
-            if (data := self._header_here()) is not None:  # another had the lock
+            if (data := self._header_here()) is not None:  # another process was first
                 return data
             data = self._read_header()
             kept = len(data) if self._stamps[0] == ABSENT else 0
@@ -106,34 +122,39 @@ class CachedFile(OpenFile):
             while done < len(view):
                 done += os.pwrite(self.fd, view[done:], begin + done)
         except OSError as error:
-            raise self._cache.failed(error) from None
+            raise self._cache.write_error(error) from None
 
-    def bring(self, pieces: Sequence[Piece], *, wait: bool = True) -> bool:
-        """Has these blocks here, in the order of the file; whether one was not. Those that another has in hand are waited for,
-        or, as reading ahead has better to do, left to that other.
+    def prefetch(self, pieces: Sequence[Piece], *, wait: bool = True) -> bool:
+        """Download blocks that are absent, in the order of the file; return whether any were.
 
-        Raises FormatError for one that is damaged where it lies; DataError for a store, or a disk, that does not do.
+        Args:
+            pieces: The blocks.
+            wait: Whether to wait for blocks that another process is downloading. Reading ahead does not wait.
+
+        Raises:
+            FormatError: A block is damaged in the store.
+            DataError: The store or the cache's disk fails.
         """
         missing = self._missing(pieces)
         for run in _runs(missing):
-            if not self._bring_run(run, wait) and len(run) > 1:
+            if not self._download_run(run, wait) and len(run) > 1:
                 for piece in run:
-                    self._bring_run([piece], wait)
+                    self._download_run([piece], wait)
         return bool(missing)
 
-    def _bring_run(self, run: Sequence[Piece], wait: bool) -> bool:
-        """Whether the locks of these neighbours were had."""
-        with locked_slots(self.path, run[0].slot, len(run), wait=wait) as had:
-            for rest in _runs(self._missing(run)) if had else ():
-                self._download(rest)
-        return had
+    def _download_run(self, run: Sequence[Piece], wait: bool) -> bool:
+        """Download neighbouring blocks; return whether their locks were free."""
+        with locked_slots(self.path, run[0].slot, len(run), wait=wait) as locked:
+            for missing in _runs(self._missing(run)) if locked else ():
+                self._download(missing)
+        return locked
 
-    def wanted(self, pieces: Sequence[Piece], need: float) -> None:
-        """Notes when the plan asks for these blocks next."""
+    def note_need(self, pieces: Sequence[Piece], need: float) -> None:
+        """Record when the plan needs these blocks next."""
         self._needs[[piece.slot for piece in pieces]] = need
 
     def forget(self, piece: Piece) -> bool:
-        """Of a block whose bytes are not what they were: it is brought again."""
+        """Drop a block whose bytes are wrong, so that it is downloaded again; return True."""
         with locked_slots(self.path, piece.slot, 1):
             if self._stamps[piece.slot] >= FIRST_STAMP:
                 self._stamps[piece.slot] = ABSENT
@@ -144,7 +165,7 @@ class CachedFile(OpenFile):
         return [piece for piece in pieces if self._stamps[piece.slot] < FIRST_STAMP]
 
     def _download(self, run: Sequence[Piece]) -> None:
-        """One request for blocks that are neighbours, whose slots this thread has locked."""
+        """Request neighbouring blocks, whose slots this thread has locked, at once."""
         begin, end = run[0].begin, run[-1].begin + run[-1].nbytes
         slots = [piece.slot for piece in run]
         self._cache.reserve(end - begin)
@@ -174,7 +195,7 @@ class CachedFile(OpenFile):
 
 
 def _runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-    """Neighbours together, up to REQUEST_BYTES."""
+    """Yield runs of neighbouring blocks of up to REQUEST_BYTES."""
     run: list[Piece] = []
     for piece in pieces:
         if run and (

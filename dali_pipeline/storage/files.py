@@ -1,4 +1,4 @@
-"""Recent and Files: a bounded cache that threads share, and the open files kept in one."""
+"""Recent and Files: a bounded cache that threads share, and a cache of open files."""
 
 from __future__ import annotations
 
@@ -13,63 +13,71 @@ from typing import Any, Generic, TypeVar
 from dali_pipeline.storage.cachedfile import CachedFile, Place, RemotePath
 from dali_pipeline.storage.openfile import OpenFile, kind_of
 
-_every: weakref.WeakSet[Recent[Any, Any]] = weakref.WeakSet()
+_instances: weakref.WeakSet[Recent[Any, Any]] = weakref.WeakSet()
 K = TypeVar("K")
 V = TypeVar("V")
 
 
 class Recent(Generic[K, V]):
-    """Values by key up to a budget of cost, the least recently used let go first; the newest always stays. Thread-safe."""
+    """Thread-safe cache by key, up to a budget of cost.
+
+    The least recently used value is evicted first; the newest always stays.
+
+    Args:
+        budget: Sum of the values' costs, at most.
+    """
 
     def __init__(self, budget: int) -> None:
-        _every.add(self)
-        self._left = budget
-        self._kept: OrderedDict[K, tuple[V, int]] = OrderedDict()
+        _instances.add(self)
+        self._budget_left = budget
+        self._entries: OrderedDict[K, tuple[V, int]] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, key: K) -> V | None:
-        """The value, now the most recently used, or None."""
+        """Return the value, now the most recently used, or None."""
         with self._lock:
-            found = self._kept.get(key)
-            if found is None:
+            entry = self._entries.get(key)
+            if entry is None:
                 return None
-            self._kept.move_to_end(key)
-            return found[0]
+            self._entries.move_to_end(key)
+            return entry[0]
 
     def put(self, key: K, value: V, cost: int = 1) -> V:
-        """Keeps the value and returns it; where another thread was first, its value stays and is returned."""
+        """Store and return the value; if another thread stored one first, return that one."""
         with self._lock:
-            if key in self._kept:
-                return self._kept[key][0]
-            self._kept[key] = (value, cost)
-            self._left -= cost
-            while self._left < 0 and len(self._kept) > 1:
-                self._left += self._kept.popitem(last=False)[1][1]
+            if key in self._entries:
+                return self._entries[key][0]
+            self._entries[key] = (value, cost)
+            self._budget_left -= cost
+            while self._budget_left < 0 and len(self._entries) > 1:
+                self._budget_left += self._entries.popitem(last=False)[1][1]
             return value
 
     def unlock(self) -> None:
-        """In a forked child: a thread that held the lock is not there to give it back."""
+        """Replace the lock in a forked child, where the thread that held it does not exist."""
         self._lock = threading.Lock()
 
     def clear(self) -> None:
-        """Lets everything go."""
+        """Remove all values."""
         with self._lock:
-            self._left += sum(cost for _, cost in self._kept.values())
-            self._kept.clear()
+            self._budget_left += sum(cost for _, cost in self._entries.values())
+            self._entries.clear()
 
 
 def _unlock_all() -> None:
-    for one in _every:
-        one.unlock()
+    for recent in _instances:
+        recent.unlock()
 
 
 os.register_at_fork(after_in_child=_unlock_all)
 
 
 class Files:
-    """Open files by path; a file stays open while a caller holds it, even if it is let go here.
+    """Open files by path. A file stays open while a caller holds it, even if it is evicted here.
 
-    limit: kept open at a time; an eighth of what the process may open by default, 96 at most, so that several loaders fit.
+    Args:
+        limit: Files kept open. Default: an eighth of what the process may open, at least 8 and at most 96, so that several
+            loaders fit.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -77,7 +85,7 @@ class Files:
         self._open: Recent[Place, OpenFile] = Recent(self.limit)
 
     def get(self, path: Place) -> OpenFile:
-        """The file, opened for reading. Raises FormatError where it is gone, PipelineError where it cannot be opened now."""
+        """Return the file, open for reading; raise FormatError if it is gone, PipelineError if it cannot be opened now."""
         return self._open.get(path) or self._open.put(path, self._opened(path))
 
     def _opened(self, path: Place) -> OpenFile:

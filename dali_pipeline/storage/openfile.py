@@ -11,17 +11,27 @@ from typing import NamedTuple
 from dali_pipeline.errors import FormatError, PipelineError
 from dali_pipeline.types import Array
 
-_MAX_HEADER_BYTES = 100 << 20  # as the safetensors library
+_MAX_HEADER_BYTES = 100 << 20  # limit of the safetensors library
 
 
 def kind_of(error: OSError) -> type[PipelineError]:
-    """FormatError for what is gone, or damaged on its disk, and may be left out; PipelineError for what may be well a moment
-    later, as a file system behind a network, or a full table of open files."""
+    """Return the error class for a failed read.
+
+    FormatError stands for a file that is gone, or damaged on its disk; it may be left out. PipelineError stands for a failure
+    that may pass, such as that of a network file system or of a full table of open files.
+    """
     return FormatError if error.errno in (errno.ENOENT, errno.EIO) else PipelineError
 
 
 class Piece(NamedTuple):
-    """A hash block: its number among the shard's slots, its first byte in the file, its bytes and their XXH3-64."""
+    """A hash block.
+
+    Attributes:
+        slot: Its number among the slots of the shard.
+        begin: Its first byte in the file.
+        nbytes: Its bytes.
+        hash: Their XXH3-64.
+    """
 
     slot: int
     begin: int
@@ -30,8 +40,15 @@ class Piece(NamedTuple):
 
 
 class OpenFile:
-    """A shard's file descriptor, closed when the object is dropped. identity: what changes when the file is replaced · stamps:
-    None, as all of it is here; of a file that comes block by block see CachedFile."""
+    """File descriptor of a shard, closed when the object is dropped.
+
+    Attributes:
+        fd: File descriptor.
+        path: The file.
+        size: Bytes of the file.
+        identity: Values that change when the file is replaced.
+        stamps: None, because all of the file is local; see CachedFile for a file that is not.
+    """
 
     stamps: Array | None = None
 
@@ -47,7 +64,7 @@ class OpenFile:
             os.close(self.fd)
 
     def header(self) -> bytes:
-        """The 8-byte length and the JSON behind it; raises FormatError where they cannot be."""
+        """Return the 8-byte length and the JSON after it; raise FormatError if the file cannot have them."""
         prefix = os.pread(self.fd, 8, 0)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(self.size - 8, _MAX_HEADER_BYTES):
@@ -56,13 +73,13 @@ class OpenFile:
             )
         return prefix + os.pread(self.fd, length, 8)
 
-    def bring(self, pieces: Sequence[Piece], *, wait: bool = True) -> bool:
-        """Has these blocks here; whether one was not."""
+    def prefetch(self, pieces: Sequence[Piece], *, wait: bool = True) -> bool:
+        """Make these blocks local; return whether any were not."""
         return False
 
-    def wanted(self, pieces: Sequence[Piece], need: float) -> None:
-        """Told when the plan asks for these blocks next."""
+    def note_need(self, pieces: Sequence[Piece], need: float) -> None:
+        """Receive when the plan needs these blocks next."""
 
     def forget(self, piece: Piece) -> bool:
-        """Told of a block whose hash is wrong; whether it may come anew."""
+        """Receive a block whose hash is wrong; return whether it may be read again."""
         return False

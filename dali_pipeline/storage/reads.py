@@ -1,4 +1,4 @@
-"""Many reads of files in one system call that holds no interpreter lock (Linux AIO; a `preadv` each elsewhere); reads ahead."""
+"""Many reads of files per system call, without the interpreter lock (Linux AIO, or `preadv` elsewhere), and read-ahead."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import numpy as np
 from dali_pipeline.types import Array
 
 READS_AT_ONCE = 256
-_ADVISED_BYTES = 128 << 10  # the system takes this much a call at least, and may leave out what is more
-_CACHESTAT = 451  # on every architecture
+_ADVISED_BYTES = 128 << 10  # the system accepts at least this much per call, and may ignore the rest
+_CACHESTAT = 451  # number of the system call on every architecture
 _NUMBERS = {"x86_64": (206, 208, 209), "aarch64": (0, 4, 2)}  # io_setup, io_getevents, io_submit
 _IOCB = np.dtype(
     [
@@ -24,15 +24,21 @@ _IOCB = np.dtype(
     ]
 )  # fmt: skip
 _EVENT = np.dtype([("data", "u8"), ("iocb", "u8"), ("result", "i8"), ("more", "i8")])
-_contexts: deque[ctypes.c_ulong] = deque()  # that no call uses just now; the kernel takes them back with the process
-os.register_at_fork(after_in_child=_contexts.clear)  # a child has none of them
+_contexts: deque[ctypes.c_ulong] = deque()  # unused at the moment; the kernel frees them with the process
+os.register_at_fork(after_in_child=_contexts.clear)  # a forked child inherits none of them
 
 
 def read_many(fds: Array, offsets: Array, addresses: Array, sizes: Array) -> Array:
-    """Reads `sizes` (N,) bytes of files at `offsets` to memory at `addresses`; of each the bytes read, below 0 for an error.
+    """Read parts of files into memory; return the bytes read per part, below 0 for an error.
 
-    A read may be short at a file's end, or where the system likes; whoever calls reads the rest, and says what is wrong. The
-    kernel copies what it has in memory within the one call, while other threads run.
+    A read may be short at the end of a file, or if the system decides so; the caller reads the rest, and reports what is wrong.
+    The kernel copies cached data within the one call, while other threads run.
+
+    Args:
+        fds: (N,) file descriptors.
+        offsets: (N,) first bytes in the files.
+        addresses: (N,) addresses in memory.
+        sizes: (N,) bytes to read.
     """
     results = np.empty(len(fds), np.int64)
     for begin in range(0, len(fds), READS_AT_ONCE):
@@ -41,21 +47,23 @@ def read_many(fds: Array, offsets: Array, addresses: Array, sizes: Array) -> Arr
     return results
 
 
-def bring(fd: int, offset: int, nbytes: int) -> bool:
-    """Has the system read so many bytes into its cache without waiting; one system call, and False, where they are there."""
+def prefetch(fd: int, offset: int, nbytes: int) -> bool:
+    """Start reading bytes into the page cache without waiting. Costs one system call, and returns False, if they are cached."""
     if not hasattr(os, "posix_fadvise") or _is_cached(fd, offset, nbytes):
         return False
-    for at in range(offset, offset + nbytes, _ADVISED_BYTES):
-        os.posix_fadvise(fd, at, min(_ADVISED_BYTES, offset + nbytes - at), os.POSIX_FADV_WILLNEED)
+    for begin in range(offset, offset + nbytes, _ADVISED_BYTES):
+        os.posix_fadvise(fd, begin, min(_ADVISED_BYTES, offset + nbytes - begin), os.POSIX_FADV_WILLNEED)
     return True
 
 
 def _is_cached(fd: int, offset: int, nbytes: int) -> bool:
-    """Whether all of it is, as cachestat tells (Linux 6.5); False where that is not known."""
-    asked, found = np.array([offset, nbytes], np.uint64), np.zeros(5, np.uint64)
-    failed = _syscall(_CACHESTAT, fd, asked.ctypes.data, found.ctypes.data, 0) if platform.system() == "Linux" else -1
+    """Return whether all bytes are cached, by cachestat (Linux 6.5); False if unknown."""
+    byte_range, page_counts = np.array([offset, nbytes], np.uint64), np.zeros(5, np.uint64)
+    failed = (
+        _syscall(_CACHESTAT, fd, byte_range.ctypes.data, page_counts.ctypes.data, 0) if platform.system() == "Linux" else -1
+    )
     pages = (offset + nbytes - 1) // mmap.PAGESIZE - offset // mmap.PAGESIZE + 1
-    return failed == 0 and int(found[0]) >= pages
+    return failed == 0 and int(page_counts[0]) >= pages
 
 
 def _read_some(fds: Array, offsets: Array, addresses: Array, sizes: Array) -> Array:
@@ -72,15 +80,15 @@ def _read_some(fds: Array, offsets: Array, addresses: Array, sizes: Array) -> Ar
     _, get_events, submit = _NUMBERS[platform.machine()]
     submitted = done = 0
     while submitted < count:
-        taken = _syscall(submit, context, count - submitted, pointers.ctypes.data + 8 * submitted)
-        if taken <= 0:  # this one cannot be read at all, or the system is short of memory: left at -1
+        accepted = _syscall(submit, context, count - submitted, pointers.ctypes.data + 8 * submitted)
+        if accepted <= 0:  # the read is impossible, or the system is short of memory: the result stays -1
             break
-        submitted += taken
+        submitted += accepted
     while done < submitted:
-        got = _syscall(get_events, context, submitted - done, submitted - done, events[done:].ctypes.data, 0)
-        if got < 0 and ctypes.get_errno() != errno.EINTR:  # a sandbox that forbids it, for one
+        count_done = _syscall(get_events, context, submitted - done, submitted - done, events[done:].ctypes.data, 0)
+        if count_done < 0 and ctypes.get_errno() != errno.EINTR:  # for example a sandbox that forbids it
             return results
-        done += max(0, got)
+        done += max(0, count_done)
     results[events["data"][:done].astype(np.int64)] = events["result"][:done]
     _contexts.append(context)
     return results
@@ -97,7 +105,7 @@ def _one_by_one(fds: Array, offsets: Array, addresses: Array, sizes: Array) -> A
 
 
 def _context() -> ctypes.c_ulong | None:
-    """One that is free, or a new one; None where the system has no such calls or grants no more."""
+    """Return a free context or a new one; None if the system has no such calls or grants no more."""
     try:
         return _contexts.popleft()
     except IndexError:
@@ -110,8 +118,8 @@ def _context() -> ctypes.c_ulong | None:
 
 
 def _syscall(number: int, *arguments: ctypes.c_ulong | int) -> int:
-    wide = [each if isinstance(each, ctypes.c_ulong) else ctypes.c_ulong(each) for each in arguments]
-    return int(_LIBC_SYSCALL(ctypes.c_long(number), *wide))
+    words = [value if isinstance(value, ctypes.c_ulong) else ctypes.c_ulong(value) for value in arguments]
+    return int(_LIBC_SYSCALL(ctypes.c_long(number), *words))
 
 
 _LIBC_SYSCALL = ctypes.CDLL(None, use_errno=True).syscall

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the locks that keep two writers of one name apart."""
+"""Atomic writes of files, and the locks that keep two writers of one name apart."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from dali_pipeline.errors import PipelineError, UsageError
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """A small file, whole or not at all, and on the disk before this returns."""
+    """Write a small file atomically, synced to the disk on return."""
     with replacing(path) as file:
         file.write(data)
 
 
 @contextmanager
 def replacing(path: Path, *, wait: bool = True) -> Iterator[BinaryIO]:
-    """A file that becomes `path` at the end of the block, whole or not at all: temporary name, fsync, rename.
+    """Yield a file that becomes `path` at the end of the block, atomically: temporary name, fsync, rename.
 
-    Who writes to the same `path`, in any process or thread, waits for the other, or raises UsageError where not to `wait`. What
-    a killed process leaves is written over by the next. Raises PipelineError where the file cannot be written.
+    A second writer of the same `path`, in any process or thread, waits for the first, or raises UsageError if `wait` is False.
+    What a killed process leaves is overwritten by the next one. Raises PipelineError if the file cannot be written.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -45,7 +45,7 @@ def replacing(path: Path, *, wait: bool = True) -> Iterator[BinaryIO]:
 
 
 def open_locked(path: Path, wait: bool) -> BinaryIO:
-    """The file at `path`, made if need be, locked and empty; raises BlockingIOError where another has it, and not to `wait`."""
+    """Open the file at `path`, created if needed, locked and empty; raise BlockingIOError if locked and not to `wait`."""
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "wb")
         try:
@@ -57,13 +57,13 @@ def open_locked(path: Path, wait: bool) -> BinaryIO:
         except BaseException:
             file.close()
             raise
-        file.close()  # the other's, renamed or taken away by now
+        file.close()  # another writer's file, renamed or removed meanwhile
 
 
 def lock(fd: int, wait: bool = False) -> None:
-    """Locks an open folder or file until it is closed, or the process ends, however; a file system without locks goes without.
+    """Lock an open folder or file until it is closed or the process ends; do nothing on a file system without locks.
 
-    Raises BlockingIOError where another has it, and not to `wait`.
+    Raises BlockingIOError if another process has the lock and `wait` is False.
     """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -74,7 +74,7 @@ def lock(fd: int, wait: bool = False) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` outlast a power cut."""
+    """Sync a folder, so that a rename in it survives a power cut."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)

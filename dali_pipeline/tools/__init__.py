@@ -1,1 +1,1 @@
-"""What is asked about a data set or a run: verify, inspect, how well it shuffles, doctor."""
+"""Tools that examine a data set or a run: verify, inspect, the quality of the shuffle, doctor."""

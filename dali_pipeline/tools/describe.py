@@ -1,4 +1,4 @@
-"""describe: what a person asks first of a data set, as plain values and as text."""
+"""Describe a data set, as plain values and as text: records, labels, lengths, types, a sample."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from dali_pipeline.types import Array, Kind
 
 BINS = 20
 SAMPLES = 3
-MEASURED = 512  # records that the cost of int8 is measured on
-OF_ROUNDING = 2.58 / 12**0.5  # the error of rounding to whole numbers, where 2.58 standard deviations are the 99th percentile
-COARSE = 0.1  # of a feature's spread: more is said of what int8 costs
+MEASURED = 512  # number of records on which the cost of int8 is measured
+OF_ROUNDING = 2.58 / 12**0.5  # error of rounding to whole numbers; 2.58 standard deviations are the 99th percentile
+COARSE = 0.1  # if int8 moves features by more than this share of their spread, they are counted in the report
 BARS = " ▁▂▃▄▅▆▇█"
 AXES: dict[Kind, tuple[tuple[str, str], ...]] = {
     "sequences": (("steps", "sequence"),),
@@ -32,11 +32,14 @@ AXES: dict[Kind, tuple[tuple[str, str], ...]] = {
 
 
 def describe(data: Dataset) -> dict[str, Any]:
-    """What a data set holds, in JSON types.
+    """Return the contents of a data set in JSON types.
 
-    Keys: root, digest, bytes, kinds, schema, splits (kind -> records), labels (split -> label -> records), shards,
-    distributions (name -> least, median, greatest, mean, edges and counts of a histogram), statistics, source, sample. Reads
-    the manifest, every shard's offsets (8 bytes a record, 16 a graph) and a few records.
+    Reads the manifest, the offsets of every shard (8 bytes per record, 16 per graph) and a few records.
+
+    Returns:
+        A dict with the keys root, digest, bytes, kinds, schema, splits (records by split and kind), labels (records by split
+        and label), shards, distributions (least, median, greatest, mean, edges and counts of a histogram, by name), statistics,
+        source and sample.
     """
     schema = data.schema
     types = {"sequence": schema.sequence, **schema.of_graphs}
@@ -46,9 +49,9 @@ def describe(data: Dataset) -> dict[str, Any]:
         "bytes": data.nbytes,
         "kinds": list(schema.kinds),
         "schema": {
-            name: {"dtype": one.dtype + (" with a scale" if one.scales else ""), "shape": list(one.shape)}
-            for name, one in types.items()
-            if one is not None
+            name: {"dtype": field.dtype + (" with a scale" if field.scales else ""), "shape": list(field.shape)}
+            for name, field in types.items()
+            if field is not None
         },
         "splits": {split: {kind: data.num_records(split, kind) for kind in schema.kinds} for split in data.splits},
         "labels": {split: {str(label): count for label, count in data.label_counts(split).items()} for split in data.splits},
@@ -61,16 +64,16 @@ def describe(data: Dataset) -> dict[str, Any]:
 
 
 def _lengths(data: Dataset, kind: Kind) -> list[tuple[str, Array]]:
-    """Of every record, or graph, how many rows it has, by what the rows are."""
-    found: dict[str, list[Array]] = {name: [] for name, _ in AXES[kind]}
+    """Return the number of rows of every record or graph, by the name of the rows."""
+    lengths: dict[str, list[Array]] = {name: [] for name, _ in AXES[kind]}
     files = Files()
     for split in data.splits:
         table = data.table(split, kind)
         for number in range(len(table)):
             shard: Shard = table.open(data.shard_path(split, kind, number), number, files)
             for name, array in AXES[kind]:
-                found[name].append(np.diff(shard.read(f"{array}.offsets")))
-    return [(name, np.concatenate(parts)) for name, parts in found.items() if parts]
+                lengths[name].append(np.diff(shard.read(f"{array}.offsets")))
+    return [(name, np.concatenate(parts)) for name, parts in lengths.items() if parts]
 
 
 def _distribution(values: Array) -> dict[str, Any]:
@@ -88,23 +91,22 @@ def _distribution(values: Array) -> dict[str, Any]:
 
 
 def _statistics(data: Dataset) -> dict[str, Any] | None:
-    found = data.manifest.statistics
-    return None if found is None else {"mean": list(found.mean), "std": list(found.std)}
+    statistics = data.manifest.statistics
+    return None if statistics is None else {"mean": list(statistics.mean), "std": list(statistics.std)}
 
 
 def _sample(data: Dataset, kind: Kind) -> list[dict[str, Any]]:
-    """The first records of the first split that has some."""
+    """Return the first records of the first split that has any."""
     split = next((split for split in data.splits if data.num_records(split, kind)), None)
     if split is None:
         return []
     positions = np.arange(min(SAMPLES, data.num_records(split, kind)))
     rows: SequenceRows | GraphRows
     if kind == "sequences":
-        rows = SequenceSource(data.select(split, kind), data.schema).gather(positions, len(positions), None)
+        source = SequenceSource(data.select(split, kind), data.schema)
+        rows = source.gather(positions, len(positions), None)
         shapes = [{"steps": int(length)} for length in rows.lengths]
-        field = data.schema.sequence
-        assert field is not None
-        firsts = field.values(rows.values)[rows.starts]
+        firsts = source.unit.values(rows.values)[rows.starts * source.parts_per_record]
     else:
         graphs = GraphSource(data.select(split, kind), data.schema).gather(positions)
         record = np.repeat(np.arange(len(positions)), graphs.graphs_per_record)
@@ -119,24 +121,25 @@ def _sample(data: Dataset, kind: Kind) -> list[dict[str, Any]]:
         assert data.schema.x is not None
         first_nodes = (np.cumsum(graphs.node_counts) - graphs.node_counts)[np.unique(record, return_index=True)[1]]
         rows, firsts = graphs, data.schema.x.values(graphs.arrays["x"][first_nodes])
+    labels = [None] * len(positions) if rows.labels is None else rows.labels.tolist()
     return [
-        {"split": split, "id": id_, "label": int(label), **shape, "first_row": first.reshape(-1)[:6].astype(float).tolist()}
-        for id_, label, shape, first in zip(rows.ids, rows.labels, shapes, firsts, strict=True)
+        {"split": split, "id": id_, "label": label, **shape, "first_row": first.reshape(-1)[:6].astype(float).tolist()}
+        for id_, label, shape, first in zip(rows.ids, labels, shapes, firsts, strict=True)
     ]
 
 
 def summary(data: Dataset) -> str:
-    """`sequences 2,807 train, 586 val; graphs …`."""
+    """Return the number of records in words, for example `sequences 2,807 train, 586 val; graphs …`."""
     counts = {kind: [f"{data.num_records(split, kind):,} {split}" for split in data.splits] for kind in data.schema.kinds}
     return "; ".join(f"{kind} {', '.join(listed)}" for kind, listed in counts.items())
 
 
 def rounding_errors(data: Dataset) -> Array | None:
-    """Return how far int8 moves each feature of a sequence, (F,), as a share of the spread of its usual values; or None.
+    """Return the error of int8 for each feature of a sequence, (F,), relative to the spread of its usual values.
 
-    One outlier makes a feature's scale so coarse that all its other values become 0: that is an error of 1. The spread is the
-    99th percentile of the distance from the median over the first MEASURED records of training, which outliers do not move; a
-    feature that never varies has no error.
+    Returns None if the data set stores no int8 sequences, or has no statistics. The spread is the 99th percentile of the
+    distance from the median over the first MEASURED records of the training split, which outliers do not change. The error is 1
+    if an outlier makes the scale so coarse that all other values become 0. A feature that never varies has error 0.
     """
     field, statistics = data.schema.sequence, data.manifest.statistics
     scales = None if field is None else field.scales
@@ -152,65 +155,67 @@ def rounding_errors(data: Dataset) -> Array | None:
 
 
 def describe_rounding(data: Dataset) -> str:
-    """Say what int8 costs the features of a data set; an empty text where it stores none."""
+    """Return a sentence about the error of int8 storage, or an empty text if the data set stores no int8."""
     errors = rounding_errors(data)
     if errors is None:
         return ""
     worst, coarse = int(errors.argmax()), int((errors > COARSE).sum())
-    told = (
+    sentence = (
         f"int8 moves a feature by {float(np.median(errors)):.2%} of its usual spread at the median, "
         f"and feature {worst} most, by {float(errors[worst]):.0%}"
     )
     if coarse:
-        told += f"; {coarse:,} of {len(errors):,} lose more than {COARSE:.0%}, as with outliers: clip them, or store float16"
-    return told
+        sentence += (
+            f"; {coarse:,} of {len(errors):,} lose more than {COARSE:.0%}, as with outliers: clip them, or store float16"
+        )
+    return sentence
 
 
-def print_description(found: dict[str, Any]) -> None:
-    """As tables on standard output; piped output is never folded."""
+def print_description(report: dict[str, Any]) -> None:
+    """Print a description as tables on standard output; piped output is never wrapped."""
     console = plain_console()
     console.print(
-        f"{found['root']}: {' and '.join(found['kinds'])}, {found['bytes'] / 1e9:.3f} GB, digest {found['digest'][:8]}"
+        f"{report['root']}: {' and '.join(report['kinds'])}, {report['bytes'] / 1e9:.3f} GB, digest {report['digest'][:8]}"
     )
-    for name, one in found["schema"].items():
-        console.print(f"  {name}: {one['dtype']} {tuple(one['shape'])} a row")
-    table = Table("split", *found["kinds"], "labels", box=box.SIMPLE_HEAD)
-    for split, counts in found["splits"].items():
-        total = max(1, sum(found["labels"][split].values()))
-        labels = ", ".join(f"{label}: {count:,} ({count / total:.0%})" for label, count in found["labels"][split].items())
+    for name, facts in report["schema"].items():
+        console.print(f"  {name}: {facts['dtype']} {tuple(facts['shape'])} a row")
+    table = Table("split", *report["kinds"], "labels", box=box.SIMPLE_HEAD)
+    for split, counts in report["splits"].items():
+        total = max(1, sum(report["labels"][split].values()))
+        labels = ", ".join(f"{label}: {count:,} ({count / total:.0%})" for label, count in report["labels"][split].items())
         table.add_row(split, *(f"{count:,}" for count in counts.values()), labels)
     console.print(table)
     table = Table("of each", "least", "median", "mean", "greatest", "distribution", box=box.SIMPLE_HEAD)
-    for name, one in found["distributions"].items():
-        cells = [f"{one[key]:,}" for key in ("least",)] + [
-            f"{one['median']:,.1f}",
-            f"{one['mean']:,.1f}",
-            f"{one['greatest']:,}",
+    for name, facts in report["distributions"].items():
+        cells = [f"{facts[key]:,}" for key in ("least",)] + [
+            f"{facts['median']:,.1f}",
+            f"{facts['mean']:,.1f}",
+            f"{facts['greatest']:,}",
         ]
-        table.add_row(name, *cells, sparkline(one["counts"]))
+        table.add_row(name, *cells, sparkline(facts["counts"]))
     console.print(table)
-    if found["statistics"]:
-        mean, std = (np.array(found["statistics"][key]) for key in ("mean", "std"))
+    if report["statistics"]:
+        mean, std = (np.array(report["statistics"][key]) for key in ("mean", "std"))
         console.print(
             f"features of the training split: {len(mean)}, means {mean.min():.3g} to {mean.max():.3g}, "
             f"standard deviations {std.min():.3g} to {std.max():.3g}"
         )
-    for kind, sample in found["sample"].items():
-        for one in sample:
-            shape = ", ".join(f"{one[key]} {key}" for key in ("steps", "graphs", "nodes", "edges") if key in one)
-            row = " ".join(f"{value:.3g}" for value in one["first_row"])
+    for kind, sample in report["sample"].items():
+        for facts in sample:
+            shape = ", ".join(f"{facts[key]} {key}" for key in ("steps", "graphs", "nodes", "edges") if key in facts)
+            row = " ".join(f"{value:.3g}" for value in facts["first_row"])
             console.print(
-                f"{kind} {one['split']} {one['id']!r}: label {one['label']}, {shape}, first row {row} …", markup=False
+                f"{kind} {facts['split']} {facts['id']!r}: label {facts['label']}, {shape}, first row {row} …", markup=False
             )
 
 
 def plain_console() -> Console:
-    """Standard output for tables; piped, it is neither folded nor coloured."""
+    """Return standard output for tables; if it is piped, it is neither wrapped nor coloured."""
     console = Console(highlight=False, markup=False)
     return console if console.is_terminal else Console(highlight=False, markup=False, width=200)
 
 
 def sparkline(counts: list[int]) -> str:
-    """A histogram in a line of text; a bar is never empty where something is."""
-    most = max(counts, default=0) or 1
-    return "".join(BARS[0 if not count else max(1, round(count / most * (len(BARS) - 1)))] for count in counts)
+    """Return a histogram as one line of text; the bar of a count above 0 is never empty."""
+    largest = max(counts, default=0) or 1
+    return "".join(BARS[0 if not count else max(1, round(count / largest * (len(BARS) - 1)))] for count in counts)

@@ -1,4 +1,7 @@
-"""doctor: is this run input-bound, and what to do. Every stage alone, all of them together, then the most promising change."""
+"""doctor: find out whether a run is input-bound, and what to change.
+
+Measures every stage alone, all stages together, and then the most promising change.
+"""
 
 from __future__ import annotations
 
@@ -19,24 +22,36 @@ from dali_pipeline.tools.knobs import Knob, Setup, knobs_of, predict
 from dali_pipeline.tools.stages import Tell, Train, measure_stages, measure_together, model_rate
 from dali_pipeline.types import Kind
 
-SECONDS = 3.0  # a stage
-WAITING = 0.1  # share of the time: more is input-bound
-FASTER_ALONE = 1.1  # times as many records a second: more, and threads are said to wait for each other
-WORTH_TRYING = 1.1  # times as many records a second
+SECONDS = 3.0  # measuring time per stage
+WAITING = 0.1  # a run that waits for a larger share of the time is input-bound
+FASTER_ALONE = 1.1  # if one thread is faster than several by more than this factor, a warning says so
+WORTH_TRYING = 1.1  # factor of records per second from which a change is tried
 MakeStep = Callable[[Loader[Any]], Train]
 
 
 def examine(
     data: Dataset, kind: Kind, setup: Setup, make_step: MakeStep | None, tell: Tell, seconds: float = SECONDS
 ) -> dict[str, Any]:
-    """Keys: root, records, stages (name -> records and bytes a second), narrowest, together (records a second, share waiting),
-    verdict, knobs (change -> predicted, and measured or None, records a second), next (the change tried, or None), machine,
-    warnings; JSON types.
+    """Measure all stages of a loader and a model, and try the most promising change. Takes under a minute.
 
-    make_step: gives what trains on a batch of the loader; None for the loader alone, whose verdict is "no model" · tell: told
-    what is measured · seconds: for each stage. Raises DataError for an empty training split.
+    Args:
+        data: The data set, whose training split is loaded.
+        kind: Kind of record.
+        setup: Options of the loader.
+        make_step: Returns a callable that trains on a batch of a given loader. None examines the loader alone, and the verdict
+            is "no model".
+        tell: Called with the name of each stage before it is measured.
+        seconds: Measuring time per stage.
+
+    Returns:
+        JSON types with the keys root, records, bytes_per_record, from_disk, stages (records and bytes per second by name),
+        narrowest, together (records per second, share of time waiting), verdict, knobs (predicted and measured records per
+        second by change), next (the change that was tried, or None), machine and warnings.
+
+    Raises:
+        DataError: The training split is empty.
     """
-    torch.set_num_threads(default_threads())  # as train.py does
+    torch.set_num_threads(default_threads())  # like train.py
     loader = setup.loader(data, kind)
     if not loader.num_records:
         raise DataError(f"the training split of {data.root} has no {kind}; expected some to measure with")
@@ -46,11 +61,11 @@ def examine(
     step = make_step(loader) if make_step is not None else None
     rates = measure_stages(data, kind, loader, step, record_bytes, tell, seconds)
     warnings = [*warnings_about(machine), *(_about_threads(loader, step, seconds) if step is not None else [])]
-    source, room = "store", loader.selection.room
-    if room is None:
-        source, room = "disk", int(0.8 * machine["memory_available"])
-    # else the cache soon has all of it
-    from_source = loader.selection.nbytes.sum() > room
+    source, cache_bytes = "store", loader.selection.cache_bytes
+    if cache_bytes is None:
+        source, cache_bytes = "disk", int(0.8 * machine["memory_available"])
+    # data that fit in the cache are soon read from it alone
+    from_source = loader.selection.nbytes.sum() > cache_bytes
     counted = {name: rate for name, rate in rates.items() if name != source or from_source}
     narrowest = min(counted, key=lambda name: counted[name])
     tell("together")
@@ -60,15 +75,18 @@ def examine(
     knobs = knobs_of(data.schema, kind, setup, larger)
     now = predict(counted, kind, setup, Knob())
     promised = {name: together * predict(counted, kind, setup, knob) / now for name, knob in knobs.items()}
-    told: dict[str, dict[str, float | None]] = {name: {"predicted": rate, "measured": None} for name, rate in promised.items()}
+    knob_rates: dict[str, dict[str, float | None]] = {
+        name: {"predicted": rate, "measured": None} for name, rate in promised.items()
+    }
     tell("a change")
     best = max((name for name in promised if knobs[name].setup), key=lambda name: promised[name])
     tried = None
     if promised[best] >= WORTH_TRYING * together:
-        told[best]["measured"] = _try(data, kind, knobs[best], make_step, seconds)
-        tried = {"change": best, **told[best]}
-    # what cannot be seen in a short run, as the page cache serves it
+        knob_rates[best]["measured"] = _try(data, kind, knobs[best], make_step, seconds)
+        tried = {"change": best, **knob_rates[best]}
+    # a short run cannot show this, because the page cache serves its reads
     starved = from_source and rates[source] < rates.get("model", 0.0)
+    verdict = "input-bound" if share > WAITING or starved else "fed"
     return {
         "root": readable(data.root),
         "records": kind,
@@ -80,8 +98,8 @@ def examine(
         },
         "narrowest": narrowest,
         "together": {"records_per_second": together, "wait_share": share},
-        "verdict": "no model" if step is None else "input-bound" if share > WAITING or starved else "fed",
-        "knobs": told,
+        "verdict": "no model" if step is None else verdict,
+        "knobs": knob_rates,
         "next": tried,
         "machine": machine,
         "warnings": warnings,
@@ -89,16 +107,16 @@ def examine(
 
 
 def _nothing(batch: Any) -> None:
-    """Take a batch and let it go."""
+    """Take a batch and do nothing."""
 
 
 def _about_threads(loader: Loader[Any], step: Train, seconds: float) -> list[str]:
-    """A sentence where torch's threads wait for each other: one thread alone trains faster."""
+    """Return a warning if torch's threads wait for each other, so that one thread alone trains faster."""
     count = torch.get_num_threads()
     if loader.device.type != "cpu" or count == 1:
         return []
     rates = {}
-    for threads in (count, 1):  # one right behind the other, as what else runs comes and goes
+    for threads in (count, 1):  # in direct succession, because the load of other processes changes
         torch.set_num_threads(threads)
         rates[threads] = model_rate(loader, step, seconds / 2)
     torch.set_num_threads(count)
@@ -111,7 +129,7 @@ def _about_threads(loader: Loader[Any], step: Train, seconds: float) -> list[str
 
 
 def _larger_batch(data: Dataset, kind: Kind, setup: Setup, make_step: MakeStep, seconds: float) -> float:
-    """Records a second of the model alone, in batches twice as large; next to none where they do not fit on the GPU."""
+    """Return the records per second of the model alone with batches twice as large; almost 0 if they do not fit on the GPU."""
     loader = replace(setup, batch_size=2 * setup.batch_size).loader(data, kind)
     try:
         return model_rate(loader, make_step(loader), seconds)
@@ -120,7 +138,7 @@ def _larger_batch(data: Dataset, kind: Kind, setup: Setup, make_step: MakeStep, 
 
 
 def _try(data: Dataset, kind: Kind, knob: Knob, make_step: MakeStep | None, seconds: float) -> float:
-    """Records a second of all together, with the knob turned."""
+    """Return the records per second of all stages together, with a change."""
     assert knob.setup is not None
     loader = knob.setup.loader(data, kind)
     return measure_together(loader, _nothing if make_step is None else make_step(loader), 2 * seconds)[0]

@@ -1,4 +1,4 @@
-"""Knobs: what can be changed about a loader, and what the stages, measured alone, promise of each change."""
+"""Knobs: list the changes that may speed up a loader, and predict the gain of each from the speeds of the stages."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from dali_pipeline.runtime.world import World
 from dali_pipeline.sampling.order import WINDOW_BYTES
 from dali_pipeline.types import Kind
 
-FASTER_DISK = 2.0  # times as fast
+FASTER_DISK = 2.0  # speed relative to now
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A loader's options, as far as doctor changes them, and its layers. record_bytes: of the data, for num_workers="auto"."""
+    """The loader options that doctor changes, and the layers. record_bytes: size of a record, for num_workers="auto"."""
 
     batch_size: int
     num_workers: int | Literal["auto"] = "auto"
@@ -38,7 +38,7 @@ class Setup:
     layers: Layers = None
 
     def loader(self, data: Dataset, kind: Kind) -> Loader[Any]:
-        """Of the training split."""
+        """Return a loader of the training split with these options."""
         names = ("batch_size", "num_workers", "dtype", "device", "window_bytes", "layers")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         return SequenceLoader(data, engine=self.engine, **options) if kind == "sequences" else GraphLoader(data, **options)
@@ -46,9 +46,13 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Knob:
-    """A change: the options with it, or, where it takes more than options, None; and what it does to the stages.
+    """A change, and its effect on the stages.
 
-    stored: bytes of a record as stored, as a share of now · model, disk: how many times as fast.
+    Attributes:
+        setup: Options with the change; None if it takes more than options.
+        stored: Stored bytes per record, relative to now.
+        model: Speed of the model, relative to now.
+        disk: Speed of the disk, relative to now.
     """
 
     setup: Setup | None = None
@@ -58,26 +62,29 @@ class Knob:
 
 
 def knobs_of(schema: Schema, kind: Kind, setup: Setup, larger_batch: float) -> dict[str, Knob]:
-    """By name. larger_batch: how many times as many records a second the model takes in batches twice as large."""
+    """Return the changes by name.
+
+    larger_batch: records per second of the model with batches twice as large, relative to now.
+    """
     counts = [number for number in (0, 1, 2, 4) if number != _threads(setup) and number <= max(1, allowed_cores())]
-    found = {f"num_workers={number}": Knob(setup=replace(setup, num_workers=number)) for number in counts}
+    knobs = {f"num_workers={number}": Knob(setup=replace(setup, num_workers=number)) for number in counts}
     if setup.dtype != torch.float16:
-        found["dtype=torch.float16"] = Knob(setup=replace(setup, dtype=torch.float16))
+        knobs["dtype=torch.float16"] = Knob(setup=replace(setup, dtype=torch.float16))
     twice = replace(setup, batch_size=2 * setup.batch_size)
-    found[f"batch_size={twice.batch_size}"] = Knob(setup=twice, model=larger_batch)
+    knobs[f"batch_size={twice.batch_size}"] = Knob(setup=twice, model=larger_batch)
     if kind == "sequences":
         other: Literal["dali", "torch"] = "torch" if setup.engine == "dali" else "dali"
-        found[f"engine='{other}'"] = Knob(setup=replace(setup, engine=other))
-    # runs are cut finer for a smaller window, but reading ahead hides that: it promises nothing
+        knobs[f"engine='{other}'"] = Knob(setup=replace(setup, engine=other))
+    # a smaller window means shorter reads, but reading ahead hides that; so a larger window promises no gain
     window = 2 * setup.window_bytes
-    found[f"window_bytes={window >> 20} << 20"] = Knob(setup=replace(setup, window_bytes=window))
-    found["layers=, half of them"] = Knob(stored=0.5, model=2.0)
+    knobs[f"window_bytes={window >> 20} << 20"] = Knob(setup=replace(setup, window_bytes=window))
+    knobs["layers=, half of them"] = Knob(stored=0.5, model=2.0)
     if kind == "sequences" and (field := schema.sequence) is not None and not field.scales:
-        found["convert --dtype sequence=int8"] = Knob(stored=1 / _width(field))
+        knobs["convert --dtype sequence=int8"] = Knob(stored=1 / _width(field))
     if kind == "graphs" and (field := schema.x) is not None and _width(field) > 2:
-        found["convert --dtype x=bfloat16"] = Knob(stored=2 / _width(field))
-    found["a disk twice as fast"] = Knob(disk=FASTER_DISK)
-    return found
+        knobs["convert --dtype x=bfloat16"] = Knob(stored=2 / _width(field))
+    knobs["a disk twice as fast"] = Knob(disk=FASTER_DISK)
+    return knobs
 
 
 def _threads(setup: Setup) -> int:
@@ -89,17 +96,24 @@ def _width(field: Field) -> int:
 
 
 def predict(rates: dict[str, float], kind: Kind, now: Setup, knob: Knob) -> float:
-    """Records a second with the knob turned, of the stages that are counted.
+    """Predict the records per second with a change.
 
-    In one thread times add up; with background threads the slowest of gathering, all else, and the cores counts; the disk works
-    beside all of them. DALI copies once more on the CPU, about as long as a gather; half the type is half of the decoding.
+    In one thread the times of the stages add up. With background threads the slowest of three counts: gathering, all other
+    stages, and the cores. The disk works in parallel to all of them. On the CPU, DALI makes one more copy, which takes about as
+    long as a gather. A type of half the size halves the time of decoding.
+
+    Args:
+        rates: Records per second of each stage that counts.
+        kind: Kind of record.
+        now: Present options.
+        knob: The change.
     """
     setup = knob.setup or now
     device = resolve_device(setup.device, World())
     seconds = {name: 1 / rate for name, rate in rates.items()}
     gather = seconds["gather"] * knob.stored
     decode = seconds["decode"] * torch.finfo(setup.dtype).bits / torch.finfo(now.dtype).bits
-    if knob.setup is None and knob.model > 1:  # fewer layers are fewer values everywhere
+    if knob.setup is None and knob.model > 1:  # fewer layers mean fewer values in every stage
         decode *= knob.stored
     rest = (
         decode

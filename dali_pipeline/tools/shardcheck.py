@@ -1,10 +1,10 @@
-"""ShardCheck: everything that can be wrong with one shard, and what has to be compared over all of them."""
+"""ShardCheck: check one shard, and collect what `verify` compares over all shards."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from dataclasses import field as made
+from dataclasses import field as dataclass_field
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,8 @@ import numpy.typing as npt
 from dali_pipeline.dataset.dataset import Dataset
 from dali_pipeline.dataset.selection import Shards
 from dali_pipeline.errors import FormatError
-from dali_pipeline.format.encoding import BFLOAT16, decode
-from dali_pipeline.format.schema import Field, a_or_an, level_of
+from dali_pipeline.format.encoding import BFLOAT16, TEXT, decode
+from dali_pipeline.format.schema import Field, a_or_an, level_of, unit_field
 from dali_pipeline.format.shard import Hashes, Shard, hash_texts
 from dali_pipeline.storage.files import Files
 from dali_pipeline.types import Array, Kind
@@ -25,32 +25,44 @@ EXPONENTS = {
     "float32": ("<u4", 0x7F800000),
     "float64": ("<u8", 0x7FF0000000000000),
 }
-# ragged arrays, each after the one that it counts its rows in, with the manifest's name of what they hold
+# ragged arrays, the array whose rows each of them divides, and the manifest's name of its rows
 RAGGED: dict[Kind, tuple[tuple[str, str, str], ...]] = {
     "sequences": (("sequence", "labels", "step"),),
     "graphs": (("graphs", "labels", "graph"), ("x", "graphs", "node"), ("edge_index", "graphs", "edge")),
 }
-COUNTED = {"node": "x", "edge": "edge_index", "graph": "graphs"}  # whose offsets end with their number
+COUNTED = {
+    "step": "sequence",
+    "node": "x",
+    "edge": "edge_index",
+    "graph": "graphs",
+}  # the array whose offsets end with the number of nodes, edges or graphs
 
 
 @dataclass(eq=False)
 class ShardCheck:
-    """One shard: split, kind and number. damages: a line each · the rest is None, or empty, where damage hides it.
+    """Checks of one shard. Results that damage hides stay None or empty.
 
-    ids, groups: hashes, one a record · labels: (records,) · rows: fewest and most of a record, by axis · bytes: read.
+    Attributes:
+        data: The data set.
+        split, kind, number: Split, kind and number of the shard.
+        damages: One line per damage.
+        ids, groups: Hashes, one per record.
+        labels: (records, *shape) in the stored type.
+        rows: Smallest and largest number of rows per record, by axis.
+        bytes: Bytes that were read.
     """
 
     data: Dataset
     split: str
     kind: Kind
     number: int
-    damages: list[str] = made(default_factory=list)
-    ids: Hashes = made(default_factory=lambda: np.zeros(0, np.uint64))
-    groups: Hashes = made(default_factory=lambda: np.zeros(0, np.uint64))
-    labels: npt.NDArray[np.int64] | None = None
-    rows: dict[str, tuple[int, int]] = made(default_factory=dict)
+    damages: list[str] = dataclass_field(default_factory=list)
+    ids: Hashes = dataclass_field(default_factory=lambda: np.zeros(0, np.uint64))
+    groups: Hashes = dataclass_field(default_factory=lambda: np.zeros(0, np.uint64))
+    labels: Array | None = None
+    rows: dict[str, tuple[int, int]] = dataclass_field(default_factory=dict)
     bytes: int = 0
-    _offsets: dict[str, npt.NDArray[np.int64]] = made(default_factory=dict)
+    _offsets: dict[str, npt.NDArray[np.int64]] = dataclass_field(default_factory=dict)
 
     @property
     def path(self) -> Any:
@@ -58,27 +70,27 @@ class ShardCheck:
         return self.data.shard_path(self.split, self.kind, self.number)
 
     def open(self) -> Shard:
-        """The shard; raises FormatError where it is not what the manifest says."""
+        """Open the shard; raise FormatError if it does not fit the manifest."""
         table = self.data.table(self.split, self.kind)
         return Shards(root=self.data.root, split=self.split, kind=self.kind, table=table).open(self.number, Files(1))
 
     def run(self, quick: bool, advance: Callable[[int], None]) -> None:
-        """Checks the whole shard, or with `quick` all but its values. advance: told the bytes that were read."""
+        """Check the whole shard, or with `quick` everything but its values. advance: called with the bytes that were read."""
         try:
             shard = self.open()
         except FormatError as error:
             self.damages.append(str(error))
             return
         schema = self.data.schema
-        fields = {"sequence": schema.sequence} if self.kind == "sequences" else {**schema.of_graphs}
-        self._step(self._check_labels, shard)
+        fields = self._fields()
+        if schema.labels.dtype is not None:
+            self._step(self._check_labels, shard)
         self._step(self._check_texts, shard, "ids")
         self._step(self._check_texts, shard, "groups")
         for name, counted_in, axis in RAGGED[self.kind]:
             self._step(self._check_offsets, shard, name, counted_in, axis)
-        for name, one in fields.items():
-            if one is not None:
-                self._check_field(shard, name, one, quick, advance)
+        for name, field in fields.items():
+            self._check_field(shard, name, field, quick, advance)
         if self.kind == "graphs":
             self._step(self._check_type, shard, "edge_index", ("uint8", "uint16", "uint32"), (2,))
             if not quick:
@@ -89,15 +101,27 @@ class ShardCheck:
                 self._step(self._check_values, shard, name, advance)
         self._offsets.clear()
 
-    def _check_field(self, shard: Shard, name: str, field: Field, quick: bool, advance: Callable[[int], None]) -> None:
-        self._step(self._check_type, shard, name, (field.storage.name,), field.shape)
+    def _fields(self) -> dict[str, Field]:
+        """Return the fields of this kind of record as arrays of the shard have them."""
+        schema = self.data.schema
         if self.kind == "graphs":
+            return schema.of_graphs | schema.record_fields
+        assert schema.sequence is not None
+        sequence = schema.sequence if schema.layer_axis is None else unit_field(schema.sequence, schema.layer_axis)
+        return {"sequence": sequence, **schema.step_fields, **schema.record_fields}
+
+    def _check_field(self, shard: Shard, name: str, field: Field, quick: bool, advance: Callable[[int], None]) -> None:
+        if field.dtype == TEXT:
+            self._step(self._check_texts, shard, name)
+            return
+        self._step(self._check_type, shard, name, (field.storage.name,), field.shape)
+        if name != "sequence":
             self._step(self._check_rows, shard, name)
         if not quick:
             self._step(self._check_values, shard, name, advance, field)
 
     def _step(self, check: Callable[..., None], *arguments: object) -> None:
-        """Runs one check; damage becomes a line, and the others go on."""
+        """Run one check; add its damage as a line, so that the other checks still run."""
         try:
             check(*arguments)
         except FormatError as error:
@@ -117,11 +141,18 @@ class ShardCheck:
             raise self._fail(name, f"{layout.dtype} {layout.shape}; expected {' or '.join(dtypes)} in rows of {row}")
 
     def _check_labels(self, shard: Shard) -> None:
-        self._check_type(shard, "labels", ("int64",), ())
+        label = self.data.schema.labels
+        self._check_type(shard, "labels", (str(label.dtype),), label.shape)
         labels = self._read(shard, "labels")
-        if len(labels) != shard.records or (labels < 0).any():
+        if label.kind == "value" and not np.isfinite(labels).all():
+            raise self._fail("labels", "values that are not finite; expected finite numbers")
+        if len(labels) != shard.records or (label.kind == "class" and (labels < 0).any()):
             raise self._fail(
                 "labels", f"{len(labels)}, the least {labels.min(initial=0)}; expected {shard.records} of 0 or more"
+            )
+        if label.names and label.kind == "class" and labels.max(initial=0) >= len(label.names):
+            raise self._fail(
+                "labels", f"the highest is {labels.max()}; expected numbers below {len(label.names)}, as class_names"
             )
         self.labels = labels
 
@@ -135,17 +166,18 @@ class ShardCheck:
                 text.decode()
             except UnicodeDecodeError as error:
                 raise self._fail(name, f"record {row} is not UTF-8 ({error.reason})") from None
-        setattr(self, name, hash_texts(texts))
+        if name in ("ids", "groups"):
+            setattr(self, name, hash_texts(texts))
 
     def _check_offsets(self, shard: Shard, name: str, counted_in: str, axis: str) -> None:
         outer = np.arange(shard.records + 1) if counted_in == "labels" else self._offsets.get(counted_in)
         if outer is None:
-            return  # damaged, and said so
+            return  # damaged, which another check reports
         offsets = self._offsets_of(shard, name, int(outer[-1]))
         self._offsets[name] = offsets
-        each = np.diff(offsets)
-        if name != "edge_index" and len(each) and each.min() < 1:
-            raise self._fail(f"{name}.offsets", f"row {int(each.argmin())} is empty; expected at least one {axis} in each")
+        lengths = np.diff(offsets)
+        if name != "edge_index" and len(lengths) and lengths.min() < 1:
+            raise self._fail(f"{name}.offsets", f"row {int(lengths.argmin())} is empty; expected at least one {axis} in each")
         counts = np.diff(offsets[outer])
         self.rows[axis] = (int(counts.min()), int(counts.max()))
 
@@ -154,13 +186,20 @@ class ShardCheck:
         offsets: npt.NDArray[np.int64] = self._read(shard, f"{name}.offsets")
         if len(offsets) != rows + 1 or offsets[0] != 0 or (np.diff(offsets) < 0).any():
             raise self._fail(f"{name}.offsets", f"{len(offsets)} that do not rise from 0; expected {rows + 1} that do")
-        length = int(offsets[-1]) if name == "graphs" else shard.array(name).shape[0]
+        length = int(offsets[-1]) if name == "graphs" else shard.array(name).shape[0] // self._layers(name)
         if offsets[-1] != length:
             raise self._fail(f"{name}.offsets", f"end at {offsets[-1]} of {length} rows; expected them to end with the array")
         return offsets
 
+    def _layers(self, name: str) -> int:
+        """Return how many rows an array has per step: the layers, if a sequence has an axis named layer."""
+        schema = self.data.schema
+        if name != "sequence" or schema.sequence is None or schema.layer_axis is None:
+            return 1
+        return schema.sequence.shape[schema.layer_axis]
+
     def _check_values(self, shard: Shard, name: str, advance: Callable[[int], None], field: Field | None = None) -> None:
-        """Every block's hash, and whether its numbers are finite, where they are a field's."""
+        """Check the hash of every block, and, if `field` is given, that its numbers are finite."""
         layout, dtype = shard.array(name), "" if field is None else field.dtype
         view, mask = EXPONENTS.get(dtype, ("u1", 0))
         exponent = np.array(mask, view)[()]
@@ -175,9 +214,9 @@ class ShardCheck:
                 bits = data.view(view)
                 masked = bits & exponent
                 if int(masked.max(initial=0)) == exponent:
-                    at = np.flatnonzero(masked == exponent)
-                    nan = np.isnan(decode(data.view(layout.dtype)[at], dtype, None))
-                    strange.append(np.stack([at + start // layout.dtype.itemsize, nan]))
+                    indices = np.flatnonzero(masked == exponent)
+                    nan = np.isnan(decode(data.view(layout.dtype)[indices], dtype, None))
+                    strange.append(np.stack([indices + start // layout.dtype.itemsize, nan]))
         if strange:
             elements, nan = np.concatenate(strange, axis=1)
             rows = elements // max(1, int(np.prod(layout.shape[1:])))
@@ -188,30 +227,34 @@ class ShardCheck:
             raise self._fail(name, f"{len(bad_blocks)} blocks are damaged, the first at byte {bad_blocks[0]} (wrong hash)")
 
     def _tell_strange(self, name: str, rows: Array, nan: Array) -> None:
-        """Counts values that are not finite, by layer: the step, or graph, of a record."""
+        """Report values that are not finite, counted by layer, which is the step or graph of a record."""
         level = level_of(name)
         outer, inner = self._offsets.get("graphs"), self._offsets.get(COUNTED.get(level, name))
         outer = None if level == "graph" else outer
         where = ""
         if inner is not None:
-            each = np.searchsorted(inner, rows, side="right") - 1  # record, or graph
-            layers = rows - inner[each]
+            inner = inner * self._layers(name)
+            owners = np.searchsorted(inner, rows, side="right") - 1  # the record or graph of each row
+            layers = rows - inner[owners]
+            if self._layers(name) > 1:
+                layers //= np.diff(inner)[owners] // self._layers(name)
             if outer is not None:
-                layers = each - outer[np.searchsorted(outer, each, side="right") - 1]
-            layer, counts = np.unique(layers, return_counts=True)
-            listed = [f"{at}: {count}" for at, count in zip(layer[:8].tolist(), counts[:8].tolist(), strict=True)]
-            where = f"; by layer {', '.join(listed)}{' …' if len(layer) > 8 else ''}"
+                layers = owners - outer[np.searchsorted(outer, owners, side="right") - 1]
+            distinct, counts = np.unique(layers, return_counts=True)
+            listed = [f"{layer}: {count}" for layer, count in zip(distinct[:8].tolist(), counts[:8].tolist(), strict=True)]
+            where = f"; by layer {', '.join(listed)}{' …' if len(distinct) > 8 else ''}"
         raise self._fail(name, f"{int(nan.sum())} NaN and {int((1 - nan).sum())} infinite values{where}")
 
     def _check_rows(self, shard: Shard, name: str) -> None:
-        """A row of a field for every node, edge or graph."""
+        """Check that a field has one row per step, record, node, edge or graph."""
         level = level_of(name)
-        offsets, rows = self._offsets.get(COUNTED[level]), shard.array(name).shape[0]
-        if offsets is not None and rows != offsets[-1]:
-            raise self._fail(name, f"{rows} rows for {offsets[-1]} {level}s; expected one {a_or_an(level)}")
+        offsets, rows = self._offsets.get(COUNTED.get(level, "")), shard.array(name).shape[0]
+        expected = shard.records if level == "record" else None if offsets is None else int(offsets[-1])
+        if expected is not None and rows != expected:
+            raise self._fail(name, f"{rows} rows for {expected} {level}s; expected one {a_or_an(level)}")
 
     def _check_edges(self, shard: Shard) -> None:
-        """Every edge between nodes of its own graph."""
+        """Check that every edge connects nodes of its own graph."""
         nodes, edges = self._offsets.get("x"), self._offsets.get("edge_index")
         edge_index = self._read(shard, "edge_index")
         if nodes is None or edges is None:

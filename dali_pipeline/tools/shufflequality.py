@@ -1,14 +1,14 @@
-"""Shuffle: how near an epoch's order comes to a full permutation, beside a shuffle buffer of the same memory.
+"""Measure how close an epoch's order is to a full permutation, compared with a shuffle buffer of the same memory.
 
-Two measures of delivered batches, both known exactly for a full permutation:
+There are two measures of delivered batches, and the exact values for a full permutation are known:
 
-- same-shard share: of all pairs of records within a batch, the share whose records lie in one shard. A full permutation has
-  sum r (r - 1) / (N (N - 1)) over shards of r records. It tells how alike the records of a step are.
-- displacement: mean |delivered place - file position| / N. A full permutation has (N^2 - 1) / (3 N^2), a third; no shuffle
-  has 0. Shuffling whole shards gives a third too, so what tells orders apart is how far an epoch strays from it.
+- same-shard share: the share of all pairs of records within a batch whose records are in one shard. A full permutation has
+  sum r (r - 1) / (N (N - 1)) over shards of r records. It shows how similar the records of a step are.
+- displacement: mean |delivered place - file position| / N. A full permutation has (N^2 - 1) / (3 N^2), about a third; no
+  shuffle has 0. Shuffling whole shards gives a third too, so orders differ in how far an epoch deviates from a third.
 
-The rival is the usual shuffle buffer: records enter in the order of their shards (as stored, or the shards shuffled), one of
-those inside is drawn at random to leave. It is charged for nothing but its records: not the shard being read, no read-ahead.
+The comparison is the usual shuffle buffer: records enter in the order of their shards (as stored, or the shards shuffled), and
+a record that is drawn at random leaves. Only its records count as its memory, not the shard being read and no read-ahead.
 """
 
 from __future__ import annotations
@@ -29,18 +29,25 @@ Floats = npt.NDArray[np.float64]
 Method = Literal["buffer, file order", "buffer, shuffled shards", "dali_pipeline", "full permutation"]
 METHODS: tuple[Method, ...] = get_args(Method)
 WINDOW_SHARES = (0.01, 0.05, 0.20)
-SAMPLED_RECORDS = 1 << 17  # of an epoch's batches
-REPLAYED_RECORDS = 1 << 20  # a buffer over more records than these is sampled, not replayed
-SORTED_RECORDS = 1 << 22  # of an epoch, spent on the blocks that the sampled batches lie in
+SAMPLED_RECORDS = 1 << 17  # maximum number of records per epoch in the measured batches
+REPLAYED_RECORDS = 1 << 20  # a buffer over more records is sampled, not replayed
+SORTED_RECORDS = 1 << 22  # records per epoch to sort for the blocks of the sampled batches
 LEAST_SUPERBATCHES = 32  # n evenly spread places miss a third by 1 / (12 n^2), whatever the order
-WINDOW_RECORDS = 1 << 16  # in a window with more, records are joined
-LEAST_SHARD_RECORDS = 4  # joined records left in a shard, on average
-POINTS = 1200  # of a picture
+WINDOW_RECORDS = 1 << 16  # in a window with more records, several records are taken as one
+LEAST_SHARD_RECORDS = 4  # minimum average number of joined records per shard
+POINTS = 1200  # number of points in a picture
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One method. same_shard, displacement: of each epoch · points: (place, position), of the first epoch, as shares of N."""
+    """Measurements of one method.
+
+    Attributes:
+        method: The method.
+        same_shard: Same-shard share of each epoch.
+        displacement: Displacement of each epoch.
+        points: (place, position) pairs of the first epoch, as shares of N.
+    """
 
     method: Method
     same_shard: tuple[float, ...]
@@ -48,15 +55,15 @@ class Measured:
     points: tuple[tuple[float, float], ...]
 
     def distances(self, quality: Quality) -> tuple[float, float]:
-        """Mean over the epochs of |measured - full permutation|, of both measures.
+        """Return the mean over the epochs of |measured - full permutation|, for both measures.
 
-        The mean of distances, not the distance of means: an order that misses by as much to either side is no better for it.
+        It is the mean of the distances, not the distance of the mean, so that deviations to both sides do not cancel.
         """
         pairs, moved = self.distances_by_epoch(quality)
         return float(pairs.mean()), float(moved.mean())
 
     def distances_by_epoch(self, quality: Quality) -> tuple[Floats, Floats]:
-        """|measured - full permutation| of each epoch, of both measures."""
+        """Return |measured - full permutation| of each epoch, for both measures."""
         return (
             np.abs(np.array(self.same_shard) - quality.full_same_shard),
             np.abs(np.array(self.displacement) - quality.full_displacement),
@@ -65,11 +72,20 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """Both measures at one window size.
+    """Both measures of all methods at one window size.
 
-    window_bytes, window_share: of the split's bytes · capacity: records in a buffer of the same memory · batches: measured an
-    epoch, of all_batches · joined: how many records were taken as one where a window has too many to be sorted in seconds;
-    shards and windows keep their bytes, and same-shard shares are scaled to those of the true records.
+    Attributes:
+        window_bytes: Size of the window in bytes.
+        window_share: Size of the window as a share of the split.
+        capacity: Number of records in a buffer of the same memory.
+        batch_size: Records per batch.
+        batches: Number of batches measured per epoch.
+        all_batches: Number of batches per epoch.
+        joined: Number of records that are taken as one if a window has too many records to sort them in seconds. Shards and
+            windows keep their bytes, and same-shard shares are scaled to those of the true records.
+        full_same_shard: Exact same-shard share of a full permutation.
+        full_displacement: Exact displacement of a full permutation.
+        methods: Measurements of each method.
     """
 
     window_bytes: int
@@ -84,61 +100,73 @@ class Quality:
     methods: tuple[Measured, ...]
 
     def to_json(self) -> dict[str, object]:
-        """All of it in JSON types, but the points of the picture; `off` is what `distances` gives."""
+        """Return all values in JSON types, except the points of the picture; `off` is the result of `distances`."""
         methods = {
-            one.method: {"same_shard": one.same_shard, "displacement": one.displacement, "off": one.distances(self)}
-            for one in self.methods
+            measured.method: {
+                "same_shard": measured.same_shard,
+                "displacement": measured.displacement,
+                "off": measured.distances(self),
+            }
+            for measured in self.methods
         }
         return {name: value for name, value in vars(self).items() if name != "methods"} | {"methods": methods}
 
     def behind(self) -> list[str]:
-        """By which measures dali_pipeline is farther from the full permutation than one of the buffers.
+        """Return the measures by which dali_pipeline is farther from the full permutation than one of the buffers.
 
-        By more than three standard errors of the difference: two full permutations are not told apart by chance.
+        Counts differences of more than three standard errors, so that chance does not make two full permutations differ.
         """
-        ours, *rivals = [one.distances_by_epoch(self) for one in self.methods if one.method == "dali_pipeline"] + [
-            one.distances_by_epoch(self) for one in self.methods if one.method.startswith("buffer")
-        ]
-        found = []
-        for at, name in enumerate(("same-shard pairs", "displacement")):
-            for rival in rivals:
-                error = np.sqrt((ours[at].var() + rival[at].var()) / len(ours[at]))
-                if ours[at].mean() - rival[at].mean() > 3 * error and name not in found:
-                    found.append(name)
-        return found
+        distances = {measured.method: measured.distances_by_epoch(self) for measured in self.methods}
+        ours = distances["dali_pipeline"]
+        buffers = [values for method, values in distances.items() if method.startswith("buffer")]
+        names = []
+        for index, name in enumerate(("same-shard pairs", "displacement")):
+            for buffer in buffers:
+                error = np.sqrt((ours[index].var() + buffer[index].var()) / len(ours[index]))
+                if ours[index].mean() - buffer[index].mean() > 3 * error and name not in names:
+                    names.append(name)
+        return names
 
 
 def same_shard_share(shards: Ints) -> float:
-    """Share of the pairs within a batch that lie in one shard. shards: (batches, B), B of at least 2; O(N log B) or so."""
+    """Return the share of pairs within a batch that are in one shard; costs about O(N log B).
+
+    shards: (batches, B) shard number of each record, B at least 2.
+    """
     batches, size = shards.shape
     ordered, equal = np.sort(shards, axis=1), 0
-    for lag in range(1, size):  # in a sorted row equal ones lie side by side: none at this lag, none at a greater one
-        found = int(np.count_nonzero(ordered[:, lag:] == ordered[:, :-lag]))
-        if not found:
+    for lag in range(
+        1, size
+    ):  # equal values are adjacent in a sorted row: if none are equal at this lag, none are at a larger lag
+        equal_at_lag = int(np.count_nonzero(ordered[:, lag:] == ordered[:, :-lag]))
+        if not equal_at_lag:
             break
-        equal += found
+        equal += equal_at_lag
     return float(equal / (batches * size * (size - 1) / 2))
 
 
 def displacement(places: Ints, positions: Ints, num_records: int) -> float:
-    """Mean |delivered place - file position| / N. places, positions: of the same shape, counted from 0."""
+    """Return the mean of |delivered place - file position| / N. places, positions: of one shape, counted from 0."""
     return float(np.abs(places - positions).mean() / num_records)
 
 
 def full_same_shard_share(records: Ints) -> float:
-    """What a full permutation of shards of these sizes has, exactly. records: (S,)."""
+    """Return the exact same-shard share of a full permutation of shards with these numbers of records, (S,)."""
     sizes = records.astype(float)
     total = sizes.sum()
     return float((sizes * (sizes - 1)).sum() / (total * (total - 1)))
 
 
 def full_displacement(num_records: int) -> float:
-    """What a full permutation has, exactly: Spearman's footrule, (N^2 - 1) / 3 (Diaconis and Graham 1977), by N^2."""
+    """Return the exact displacement of a full permutation.
+
+    It is Spearman's footrule, (N^2 - 1) / 3 (Diaconis and Graham 1977), divided by N^2.
+    """
     return (1 - 1 / num_records**2) / 3
 
 
 def choose_steps(all_batches: int, batches: int, superbatches: int) -> Ints:
-    """Steps to measure, ascending: all, or `superbatches` equal superbatches of neighbours, evenly spread over the epoch."""
+    """Return the steps to measure, ascending: all, or `superbatches` equal superbatches, evenly spread over the epoch."""
     if batches >= all_batches:
         return np.arange(all_batches)
     superbatches = max(1, min(superbatches, batches))
@@ -151,10 +179,22 @@ def measure(
     records: Ints, nbytes: Ints, *, window_bytes: int, batch_size: int = 32, epochs: int = 5, seed: int = 0, digest: str = "0",
     split: str = "train", sampled_records: int = SAMPLED_RECORDS,
 ) -> Quality:  # fmt: skip
-    """Measures every method at one window size, over epochs 0 to `epochs` - 1; no file is read.
+    """Measure every method at one window size over epochs 0 to `epochs` - 1; reads no file.
 
-    records, nbytes: (S,) of the shards, in file order. Costs about O(shards + SORTED_RECORDS) an epoch; of long epochs,
-    `sampled_records` are measured, evenly spread. Raises UsageError for a batch size below 2, DataError for fewer records.
+    Costs about O(shards + SORTED_RECORDS) per epoch.
+
+    Args:
+        records: (S,) number of records of each shard, in file order.
+        nbytes: (S,) size of each shard in bytes.
+        window_bytes: Size of the window in bytes.
+        batch_size: Records per batch, at least 2.
+        epochs: Number of epochs.
+        seed, digest, split: Like in `Order`.
+        sampled_records: Number of records that are measured per epoch, evenly spread, if it has more.
+
+    Raises:
+        UsageError: The batch size is below 2.
+        DataError: There are fewer records than one batch has.
     """
     total, spread = int(records.sum()), int(nbytes.sum())
     if batch_size < 2:
@@ -196,7 +236,7 @@ def measure(
 
 
 class _Trial:
-    """The same batches of each method. places: (batches, B) that they are delivered at."""
+    """Delivers the same batches by each method. places: (batches, B) the places in the epoch of the measured records."""
 
     def __init__(self, records: Ints, nbytes: Ints, order: Order, capacity: int, sampled: int) -> None:
         self._records, self._nbytes, self._order = records, nbytes, order
@@ -209,7 +249,7 @@ class _Trial:
         self.places: Ints = self.steps[:, None] * size + np.arange(size)
 
     def run(self, method: Method, epoch: int) -> Ints:
-        """File positions (batches, B) that a method delivers at `places` in an epoch."""
+        """Return the file positions (batches, B) that a method delivers at `places` in an epoch."""
         rng = np.random.default_rng([self._order.seed, epoch, METHODS.index(method)])
         if method == "full permutation":
             return rng.choice(self.total, self.places.size, replace=False).reshape(self.places.shape)
@@ -226,7 +266,7 @@ class _Trial:
     def _shuffled_shards(self, rng: np.random.Generator) -> Ints:
         shards = rng.permutation(len(self._records))
         ends = np.cumsum(self._records[shards])
-        entered = self._buffer(rng)  # as numbered in the order of the shuffled shards
-        at = np.searchsorted(ends, entered, side="right")
-        found: Ints = entered - ends[at] + self.ends[shards[at]]
-        return found
+        entered = self._buffer(rng)  # numbers in the order of the shuffled shards
+        index = np.searchsorted(ends, entered, side="right")
+        positions: Ints = entered - ends[index] + self.ends[shards[index]]
+        return positions

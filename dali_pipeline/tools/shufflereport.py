@@ -1,4 +1,4 @@
-"""shufflereport: what `inspect --shuffle` tells of a data set, as plain values and as text."""
+"""The report of `inspect --shuffle`, as plain values and as text."""
 
 from __future__ import annotations
 
@@ -22,10 +22,21 @@ from dali_pipeline.types import Kind
 def describe_shuffle(
     data: Dataset, split: str, windows: Sequence[int], batch_size: int, epochs: int = 5
 ) -> tuple[dict[str, Any], dict[Kind, list[Quality]]]:
-    """How well epochs of a split are shuffled: in JSON types, and as measured, by kind and window.
+    """Measure how well the epochs of a split are shuffled; reads only the manifest.
 
-    windows: bytes; none for 1 %, 5 % and 20 % of the split and the loaders' default. Reads the manifest and nothing else.
-    Raises as `measure` does, and UsageError for a split that is not there.
+    Args:
+        data: The data set.
+        split: Name of the split.
+        windows: Window sizes in bytes; if empty, 1 %, 5 % and 20 % of the split, and the default of the loaders.
+        batch_size: Records per batch.
+        epochs: Number of epochs.
+
+    Returns:
+        The report in JSON types, and the measurements by kind and window.
+
+    Raises:
+        UsageError: There is no such split, or `measure` raises it.
+        DataError: The split has no records, or `measure` raises it.
     """
     tables = {kind: data.table(split, kind) for kind in data.schema.kinds}
     if not any(sum(table.records) for table in tables.values()):
@@ -46,49 +57,49 @@ def describe_shuffle(
         for kind, table in tables.items()
         if sum(table.records)
     }
-    found = {
+    report = {
         "root": readable(data.root),
         "digest": data.digest,
         "split": split,
         "epochs": epochs,
         "splits": {split: {kind: sum(table.records) for kind, table in tables.items()}},
         "shards": {kind: len(table) for kind, table in tables.items()},
-        "shuffle": {kind: [one.to_json() for one in several] for kind, several in measured.items()},
+        "shuffle": {kind: [quality.to_json() for quality in qualities] for kind, qualities in measured.items()},
     }
-    return found, measured
+    return report, measured
 
 
 def usual_windows(table: ShardTable) -> list[int]:
-    """1 %, 5 % and 20 % of the shards, and what a loader takes where it is told nothing; ascending."""
+    """Return 1 %, 5 % and 20 % of the shards' bytes, and the default window of the loaders, ascending."""
     return sorted({*(max(1, round(share * sum(table.bytes))) for share in WINDOW_SHARES), WINDOW_BYTES})
 
 
-def print_shuffle(found: dict[str, Any], measured: dict[Kind, list[Quality]]) -> None:
-    """As a table a kind; piped output is never folded."""
+def print_shuffle(report: dict[str, Any], measured: dict[Kind, list[Quality]]) -> None:
+    """Print one table per kind; piped output is never wrapped."""
     console = plain_console()
-    for kind, several in measured.items():
+    for kind, qualities in measured.items():
         console.print(
-            f"{found['root']}, {found['split']}: {found['splits'][found['split']][kind]:,} {kind} in "
-            f"{found['shards'][kind]:,} shards, batches of {several[0].batch_size}, {found['epochs']} epochs"
+            f"{report['root']}, {report['split']}: {report['splits'][report['split']][kind]:,} {kind} in "
+            f"{report['shards'][kind]:,} shards, batches of {qualities[0].batch_size}, {report['epochs']} epochs"
         )
         table = Table("window", "order", "same shard in a batch", "off by", "displacement", "off by", box=box.SIMPLE_HEAD)
-        for quality in several:
+        for quality in qualities:
             window = f"{quality.window_bytes / 1e6:,.6g} MB ({quality.window_share:.3g} of all, {quality.capacity:,} records)"
-            for one in quality.methods:
-                off = one.distances(quality)
+            for method in quality.methods:
+                off = method.distances(quality)
                 table.add_row(
                     window,
-                    one.method,
-                    spread_text(one.same_shard, percent=True),
+                    method.method,
+                    spread_text(method.same_shard, percent=True),
                     f"{off[0]:.4%}",
-                    spread_text(one.displacement),
+                    spread_text(method.displacement),
                     f"{off[1]:.4f}",
                 )
                 window = ""
             exact = f"{quality.full_same_shard:.4%}", "", f"{quality.full_displacement:.4f}", ""
             table.add_row("", "full permutation, exactly", *exact, end_section=True)
         console.print(table)
-        for quality in several:
+        for quality in qualities:
             window = f"window {quality.window_bytes / 1e6:,.6g} MB:"
             if quality.batches < quality.all_batches:
                 console.print(f"{window} {quality.batches:,} batches of {quality.all_batches:,} measured in each epoch")
@@ -101,6 +112,6 @@ def print_shuffle(found: dict[str, Any], measured: dict[Kind, list[Quality]]) ->
 
 
 def spread_text(values: Sequence[float], *, percent: bool = False) -> str:
-    """Mean and standard deviation over the epochs."""
+    """Return the mean and the standard deviation over the epochs, in words."""
     mean, spread = float(np.mean(values)), float(np.std(values))
     return f"{mean:.4%} ± {spread:.4%}" if percent else f"{mean:.4f} ± {spread:.4f}"

@@ -1,4 +1,4 @@
-"""stages: how fast each part of the way is alone, from the disk to the model, and all of them together."""
+"""Measure the speed of each stage alone, from the disk to the model, and of all stages together."""
 
 from __future__ import annotations
 
@@ -23,38 +23,50 @@ from dali_pipeline.storage.cachedfile import REQUEST_BYTES, RemotePath
 from dali_pipeline.types import Kind
 
 READ_BYTES = 256 << 20
-LOOKED_AT = 4  # batches
-Train = Callable[[Any], object]  # one step on a batch
-Tell = Callable[[str], None]  # what is measured now
+LOOKED_AT = 4  # number of batches
+Train = Callable[[Any], object]  # takes one training step on a batch
+Tell = Callable[[str], None]  # called with the name of the stage that is measured now
 
 
 def measure_stages(
     data: Dataset, kind: Kind, loader: Loader[Any], step: Train | None, record_bytes: float, tell: Tell, seconds: float
 ) -> dict[str, float]:
-    """Records a second of every stage alone, in the order that a record goes through them."""
+    """Return the records per second of every stage alone, in the order in which a record passes them.
+
+    Args:
+        data: The data set, whose training split is read.
+        kind: Kind of record.
+        loader: Loader of that split.
+        step: Takes one training step on a batch, or None for no model.
+        record_bytes: Mean size of a stored record.
+        tell: Called with the name of each stage before it is measured.
+        seconds: Measuring time per stage.
+    """
     files = [data.shard_path("train", kind, number) for number in range(len(data.table("train", kind)))]
     plan = loader.plan(0)
     rates: dict[str, float] = {}
     if isinstance(data.root, RemotePath):
         tell("store")
         rates["store"] = store_rate(list(zip(files, data.table("train", kind).bytes, strict=True)), seconds) / record_bytes
-        steps = len(list(islice(loader, LOOKED_AT)))  # whose blocks are in the cache now
+        steps = len(list(islice(loader, LOOKED_AT)))  # the blocks of these steps are in the cache now
     else:
         tell("disk")
         rates["disk"] = read_rate(files, direct=True, seconds=seconds) / record_bytes
         tell("page cache")
-        read_rate(files, direct=False, seconds=seconds)  # so that it has them
+        read_rate(files, direct=False, seconds=seconds)  # fills the page cache
         rates["page cache"] = read_rate(files, direct=False, seconds=seconds) / record_bytes
         steps = plan.num_steps
     tell("gather")
-    gathered = list(islice(gathers(loader, plan, steps), LOOKED_AT))  # hashed, and in memory
+    gathered = list(
+        islice(gathers(loader, plan, steps), LOOKED_AT)
+    )  # also checks their hashes, and keeps their blocks in memory
     rates["gather"] = rate_of(gathers(loader, plan, steps), loader.batch_size, seconds, loader.device)
     tell("decode")
     rates["decode"] = rate_of(map(loader.decoded, _for_ever(gathered)), loader.batch_size, seconds, loader.device)
     if isinstance(loader, GraphLoader):
         tell("collate")
         whole = rate_of(map(loader.collated, _for_ever(gathered)), loader.batch_size, seconds, loader.device)
-        rates["collate"] = 1 / max(1 / whole - 1 / rates["decode"], 0.01 / whole)  # what it does beside decoding
+        rates["collate"] = 1 / max(1 / whole - 1 / rates["decode"], 0.01 / whole)  # without the time for decoding
     if loader.device.type == "cuda":
         tell("host to device")
         rates["host to device"] = copy_rate(loader.device) / record_bytes
@@ -65,21 +77,21 @@ def measure_stages(
 
 
 def model_rate(loader: Loader[Any], step: Train, seconds: float) -> float:
-    """Records a second of steps on one batch again and again: the model's ceiling."""
+    """Return the records per second of training steps on one repeated batch: the maximum speed of the model."""
     batch = next(iter(loader))
     step(batch)
     return rate_of(map(step, _for_ever([batch])), loader.batch_size, seconds, loader.device)
 
 
 def gathers(loader: Loader[Any], plan: EpochPlan, steps: int) -> Iterator[Any]:
-    """Yield batches as stored, gathered one by one in the caller's thread; the plan's first steps again and again."""
+    """Yield batches as stored, gathered one by one in the caller's thread; repeat the first `steps` steps endlessly."""
     while True:
         for step in range(steps):
             yield loader.gathered(plan, step)
 
 
 def rate_of(work: Iterator[Any], records: int, seconds: float, device: torch.device) -> float:
-    """Records a second of an endless iterator that does `records` an item; a GPU is waited for once, at the end."""
+    """Return the records per second of an endless iterator with `records` per item; wait for a GPU once, at the end."""
     next(work)
     wait_for(device)
     begun, done = time.perf_counter(), 0
@@ -91,22 +103,23 @@ def rate_of(work: Iterator[Any], records: int, seconds: float, device: torch.dev
 
 
 def read_rate(files: list[Path], *, direct: bool, seconds: float) -> float:
-    """Bytes a second of reading the files in order, READ_BYTES of them, or so long: from the disk, past the page cache, or as
-    it has them."""
+    """Return the bytes per second of reading files in order, at most READ_BYTES or `seconds`.
+
+    direct: whether to bypass the page cache.
+    """
     buffer, read, spent = mmap.mmap(-1, 8 << 20), 0, 0.0
     for path in files:
         flags = getattr(os, "O_DIRECT", 0) if direct else 0
         try:
             fd = os.open(path, os.O_RDONLY | flags)
-        except OSError:  # a file system without it: whatever comes
+        except OSError:  # a file system without O_DIRECT
             fd = os.open(path, os.O_RDONLY)
         try:
-            at, begun = 0, time.perf_counter()
-            while (
-                read < READ_BYTES and spent + time.perf_counter() - begun < seconds and (got := os.preadv(fd, [buffer], at)) > 0
-            ):
-                at, read = at + got, read + got
-                if got < len(buffer):
+            offset, begun = 0, time.perf_counter()
+            while read < READ_BYTES and spent + time.perf_counter() - begun < seconds:
+                nbytes = os.preadv(fd, [buffer], offset)
+                offset, read = offset + nbytes, read + nbytes
+                if nbytes < len(buffer):
                     break
             spent += time.perf_counter() - begun
         finally:
@@ -117,8 +130,15 @@ def read_rate(files: list[Path], *, direct: bool, seconds: float) -> float:
 
 
 def store_rate(shards: list[tuple[RemotePath, int]], seconds: float) -> float:
-    """Bytes a second of shards in a store, as many requests in flight as a loader has; READ_BYTES of them, or so long."""
-    spans = ((place, at, min(at + REQUEST_BYTES, nbytes)) for place, nbytes in shards for at in range(0, nbytes, REQUEST_BYTES))
+    """Return the bytes per second of reading shards (path, size) from a store, at most READ_BYTES or `seconds`.
+
+    Keeps as many requests in flight as a loader.
+    """
+    spans = (
+        (place, begin, min(begin + REQUEST_BYTES, nbytes))
+        for place, nbytes in shards
+        for begin in range(0, nbytes, REQUEST_BYTES)
+    )
     begun = time.perf_counter()
 
     def fetch(number: int, place: RemotePath, begin: int, end: int) -> int:
@@ -127,13 +147,14 @@ def store_rate(shards: list[tuple[RemotePath, int]], seconds: float) -> float:
         return len(place.store.read(place.key, begin, end))
 
     with ThreadPoolExecutor(REQUESTS_IN_FLIGHT) as pool:
-        asked = [pool.submit(fetch, number, *one) for number, one in enumerate(islice(spans, READ_BYTES // REQUEST_BYTES))]
-        read = sum(one.result() for one in asked)
+        requests = islice(spans, READ_BYTES // REQUEST_BYTES)
+        answers = [pool.submit(fetch, number, *request) for number, request in enumerate(requests)]
+        read = sum(answer.result() for answer in answers)
     return read / max(time.perf_counter() - begun, 1e-9)
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes a second of pinned memory to the device."""
+    """Return the bytes per second of copies from pinned memory to the device."""
     source = torch.empty(64 << 20, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(source, device=device)
     target.copy_(source)
@@ -146,8 +167,10 @@ def copy_rate(device: torch.device) -> float:
 
 
 def measure_together(loader: Loader[Any], step: Train, seconds: float) -> tuple[float, float]:
-    """Records a second of loader and model together, and the share of the time in which the device has no step to work on; the
-    first steps apart. No step waits for a GPU, as in training."""
+    """Return the records per second of loader and model together, and the share of time in which the device is idle.
+
+    Leaves out the first steps. No step waits for the GPU, like in training.
+    """
     timer = StepTimer(loader.device)
     batches = (batch for _ in _for_ever([0]) for batch in loader)
     for batch in islice(batches, 3):
@@ -164,7 +187,7 @@ def measure_together(loader: Loader[Any], step: Train, seconds: float) -> tuple[
 
 
 def wait_for(device: torch.device) -> None:
-    """Return once a GPU has done what it was asked for; at once for a CPU."""
+    """Wait until a GPU has finished all its work; return at once for a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

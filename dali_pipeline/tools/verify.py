@@ -1,4 +1,4 @@
-"""verify: every hash, offset, shape, id, label and value of a data set; each damage in one line."""
+"""verify: check every hash, offset, shape, id, label and value of a data set; report each damage in one line."""
 
 from __future__ import annotations
 
@@ -22,12 +22,20 @@ from dali_pipeline.storage.stores import is_url
 from dali_pipeline.tools.shardcheck import ShardCheck
 from dali_pipeline.types import Kind
 
-CACHE_BYTES = 4 << 30  # of a URL's shards, which are met once
+CACHE_BYTES = 4 << 30  # size of the cache for the shards of a URL, each of which is read once
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """damages: a line each, file, field, what."""
+    """Result of `verify`.
+
+    Attributes:
+        damages: One line per damage: file, field, what is wrong. Empty if the data set is sound.
+        records: Number of records.
+        shards: Number of shards.
+        bytes: Bytes that were read.
+        seconds: Duration.
+    """
 
     damages: list[str]
     records: int
@@ -37,19 +45,31 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """One line, for people."""
-        found = f"{len(self.damages)} damages" if self.damages else "sound"
+        """The result in one line."""
+        verdict = f"{len(self.damages)} damages" if self.damages else "sound"
         rate = f"{self.bytes / 1e9:.2f} GB in {self.seconds:.1f} s, {self.bytes / 1e9 / max(self.seconds, 1e-9):.2f} GB/s"
-        return f"{found}: {self.records:,} records, {self.shards:,} shards, {rate}"
+        return f"{verdict}: {self.records:,} records, {self.shards:,} shards, {rate}"
 
 
 def verify(root: str | os.PathLike[str], *, quick: bool = False) -> Report:
-    """Checks the data set at `root`, a shard a core at a time; `quick` reads headers, names, labels and offsets, no values.
+    """Check a data set, one shard per core at a time.
 
-    Finds wrong sizes, headers, hashes, shapes, types and offsets, edges that leave their graph, values that are not finite
-    (counted by layer), ids given twice, labels or rows that the manifest counts otherwise, halves that disagree, groups in
-    several splits, shards that the manifest does not name. Raises FormatError where `root` is no data set. Memory: the offsets
-    and edges of a shard a core, and 24 bytes a record. A URL's shards come through a cache of its own, gone at the end.
+    Finds wrong sizes, headers, hashes, shapes, types and offsets; edges that leave their graph; values that are not finite,
+    counted by layer; ids that occur twice; labels or rows that the manifest counts differently; sequences and graphs that
+    disagree; groups in several splits; shards that the manifest does not name.
+
+    Costs a read of all bytes. Memory: the offsets and edges of one shard per core, and 24 bytes per record. The shards of a URL
+    are read through a temporary cache, which is removed at the end.
+
+    Args:
+        root: Folder or URL of the data set.
+        quick: Whether to read only headers, names, labels and offsets, no values.
+
+    Returns:
+        A report, whose `damages` are empty if the data set is sound.
+
+    Raises:
+        FormatError: `root` is no data set.
     """
     started = time.perf_counter()
     if is_url(root):
@@ -92,7 +112,7 @@ def _verify(data: Dataset, quick: bool, started: float) -> Report:
 
 
 def _against_manifest(data: Dataset, split: str, kind: Kind, checks: Sequence[ShardCheck]) -> Iterator[str]:
-    """Labels and rows as the manifest counts them, where no damage hides them."""
+    """Yield damages if the manifest counts ids, labels or rows differently than the shards, unless other damage hides that."""
     table, own = data.table(split, kind), [check for check in checks if (check.split, check.kind) == (split, kind)]
     where = f"{data.root / 'manifest.json'}, {split}/{kind}"
     if any(check.damages for check in own):
@@ -103,7 +123,8 @@ def _against_manifest(data: Dataset, split: str, kind: Kind, checks: Sequence[Sh
     labels: Counter[str] = Counter()
     rows: dict[str, tuple[int, int]] = {}
     for check in own:
-        labels.update(str(label) for label in (check.labels.tolist() if check.labels is not None else []))
+        label = check.data.schema.labels
+        labels.update(str(number) for row in (() if check.labels is None else check.labels) for number in label.counted(row))
         for axis, (fewest, most) in check.rows.items():
             rows[axis] = (min(fewest, rows.get(axis, (fewest, 0))[0]), max(most, rows.get(axis, (0, most))[1]))
     if dict(labels) != table.labels:
@@ -115,14 +136,14 @@ def _against_manifest(data: Dataset, split: str, kind: Kind, checks: Sequence[Sh
 def _ids_twice(checks: Sequence[ShardCheck]) -> Iterator[str]:
     for kind in {check.kind: None for check in checks}:
         own = [check for check in checks if check.kind == kind]
-        every, counts = np.unique(np.concatenate([check.ids for check in own]), return_counts=True)
-        for hashed, count in zip(every[counts > 1][:10], counts[counts > 1], strict=False):
+        ids, counts = np.unique(np.concatenate([check.ids for check in own]), return_counts=True)
+        for hashed, count in zip(ids[counts > 1][:10], counts[counts > 1], strict=False):
             first = next(check for check in own if hashed in check.ids)
             yield f"{first.path}, ids: {_text(first, 'ids', hashed)} is given to {count} {kind} records"
 
 
 def _halves(checks: Sequence[ShardCheck]) -> Iterator[str]:
-    """A record has the same label in both halves."""
+    """Yield damages if a record has different labels in its sequence and its graphs."""
     sides = [[check for check in checks if check.kind == kind and check.labels is not None] for kind in ("sequences", "graphs")]
     if not all(sides):
         return
@@ -130,9 +151,9 @@ def _halves(checks: Sequence[ShardCheck]) -> Iterator[str]:
         [np.concatenate([getattr(check, name) for check in own]) for name in ("ids", "labels")] for own in sides
     )
     if len(ids) != len(labels) or len(other_ids) != len(other_labels):
-        return  # damaged, and said so
+        return  # damaged, which another check reports
     shared, here, there = np.intersect1d(ids, other_ids, return_indices=True)
-    different = np.flatnonzero(labels[here] != other_labels[there])
+    different = np.flatnonzero((labels[here] != other_labels[there]).reshape(len(here), -1).any(axis=1))
     if len(different):
         first = next(check for check in sides[0] if shared[different[0]] in check.ids)
         record = _text(first, "ids", shared[different[0]])
@@ -140,34 +161,34 @@ def _halves(checks: Sequence[ShardCheck]) -> Iterator[str]:
 
 
 def _leaks(checks: Sequence[ShardCheck], torn: object) -> Iterator[str]:
-    """No group in two splits. torn: as many as are, in a set whose owner made the splits, are as they should be."""
+    """Yield damages if a group is in two splits, unless exactly `torn` groups are, which the source's own splits tore."""
     groups: dict[str, Hashes] = {}
     for check in checks:
         groups[check.split] = np.union1d(groups.get(check.split, check.groups), check.groups)
     if groups and torn == int((np.unique(np.concatenate(list(groups.values())), return_counts=True)[1] > 1).sum()):
         return
-    for one, other in combinations(groups, 2):
-        shared = np.intersect1d(groups[one], groups[other])
+    for split, other in combinations(groups, 2):
+        shared = np.intersect1d(groups[split], groups[other])
         if len(shared):
-            first = next(check for check in checks if check.split == one and shared[0] in check.groups)
+            first = next(check for check in checks if check.split == split and shared[0] in check.groups)
             group = _text(first, "groups", shared[0])
-            yield f"{first.path}, groups: {len(shared)} groups are in {one} and in {other}, the first {group}"
+            yield f"{first.path}, groups: {len(shared)} groups are in {split} and in {other}, the first {group}"
 
 
 def _strangers(data: Dataset, checks: Sequence[ShardCheck]) -> Iterator[str]:
-    """Shards that lie in the folder, and that the manifest does not name."""
+    """Yield damages for shards in the folder that the manifest does not name."""
     named = {check.path for check in checks}
     if isinstance(data.root, RemotePath):
-        found: list[Place] = [data.root / name for name in data.root.store.names() if ".safetensors" in name]
+        paths: list[Place] = [data.root / name for name in data.root.store.names() if ".safetensors" in name]
     else:
-        found = [*sorted(data.folder.rglob("*.safetensors*"))]
-    for path in found:
+        paths = [*sorted(data.folder.rglob("*.safetensors*"))]
+    for path in paths:
         if path not in named:
             yield f"{path}: the manifest does not name this file; remove it"
 
 
 def _text(check: ShardCheck, name: str, hashed: np.uint64) -> str:
-    """The id or group with this hash."""
+    """Return the id or group that has a hash, for messages."""
     row = int(np.flatnonzero(getattr(check, name) == hashed)[0])
     try:
         return repr(check.open().texts(name)[row].decode())

@@ -1,2 +1,1 @@
-"""How a data set is written: `ShardWriter`, the split by group, shards as they fill, statistics on the way, the journal from
-which a stopped writer goes on."""
+"""Writing of a data set: `ShardWriter`, split by group, shards being filled, feature statistics, and restart journal."""

@@ -1,4 +1,4 @@
-"""WorkFolder: a folder in which a data set is being made, locked, and marked by a journal of what is final so far."""
+"""WorkFolder: a folder in which a data set is being written, locked, with a journal of what is final so far."""
 
 from __future__ import annotations
 
@@ -23,9 +23,14 @@ PARTS_NAME = ".parts"
 
 @dataclass(kw_only=True)
 class Journal:
-    """What an unfinished data set has so far; the next process goes on from here.
+    """The final part of an unfinished data set, from which the next process continues.
 
-    cursor: the caller's own place. left_out: why, by the name of the file that was.
+    Attributes:
+        fingerprint: Text that names input and settings.
+        cursor: The caller's own position in its input.
+        committed: Whether anything is final.
+        contents: Shard tables and moments.
+        left_out: The reason per file that was left out.
     """
 
     fingerprint: str
@@ -36,15 +41,21 @@ class Journal:
 
 
 class WorkFolder:
-    """Claims `root` for one writer: an empty or new folder, or one that the same work left unfinished.
+    """Claim a folder for one writer: a new or empty folder, or one that the same work left unfinished.
 
-    Whatever the journal does not name is taken away then. Raises UsageError for a folder that holds anything else, another
-    work's journal, or another writer at work; nothing in it is touched.
+    Files that the journal does not name are removed.
+
+    Args:
+        root: The folder.
+        fingerprint: Text that names input and settings.
+
+    Raises:
+        UsageError: The folder holds anything else, another work's journal, or is being written; nothing in it is changed.
     """
 
     def __init__(self, root: Path, fingerprint: str) -> None:
         self.root, self._lock = root, -1
-        self._made = not root.exists()
+        self._created = not root.exists()
         if (root / MANIFEST_NAME).exists():
             raise UsageError(f"{root} is a finished data set already; expected a new folder")
         try:
@@ -54,36 +65,36 @@ class WorkFolder:
             raise UsageError(f"{root} cannot hold a data set ({error.strerror}); expected a writable folder") from error
         try:
             lock(self._lock)
-            self.journal = self._found(fingerprint) or Journal(fingerprint=fingerprint)
-            self._tidy()
+            self.journal = self._resumable_journal(fingerprint) or Journal(fingerprint=fingerprint)
+            self._remove_unnamed()
             self.save()
         except BlockingIOError:
             self._unlock()
             raise UsageError(f"{root} is being written by another process; wait for it, or name another folder") from None
         except BaseException:
             self._unlock()
-            if self._made:
+            if self._created:
                 with contextlib.suppress(OSError):
                     root.rmdir()
             raise
 
-    def _found(self, fingerprint: str) -> Journal | None:
-        """The journal of the same work, if that had anything final."""
+    def _resumable_journal(self, fingerprint: str) -> Journal | None:
+        """Return the journal of the same work if it has anything final."""
         path = self.root / JOURNAL_NAME
-        found = sorted(entry.name for entry in self.root.iterdir() if entry.name != JOURNAL_TEMPORARY)
-        if JOURNAL_NAME not in found:
-            if found:
-                raise UsageError(f"{self.root} is not empty (it holds {found[0]}); expected a new or empty folder")
+        names = sorted(entry.name for entry in self.root.iterdir() if entry.name != JOURNAL_TEMPORARY)
+        if JOURNAL_NAME not in names:
+            if names:
+                raise UsageError(f"{self.root} is not empty (it holds {names[0]}); expected a new or empty folder")
             return None
         try:
-            earlier = msgspec.json.decode(path.read_bytes(), type=Journal)
+            journal = msgspec.json.decode(path.read_bytes(), type=Journal)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise FormatError(f"{path} is not a journal ({error}); remove the folder to begin anew") from None
-        if earlier.committed and earlier.fingerprint != fingerprint:
+        if journal.committed and journal.fingerprint != fingerprint:
             raise UsageError(f"{self.root} holds an unfinished data set of other input or settings; finish or remove it")
-        return earlier if earlier.committed else None
+        return journal if journal.committed else None
 
-    def _tidy(self) -> None:
+    def _remove_unnamed(self) -> None:
         named = {shard_path(self.root, *shard) for shard in self.journal.contents.shards}
         for split in SPLITS:
             for path in (self.root / split).glob("*.safetensors*"):
@@ -93,41 +104,41 @@ class WorkFolder:
 
     @property
     def parts(self) -> Path:
-        """Where workers write what is to be adopted; never left behind."""
+        """Folder in which workers write the shards to be adopted; always removed at the end."""
         return self.root / PARTS_NAME
 
     def adopt(self, part: Path, contents: Contents) -> None:
-        """Moves the shards that a filler wrote under `part` behind those that are here. Final only once `save` has run."""
-        ours = self.journal.contents
+        """Move the shards that a filler wrote under `part` after the existing ones. They are final once `save` has run."""
+        own_contents = self.journal.contents
         for split, kind, shard in contents.shards:
-            path = shard_path(self.root, split, kind, len(ours.splits[split][kind]) + shard)
+            path = shard_path(self.root, split, kind, len(own_contents.splits[split][kind]) + shard)
             path.parent.mkdir(exist_ok=True)
             shard_path(part, split, kind, shard).rename(path)
         for split in contents.splits:
             if (self.root / split).exists():
                 sync_folder(self.root / split)
         shutil.rmtree(part, ignore_errors=True)
-        ours.extend(contents)
+        own_contents.extend(contents)
 
     def save(self) -> None:
-        """Writes the journal, whole or not at all."""
+        """Write the journal atomically."""
         write_whole(self.root / JOURNAL_NAME, msgspec.json.encode(self.journal))
 
     def finish(self) -> None:
-        """The data set is whole: takes the journal away and unlocks."""
+        """Remove the journal of a complete data set, and unlock the folder."""
         shutil.rmtree(self.parts, ignore_errors=True)
         (self.root / JOURNAL_NAME).unlink(missing_ok=True)
         self._unlock()
 
     def abandon(self) -> None:
-        """Unlocks; takes away what was written, and the folder if it was made here, unless something is final."""
+        """Unlock the folder; unless something is final, remove what was written, and the folder if it was created here."""
         shutil.rmtree(self.parts, ignore_errors=True)
         if not self.journal.committed and not (self.root / MANIFEST_NAME).exists():
             for split in SPLITS:
                 shutil.rmtree(self.root / split, ignore_errors=True)
             for name in (JOURNAL_NAME, JOURNAL_TEMPORARY):
                 (self.root / name).unlink(missing_ok=True)
-            if self._made:
+            if self._created:
                 with contextlib.suppress(OSError):
                     self.root.rmdir()
         self._unlock()
@@ -142,7 +153,7 @@ class WorkFolder:
 
 
 def remove_leftovers(root: Path) -> None:
-    """What a process that was killed right behind the manifest's writing left of its work."""
+    """Remove what a process left that was killed right after it wrote the manifest."""
     if (root / JOURNAL_NAME).exists() or (root / PARTS_NAME).exists():
         with contextlib.suppress(OSError):
             shutil.rmtree(root / PARTS_NAME, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Split and FileSplit: which of train, val and test a group of records goes to."""
+"""SplitRule and FileSplit: which of train, val and test a group of records goes to."""
 
 from __future__ import annotations
 
@@ -16,9 +16,14 @@ from dali_pipeline.runtime.checks import real, shown, whole
 
 @dataclass(frozen=True, kw_only=True)
 class SplitRule:
-    """How records are dealt to the splits: by a hash of their group, so that every run and both kinds agree.
+    """Rule that deals records to the splits by a hash of their group, so every run and both kinds of record agree.
 
-    shares: of train, val and test, in per cent; their sum is 100. seed: another seed, another split.
+    Attributes:
+        shares: Shares of train, val and test in per cent; their sum is 100. Default: (70, 15, 15).
+        seed: Seed of the hash, 0 to 2**64 - 1; another seed gives another split. Default: 0.
+
+    Raises:
+        UsageError: The shares are not three numbers of at least 0 with the sum 100, or the seed is out of range.
     """
 
     shares: tuple[float, float, float] = (70, 15, 15)
@@ -28,8 +33,8 @@ class SplitRule:
         shares = self.shares if isinstance(self.shares, tuple | list) else ()
         if len(shares) != 3:
             raise UsageError(f"shares are {shown(self.shares)}; expected three numbers, of train, val and test")
-        for one in shares:
-            real("a share", one, "a number from 0 to 100")
+        for share in shares:
+            real("a share", share, "a number from 0 to 100")
         object.__setattr__(self, "seed", whole("split seed", self.seed, 0, 2**64 - 1, expected="0 to 2**64 - 1"))
         if not all(share >= 0 for share in self.shares) or not abs(sum(self.shares) - 100) < 1e-9:
             raise UsageError(f"split {self} does not sum to 100; expected shares of train/val/test such as 70/15/15")
@@ -39,7 +44,18 @@ class SplitRule:
 
     @classmethod
     def parse(cls, text: str, seed: int = 0) -> SplitRule:
-        """From `70/15/15`."""
+        """Read shares from text.
+
+        Args:
+            text: Shares of train, val and test, such as `70/15/15`.
+            seed: Seed of the hash.
+
+        Returns:
+            The `SplitRule`.
+
+        Raises:
+            UsageError: The text is not three shares with the sum 100.
+        """
         try:
             train, val, test = (float(share) for share in text.split("/"))
         except (ValueError, AttributeError, TypeError):
@@ -47,46 +63,74 @@ class SplitRule:
         return cls(shares=(train, val, test), seed=seed)
 
     def of(self, group: str) -> str:
-        """The split of a group: XXH3 of its name as a fraction of 2**64, held against the shares."""
+        """Return the split of a group: the XXH3-64 of its name, as a fraction of 2**64, compared with the shares.
+
+        Args:
+            group: Name of the group.
+
+        Returns:
+            "train", "val" or "test".
+        """
         return self.at(self.place(group))
 
     def place(self, group: str) -> float:
-        """Where a group stands between 0 and 100, by its hash."""
+        """Return the percentile of a group by its hash.
+
+        Args:
+            group: Name of the group.
+
+        Returns:
+            A number from 0 to below 100.
+        """
         hashed = xxhash.xxh3_64_intdigest(group.encode(), seed=self.seed)
         return (hashed >> 11) / 2**53 * 100  # 53 bits: never rounds up to 100
 
-    def at(self, place: float) -> str:
-        """The split that a place between 0 and 100 falls into."""
+    def at(self, percentile: float) -> str:
+        """Return the split that contains a percentile.
+
+        Args:
+            percentile: A number from 0 to below 100.
+
+        Returns:
+            "train", "val" or "test".
+        """
         train, val, _ = self.shares
-        return SPLITS[0] if place < train else SPLITS[1] if place < train + val else SPLITS[2]
+        return SPLITS[0] if percentile < train else SPLITS[1] if percentile < train + val else SPLITS[2]
 
 
 class FileSplit:
-    """Deals whole files, and every group with the first file that it is in.
+    """Rule that deals whole files to the splits; every group goes with the first file that contains it.
 
-    names, groups: of each file, in order; files of one name (the two halves of a trace) are dealt together. In an order drawn
-    by the hash of their names, files fill the shares of `split` by their numbers of groups, a file going where its middle lies.
-    moved: groups that are also in a file which was dealt elsewhere.
+    Files are ordered by the hash of their names. In that order they fill the shares of `split` by their numbers of groups; a
+    file goes to the split that contains its middle.
+
+    Args:
+        split: Shares and seed.
+        names: Name of each file, in order. Files with one name (the two halves of a trace) go to the same split.
+        groups: Hashes of the groups in each file, in the same order.
+
+    Attributes:
+        moved: Number of groups that are also in a file of another split.
     """
 
     def __init__(self, split: SplitRule, names: Sequence[str], groups: Sequence[npt.NDArray[np.uint64]]) -> None:
-        sizes: dict[str, int] = {}
-        for name, found in zip(names, groups, strict=True):
-            sizes[name] = sizes.get(name, 0) + len(found)
-        total, before = max(1, sum(sizes.values())), 0
-        homes: dict[str, int] = {}
-        for name in sorted(sizes, key=lambda name: (xxhash.xxh3_64_intdigest(name.encode(), seed=split.seed), name)):
-            homes[name] = SPLITS.index(split.at((before + sizes[name] / 2) / total * 100))
-            before += sizes[name]
-        dealt = np.repeat([homes[name] for name in names], [len(found) for found in groups])
-        hashes, first, back = np.unique(np.concatenate(groups), return_index=True, return_inverse=True)
-        self._hashes, self._homes = hashes, dealt[first]
-        self.moved = len(np.unique(back[dealt != self._homes[back]]))
+        group_counts: dict[str, int] = {}
+        for name, file_groups in zip(names, groups, strict=True):
+            group_counts[name] = group_counts.get(name, 0) + len(file_groups)
+        total, groups_before = max(1, sum(group_counts.values())), 0
+        split_numbers: dict[str, int] = {}
+        for name in sorted(group_counts, key=lambda name: (xxhash.xxh3_64_intdigest(name.encode(), seed=split.seed), name)):
+            split_numbers[name] = SPLITS.index(split.at((groups_before + group_counts[name] / 2) / total * 100))
+            groups_before += group_counts[name]
+        split_of_group = np.repeat([split_numbers[name] for name in names], [len(file_groups) for file_groups in groups])
+        hashes, first_rows, hash_numbers = np.unique(np.concatenate(groups), return_index=True, return_inverse=True)
+        self._hashes, self._splits = hashes, split_of_group[first_rows]
+        self.moved = len(np.unique(hash_numbers[split_of_group != self._splits[hash_numbers]]))
 
     def of(self, group: str) -> str:
-        """The split of a group; raises DataError for one that no file had."""
+        """Return the split of a group; raise DataError for a group that no file had."""
         hashed = np.uint64(xxhash.xxh3_64_intdigest(group.encode()))
-        at = int(np.searchsorted(self._hashes, hashed))
-        if at == len(self._hashes) or self._hashes[at] != hashed:
+        row = int(np.searchsorted(self._hashes, hashed))
+        if row == len(self._hashes) or self._hashes[row] != hashed:
             raise DataError(f"group {group!r} was in no file when their names were read; a file changed since")
-        return SPLITS[self._homes[at]]
+        return SPLITS[self._splits[row]]

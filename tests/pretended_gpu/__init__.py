@@ -6,7 +6,7 @@ memory, how many kernels a step launches, copies that are read before they are t
 while a copy from it is under way.
 """
 
-from pretended_gpu.cuda import pretended_gpu
-from pretended_gpu.log import Log
+from tests.pretended_gpu.cuda import pretended_gpu
+from tests.pretended_gpu.log import Log
 
 __all__ = ["Log", "pretended_gpu"]

@@ -13,9 +13,9 @@ import torch.nn.utils.clip_grad as clip_grad
 import torch.nn.utils.rnn as packing
 import torch.utils._foreach_utils as foreach_utils
 
-from pretended_gpu.log import LOG, Log
-from pretended_gpu.memory import TRANSFERS, forget, is_pinned, pinned_empty, pinned_like
-from pretended_gpu.tensor import DEVICE, PretendedMode, PretendedTensor, inner, on_the_cpu, pretended
+from tests.pretended_gpu.log import LOG, Log
+from tests.pretended_gpu.memory import TRANSFERS, forget, is_pinned, pinned_empty, pinned_like
+from tests.pretended_gpu.tensor import DEVICE, PretendedMode, PretendedTensor, inner, on_the_cpu, pretended
 
 MEMORY = 8 << 30  # bytes that it says it has
 

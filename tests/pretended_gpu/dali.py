@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from pretended_gpu.tensor import on_the_cpu, pretended
+from tests.pretended_gpu.tensor import on_the_cpu, pretended
 
 
 @contextmanager

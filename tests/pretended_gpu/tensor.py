@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pretended_gpu.log import LOG
-from pretended_gpu.memory import is_pinned, is_under_way, pinned_like
+from tests.pretended_gpu.log import LOG
+from tests.pretended_gpu.memory import is_pinned, is_under_way, pinned_like
 
 DEVICE = torch.device("cuda", 0)
 # operators whose result's size, or value, the host has to know

@@ -1,1 +1,1 @@
-"""Traces of a language model's own run: prompts, hooks on its blocks, hidden states and attention graphs to records."""
+"""Run prompts through a language model, and store its hidden states and attention graphs as records."""

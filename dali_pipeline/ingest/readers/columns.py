@@ -1,9 +1,9 @@
 """Reader of tables with list columns: Parquet, Arrow, and the folders that Hugging Face `datasets` saves.
 
 Columns: `label` (or `labels`, `y`); `sequence` (or `sequences`, `values`, `hidden_states`), a list of rows;
-`x` (or `node_feat`), a list of rows, with `edge_index`, two lists, and perhaps `edge_attr`: one graph a record;
-perhaps `id`, and `group` (or `question_id`). Padded sequences are cut to their `lengths` or `attention_mask`; `adj`, lists of
-numbers, stands for edge_index, and `edge_weight` for edge_attr.
+`x` (or `node_feat`), a list of rows, with `edge_index`, two lists, and optionally `edge_attr`: one graph per record;
+optionally `id`, and `group` (or `question_id`). Padded sequences are cut to their `lengths` or `attention_mask`. `adj`, lists
+of numbers, may replace edge_index, and `edge_weight` may replace edge_attr.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ NAMES = {
     "id": ("id",),
     "group": ("group", "question_id"),
 }
-INDEX_COLUMN = r"__index_level_\d+__$"  # that pandas writes
-BATCH_ROWS = 256  # of a Parquet file decoded at a time
+INDEX_COLUMN = r"__index_level_\d+__$"  # written by pandas
+BATCH_ROWS = 256  # rows of a Parquet file that are decoded at a time
 
 
 def open_file(path: Path, name: str) -> ForeignFile:
-    """Reads the columns of labels and names; the lists wait. Raises FormatError for a file without the columns."""
+    """Read the columns of labels and names, but not the lists; raise FormatError if columns are missing."""
     columns = _columns(path)
     kinds: list[Kind] = [kind for kind, name in (("sequences", "sequence"), ("graphs", "x")) if name in columns]  # type: ignore[misc]
     if "label" not in columns or not kinds or ("x" in columns and not {"edge_index", "adj"} & columns.keys()):
@@ -61,11 +61,11 @@ def open_file(path: Path, name: str) -> ForeignFile:
     for batch in _batches(path, [columns[ours] for ours in parts]):
         for ours, part in parts.items():
             part += batch.column(columns[ours]).to_pylist()
-    labels = [one[0] if isinstance(one, list) and len(one) == 1 else one for one in parts["label"]]
-    ids = [as_text(path, columns["id"], one) for one in parts["id"]] if "id" in parts else None
+    labels = [label[0] if isinstance(label, list) and len(label) == 1 else label for label in parts["label"]]
+    ids = [as_text(path, columns["id"], value) for value in parts["id"]] if "id" in parts else None
     if ids is None and "group" not in parts:
         ids = [f"{name}-{row}" for row in range(len(labels))]
-    groups = [as_text(path, columns["group"], one) for one in parts["group"]] if "group" in parts else ids or []
+    groups = [as_text(path, columns["group"], value) for value in parts["group"]] if "group" in parts else ids or []
     real = real_steps(path, len(labels), parts.get("lengths"), parts.get("mask")) if "sequence" in columns else None
     unused = {"adj"} if "edge_index" in columns else set[str]()
     unused |= set() if "x" in columns else {"edge_index", "edge_attr", "adj"}
@@ -83,10 +83,10 @@ def open_file(path: Path, name: str) -> ForeignFile:
 
 
 def _columns(path: Path) -> dict[str, str]:
-    """The file's own name of each of ours that it has."""
-    has = _schema(path).names
-    found = {ours: next((name for name in names if name in has), None) for ours, names in NAMES.items()}
-    return {ours: name for ours, name in found.items() if name is not None}
+    """Return the file's column for each of our names that it has."""
+    file_columns = _schema(path).names
+    columns = {ours: next((name for name in names if name in file_columns), None) for ours, names in NAMES.items()}
+    return {ours: name for ours, name in columns.items() if name is not None}
 
 
 def _schema(path: Path) -> pa.Schema:
@@ -100,7 +100,7 @@ def _schema(path: Path) -> pa.Schema:
 
 
 def _arrow(path: Path) -> Any:
-    """Both formats of Arrow: the stream that `datasets` writes, and the file of Feather."""
+    """Open either format of Arrow: the stream that `datasets` writes, or the file format of Feather."""
     file = pa.OSFile(str(path))
     if file.read(6) == b"ARROW1":
         return pa.ipc.open_file(file)
@@ -118,10 +118,12 @@ def _batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
             return
         with _arrow(path) as reader:
             batches = (
-                (reader.get_batch(at) for at in range(reader.num_record_batches)) if hasattr(reader, "get_batch") else reader
+                (reader.get_batch(number) for number in range(reader.num_record_batches))
+                if hasattr(reader, "get_batch")
+                else reader
             )
             for batch in batches:
-                batch.validate(full=True)  # offsets that lie would be followed out of memory
+                batch.validate(full=True)  # wrong offsets would lead to reads outside the buffer
                 yield batch.select(columns)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise _unreadable(path, error) from None
@@ -170,7 +172,14 @@ def _graph(lists: dict[str, _Lists], row: int) -> Graphs:
 
 @dataclass(frozen=True, kw_only=True)
 class _Lists:
-    """A column of lists, or of lists of lists, as one flat array. outer: offsets of its rows · inner: of their lists."""
+    """A column of lists, or of lists of lists, as one flat array.
+
+    Attributes:
+        what: Name of the column, for messages.
+        values: All numbers of the column.
+        outer: Offsets of the rows.
+        inner: Offsets of the inner lists, or None if there is one level.
+    """
 
     what: str
     values: Array
@@ -179,7 +188,7 @@ class _Lists:
 
     @classmethod
     def of(cls, what: str, column: Any) -> _Lists:
-        """Raises FormatError for missing values, and for anything but numbers in one or two levels of lists."""
+        """Return the lists of a column; raise FormatError unless it is one or two levels of lists of numbers, none missing."""
         levels = []
         while True:
             if column.null_count:
@@ -209,7 +218,7 @@ class _Lists:
         )
 
     def row(self, number: int) -> Array:
-        """(T,), or (T, F) where all its inner lists have one length; raises FormatError where they have not."""
+        """Return a row, (T,) or (T, F); raise FormatError if its inner lists differ in length."""
         begin, end = self.outer[number : number + 2]
         if self.inner is None:
             return self.values[begin:end]

@@ -1,6 +1,6 @@
-"""Reader of `.npz` files: `sequences` (N, T, F), or `values` with `offsets`; `labels`; perhaps `ids` and `groups`.
+"""Reader of `.npz` files: `sequences` (N, T, F), or `values` with `offsets`; `labels`; optionally `ids` and `groups`.
 
-Padded sequences are cut to their `lengths` (N,) or `attention_mask` (N, T), where there is one.
+Padded sequences are cut to their `lengths` (N,) or `attention_mask` (N, T), if the file has one of them.
 """
 
 from __future__ import annotations
@@ -37,13 +37,16 @@ from dali_pipeline.ingest.foreign import (
 from dali_pipeline.ingest.readers.storedzip import Bytes, StoredZip
 from dali_pipeline.types import Array
 
-_HEADER_BYTES = 1 << 16  # of an array, more than its shape ever needs
+_HEADER_BYTES = 1 << 16  # more than the header of an array ever needs
 
 
 class NpzFile:
-    """The arrays of a `.npz`, read in part unless compressed, or in Fortran order, which is read at once; nothing pickled is.
+    """The arrays of a `.npz` file, which can be read in part.
 
-    Raises FormatError for anything else.
+    A compressed file, and an array in Fortran order, are read whole. Pickled arrays are refused.
+
+    Raises:
+        FormatError: The file is no `.npz`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,17 +61,17 @@ class NpzFile:
         self._members = {name.removesuffix(".npy"): place for name, place in members.items()}
         self.names = set(self._members)
         self._headers: dict[str, tuple[tuple[int, ...], np.dtype[Any], int]] = {}
-        self._by_column: dict[str, Array | None] = {}  # arrays in Fortran order, whole, once they are read
+        self._by_column: dict[str, Array | None] = {}  # arrays in Fortran order; None until they are read
 
     def header(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any], int]:
-        """Shape, type and first byte of an array."""
+        """Return shape, type and first byte of an array."""
         if name not in self._headers:
             begin, nbytes = self._members[name]
             head = io.BytesIO(self._bytes.read(begin, min(nbytes, _HEADER_BYTES)))
             try:
                 version = npy.read_magic(head)
-                read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-                shape, by_column, dtype = read(head)
+                read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+                shape, by_column, dtype = read_header(head)
             except (ValueError, EOFError) as error:
                 raise FormatError(f"{self.path}, {name} cannot be read as an array ({error})") from None
             wrong = "pickled" if dtype.hasobject else ""
@@ -82,11 +85,11 @@ class NpzFile:
         return self._headers[name]
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> Array:
-        """Rows of an array, all by default."""
+        """Return rows of an array, by default all."""
         shape, dtype, first = self.header(name)
         rows = shape[0] if shape else 1
         end = rows if end is None else end
-        if name in self._by_column:  # rows lie all over it
+        if name in self._by_column:  # its rows are spread over the whole array
             whole = self._by_column[name]
             if whole is None:
                 data = self._bytes.read(first, math.prod(shape) * dtype.itemsize)
@@ -98,18 +101,18 @@ class NpzFile:
 
 
 class InMemory:
-    """Bytes that were compressed in their file."""
+    """Bytes that are compressed in their file, decompressed in memory."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
 
-    def read(self, at: int, nbytes: int) -> bytes:
-        """Exactly the bytes asked for."""
-        return self._data[at : at + nbytes]
+    def read(self, begin: int, nbytes: int) -> bytes:
+        """Return exactly `nbytes` bytes from byte `begin` on."""
+        return self._data[begin : begin + nbytes]
 
 
 def unpack(path: Path, file: IO[bytes]) -> tuple[InMemory, dict[str, tuple[int, int]]]:
-    """All members of a compressed zip, one after the other, and where each lies."""
+    """Return all members of a compressed zip, one after the other, and the first byte and length of each."""
     try:
         with zipfile.ZipFile(file) as archive:
             parts = {name: archive.read(name) for name in archive.namelist()}
@@ -122,21 +125,21 @@ def unpack(path: Path, file: IO[bytes]) -> tuple[InMemory, dict[str, tuple[int, 
 
 
 def open_file(path: Path, name: str) -> ForeignFile:
-    """Reads the labels and names; the values wait. Raises FormatError for another layout."""
+    """Read the labels and names, but not the values; raise FormatError for another layout."""
     file = NpzFile(path)
     ragged = "sequences" not in file.names
     if (ragged and not {"values", "offsets"} <= file.names) or "labels" not in file.names:
         raise FormatError(f"{path} holds {sorted(file.names)}; expected sequences, or values and offsets, and labels")
     labels = file.read("labels").reshape(-1)
     texts = {
-        field: [as_text(path, field, one) for one in file.read(field).reshape(-1).tolist()]
+        field: [as_text(path, field, value) for value in file.read(field).reshape(-1).tolist()]
         for field in ("ids", "groups")
         if field in file.names
     }
     ids = texts.get("ids")
     if ids is None and "groups" not in texts:
         ids = [f"{name}-{row}" for row in range(len(labels))]
-    check_counts(path, labels=len(labels), **{name: len(each) for name, each in texts.items()})
+    check_counts(path, labels=len(labels), **{field: len(values) for field, values in texts.items()})
     padding = {name: file.read(name) for name in (*LENGTHS, *MASKS) if name in file.names}
     length, mask = (next((name for name in names if name in padding), None) for names in (LENGTHS, MASKS))
     real = real_steps(path, len(labels), padding.get(length or ""), padding.get(mask or ""))

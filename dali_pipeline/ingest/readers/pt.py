@@ -1,6 +1,6 @@
-"""Reader of `.pt` folders: `lstm_solo/` with sequences, `gnn/` with PyG graphs, as `torch.save` left them.
+"""Reader of `.pt` folders: `lstm_solo/` with sequences and `gnn/` with PyG graphs, written by `torch.save`.
 
-Stacked tensors are read row by row; nothing that the pickles name is run, PyG's own classes included.
+Stacked tensors are read row by row. No code that the pickles name is run, not even PyG's classes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from dali_pipeline.types import Kind
 
 FOLDERS: dict[str, Kind] = {"lstm_solo": "sequences", "gnn": "graphs"}
 PATTERNS = ("batch_*.pt", "preprocessed_*.pt")
-WEIGHTS = ("edge_attr", "edge_weight")  # what becomes edge_attr, the first one that is there
+WEIGHTS = ("edge_attr", "edge_weight")  # the first of these that is present becomes edge_attr
 STRIDED_BLOCKS = 64
 _STORAGES = ("BaseStorage", "GlobalStorage", "NodeStorage", "EdgeStorage")
 PYG_NAMES = (
@@ -46,23 +46,23 @@ PYG_NAMES = (
 
 
 def find_files(root: Path, files: list[Path]) -> list[Path]:
-    """The files of both halves, sequences first."""
-    found = []
-    for folder in FOLDERS:
-        found += files_named(root, [path for path in files if path.parent == root / folder], PATTERNS)
+    """Return the files of both folders, sequences first."""
     if root.is_file() and root.suffix == ".pt" and root.parent.name in FOLDERS:
-        found = [root]
-    return found
+        return [root]
+    paths = []
+    for folder in FOLDERS:
+        paths += files_named(root, [path for path in files if path.parent == root / folder], PATTERNS)
+    return paths
 
 
 def open_file(path: Path, name: str) -> ForeignFile:
-    """Opens a file as far as names and labels. Raises FormatError for anything but the layout that its half has."""
+    """Read the names and labels of a file; raise FormatError if it does not have the layout of its folder."""
     kind = FOLDERS[path.parent.name]
     file = TorchFile(path, PYG_NAMES if kind == "graphs" else ())
     content = file.content
-    if isinstance(content, list) and kind == "graphs":  # a flat list of Data, one graph a record, y its label
-        every = [_fields(file, row, data) for row, data in enumerate(content)]
-        labels = [_one_number(file, "y", fields.get("y")) for fields in every]
+    if isinstance(content, list) and kind == "graphs":  # a flat list of Data: one graph per record, y is its label
+        records = [_fields(file, row, data) for row, data in enumerate(content)]
+        labels = [_one_number(file, "y", fields.get("y")) for fields in records]
         ids = [f"{path.stem}-{row}" for row in range(len(content))]
         return ForeignFile(
             path=path,
@@ -71,7 +71,7 @@ def open_file(path: Path, name: str) -> ForeignFile:
             groups=ids,
             labels=whole_numbers(path, "y", labels),
             values=_graphs(file, content),
-            not_taken=_attributes_not_taken(every, {"y"}),
+            not_taken=_attributes_not_taken(records, {"y"}),
         )
     if not isinstance(content, dict) or not {kind, "labels", "question_ids"} <= content.keys():
         has = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
@@ -85,8 +85,8 @@ def open_file(path: Path, name: str) -> ForeignFile:
     if kind == "sequences":
         length, mask = (next((name for name in names if name in content), None) for names in (LENGTHS, MASKS))
         taken = {kind, "labels", "question_ids", length, mask}
-        given = [None if name is None else _numbers(file, name, content[name]) for name in (length, mask)]
-        real, sequences = real_steps(path, len(labels_), *given), _sequences(file, values)
+        lengths_and_mask = [None if name is None else _numbers(file, name, content[name]) for name in (length, mask)]
+        real, sequences = real_steps(path, len(labels_), *lengths_and_mask), _sequences(file, values)
         read, not_taken = lambda: without_padding(path, sequences(), real), tuple[str, ...]()
     else:
         taken, read = {kind, "labels", "question_ids"}, _graphs(file, values)
@@ -96,8 +96,9 @@ def open_file(path: Path, name: str) -> ForeignFile:
         path=path,
         kinds=(kind,),
         ids=None,
-        groups=[as_text(path, "question_ids", one) for one in questions],
+        groups=[as_text(path, "question_ids", question) for question in questions],
         labels=whole_numbers(path, "labels", labels_),
+        step_axis="layer",
         values=read,
         not_taken=(*sorted(str(name) for name in content.keys() - taken), *not_taken),
     )
@@ -115,7 +116,7 @@ def _sequences(file: TorchFile, values: Tensor | Sequence[Any]) -> Callable[[], 
             return
         narrow = ("sequence",) if values.dtype == BFLOAT16 else ()
         step = rows_at_a_time(math.prod(values.shape[1:]) * values.itemsize)
-        if not values.rows(0, min(step, len(values))).dense:  # rows that lie apart: more of them at a time are longer reads
+        if not values.rows(0, min(step, len(values))).dense:  # rows lie apart: more rows at a time make longer reads
             step *= STRIDED_BLOCKS
         for begin in range(0, len(values), step):
             yield Block(values.rows(begin, min(begin + step, len(values))).read(), narrow)
@@ -138,22 +139,22 @@ def _graphs(file: TorchFile, values: Any) -> Callable[[], Iterator[Values]]:
 
 
 def _layers_of(record: Any) -> Sequence[Any]:
-    """The graphs of one record: a list of them, or one alone."""
+    """Return the graphs of a record, which is a list of graphs or one graph."""
     return record if isinstance(record, list | tuple) else [record]
 
 
-def _attributes_not_taken(every: Iterable[dict[str, Any]], taken: set[str]) -> tuple[str, ...]:
-    """Names of the attributes of PyG `Data` that are left there; of two that say the same thing, the second one."""
-    left: set[str] = set()
-    for fields in every:
+def _attributes_not_taken(graphs: Iterable[dict[str, Any]], taken: set[str]) -> tuple[str, ...]:
+    """Return the names of attributes of PyG `Data` that are not converted; of two equivalent ones, the second."""
+    not_taken: set[str] = set()
+    for fields in graphs:
         has = {name for name, value in fields.items() if value is not None}
         used = {"x", "edge_index" if "edge_index" in has else "adj", next((name for name in WEIGHTS if name in has), "")}
-        left |= has - used - taken - {"num_nodes"}
-    return tuple(sorted(left))
+        not_taken |= has - used - taken - {"num_nodes"}
+    return tuple(sorted(not_taken))
 
 
 def _fields(file: TorchFile, row: int, data: Any) -> dict[str, Any]:
-    """The attributes of a pickled `Data`: in its store since PyG 2.0, in the object itself before."""
+    """Return the attributes of a pickled `Data`: from its store since PyG 2.0, from the object itself before."""
     state = data.state if isinstance(data, Bag) and data.path == PYG_NAMES[0] else None
     store = state.get("_store") if isinstance(state, dict) else None
     fields = (store.state or {}).get("_mapping") if isinstance(store, Bag) and isinstance(store.state, dict) else state
@@ -163,8 +164,11 @@ def _fields(file: TorchFile, row: int, data: Any) -> dict[str, Any]:
 
 
 class _Layer:
-    """One `Data` as arrays. edge_attr (e, 1) becomes (e,), and a graph without edges needs none; `edge_weight` stands for it if
-    there is none, and so do the values of a dense `adj` of real numbers. bfloat16: as in `Values`."""
+    """One `Data` as arrays. bfloat16: like in `Values`.
+
+    edge_attr (e, 1) becomes (e,). A graph without edges needs no edge_attr. If there is none, `edge_weight` takes its place, or
+    the values of a dense `adj` of real numbers.
+    """
 
     def __init__(self, file: TorchFile, fields: dict[str, Any], with_attr: bool) -> None:
         x = file.tensor(fields["x"])
@@ -187,11 +191,11 @@ class _Layer:
             self.edge_attr = values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
         elif with_attr and not self.edge_index.shape[1]:
             self.edge_attr = np.zeros(0, np.float16)
-            self.bfloat16.add("edge_attr")  # of no value, so of any type
+            self.bfloat16.add("edge_attr")  # it has no values, so it fits any type
 
 
 def _has_attr(file: TorchFile, fields: dict[str, Any]) -> bool:
-    """Whether a `Data` says something of each edge."""
+    """Return whether a `Data` has a value for each edge."""
     if any(fields.get(name) is not None for name in WEIGHTS):
         return True
     if fields.get("edge_index") is not None or fields.get("adj") is None:
@@ -200,28 +204,28 @@ def _has_attr(file: TorchFile, fields: dict[str, Any]) -> bool:
 
 
 def _numbers(file: TorchFile, name: str, value: Any) -> Any:
-    """An array, or a list of numbers or arrays, from a tensor, or a list of numbers or tensors."""
+    """Return a tensor as an array, and a list of numbers or tensors as a list of numbers or arrays."""
     if isinstance(value, Bag):
         return file.tensor(value).read()
     if isinstance(value, list | tuple):
-        return [_numbers(file, name, one) for one in value]
+        return [_numbers(file, name, entry) for entry in value]
     return value
 
 
 def _flat_list(file: TorchFile, name: str, value: Any) -> list[Any]:
-    """A list of numbers or texts, from a list (of tensors, perhaps) or a tensor."""
+    """Return a list of numbers or texts, from a tensor or a list, which may hold tensors."""
     if isinstance(value, Bag):
         return list(file.tensor(value).read().reshape(-1).tolist())
     if isinstance(value, list | tuple):
-        return [_one_number(file, name, one) for one in value]
+        return [_one_number(file, name, entry) for entry in value]
     raise FormatError(f"{file.path}, {name} is a {type(value).__name__}; expected a list or a tensor")
 
 
 def _one_number(file: TorchFile, name: str, value: Any) -> Any:
-    """What a tensor of one element holds; anything but a tensor as it is."""
+    """Return the element of a tensor of one element; return anything but a tensor unchanged."""
     if not isinstance(value, Bag):
         return value
-    found = file.tensor(value).read().reshape(-1).tolist()
-    if len(found) != 1:
-        raise FormatError(f"{file.path}, {name} holds a tensor of {len(found)} numbers; expected one a record")
-    return found[0]
+    numbers = file.tensor(value).read().reshape(-1).tolist()
+    if len(numbers) != 1:
+        raise FormatError(f"{file.path}, {name} holds a tensor of {len(numbers)} numbers; expected one a record")
+    return numbers[0]

@@ -1,4 +1,4 @@
-"""StoredZip: where the members of an uncompressed zip lie, so that parts of them can be read. `.pt` and `.npz` are such."""
+"""StoredZip: the byte ranges of the members of an uncompressed zip, such as `.pt` and `.npz`, to read parts of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dali_pipeline.storage.openfile import OpenFile
 
 
 class Bytes:
-    """A file, read at any place. Raises FormatError where it cannot be opened, is empty, or ends too early."""
+    """A file with random access; raises FormatError if it cannot be opened, is empty, or ends too early."""
 
     def __init__(self, path: Path, what: str) -> None:
         self.path, self.what = path, what
@@ -24,21 +24,21 @@ class Bytes:
         if not self._file.size:
             raise FormatError(f"{path} is empty; expected {what}")
 
-    def read(self, at: int, nbytes: int) -> bytes:
-        """Exactly the bytes asked for."""
-        data = os.pread(self._file.fd, nbytes, at)
+    def read(self, begin: int, nbytes: int) -> bytes:
+        """Return exactly `nbytes` bytes from byte `begin` on."""
+        data = os.pread(self._file.fd, nbytes, begin)
         while len(data) < nbytes:
-            more = os.pread(self._file.fd, nbytes - len(data), at + len(data))
+            more = os.pread(self._file.fd, nbytes - len(data), begin + len(data))
             if not more:
-                raise FormatError(f"{self.path} ends at byte {at + len(data)}, within its data: truncated")
+                raise FormatError(f"{self.path} ends at byte {begin + len(data)}, within its data: truncated")
             data += more
         return data
 
 
 class StoredZip:
-    """Where the members of a zip lie. None of its bytes but the directory are read before a member is asked for.
+    """The directory of a zip. Opening it reads nothing but the directory; raises FormatError for a file that is no zip.
 
-    compressed: whether some member is, so that none can be read in part. Raises FormatError for what is no zip.
+    compressed: whether a member is compressed, so that it cannot be read in part.
     """
 
     def __init__(self, source: Bytes, file: IO[bytes]) -> None:
@@ -54,15 +54,18 @@ class StoredZip:
 
     @property
     def names(self) -> list[str]:
-        """Of all members."""
+        """Names of all members."""
         return list(self._headers)
 
     def place(self, name: str) -> tuple[int, int]:
-        """First byte, length. Content lies behind a header of its own, whose two last lengths the directory does not know."""
+        """Return the first byte and the length of a member.
+
+        Reads the member's own header, because the directory does not hold the lengths of its last two fields.
+        """
         header, nbytes = self._headers[name]
         name_bytes, extra_bytes = struct.unpack("<HH", self._source.read(header + 26, 4))
         return header + 30 + name_bytes + extra_bytes, nbytes
 
     def read(self, name: str) -> bytes:
-        """All bytes of a member."""
+        """Return all bytes of a member."""
         return self._source.read(*self.place(name))

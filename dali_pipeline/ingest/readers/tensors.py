@@ -1,4 +1,4 @@
-"""Tensors inside a file of torch.save, read by pread when they are used; zip archives and the format before them."""
+"""Tensors inside a file of torch.save, read by pread when they are used; both zip archives and the older format."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dali_pipeline.ingest.readers.storedzip import Bytes, StoredZip
 from dali_pipeline.types import Array
 
 BFLOAT16 = "bfloat16"
-DENSE_BYTES = 4096  # that are read as they lie, whosever they are
+DENSE_BYTES = 4096  # spans up to this size are read at once, even if they hold other elements too
 DTYPES = {
     "torch.HalfStorage": "<f2", "torch.FloatStorage": "<f4", "torch.DoubleStorage": "<f8", "torch.BFloat16Storage": BFLOAT16,
     "torch.LongStorage": "<i8", "torch.IntStorage": "<i4", "torch.ShortStorage": "<i2", "torch.CharStorage": "<i1",
@@ -32,21 +32,27 @@ _OLD_MAGIC = 0x1950A86A20F9469CFC6C
 
 
 class TorchFile:
-    """A file of torch.save: `content` with Bags where tensors are, and `tensor` to read one.
+    """A file of torch.save. `content` is its content with Bags instead of tensors; `tensor` resolves such a Bag.
 
-    names: what the pickle may name beside torch's own tensors. Raises FormatError for a file that names anything else, or is
-    damaged. Opening costs the pickle and a few bytes a tensor; no tensor is read.
+    Opening reads the pickle and a few bytes per tensor, but no tensor.
+
+    Args:
+        path: The file.
+        names: Dotted names that the pickle may use besides those of torch's tensors.
+
+    Raises:
+        FormatError: The file uses another name, or is damaged.
     """
 
     def __init__(self, path: Path, names: tuple[str, ...] = ()) -> None:
         self.path = path
         self._names = (*TORCH_NAMES, *names)
         self._bytes = Bytes(path, "a file of torch.save")
-        self._place: Callable[[Any], tuple[int, int]]  # of a storage: its first byte, its length
+        self._place: Callable[[Any], tuple[int, int]]  # returns first byte and length of a storage, by its key
         with path.open("rb") as file:
             if zipfile.is_zipfile(file):
                 self.content = self._read_zip(file)
-            elif self._bytes.read(0, 1) == b"P":  # as a zip begins
+            elif self._bytes.read(0, 1) == b"P":  # the first byte of a zip
                 raise FormatError(
                     f"{path} cannot be read as a file of torch.save: the end of the archive is missing, truncated"
                 )
@@ -65,33 +71,36 @@ class TorchFile:
         return self._unpickler(io.BytesIO(archive.read(pickled[0]))).load()
 
     def _read_old(self, file: IO[bytes]) -> Any:
-        """Before torch 1.6: pickles of a magic number, a version, the system, the content, its storages' keys; the storages."""
+        """Read the format before torch 1.6.
+
+        It holds pickles of a magic number, a version, the system, the content and the keys of the storages; then the storages.
+        """
         file.seek(0)
         if self._unpickler(file).load() != _OLD_MAGIC:
             raise FormatError(f"{self.path} is a pickle, but not a file of torch.save; expected one")
         self._unpickler(file).load(), self._unpickler(file).load()
-        content = self._unpickler(file)
-        found, keys = content.load(), self._unpickler(file).load()
+        unpickler = self._unpickler(file)
+        content, keys = unpickler.load(), self._unpickler(file).load()
         places: dict[Any, tuple[int, int]] = {}
         for key in keys if isinstance(keys, list) else []:
             begin = file.tell() + 8
-            nbytes = int.from_bytes(self.read(begin - 8, 8), "little") * _dtype(self.path, content.storages.get(key))[1]
+            nbytes = int.from_bytes(self.read(begin - 8, 8), "little") * _dtype(self.path, unpickler.storages.get(key))[1]
             places[key] = (begin, nbytes)
             file.seek(begin + nbytes)
         self._place = places.__getitem__
-        return found
+        return content
 
     def _unpickler(self, file: IO[bytes]) -> InertUnpickler:
         return InertUnpickler(
             file, self.path, self._names, what="a file of torch.save", expected="tensors, lists, dicts and PyG Data"
         )
 
-    def read(self, at: int, nbytes: int) -> bytes:
-        """Bytes of the file; raises FormatError where it ends."""
-        return self._bytes.read(at, nbytes)
+    def read(self, begin: int, nbytes: int) -> bytes:
+        """Return `nbytes` bytes from byte `begin` on; raise FormatError if the file ends before."""
+        return self._bytes.read(begin, nbytes)
 
     def tensor(self, value: Any) -> Tensor:
-        """The tensor that a Bag stands for; raises FormatError for anything else, or one that leaves its storage."""
+        """Return the tensor that a Bag stands for; raise FormatError for anything else, and if it exceeds its storage."""
         while isinstance(value, Bag) and value.path == _PARAMETER and value.args:
             value = value.args[0]
         if not (isinstance(value, Bag) and value.path in _REBUILD and len(value.args) >= 4):
@@ -118,7 +127,7 @@ class TorchFile:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor in a file. begin: byte of its first element; stride: in elements."""
+    """A tensor in a file. begin: first byte of its first element; stride: in elements."""
 
     file: TorchFile
     dtype: str
@@ -131,29 +140,29 @@ class Tensor:
         return self.shape[0] if self.shape else 0
 
     def rows(self, begin: int, end: int) -> Tensor:
-        """Some of its rows, not read yet."""
+        """Return some of its rows as a tensor; reads nothing."""
         first = self.begin + begin * self.stride[0] * self.itemsize
         return Tensor(self.file, self.dtype, (end - begin, *self.shape[1:]), self.stride, first, self.itemsize)
 
     @property
     def span(self) -> int:
-        """Elements of the file from the first one of the tensor to its last."""
+        """Number of elements in the file from the tensor's first element to its last."""
         return 0 if 0 in self.shape else 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
 
     @property
     def dense(self) -> bool:
-        """Whether one read of its span is mostly its own elements."""
+        """Whether its span holds mostly its own elements, so that one read is efficient."""
         return self.span <= 2 * math.prod(self.shape) or self.span * self.itemsize <= DENSE_BYTES
 
     def read(self) -> Array:
-        """Its elements, as float32 where they are bfloat16, which NumPy lacks. Raises FormatError where the file ends.
+        """Read its elements; bfloat16 becomes float32, because NumPy has no bfloat16. Raises FormatError if the file ends.
 
-        The time is linear in its bytes, whatever its strides: a tensor of which one read would bring mostly others' elements is
-        read part by part along its longest stride.
+        The time is linear in the size of the tensor, whatever its strides: a tensor that is not dense is read part by part
+        along its longest stride.
         """
         if not self.dense:
             axis = max((axis for axis, size in enumerate(self.shape) if size > 1), key=lambda axis: self.stride[axis])
-            return np.stack([self._part(axis, at).read() for at in range(self.shape[axis])], axis=axis)
+            return np.stack([self._part(axis, index).read() for index in range(self.shape[axis])], axis=axis)
         raw = self.file.read(self.begin, self.span * self.itemsize) if self.span else b""
         flat = np.frombuffer(raw, "<u2" if self.dtype == BFLOAT16 else self.dtype)
         if self.dtype == BFLOAT16:
@@ -164,10 +173,11 @@ class Tensor:
             flat, self.shape, [step * flat.itemsize for step in self.stride], writeable=False
         )
 
-    def _part(self, axis: int, at: int) -> Tensor:
-        """Number `at` along an axis."""
-        shape, stride = (each[:axis] + each[axis + 1 :] for each in (self.shape, self.stride))
-        return Tensor(self.file, self.dtype, shape, stride, self.begin + at * self.stride[axis] * self.itemsize, self.itemsize)
+    def _part(self, axis: int, index: int) -> Tensor:
+        """Return the part with an index along an axis, without that axis."""
+        shape, stride = (sizes[:axis] + sizes[axis + 1 :] for sizes in (self.shape, self.stride))
+        begin = self.begin + index * self.stride[axis] * self.itemsize
+        return Tensor(self.file, self.dtype, shape, stride, begin, self.itemsize)
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -175,7 +185,7 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _dtype(path: Path, storage: Any) -> tuple[str, int]:
-    """The NumPy name, or bfloat16, of a storage's elements, and their bytes."""
+    """Return the NumPy type (or bfloat16) of a storage's elements, and the bytes per element."""
     kind = storage[1] if isinstance(storage, tuple) and len(storage) >= 5 else None
     name = DTYPES.get(getattr(kind, "path", ""))
     if name is None:

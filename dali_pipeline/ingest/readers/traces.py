@@ -1,7 +1,7 @@
 """Reader of raw traces, `.pkl` and `.pkl.gz`: hidden states and attentions of a language model, as NumPy arrays in a pickle.
 
-Each file is a list of dicts: `question_id`, `hidden_states` (a layer [n, D]), `attentions` (a layer [heads, n, n]). The
-sequence is the last token's state at every layer; each layer's attention becomes a graph. Nothing that the pickle names is run.
+Each file is a list of dicts: `question_id`, `hidden_states` ([n, D] per layer), `attentions` ([heads, n, n] per layer). The
+sequence is the last token's state at every layer; the attention of each layer becomes a graph. No code in the pickle is run.
 """
 
 from __future__ import annotations
@@ -38,10 +38,15 @@ NUMPY_NAMES = (*RECONSTRUCT, *FROM_BUFFER, *SCALAR, "numpy.ndarray", "numpy.dtyp
 
 @dataclass(frozen=True, kw_only=True)
 class TraceOptions:
-    """How traces become records.
+    """Options for reading traces.
 
-    scores: of each question id, None where the traces carry a `label` · score_threshold: label 1 below it ·
-    attention_threshold: mean attention over heads above which an edge runs.
+    Attributes:
+        scores: Score of each question id; None if the traces have a `label`.
+        score_threshold: Scores below this value get label 1.
+        attention_threshold: Mean attention over heads above which two tokens get an edge, from 0 to below 1.
+
+    Raises:
+        UsageError: A threshold is out of range.
     """
 
     scores: Mapping[str, float] | None = None
@@ -57,7 +62,7 @@ class TraceOptions:
 
 
 def traces_reader(options: TraceOptions) -> Reader:
-    """The reader with its options."""
+    """Return the reader with its options."""
     return Reader(
         what=TRACES,
         find=partial(files_named, patterns=("*.pkl", "*.pkl.gz")),
@@ -66,7 +71,10 @@ def traces_reader(options: TraceOptions) -> Reader:
 
 
 def open_file(path: Path, name: str, options: TraceOptions) -> ForeignFile:
-    """Reads the whole file, for a pickle has no directory; its arrays are let go until `values` reads it again."""
+    """Read the names and labels of a file.
+
+    Reads the whole file, because a pickle has no directory. Its arrays are released, and `values` reads the file again.
+    """
     traces = _load(path)
     groups, labels = [], []
     for row, trace in enumerate(traces):
@@ -79,6 +87,7 @@ def open_file(path: Path, name: str, options: TraceOptions) -> ForeignFile:
         ids=None,
         groups=groups,
         labels=whole_numbers(path, "label", labels),
+        step_axis="layer",
         values=partial(_values, path, options.attention_threshold),
         not_taken=tuple(
             sorted({str(key) for trace in traces for key in trace} - TAKEN - ({"label"} if options.scores is None else set()))
@@ -87,9 +96,14 @@ def open_file(path: Path, name: str, options: TraceOptions) -> ForeignFile:
 
 
 def read_scores(path: Path, column: str | None) -> dict[str, float]:
-    """Scores by question id: a CSV file with the columns `question_id` and `column`, by default the only other one.
+    """Return scores by question id.
 
-    Raises UsageError for a missing column, a score that is no number, or a question with two different ones.
+    Args:
+        path: CSV file with a column `question_id` and columns of scores.
+        column: Name of the column of scores; None for the only other column.
+
+    Raises:
+        UsageError: A column is missing, a score is not a number, or a question has two different scores.
     """
     scores: dict[str, float] = {}
     try:
@@ -122,7 +136,7 @@ def _load(path: Path) -> list[Any]:
                 raise FormatError(f"{path} is empty; expected a pickle of traces")
             expected = "NumPy arrays, lists, dicts, numbers and texts"
             traces = InertUnpickler(file, path, NUMPY_NAMES, what="a pickle", expected=expected).load()  # type: ignore[arg-type]
-            if file.read(1):  # which also lets gzip check its sum
+            if file.read(1):  # reading to the end also lets gzip check the checksum
                 raise FormatError(f"{path} holds more than one pickle; expected one list of traces")
     except (OSError, EOFError, zlib.error) as error:
         raise FormatError(f"{path} cannot be read ({error}): truncated, or something else") from None
@@ -155,7 +169,7 @@ def _label(path: Path, question: str, trace: dict[str, Any], options: TraceOptio
 def _values(path: Path, threshold: float) -> Iterator[Values]:
     traces = _load(path)
     for row in range(len(traces)):
-        trace, traces[row] = traces[row], None  # let go, one by one
+        trace, traces[row] = traces[row], None  # releases the traces one by one
         where = Path(f"{path}, trace {row}")
         hidden, attentions = (_layers(where, trace[name]) for name in ("hidden_states", "attentions"))
         yield _record(str(where), hidden, attentions, threshold)
@@ -175,9 +189,15 @@ def _record(where: str, hidden: list[Array], attentions: list[Array], threshold:
 
 
 def attention_graphs(hidden: list[Array], attentions: list[Array], threshold: float) -> Graphs:
-    """One graph a layer of attention. hidden: [n, D] each, its last `len(attentions)` used · attentions: [heads, n, n] each.
+    """Return one graph per layer of attention, with the edges that `attention_edges` finds in the mean over heads.
 
-    Edges as `attention_edges` gives them for the mean over heads; weights in the type of hidden.
+    Args:
+        hidden: Hidden states, (n, D) per layer; the last `len(attentions)` layers become nodes.
+        attentions: (heads, n, n) per layer.
+        threshold: Weight that an edge must exceed.
+
+    Returns:
+        Graphs whose weights have the type of `hidden`.
     """
     nodes, count = len(hidden[0]), len(attentions)
     means = [layer.mean(axis=0, dtype=np.float32) for layer in attentions]
@@ -192,7 +212,7 @@ def attention_graphs(hidden: list[Array], attentions: list[Array], threshold: fl
 
 
 def _layers(where: Path, value: Any) -> list[Array]:
-    """A list of arrays, or one array with a layer a row."""
+    """Return one array per layer, from a list of arrays or one array with a row per layer."""
     return list(to_array(where, value)) if isinstance(value, Bag) else [to_array(where, layer) for layer in value]
 
 
@@ -201,7 +221,7 @@ def _shapes(layers: list[Array]) -> str:
 
 
 def to_array(path: Path, value: Any, kinds: str = "fiub") -> Array:
-    """The array that a Bag stands for, of real numbers by default; raises FormatError for anything else."""
+    """Return the array that a Bag stands for; raise FormatError unless its dtype is of one of the NumPy `kinds`."""
     try:
         name, args, state = value.path, value.args, value.state
         if name in RECONSTRUCT:
@@ -223,7 +243,7 @@ def _described(value: Any) -> str:
 
 
 def _dtype(bag: Any, kinds: str) -> np.dtype[Any]:
-    """`numpy.dtype("f2", False, True)` with its byte order in the state, of some kinds only."""
+    """Return the dtype of a pickled `numpy.dtype("f2", False, True)`, whose byte order is in the state."""
     named = bag.args[0] if isinstance(bag, Bag) and bag.path == "numpy.dtype" and bag.args else None
     if not isinstance(named, str) or not re.fullmatch(r"[a-zA-Z]\d*", named):
         raise TypeError("a dtype that is none")

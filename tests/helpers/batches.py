@@ -1,0 +1,47 @@
+"""What a batch holds, as a whole: copied, hashed, compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import xxhash
+
+import dali_pipeline as dp
+
+
+def content(batch: Any) -> dict[str, Any]:
+    """Everything that a batch holds, copied."""
+    if isinstance(batch, dp.SequenceBatch):
+        tensors = {"sequences": batch.sequences, "lengths": batch.lengths}
+    else:
+        tensors = {name: batch.graphs[name] for name in ("x", "edge_index", "edge_attr", "batch", "ptr")}
+        tensors |= {
+            "graphs_per_record": batch.graphs_per_record,
+            "layer_index": batch.layer_index,
+            "last_node": batch.last_node,
+        }
+    tensors |= {"labels": batch.labels, "valid": batch.valid, "positions": batch.positions}
+    return {"ids": list(batch.ids), **{name: tensor.clone() for name, tensor in tensors.items()}}
+
+
+def fingerprint(batches: Iterable[Any]) -> str:
+    """One hash of every byte that some batches hold, in order, and of their number."""
+    found, count = xxhash.xxh3_128(), 0
+    for batch in batches:
+        count += 1
+        for name, value in sorted(content(batch).items()):
+            found.update(f"{name} {value if isinstance(value, list) else value.numpy().tobytes().hex()}".encode())
+    return f"{count} {found.hexdigest()}"
+
+
+def assert_same(ours: Iterable[Any], theirs: Iterable[Any]) -> None:
+    """Batches (or their contents) equal to the bit, and at least one."""
+    one, other = ([batch if isinstance(batch, dict) else content(batch) for batch in batches] for batches in (ours, theirs))
+    assert len(one) == len(other) > 0
+    for a, b in zip(one, other, strict=True):
+        assert a["ids"] == b["ids"]
+        for name in a.keys() - {"ids"}:
+            assert a[name].dtype == b[name].dtype, name
+            assert torch.equal(a[name], b[name]), name

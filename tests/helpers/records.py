@@ -1,0 +1,73 @@
+"""Small data sets that the tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+import dali_pipeline as dp
+from dali_pipeline.format.shard import ShardInfo
+from dali_pipeline.format.shardfile import ShardFile
+from dali_pipeline.types import Array, Kind
+from dali_pipeline.writing.openshard import STREAMED
+
+FEATURES, NODE_FEATURES, LAYERS = 8, 4, 3
+
+
+SCHEMA = dp.Schema(
+    sequence=dp.Field(dtype="float16", shape=(FEATURES,)),
+    x=dp.Field(dtype="float16", shape=(NODE_FEATURES,)),
+    edge_attr=dp.Field(dtype="float16"),
+)
+
+
+def make_records(count: int, *, ragged: bool = True, seed: int = 0, classes: int = 2) -> list[dp.Record]:
+    """Records of both kinds, some graphs without edges; the label shows in the first feature, so it can be learned."""
+    rng = np.random.default_rng(seed)
+    records = []
+    for number in range(count):
+        label = int(rng.integers(classes))
+        steps = int(rng.integers(2, 9)) if ragged else 5
+        nodes = rng.integers(1, 6, size=LAYERS) if ragged else np.full(LAYERS, 4)
+        edges = rng.integers(0, 7, size=LAYERS)
+        sequence = rng.normal(size=(steps, FEATURES))
+        sequence[:, 0] += 3 * label
+        x = rng.normal(size=(nodes.sum(), NODE_FEATURES))
+        x[:, 0] += 3 * label
+        records.append(
+            dp.Record(
+                id=f"record-{number}",
+                group=f"group-{number // 2}",
+                label=label,
+                sequence=sequence.astype(np.float16),
+                graphs=dp.Graphs(
+                    x=x.astype(np.float16),
+                    edge_index=np.concatenate(
+                        [rng.integers(0, n, size=(2, e)) for n, e in zip(nodes, edges, strict=True)], axis=1
+                    ),
+                    edge_attr=rng.random(edges.sum()).astype(np.float16),
+                    node_counts=nodes,
+                    edge_counts=edges,
+                ),
+            )
+        )
+    return records
+
+
+def write_shard(path: Path, kind: Kind, records: int, arrays: Mapping[str, Array]) -> ShardInfo:
+    """A shard of these arrays, whatever they are."""
+    name = STREAMED[kind]
+    rest = {other: array for other, array in arrays.items() if other != name}
+    rows = arrays[name]
+    file = ShardFile(path, kind, name, rows.dtype.name, rows.shape[1:], expected_bytes=rows.nbytes)
+    file.append(rows)
+    return file.close(records, rest)
+
+
+def write(root: Path, records: list[dp.Record], *, shard_bytes: int = 2048, shares: str = "70/15/15") -> dp.Dataset:
+    with dp.ShardWriter(root, SCHEMA, shard_bytes=shard_bytes, split=dp.SplitRule.parse(shares)) as writer:
+        for record in records:
+            writer.write(record)
+    return dp.open_dataset(root)
