@@ -11,7 +11,7 @@ if (blocks.length > 0) {
   });
   const draw = async () => {
     const dark = document.body.dataset.mdColorScheme === "slate";
-    mermaid.initialize({ startOnLoad: false, theme: dark ? "dark" : "neutral", fontFamily });
+    mermaid.initialize({ startOnLoad: false, theme: dark ? "dark" : "neutral", fontFamily, flowchart: { wrappingWidth: 320 } });
     for (const [number, { block, chart, source }] of charts.entries()) {
       try {
         const { svg } = await mermaid.render(`chart-${number}`, source);
