@@ -70,14 +70,14 @@ class BatchSource:
         texts = [name for name, field in self.record_fields.items() if field.dtype == TEXT]
         labels = schema.labels.dtype is not None
         self._index = RecordIndex(selection, self.ragged, window_bytes, texts=texts, labels=labels)
-        self._runs: dict[int, list[tuple[int, int]]] = {}
+        self._layer_spans: dict[int, list[tuple[int, int]]] = {}
         self._buffers = Buffers()
         self.cold = True  # whether something was recently not in the page cache, as far as read-ahead has checked
         if rows := selection.bounds(self.axis):
             self._selected(rows[0])  # layers that the shortest record has, all records have
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_runs": {}}  # without a cache that other threads may be changing
+        return {**self.__dict__, "_layer_spans": {}}  # without a cache that other threads may be changing
 
     @property
     def num_records(self) -> int:
@@ -172,12 +172,12 @@ class BatchSource:
         )
 
     def _selected(self, count: int) -> list[tuple[int, int]]:
-        """Return runs (begin, end) of the selected layers among `count` steps or graphs, in the order asked for."""
+        """Return spans (begin, end) of the selected layers among `count` steps or graphs, in the order asked for."""
         if self._layers is None:
             return [(0, count)]
-        if count not in self._runs:
-            self._runs[count] = self._select(count)
-        return self._runs[count]
+        if count not in self._layer_spans:
+            self._layer_spans[count] = self._select(count)
+        return self._layer_spans[count]
 
     def _select(self, count: int) -> list[tuple[int, int]]:
         chosen = self._chosen(count)
@@ -298,10 +298,10 @@ class SequenceSource(BatchSource):
         """
         locations, lengths, positions = located.locations, located.lengths, located.positions
         begins, ends, records = locations.begins, locations.ends, np.arange(len(positions))
-        if self._layers is not None:  # every record once per run of its layers
-            runs = [self._selected(length) for length in (ends - begins).tolist()]
-            records = np.repeat(records, [len(record_runs) for record_runs in runs])
-            spans = np.array([span for record_runs in runs for span in record_runs], np.int64)  # (reads, 2)
+        if self._layers is not None:  # every record once per span of its layers
+            layer_spans = [self._selected(length) for length in (ends - begins).tolist()]
+            records = np.repeat(records, [len(record_spans) for record_spans in layer_spans])
+            spans = np.array([span for record_spans in layer_spans for span in record_spans], np.int64)  # (reads, 2)
             begins, ends = begins[records] + spans[:, 0], begins[records] + spans[:, 1]
         reads = _Reads(records=records, begins=begins, ends=ends, lengths=lengths)
         longest = np.repeat(np.maximum.reduceat(lengths, np.arange(0, len(lengths), batch_size)), batch_size)
