@@ -1,4 +1,4 @@
-"""Draw docs/speed.png, docs/growth.png and docs/gpu.png from results/, and the README's tables: `python -m benchmarks.plot`.
+"""Draw docs/speed.png, growth.png and gpu.png from results/, and the tables of docs/results.md: `python -m benchmarks.plot`.
 
 Each theme is read from its newest file, `<theme>_<machine>_<date>.csv`. What was not measured is left out; without a GPU that
 is gpu.png.
@@ -26,7 +26,7 @@ from dali_pipeline.tools.picture import COLOURS, save
 OURS, PEER, LIMIT = COLOURS[2], COLOURS[3], COLOURS[1]
 STYLES = {"torch engine": (COLOURS[2], "o"), "dali engine": (COLOURS[0], "s"), "GraphLoader": (COLOURS[1], "^")}
 LIMITS = ("gather", "slice and concatenate")
-README = Path("README.md")
+RESULTS = Path("docs/results.md")
 app = new_app()
 Rows = list[Row]
 Panel = Callable[[Axes], None]
@@ -185,13 +185,13 @@ def draw(panels: list[Panel], path: Path, width: int, height: float) -> None:
 
 @app.command()
 def main(folder: Annotated[Path, typer.Argument(help="Folder for the pictures.")] = Path("docs")) -> None:
-    """Draw the results in results/; if the pictures go to docs, also write the README's tables."""
+    """Draw the results in results/; if the pictures go to docs, also write the tables of docs/results.md."""
     draw(list(speed_panels()), folder / "speed.png", 2, 4.2)
     draw(list(growth_panels()), folder / "growth.png", 2, 3.6)
     draw(list(gpu_panels()), folder / "gpu.png", 2, 5.5)
     if folder == Path("docs"):
-        update_tables(README)
-        print(README)
+        update_tables(RESULTS)
+        print(RESULTS)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Make the README's tables of speed from the newest results: `make plots` writes them between their marks.
+"""Make the tables of docs/results.md from the newest results: `make plots` writes them between their marks.
 
 A mark is a line `<!-- speed: THEME, SCENARIO -->`; what stands between it and the next `<!-- end -->` is replaced.
 """
@@ -52,9 +52,9 @@ def _replaced(found: re.Match[str]) -> str:
     rows = [row for row in rows_of(theme) if row["scenario"] == scenario]
     if not rows:
         raise UsageError(
-            f"{file.name} has no scenario {scenario!r}, which the README wants a table of; measure it, or name another"
+            f"{file.name} has no scenario {scenario!r}, which docs/results.md wants a table of; measure it, or name another"
         )
-    return head + table(rows, f"benchmarks/results/{file.name}") + end
+    return head + table(rows, f"../benchmarks/results/{file.name}") + end
 
 
 def table(rows: list[Row], link: str) -> str:
