@@ -550,7 +550,7 @@ def _refuses_foreign_states(case: Case) -> None:
 
 
 def _digest_of_a_part(case: Case) -> None:
-    """Of an epoch broken off and gone on with, and of one whose rest is dropped."""
+    """Check the digest of an epoch that was interrupted and resumed, and of one whose rest is dropped."""
     make = case.make
     loader, batches = make(), iter(make())
     for _ in loader:

@@ -35,7 +35,7 @@ def instructions(stage: str) -> list[tuple[str, str]]:
 
 
 def ignored(path: str) -> bool:
-    """By .dockerignore, whose patterns here are plain names."""
+    """Return what .dockerignore leaves, whose patterns here are plain names."""
     patterns = (ROOT / ".dockerignore").read_text().split()
     return any(
         fnmatch.fnmatch(part, pattern.removeprefix("**/")) for pattern in patterns for part in (path, path.split("/")[0])

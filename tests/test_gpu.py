@@ -306,7 +306,7 @@ def test_a_step_that_does_not_fit_is_a_sentence(gpu_log: Log, tmp_path: Path, mo
 
 
 def test_processes_that_share_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what the GPUs are called: a launcher may show every process one GPU alone, and all of them call it number 0."""
+    """GPUs are told apart by their names: a launcher may show every process one GPU alone, and all of them call it number 0."""
     taken: list[int] = []
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

@@ -114,7 +114,7 @@ def convert_command(
 
     \b
     Inputs: lstm_solo/*.pt and gnn/*.pt; traces in *.pkl or *.pkl.gz; *.npz; *.parquet, *.arrow and Hugging Face folders.
-    docs/migrate.md describes the layouts.
+    docs/your-data.md describes the layouts.
     Examples:
       python -m dali_pipeline convert preprocessed_data data/traces --split 80/10/10
       python -m dali_pipeline convert raw_traces data/traces --scores scores.csv --score-column bleurt

@@ -306,7 +306,8 @@ class Schema:
     @property
     def steps(self) -> str:
         """The name of the axis along which a sequence's rows lie."""
-        return self.step_axis or "step"
+        by_layer = self.sequence is not None and self.sequence.layout is not None
+        return self.step_axis or ("layer" if by_layer else "step")
 
     @property
     def layer_axis(self) -> int | None:

@@ -41,7 +41,7 @@ def pair(tmp_path: Path) -> tuple[dp.Dataset, dp.Dataset]:
     schemas = [dp.Field(dtype="float16", shape=(8,)), dp.Field(dtype="float16", shape=(8,), by_layer=layout)]
     found = []
     for name, field in zip("ab", schemas, strict=True):
-        with dp.ShardWriter(tmp_path / name, dp.Schema(sequence=field), shard_bytes=2000) as writer:
+        with dp.ShardWriter(tmp_path / name, dp.Schema(sequence=field, step_axis="layer"), shard_bytes=2000) as writer:
             for record in make_records(100, ragged=False):
                 writer.write({"id": record.id, "group": record.group, "label": record.label, "sequence": record.sequence})
         found.append(dp.open_dataset(tmp_path / name))
@@ -102,7 +102,9 @@ def test_one_length_is_asked_for(tmp_path: Path) -> None:
 
 def test_nan_is_told_by_layer(tmp_path: Path) -> None:
     field = dp.Field(dtype="float16", shape=(4,), by_layer=ByLayer(steps=3, records=5))
-    with dp.ShardWriter(tmp_path / "set", dp.Schema(sequence=field), split=dp.SplitRule.parse("100/0/0")) as writer:
+    with dp.ShardWriter(
+        tmp_path / "set", dp.Schema(sequence=field, step_axis="layer"), split=dp.SplitRule.parse("100/0/0")
+    ) as writer:
         for number in range(12):
             rows = np.full((3, 4), number, np.float16)
             rows[1, 2] = np.nan if number in (4, 11) else 0
@@ -131,7 +133,7 @@ def test_a_layers_bytes_alone_are_read(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(gather_module, "read_many", counted)
     monkeypatch.setattr(shard_module.Shard, "_pread", counted_one)
     for name, layout in (("plain", {}), ("layered", {"by_layer": ByLayer.of(10, 4096)})):
-        schema = dp.Schema(sequence=dp.Field(dtype="float16", shape=(2048,), **layout))  # type: ignore[arg-type]
+        schema = dp.Schema(sequence=dp.Field(dtype="float16", shape=(2048,), **layout), step_axis="layer")  # type: ignore[arg-type]
         with dp.ShardWriter(tmp_path / name, schema, split=dp.SplitRule.parse("100/0/0")) as writer:
             for number, row in enumerate(rows):
                 writer.write({"id": number, "label": 0, "sequence": row})

@@ -84,8 +84,9 @@ def test_infinities_pass_but_are_not_made() -> None:
     [
         (lambda: Schema(), "needs `sequence`"),
         (lambda: Schema(sequence=Field(dtype="float16"), edge_attr=Field(dtype="float16")), "needs `x`"),
-        (lambda: Field(dtype="text"), "cannot be stored"),
-        (lambda: Field(dtype="bool"), "cannot be stored"),
+        (lambda: Field(dtype="object"), "cannot be stored"),
+        (lambda: Schema(sequence=Field(dtype="text")), "is bool or text"),
+        (lambda: Schema(x=Field(dtype="bool")), "is bool or text"),
         (lambda: Field(dtype=">f4"), "cannot be stored"),
         (lambda: Field(dtype="float16", shape=(0,)), "size below 1"),
     ],

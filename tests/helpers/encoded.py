@@ -14,7 +14,9 @@ STEPS, FEATURES = 5, 6
 
 
 def made(root: Path, rows: list[np.ndarray[Any, Any]], field: dp.Field) -> dp.Dataset:
-    with dp.ShardWriter(root, dp.Schema(sequence=field), split=dp.SplitRule.parse("100/0/0"), shard_bytes=400) as writer:
+    with dp.ShardWriter(
+        root, dp.Schema(sequence=field, step_axis="layer"), split=dp.SplitRule.parse("100/0/0"), shard_bytes=400
+    ) as writer:
         for number, sequence in enumerate(rows):
             writer.write({"id": str(number), "label": number % 2, "sequence": sequence})
     return dp.open_dataset(root)

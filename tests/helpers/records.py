@@ -20,6 +20,7 @@ SCHEMA = dp.Schema(
     sequence=dp.Field(dtype="float16", shape=(FEATURES,)),
     x=dp.Field(dtype="float16", shape=(NODE_FEATURES,)),
     edge_attr=dp.Field(dtype="float16"),
+    step_axis="layer",
 )
 
 

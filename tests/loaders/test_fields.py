@@ -95,7 +95,7 @@ def test_a_field_of_another_length_is_found_by_verify(tmp_path: Path, graphs: li
 )
 def test_names_that_would_be_lost_or_joined_otherwise_are_refused(name: str) -> None:
     x = dp.Field(dtype="float32", shape=(3,))
-    with pytest.raises(dp.UsageError, match="expected node"):
+    with pytest.raises(dp.UsageError, match=r"expected step\., record\., node\."):
         dp.Schema(x=x, fields={name: x})
 
 
@@ -173,9 +173,9 @@ def test_targets_are_never_narrower_than_stored(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path: Path) -> None:
     x = dp.Field(dtype="float32", shape=(4,))
     for key in ("pos", "node.", "layer.pos", "node.x", "graph.batch", "graph.num_nodes", "node._store", "node.a b"):
-        with pytest.raises(dp.UsageError, match=r"expected node\., edge\. or graph\."):
+        with pytest.raises(dp.UsageError, match=r"expected step\., record\., node\., edge\. or graph\."):
             dp.Schema(x=x, fields={key: x})
-    with pytest.raises(dp.UsageError, match=r"expected node\., edge\. or graph\."):
+    with pytest.raises(dp.UsageError, match=r"'node.a' at two levels; expected a name at one level only"):
         dp.Schema(x=x, fields={"node.a": x, "graph.a": x})
     with pytest.raises(dp.UsageError, match="needs `x`"):
         dp.Schema(sequence=x, fields={"node.a": x})
@@ -251,7 +251,7 @@ def test_older_sets_keep_their_digest(tmp_path: Path) -> None:
 
 
 def test_layers_read_their_own_bytes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of records with wide layers, of which a quarter is asked for, a quarter is read."""
+    """A quarter of wide layers is a quarter of the bytes read."""
     from dali_pipeline.storage.reads import read_many
 
     rng = np.random.default_rng(0)

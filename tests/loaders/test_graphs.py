@@ -119,7 +119,7 @@ def children() -> set[psutil.Process]:
 def test_a_worker_that_is_killed_is_an_error_not_a_hang(tmp_path: Path) -> None:
     data = write(tmp_path / "set", make_records(400))
     loader, before = dp.GraphLoader(data, batch_size=1, num_workers=2), children()
-    words = r"^a worker process of the graph loader died \(killed by signal 9\); expected enough memory .* workers=0$"
+    words = r"^a worker process of the graph loader died \(killed by signal 9\); expected enough memory .* num_workers=0$"
     with pytest.raises(dp.PipelineError, match=words):
         for step, _ in enumerate(loader):
             if step == 3:
@@ -144,7 +144,7 @@ def test_what_crosses_lies_in_memory_that_is_shared_and_used_again(data: dp.Data
 def test_memory_that_cannot_be_had_is_one_sentence(data: dp.Dataset) -> None:
     loader = dp.GraphLoader(data, num_workers=1)
     loader._arena_bytes = 1 << 62
-    with pytest.raises(dp.PipelineError, match=r"^1 worker processes with 2 x .* cannot be had .* or workers=0$"):
+    with pytest.raises(dp.PipelineError, match=r"^1 worker processes with 2 x .* cannot be had .* or num_workers=0$"):
         next(iter(loader))
 
 
@@ -198,7 +198,7 @@ def test_auto_starts_a_thread_where_there_are_cores_for_it_and_no_process(
 def test_wrong_content_with_a_right_hash_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: Any, nodes: list[int], edge: list[int], words: str
 ) -> None:
-    """As a foreign tool would write it: our own writer refuses, so its check is taken away here."""
+    """Write what a foreign tool might: our own writer refuses it, so its check is taken away here."""
     edges = np.array([[0, edge[0]], [1, edge[1]]])
     counts = [np.array([4, 4]), np.array(nodes)]
     records = [

@@ -48,7 +48,7 @@ def test_equal_lengths_need_no_padding(tmp_path: Path, engine: Any) -> None:
 def test_every_stored_type_is_delivered(tmp_path: Path, engine: Any, dtype: str, ragged: bool) -> None:
     rng, given = np.random.default_rng(0), "float32" if dtype == "bfloat16" else dtype  # NumPy has none
     rows = {str(n): rng.integers(0, 100, size=(2 + n % 3 if ragged else 4, 3)).astype(given) for n in range(12)}
-    schema = dp.Schema(sequence=dp.Field(dtype=dtype, shape=(3,)))
+    schema = dp.Schema(sequence=dp.Field(dtype=dtype, shape=(3,)), step_axis="layer")
     with dp.ShardWriter(tmp_path / "set", schema, split=dp.SplitRule.parse("100/0/0")) as writer:
         for name, sequence in rows.items():
             writer.write({"id": name, "label": 0, "sequence": sequence})

@@ -26,7 +26,7 @@ ROW_BYTES = 2 * FEATURES
 def written(root: Path, lengths: list[int], dtype: str = "float16") -> tuple[dp.Dataset, dict[str, np.ndarray[Any, Any]]]:
     rng = np.random.default_rng(0)
     rows = {str(n): rng.integers(-50, 50, (length, FEATURES)).astype("float32") for n, length in enumerate(lengths)}
-    schema = dp.Schema(sequence=dp.Field(dtype=dtype, shape=(FEATURES,)))
+    schema = dp.Schema(sequence=dp.Field(dtype=dtype, shape=(FEATURES,)), step_axis="layer")
     with dp.ShardWriter(root, schema, split=dp.SplitRule.parse("100/0/0"), shard_bytes=32 << 10) as writer:
         for name, sequence in rows.items():
             writer.write({"id": name, "label": 0, "sequence": sequence})
@@ -93,7 +93,7 @@ def test_engines_agree_on_long_tails(tmp_path: Path, taken: list[int], dtype: st
     """Also with every batch short enough for one superbatch."""
     lengths = tail()
     rng = np.random.default_rng(0)
-    schema = dp.Schema(sequence=dp.Field(dtype=dtype, shape=(FEATURES,)))
+    schema = dp.Schema(sequence=dp.Field(dtype=dtype, shape=(FEATURES,)), step_axis="layer")
     with dp.ShardWriter(tmp_path / "set", schema, split=dp.SplitRule.parse("100/0/0")) as writer:
         for number, length in enumerate(lengths):
             values = rng.integers(0, 90, (length, FEATURES)).astype("float32" if dtype == "bfloat16" else dtype)

@@ -25,7 +25,7 @@ WIDTH = 2048
 @pytest.fixture
 def wide(tmp_path: Path) -> dp.Dataset:
     """600 records of [4, 2048] float16, 16 KiB each: about 10 MB in shards of 2 MiB."""
-    schema = dp.Schema(sequence=dp.Field(dtype="float16", shape=(WIDTH,)))
+    schema = dp.Schema(sequence=dp.Field(dtype="float16", shape=(WIDTH,)), step_axis="layer")
     with dp.ShardWriter(tmp_path / "set", schema, split=dp.SplitRule.parse("100/0/0"), shard_bytes=2 << 20) as writer:
         for number in range(600):
             writer.write({"id": number, "label": number % 2, "sequence": np.full((4, WIDTH), number, np.float16)})

@@ -16,7 +16,6 @@ from torch_geometric.data import Batch
 
 import dali_pipeline as dp
 from dali_pipeline.format import header as header_module
-from dali_pipeline.format import shard as shard_module
 from dali_pipeline.format import shardfile as shardfile_module
 from dali_pipeline.reading import records as records_module
 from dali_pipeline.sampling import shuffle as shuffle_module
@@ -29,8 +28,9 @@ from tests.laws import LAWS, Case
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dp.Dataset, dict[str, dp.Record]]:
-    for module in (header_module, shard_module, shardfile_module, shuffle_module):
-        monkeypatch.setattr(module, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(header_module, "BLOCKS_OF_VERSION", {1: 64, 2: 64})
+    monkeypatch.setattr(shardfile_module, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(shuffle_module, "LEAST_RUN_BYTES", 64)
     monkeypatch.setattr(records_module, "INDEX_ROWS", 3)
     monkeypatch.setattr(records_module, "MAX_SHARDS", 2)
     monkeypatch.setattr(records_module, "LEAST_INDEX_BYTES", 1)

@@ -54,7 +54,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     from dali_pipeline.format.layout import ByLayer
 
     layout = ByLayer.of(33, 2 * WIDTH)
-    schema = dp.Schema(sequence=dp.Field(dtype="float16", shape=(WIDTH,), by_layer=layout))
+    schema = dp.Schema(sequence=dp.Field(dtype="float16", shape=(WIDTH,), by_layer=layout), step_axis="layer")
     rng = np.random.default_rng(0)
     root = tmp_path_factory.mktemp("local") / "set"
     with dp.ShardWriter(root, schema, split=dp.SplitRule.parse("100/0/0"), shard_bytes=8 << 20) as writer:

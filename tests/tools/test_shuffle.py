@@ -90,7 +90,7 @@ def test_measures_within_range(shards: list[tuple[int, int]], share: float, batc
 @pytest.mark.parametrize("record_bytes", [4 << 20, 33 * 1024 * 2])
 @pytest.mark.parametrize("share", [0.01, 0.05, 0.20])
 def test_closer_than_both_buffers(record_bytes: int, share: float) -> None:
-    """By pairs and by displacement, at equal memory, for shards of 256 and of 4 MiB."""
+    """Compare pairs and displacement at equal memory, for shards of 256 and of 4 MiB."""
     quality = measure(SHARDS, SHARDS * record_bytes, window_bytes=int(share * SHARDS.sum() * record_bytes), epochs=12)
     assert quality.behind() == []
     ours = of(quality, "dali_pipeline").distances(quality)

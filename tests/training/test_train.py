@@ -186,7 +186,7 @@ def test_classes_are_those_of_both_halves(tmp_path: Path) -> None:
 def test_labels_that_are_no_classes_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], label: int
 ) -> None:
-    """By all that would make a detector for them."""
+    """Everything that would make a detector for them refuses."""
     root = write(tmp_path / "set", [replace(record, label=record.label * label) for record in make_records(60)]).root
     for application, line in (
         (train_module.app, ["--data", root, "--output-dir", tmp_path / "out"]),
