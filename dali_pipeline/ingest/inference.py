@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -29,6 +29,7 @@ from dali_pipeline.types import Array, Kind
 if TYPE_CHECKING:
     from dali_pipeline.ingest.sources import Source
 
+Kept = TypeVar("Kept", Array, Graphs)
 MEASURED_RECORDS, MEASURED_BYTES, NAME_BYTES = 64, 8 << 20, 40  # for the estimate of the disk space
 
 
@@ -76,22 +77,22 @@ def infer_schema(
     if sequence is None and graphs is None:
         raise DataError(f"{source.root} holds no records that can be taken in; expected at least one")
     counts = {
-        "sequences": 0 if sequence is None else len(sequence.rows),
-        "graphs": 0 if graphs is None else len(graphs.graphs.node_counts),
+        "sequences": 0 if sequence is None else len(sequence.values),
+        "graphs": 0 if graphs is None else len(graphs.values.node_counts),
     }
     choice = LayerChoice(layers=config.layers, numbers=_layer_numbers(source, counts, notices))
     fields: dict[str, Field] = {}
     if sequence is not None:
-        rows = sequence.rows
+        rows = sequence.values
         dtype = BFLOAT16 if "sequence" in sequence.bfloat16 else rows.dtype.name
         steps = len(choice.of("sequences", len(rows))) if config.by_layer else 0
-        fields["sequence"] = _field(sequence.path, "sequence", dtype, rows.shape[1:], config, steps)
+        fields["sequence"] = _field(sequence.file.path, "sequence", dtype, rows.shape[1:], config, steps)
     if graphs is not None:
-        arrays = {"x": graphs.graphs.x, "edge_attr": graphs.graphs.edge_attr, **graphs.graphs.fields}
+        arrays = {"x": graphs.values.x, "edge_attr": graphs.values.edge_attr, **graphs.values.fields}
         for name, array in arrays.items():
             if array is not None:
                 dtype = BFLOAT16 if name in graphs.bfloat16 else array.dtype.name
-                fields[name] = _field(graphs.path, name, dtype, array.shape[1:], config)
+                fields[name] = _field(graphs.file.path, name, dtype, array.shape[1:], config)
     firsts = [first for first in (sequence, graphs) if first is not None]
     narrow = {name for first in firsts for name in first.bfloat16}
     for name, rows in firsts[0].fields.items():
@@ -122,42 +123,23 @@ def _described(schema: Schema, file: ForeignFile) -> Schema:
     )
 
 
-class _FirstSequence(NamedTuple):
-    """A sequence, its file, and the names of its arrays that are bfloat16 in the file."""
+class _First(NamedTuple, Generic[Kept]):
+    """The first sequence or graphs, their file, and their further fields. bfloat16: arrays that are bfloat16 in the file."""
 
     file: ForeignFile
-    rows: Array
+    values: Kept
     bfloat16: tuple[str, ...]
     fields: Mapping[str, Any]
-
-    @property
-    def path(self) -> Path:
-        """The file's path."""
-        return self.file.path
-
-
-class _FirstGraphs(NamedTuple):
-    """Graphs, their file, and the names of their arrays that are bfloat16 in the file."""
-
-    file: ForeignFile
-    graphs: Graphs
-    bfloat16: tuple[str, ...]
-    fields: Mapping[str, Any]
-
-    @property
-    def path(self) -> Path:
-        """The file's path."""
-        return self.file.path
 
 
 def _first_records(
     source: Source, file_names: Sequence[FileNames], config: ConvertConfig
-) -> tuple[_FirstSequence | None, _FirstGraphs | None]:
+) -> tuple[_First[Array] | None, _First[Graphs] | None]:
     """Return the first sequence, and the first graphs that have edges, or the first graphs if none has edges."""
-    sequence: _FirstSequence | None = None
-    graphs: _FirstGraphs | None = None
+    sequence: _First[Array] | None = None
+    graphs: _First[Graphs] | None = None
     for number, names in enumerate(file_names):
-        missing = {"sequences": sequence is None, "graphs": graphs is None or not graphs.graphs.edge_index.size}
+        missing = {"sequences": sequence is None, "graphs": graphs is None or not graphs.values.edge_index.size}
         if not len(names.labels) or not any(missing[kind] for kind in names.kinds):
             continue
         try:
@@ -165,9 +147,9 @@ def _first_records(
             for values in file.values():
                 rows, first = (values.sequences[0], None) if isinstance(values, Block) else values[:2]
                 if rows is not None and sequence is None:
-                    sequence = _FirstSequence(file, rows, values.bfloat16, _first_fields(values))
+                    sequence = _First(file, rows, values.bfloat16, _first_fields(values))
                 if first is not None and (graphs is None or first.edge_index.size):
-                    graphs = _FirstGraphs(file, first, values.bfloat16, _first_fields(values))
+                    graphs = _First(file, first, values.bfloat16, _first_fields(values))
                 if first is None or first.edge_index.size:
                     break
         except (FormatError, DataError):

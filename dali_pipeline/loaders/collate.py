@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from torch_geometric.data import Batch, Data
 
 from dali_pipeline.format.encoding import BFLOAT16
 from dali_pipeline.format.schema import Field, Schema, level_of
-from dali_pipeline.loaders.fields import Fields, field_tensors, moved_fields, tensors_of
+from dali_pipeline.loaders.fields import RecordBatch, field_tensors, moved_fields, tensors_of
 from dali_pipeline.loaders.sidestream import to_device
 from dali_pipeline.reading.graphrows import GraphRows, ends_of
 from dali_pipeline.runtime.memory import Buffers
@@ -25,7 +24,7 @@ _EMPTY = Batch(_base_cls=Data)  # constructing a Batch takes PyG 0.2 ms; copying
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class GraphBatch:
+class GraphBatch(RecordBatch):
     """One batch of one rank, on the loader's device except for `graphs_per_record` and `positions`.
 
     B is the number of records, G of graphs, N of nodes and E of edges in the batch; F is the number of features of a node.
@@ -49,14 +48,6 @@ class GraphBatch:
     graphs_per_record: torch.Tensor
     layer_index: torch.Tensor
     last_node: torch.Tensor
-    labels: torch.Tensor  # typed as if always there, so that a loop over classes needs no check
-    valid: torch.Tensor
-    ids: list[str]
-    positions: torch.Tensor
-    fields: Fields = dataclasses.field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     @property
     def nbytes(self) -> int:
@@ -71,17 +62,7 @@ class GraphBatch:
         yield from tensors_of(self.fields)
 
     def to(self, device: str | torch.device) -> GraphBatch:
-        """Return the batch on a device; `graphs_per_record` and `positions` stay on the CPU.
-
-        Copies nothing that is on the device already. Lightning calls this method for each batch; without it, Lightning would
-        write to the fields.
-
-        Args:
-            device: For example "cpu" or "cuda:0".
-
-        Returns:
-            A new batch; this one is unchanged.
-        """
+        """Return the batch on a device, as `SequenceBatch.to` does; `graphs_per_record` and `positions` stay on the CPU."""
         moved = {name: getattr(self, name).to(device) for name in ("layer_index", "last_node", "valid")}
         labels: Any = None if self.labels is None else self.labels.to(device)
         fields = moved_fields(self.fields, device)

@@ -1,8 +1,10 @@
-"""Further fields and labels of a batch, from stored arrays to tensors on the device."""
+"""What batches of both kinds share: labels, names, positions and further fields of their records."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from itertools import repeat
 from typing import Any, TypeAlias
 
@@ -15,6 +17,20 @@ from dali_pipeline.reading.rows import FieldRows
 from dali_pipeline.types import Array
 
 Fields: TypeAlias = dict[str, Any]  # tensors, and lists of texts
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RecordBatch:
+    """The part of a batch that both kinds share; `SequenceBatch` and `GraphBatch` document it."""
+
+    labels: torch.Tensor  # None without labels; typed as if always there, so that a loop over classes needs no check
+    valid: torch.Tensor
+    ids: list[str]
+    positions: torch.Tensor
+    fields: Fields = dataclass_field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 def field_tensors(rows: Mapping[str, FieldRows], schema: Schema, dtype: torch.dtype, device: torch.device) -> Fields:

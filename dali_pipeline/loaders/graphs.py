@@ -141,11 +141,8 @@ class GraphLoader(Loader[GraphBatch]):
         self._source = source = GraphSource(
             self.selection,
             data.schema,
-            layers,
-            self.order.window_bytes,
-            finite=on_nan != "keep",
+            options.wanted(layers),
             min_weight=min_weight,
-            fields=fields,
             may_hold=self.order.shuffle
             and self.num_workers in ("auto", 0)
             and self.world.alone,  # in order, reads are long anyway

@@ -11,7 +11,7 @@ import torch
 
 from dali_pipeline.errors import FormatError, PipelineError, UsageError
 from dali_pipeline.format.layers import Layers
-from dali_pipeline.reading.source import NotFiniteError
+from dali_pipeline.reading.source import NotFiniteError, Wanted
 from dali_pipeline.runtime.checks import MOST, one_of, shown, truth, whole
 from dali_pipeline.sampling.order import Order
 
@@ -83,6 +83,16 @@ class LoaderOptions:
         if self.on_nan == "skip":
             errors.append(NotFiniteError)
         return tuple(errors)
+
+    def wanted(self, layers: Layers, row_layers: Sequence[int] | None = None) -> Wanted:
+        """Return what is read of each record, from the positions of the chosen steps or graphs, and of layers of a row."""
+        return Wanted(
+            layers=layers,
+            row_layers=row_layers,
+            fields=self.fields,
+            window_bytes=self.window_bytes,
+            finite=self.on_nan != "keep",
+        )
 
     def order(self, digest: str, world_size: int) -> Order:
         """Return everything that the order of records depends on, for data with this digest."""

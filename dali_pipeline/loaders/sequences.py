@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
@@ -20,7 +19,7 @@ from dali_pipeline.format.layers import Layers, select, to_positions
 from dali_pipeline.loaders.dali import check_dali, device_id, import_dali, iterate
 from dali_pipeline.loaders.decoding import Decoding, sequence_graph
 from dali_pipeline.loaders.device import check_memory
-from dali_pipeline.loaders.fields import Fields, cut_fields, field_tensors, moved_fields, tensors_of
+from dali_pipeline.loaders.fields import RecordBatch, cut_fields, field_tensors, moved_fields, tensors_of
 from dali_pipeline.loaders.loader import LoadedBatch, Loader, Position
 from dali_pipeline.loaders.options import LoaderOptions, NumWorkers, OnError, OnNan, plain_selection
 from dali_pipeline.loaders.sidestream import UnderWay, a_batch_ahead, to_device
@@ -43,7 +42,7 @@ NOT_FOR_DALI = ("float64",)  # neither fn.pad nor the arithmetic of decoding sup
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SequenceBatch:
+class SequenceBatch(RecordBatch):
     """One batch of one rank.
 
     Attributes:
@@ -62,14 +61,6 @@ class SequenceBatch:
 
     sequences: torch.Tensor
     lengths: torch.Tensor
-    labels: torch.Tensor  # typed as if always there, so that a loop over classes needs no check
-    valid: torch.Tensor
-    ids: list[str]
-    positions: torch.Tensor
-    fields: Fields = dataclasses.field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     @property
     def nbytes(self) -> int:
@@ -253,13 +244,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         decodes = self.device.type == "cpu" and not self._decoding.idle
         self.cores = cores_beside(busy if decodes else 0)  # for torch in the caller's thread
         self._source = source = SequenceSource(
-            self.selection,
-            data.schema,
-            layers,
-            window_bytes=self.order.window_bytes,
-            finite=on_nan != "keep",
-            fields=fields,
-            row_layers=None if row_layers is None else row_layers[1],
+            self.selection, data.schema, options.wanted(layers, None if row_layers is None else row_layers[1])
         )
         if self.device.type == "cuda":
             longest = len(select(layers, num_steps[1])) if num_steps is not None else 1

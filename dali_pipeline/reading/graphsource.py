@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,14 +11,12 @@ import numpy as np
 
 from dali_pipeline.errors import FormatError
 from dali_pipeline.format.encoding import all_finite
-from dali_pipeline.format.layers import Layers
 from dali_pipeline.format.schema import LEVELS, Field, Schema, level_of
 from dali_pipeline.reading.gather import gather
 from dali_pipeline.reading.graphrows import GraphRows, wrong_graphs
 from dali_pipeline.reading.inmemory import InMemoryGraphs
 from dali_pipeline.reading.records import Locations, spread
-from dali_pipeline.reading.source import BatchSource, chosen_fields
-from dali_pipeline.sampling.order import WINDOW_BYTES
+from dali_pipeline.reading.source import ALL, BatchSource, Wanted, chosen_fields
 from dali_pipeline.types import Array, Ints
 
 if TYPE_CHECKING:
@@ -29,11 +27,7 @@ class GraphSource(BatchSource):
     """Gather graphs.
 
     Args:
-        selection: Records that positions refer to.
-        schema: Fields of the data set.
-        layers: Graphs of each record to read. Default: all.
-        window_bytes: Bytes that are shuffled together at a time.
-        finite: Whether to check that values are finite. Default: False.
+        selection, schema, wanted: As in `BatchSource`.
         min_weight: Edges with a smaller edge_attr are left out. Default: None.
         may_hold: Whether this process may keep a window in memory if that is faster. Default: False.
     """
@@ -46,23 +40,21 @@ class GraphSource(BatchSource):
         self,
         selection: Selection,
         schema: Schema,
-        layers: Layers = None,
-        window_bytes: int = WINDOW_BYTES,
+        wanted: Wanted = ALL,
         *,
-        finite: bool = False,
         min_weight: float | None = None,
         may_hold: bool = False,
-        fields: Collection[str] | None = None,
     ) -> None:
-        super().__init__(selection, schema, layers, window_bytes, finite=finite, fields=fields)
+        super().__init__(selection, schema, wanted)
         own = {name: field for name, field in schema.of_graphs.items() if name not in schema.named}
-        self.fields = own | chosen_fields(schema.named, fields)
+        self.fields = own | chosen_fields(schema.named, wanted.fields)
         self.streamed = ("edge_index", *self.fields)
         self._min_weight = min_weight
         self._in_memory: InMemoryGraphs | None = None
         nodes = selection.bounds("node")  # fewest and most per record
         simple = schema.labels.kind == "class" and not self.record_fields
-        if may_hold and simple and layers is None and nodes is not None and InMemoryGraphs.fits(selection, window_bytes):
+        may_hold = may_hold and simple and wanted.layers is None and InMemoryGraphs.fits(selection, wanted.window_bytes)
+        if may_hold and nodes is not None:
             indices = Field(dtype=np.min_scalar_type(max(0, nodes[1] - 1)).name, shape=(2,))
             self._in_memory = InMemoryGraphs({"edge_index": indices, **self.fields}, self._index, selection)
 

@@ -34,6 +34,28 @@ class NotFiniteError(DataError):
     """Error for a record with NaN or infinite values, if the caller asked for none."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Wanted:
+    """What is read of each record, and how.
+
+    Attributes:
+        layers: Steps, or graphs, of each record to read; the bytes of others are not read. Default: all.
+        row_layers: Numbers of the layers to read, if an axis of a sequence's rows is named layer. Default: all.
+        fields: Names, without their level, of the further fields to read; no byte of others is read. Default: all.
+        window_bytes: Bytes that are shuffled together at a time.
+        finite: Whether to check that values are finite, which costs a pass over them. Default: False.
+    """
+
+    layers: Layers = None
+    row_layers: Sequence[int] | None = None
+    fields: Collection[str] | None = None
+    window_bytes: int = WINDOW_BYTES
+    finite: bool = False
+
+
+ALL = Wanted()
+
+
 class BatchSource:
     """Common part of both sources. Several threads may gather.
 
@@ -42,13 +64,10 @@ class BatchSource:
     Args:
         selection: Records that positions refer to.
         schema: Fields of the data set.
-        layers: Steps, or graphs, of each record to read; the bytes of others are not read. Default: all.
-        window_bytes: Bytes that are shuffled together at a time.
-        finite: Whether to check that values are finite, which costs a pass over them. Default: False.
-        fields: Names, without their level, of the further fields to read; no byte of others is read. Default: all.
+        wanted: What to read of each record. Default: everything.
 
     Raises:
-        DataError: A record does not have these layers, or the schema not these fields.
+        DataError: A record does not have these layers.
     """
 
     kind: Kind
@@ -56,17 +75,9 @@ class BatchSource:
     streamed: tuple[str, ...]  # arrays of values
     axis: str  # axis that `layers` chooses from, by its name in the manifest
 
-    def __init__(
-        self,
-        selection: Selection,
-        schema: Schema,
-        layers: Layers = None,
-        window_bytes: int = WINDOW_BYTES,
-        *,
-        finite: bool = False,
-        fields: Collection[str] | None = None,
-    ) -> None:
-        self._selection, self._schema, self._layers, self._finite = selection, schema, layers, finite
+    def __init__(self, selection: Selection, schema: Schema, wanted: Wanted = ALL) -> None:
+        self._selection, self._schema = selection, schema
+        self._layers, self._finite, window_bytes, fields = wanted.layers, wanted.finite, wanted.window_bytes, wanted.fields
         selection.check_cache(window_bytes)
         self.record_fields = chosen_fields(schema.record_fields, fields)
         self.step_fields = chosen_fields(schema.step_fields, fields) if self.kind == "sequences" else {}
@@ -229,29 +240,14 @@ class Located:
 
 
 class SequenceSource(BatchSource):
-    """Gather sequences.
-
-    Args:
-        selection, schema, layers, window_bytes, finite, fields: As in `BatchSource`; `layers` are numbers of steps.
-        row_layers: Numbers of the layers to read, if an axis of the rows is named layer. Default: all.
-    """
+    """Gather sequences; arguments as in `BatchSource`."""
 
     kind = "sequences"
     ragged = ("sequence",)
     axis = "step"
 
-    def __init__(
-        self,
-        selection: Selection,
-        schema: Schema,
-        layers: Layers = None,
-        window_bytes: int = WINDOW_BYTES,
-        *,
-        finite: bool = False,
-        fields: Collection[str] | None = None,
-        row_layers: Sequence[int] | None = None,
-    ) -> None:
-        super().__init__(selection, schema, layers, window_bytes, finite=finite, fields=fields)
+    def __init__(self, selection: Selection, schema: Schema, wanted: Wanted = ALL) -> None:
+        super().__init__(selection, schema, wanted)
         assert schema.sequence is not None
         self.streamed = ("sequence", *(name for name, field in self.step_fields.items() if field.row_bytes > SHORT_ROW_BYTES))
         # A sequence with a layer axis is stored as one part per layer, (layers, steps, *rest). `unit` is one step of a part.
@@ -260,7 +256,9 @@ class SequenceSource(BatchSource):
         if schema.layer_axis is not None:
             self.unit = unit_field(schema.sequence, schema.layer_axis)
             self.stored_layers = schema.sequence.shape[schema.layer_axis]
-            self._parts_read = np.arange(self.stored_layers) if row_layers is None else np.array(row_layers, np.int64)
+            self._parts_read = np.arange(self.stored_layers)
+            if wanted.row_layers is not None:
+                self._parts_read = np.array(wanted.row_layers, np.int64)
 
     @property
     def parts_per_record(self) -> int:

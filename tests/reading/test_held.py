@@ -13,14 +13,16 @@ import pytest
 import dali_pipeline as dp
 from dali_pipeline.reading.graphrows import GraphRows
 from dali_pipeline.reading.graphsource import GraphSource
-from dali_pipeline.reading.source import BatchSource
+from dali_pipeline.reading.source import BatchSource, Wanted
 from tests.helpers.graphs import FIELDS, molecules
 from tests.helpers.records import make_records, write
 
 
 def sources(data: dp.Dataset, **options: Any) -> tuple[GraphSource, GraphSource]:
     """One that may hold, once it does, and one that may not."""
-    one, other = (GraphSource(data.select("train", "graphs"), data.schema, may_hold=hold, **options) for hold in (True, False))
+    least = options.pop("min_weight", None)
+    wanted, selection = Wanted(**options), data.select("train", "graphs")
+    one, other = (GraphSource(selection, data.schema, wanted, min_weight=least, may_hold=hold) for hold in (True, False))
     for _ in range(3):
         one.gather(np.arange(one.num_records))
     return one, other

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -53,7 +54,7 @@ def write(
         sequence=dp.Field(dtype=dtype, shape=rows) if kinds != "graphs" else None,
         x=dp.Field(dtype=dtype, shape=rows) if kinds != "sequences" else None,
         edge_attr=dp.Field(dtype="float32", shape=edge) if edge is not None and kinds != "sequences" else None,
-        **({} if kinds == "graphs" else {"step_axis": "layer"}),
+        step_axis=msgspec.UNSET if kinds == "graphs" else "layer",
     )
     with dp.ShardWriter(root, schema) as writer:
         for number in range(count):
