@@ -37,22 +37,28 @@ def describe(data: Dataset) -> dict[str, Any]:
     Reads the manifest, the offsets of every shard (8 bytes per record, 16 per graph) and a few records.
 
     Returns:
-        A dict with the keys root, digest, bytes, kinds, schema, splits (records by split and kind), labels (records by split
-        and label), shards, distributions (least, median, greatest, mean, edges and counts of a histogram, by name), statistics,
-        source and sample.
+        A dict with the keys root, digest, bytes, kinds, version, schema, axes (of a sequence), layers (numbers by kind), label
+        (kind, shape, class names), values (distribution by split, if labels are values), splits (records by split and kind),
+        labels (records by split and label), shards, distributions (least, median, greatest, mean, edges and counts of a
+        histogram, by name), statistics, source and sample.
     """
     schema = data.schema
-    types = {"sequence": schema.sequence, **schema.of_graphs}
+    types = {"sequence": schema.sequence, **schema.of_graphs, **schema.step_fields, **schema.record_fields}
     return {
         "root": readable(data.root),
         "digest": data.digest,
         "bytes": data.nbytes,
         "kinds": list(schema.kinds),
+        "version": data.manifest.version,
         "schema": {
             name: {"dtype": field.dtype + (" with a scale" if field.scales else ""), "shape": list(field.shape)}
             for name, field in types.items()
             if field is not None
         },
+        "axes": [] if schema.sequence is None else [schema.steps, *schema.sequence.axis_names],
+        "layers": {kind: data.layer_numbers(kind) for kind in schema.kinds},
+        "label": {"kind": schema.labels.kind, "shape": list(schema.labels.shape), "class_names": list(schema.labels.names)},
+        "values": _label_values(data),
         "splits": {split: {kind: data.num_records(split, kind) for kind in schema.kinds} for split in data.splits},
         "labels": {split: {str(label): count for label, count in data.label_counts(split).items()} for split in data.splits},
         "shards": {kind: sum(len(data.table(split, kind)) for split in data.splits) for kind in schema.kinds},
@@ -76,10 +82,22 @@ def _lengths(data: Dataset, kind: Kind) -> list[tuple[str, Array]]:
     return [(name, np.concatenate(parts)) for name, parts in lengths.items() if parts]
 
 
+def _label_values(data: Dataset) -> dict[str, Any]:
+    """Return the distribution of the labels of each split, if they are values; reads all of them."""
+    if data.schema.labels.kind != "value":
+        return {}
+    kind = data.schema.kinds[0]
+    return {split: _distribution(labels) for split in data.splits if len(labels := data.select(split, kind).labels())}
+
+
 def _distribution(values: Array) -> dict[str, Any]:
-    least, greatest = int(values.min()), int(values.max())
-    edges = np.unique(np.linspace(least, greatest + 1, min(BINS, greatest - least + 1) + 1).astype(int))
-    counts, _ = np.histogram(values, edges)
+    if values.dtype.kind == "f":
+        least, greatest = float(values.min()), float(values.max())
+        counts, edges = np.histogram(values, BINS)
+    else:
+        least, greatest = int(values.min()), int(values.max())
+        edges = np.unique(np.linspace(least, greatest + 1, min(BINS, greatest - least + 1) + 1).astype(int))
+        counts, _ = np.histogram(values, edges)
     return {
         "least": least,
         "median": float(np.median(values)),
@@ -179,11 +197,11 @@ def print_description(report: dict[str, Any]) -> None:
     )
     for name, facts in report["schema"].items():
         console.print(f"  {name}: {facts['dtype']} {tuple(facts['shape'])} a row")
+    for sentence in _axes_and_labels(report):
+        console.print(f"  {sentence}")
     table = Table("split", *report["kinds"], "labels", box=box.SIMPLE_HEAD)
     for split, counts in report["splits"].items():
-        total = max(1, sum(report["labels"][split].values()))
-        labels = ", ".join(f"{label}: {count:,} ({count / total:.0%})" for label, count in report["labels"][split].items())
-        table.add_row(split, *(f"{count:,}" for count in counts.values()), labels)
+        table.add_row(split, *(f"{count:,}" for count in counts.values()), _labels_of(report, split))
     console.print(table)
     table = Table("of each", "least", "median", "mean", "greatest", "distribution", box=box.SIMPLE_HEAD)
     for name, facts in report["distributions"].items():
@@ -207,6 +225,34 @@ def print_description(report: dict[str, Any]) -> None:
             console.print(
                 f"{kind} {facts['split']} {facts['id']!r}: label {facts['label']}, {shape}, first row {row} …", markup=False
             )
+
+
+def _axes_and_labels(report: dict[str, Any]) -> list[str]:
+    """Return what the axes, the layers and the labels are, in words; nothing about what is as usual."""
+    sentences = []
+    if report["version"] > 1 and report["axes"]:
+        sentences.append(f"axes of a sequence: {', '.join(report['axes'])}")
+    for kind, numbers in report["layers"].items():
+        if numbers:
+            first, last = numbers[0], numbers[-1]
+            listed = f"{first} to {last}" if numbers == list(range(first, last + 1)) else ", ".join(map(str, numbers))
+            sentences.append(f"layers of the {kind}: {listed}")
+    label = report["label"]
+    if label["kind"] != "class" or label["class_names"]:
+        names = f", named {', '.join(label['class_names'])}" if label["class_names"] else ""
+        shape = f" of shape {tuple(label['shape'])}" if label["shape"] else ""
+        sentences.append(f"label: {label['kind']}{shape}{names}")
+    return sentences
+
+
+def _labels_of(report: dict[str, Any], split: str) -> str:
+    """Return the records of each label of a split, or the distribution of its values."""
+    if split in report["values"]:
+        facts = report["values"][split]
+        return f"{facts['least']:.3g} to {facts['greatest']:.3g}, median {facts['median']:.3g} {sparkline(facts['counts'])}"
+    several = report["label"]["kind"] == "multilabel"
+    total = max(1, max(report["splits"][split].values()) if several else sum(report["labels"][split].values()))
+    return ", ".join(f"{label}: {count:,} ({count / total:.0%})" for label, count in report["labels"][split].items())
 
 
 def plain_console() -> Console:

@@ -12,6 +12,7 @@ import torch
 import dali_pipeline as dp
 from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.convert import convert
+from dali_pipeline.tools.describe import describe, print_description
 from dali_pipeline.tools.verify import verify
 from dali_pipeline.types import BLOCK_BYTES
 
@@ -415,3 +416,23 @@ def test_one_layer_costs_its_own_bytes_in_a_first_epoch(tmp_path: Path) -> None:
         assert (batch.sequences == int(batch.ids[0]) + 1).all()
     blocks_read = int(np.asarray(loader._source._index._sound).sum())
     assert blocks_read * BLOCK_BYTES < 0.06 * data.nbytes
+
+
+def test_inspect_tells_fields_axes_layers_and_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written(tmp_path / "set", layered=True, layers=(0, 4, 8, 12, 16))
+    print_description(describe(dp.open_dataset(tmp_path / "set")))
+    said = capsys.readouterr().out
+    assert "step.token_ids: int32 () a row" in said
+    assert "record.prompt: text () a row" in said
+    assert "axes of a sequence: token, layer, feature" in said
+    assert "layers of the sequences: 0, 4, 8, 12, 16" in said
+    schema = dp.Schema(sequence=dp.Field(dtype="float32", shape=(2,)), label=dp.Label(kind="value"))
+    with dp.ShardWriter(tmp_path / "values", schema, split=ALL) as writer:
+        for number in range(10):
+            writer.write({"id": number, "label": number / 4, "sequence": np.ones((2, 2))})
+    report = describe(dp.open_dataset(tmp_path / "values"))
+    assert report["values"]["train"]["greatest"] == 2.25
+    print_description(report)
+    said = capsys.readouterr().out
+    assert "label: value" in said
+    assert "0 to 2.25, median 1.12" in said
