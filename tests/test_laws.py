@@ -87,6 +87,23 @@ def budget(*, slow: bool = False, **options: Any) -> Asked:
     return Asked(loader=dp.GraphLoader, options={**usual, **options}, case=case, slow=slow, only=only)
 
 
+def steps(**options: Any) -> Asked:
+    """Sequences of the sets have 2 to 8 steps, so a batch has a handful of records."""
+    case = {
+        "changes": [{"num_workers": 0}, {"num_workers": 3}, {"engine": "torch"}, {"engine": "dali"}],
+        "worlds": (({}, (1, 3)), ({"num_partitions": 2}, (1, 2, 4)), ({"num_partitions": 4}, (2, 8))),
+        "steps": lambda count: (1, count - 2),
+        "refusals": [
+            ({"max_steps": 50}, "max_steps 50; this loader has 40"),
+            ({"count_padding": False}, "count_padding False; this loader has True"),
+            ({"seed": 3}, "seed 3"),
+            ({"num_partitions": 2}, "partitions 2"),
+        ],
+        "budget": True,
+    }
+    return Asked(options={"max_steps": 40, "window_bytes": 6000, **options}, case=case)
+
+
 def mixed(data: dp.Dataset, other: dp.Dataset) -> dp.Dataset:
     alike = other.manifest.schema == data.manifest.schema
     return dp.mix([data, other], weights=[0.6, 0.4]) if alike else dp.mix([data], weights=[1])
@@ -142,6 +159,9 @@ KINDS: dict[str, Asked] = {
     "graphs, processes": graphs(num_workers=2, slow=True),
     "budget": budget(num_workers=0),
     "budget, processes": budget(num_workers=2, slow=True),
+    "max_steps": steps(engine="torch", num_workers=0),
+    "max_steps, dali": replace(steps(engine="dali"), only=FEW),
+    "packed": replace(sequences(engine="torch", packed=True), only=FEW),
     **made_of_others("dali", whole=""),
     **made_of_others("torch", whole="balance"),
     **made_of_others("graphs", whole="mix, fold"),

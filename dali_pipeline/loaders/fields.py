@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
-from itertools import repeat
+from itertools import accumulate, pairwise, repeat
 from typing import Any, TypeAlias
 
 import torch
@@ -62,33 +62,32 @@ def _tensor(stored: Array, field: Field, dtype: torch.dtype, device: torch.devic
     return tensor if tensor.dtype == torch.bool else tensor.to(torch.promote_types(tensor.dtype, dtype))
 
 
-def cut_fields(fields: Fields, schema: Schema, batch_size: int, longest: Sequence[int]) -> Iterator[Fields]:
-    """Cut the fields of several batches of sequences; yield those of each batch, step fields as (B, T, *row).
+def cut_fields(fields: Fields, schema: Schema, sizes: Sequence[int], steps: Sequence[int], *, packed: bool) -> Iterator[Fields]:
+    """Cut the fields of several batches of sequences; yield those of each batch.
 
     Args:
-        fields: Fields of all batches: rows of steps, each record padded to the longest of its batch; (N, *row) of records.
+        fields: Fields of all batches: rows of steps of all records; (N, *row) of records.
         schema: The schema, which tells step fields from record fields.
-        batch_size: Records per batch, B.
-        longest: Steps of the longest record of each batch, T.
+        sizes: Records of each batch, B.
+        steps: Steps of the longest record of each batch, T, to which all are padded; if packed, of all its records, S.
+        packed: Whether step fields are (S, *row) instead of (B, T, *row).
     """
     if not fields:
-        yield from repeat({}, len(longest))
+        yield from repeat({}, len(sizes))
         return
     per_step = {name.partition(".")[2] for name in schema.step_fields}
-    step_rows = [batch_size * steps for steps in longest]
-    parts: dict[str, Sequence[torch.Tensor | list[str]]] = {}
+    step_rows = list(steps) if packed else [size * longest for size, longest in zip(sizes, steps, strict=True)]
+    ends = [0, *accumulate(sizes)]
+    parts: dict[str, Sequence[Any]] = {}
     for name, field in fields.items():
         if isinstance(field, list):
-            parts[name] = [field[begin : begin + batch_size] for begin in range(0, len(field), batch_size)]
+            parts[name] = [field[begin:end] for begin, end in pairwise(ends)]
         else:
-            parts[name] = torch.split(field, step_rows if name in per_step else batch_size)
-    for number, steps in enumerate(longest):
-        batch: Fields = {}
-        for name, batches in parts.items():
-            part = batches[number]
-            if name in per_step and isinstance(part, torch.Tensor):
-                part = part.view(batch_size, steps, *part.shape[1:])
-            batch[name] = part
+            parts[name] = torch.split(field, step_rows if name in per_step else list(sizes))
+    for number, (size, longest) in enumerate(zip(sizes, steps, strict=True)):
+        batch = {name: batches[number] for name, batches in parts.items()}
+        if not packed:
+            batch |= {name: part.view(size, longest, *part.shape[1:]) for name, part in batch.items() if name in per_step}
         yield batch
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from dali_pipeline.dataset.dataset import Dataset
-from dali_pipeline.errors import PipelineError, UsageError
+from dali_pipeline.errors import UsageError
 from dali_pipeline.format.layers import Layers, select
 from dali_pipeline.format.schema import Schema, level_of
 from dali_pipeline.loaders.collate import Collator, GraphBatch
@@ -19,7 +19,6 @@ from dali_pipeline.loaders.device import check_memory
 from dali_pipeline.loaders.loader import LoadedBatch, Loader, Position
 from dali_pipeline.loaders.options import LoaderOptions, NumWorkers, OnError, OnNan
 from dali_pipeline.loaders.sidestream import a_batch_ahead
-from dali_pipeline.loaders.state import LoaderState, StateError
 from dali_pipeline.reading.graphsource import GraphSource
 from dali_pipeline.reading.graphsuperbatch import GraphGatherer, GraphSuperbatch, Loaded, gather_into
 from dali_pipeline.reading.superbatch import superbatches
@@ -27,7 +26,6 @@ from dali_pipeline.runtime.ahead import background_threads, cores_beside, map_ah
 from dali_pipeline.runtime.checks import one_of, real, refuses_old_keywords
 from dali_pipeline.runtime.processes import map_in_processes
 from dali_pipeline.runtime.trace import span
-from dali_pipeline.sampling.budget import BudgetPlan, Packed
 from dali_pipeline.sampling.order import WINDOW_BYTES
 from dali_pipeline.sampling.plan import EpochPlan
 
@@ -127,14 +125,6 @@ class GraphLoader(Loader[GraphBatch]):
             max_edges=max_edges,
         )
         super().__init__(data, options)
-        if self.budgeted and on_error == "skip":
-            raise UsageError("max_nodes and max_edges need the size of every record; expected on_error='raise'")
-        partitions, ranks = self.order.num_partitions, self.world.world_size
-        if self.budgeted and ranks % partitions and partitions % ranks:
-            raise UsageError(
-                f"num_partitions is {partitions} and world_size {ranks}; expected one to be a multiple of the other, "
-                "for with max_nodes or max_edges every rank's batches come from whole partitions"
-            )
         layers = self._positions(options.layers, "graph")
         if min_weight is not None:
             min_weight = _check_weight(min_weight, data.schema)
@@ -153,7 +143,6 @@ class GraphLoader(Loader[GraphBatch]):
         one_graph = counts is not None and all(len(select(layers, count)) == 1 for count in counts)
         self._collator = Collator(data.schema, source.fields, self.device, dtype, copies=shared, one_graph=one_graph)
         self._oversize = oversize
-        self._epoch_steps = (-1, 0)  # an epoch, and its number of steps with the budget
         record_bytes = max(1, int(self.selection.record_bytes))
         check_memory(self.device, self.batch_size * record_bytes, f"a batch of {self.batch_size} records of graphs")
         self._threads = background_threads(self.device, record_bytes, self.num_workers)
@@ -168,16 +157,6 @@ class GraphLoader(Loader[GraphBatch]):
         batch_bytes = sum(field.row_bytes * limits[level_of(name)] for name, field in source.fields.items())
         batch_bytes += 16 * limits["edge"]
         self._arena_bytes = max(1 << 20, 2 * records * record_bytes, 2 * batch_bytes)
-
-    def __len__(self) -> int:
-        """Return the number of steps per epoch, the same on every rank.
-
-        With a budget the number differs a little between epochs. It is then that of the epoch that `set_epoch` chose, that is
-        in progress, or that ended last; it costs a pass over the index of all shards, and raises errors that are found there.
-        """
-        if self.budgeted and self._epoch_steps[0] != self._len_epoch:
-            self._epoch_steps = self._len_epoch, self._budget(self.plan(self._len_epoch)).num_steps(self.world.world_size)
-        return self._epoch_steps[1] if self.budgeted else super().__len__()
 
     def gathered(self, plan: EpochPlan, step: int) -> GraphSuperbatch:
         """Gather one batch as stored."""
@@ -220,32 +199,13 @@ class GraphLoader(Loader[GraphBatch]):
         items: Iterator[Any] = superbatches(range(start.step, plan.num_steps), self._longest_superbatch)
         if self.budgeted:
             budget = self._budget(plan)
-            work, items = partial(self._gatherer.gather_packed, budget), self._packed(budget, start)
+            work, items = (
+                partial(self._gatherer.gather_packed, budget),
+                self._packed_batches(budget, start, self._longest_superbatch, self._superbatch_records),
+            )
         if self.num_workers == "auto" or not self.num_workers:
             return map_ahead(work, items, self._threads)
         return map_in_processes(partial(gather_into, self._gatherer, work), items, self.num_workers, self._arena_bytes)
-
-    def _budget(self, plan: EpochPlan) -> BudgetPlan:
-        return BudgetPlan(plan, self._source.sizes, self._source.name, alone=self._oversize == "alone")
-
-    def _packed(self, budget: BudgetPlan, start: Position) -> Iterator[list[Packed] | PipelineError]:
-        """Yield the packed batches; yield an error instead of raising it, so that it follows the batches before it."""
-        world, superbatch = self.world, (self._longest_superbatch, self._superbatch_records)
-        try:
-            yield from budget.superbatches(start.step, start.cursors, world.rank, world.world_size, *superbatch)
-        except PipelineError as error:
-            yield error
-
-    def _check_position(self, state: LoaderState) -> None:
-        if not self.budgeted:
-            super()._check_position(state)
-            return
-        expected = [self._first_plan.length(partition) for partition in range(self.order.num_partitions)]
-        num_cursors = len(expected) if state.step else 0
-        if len(state.cursors) != num_cursors or any(map(int.__gt__, state.cursors, expected)):
-            raise StateError(
-                f"the state is at cursors {list(state.cursors)} of step {state.step}; the partitions have {expected} records"
-            )
 
 
 def _check_weight(given: float, schema: Schema) -> float:

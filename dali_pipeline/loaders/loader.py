@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from dali_pipeline.dataset.dataset import Dataset
 from dali_pipeline.dataset.mix import reweighed
-from dali_pipeline.errors import DataError, UsageError
+from dali_pipeline.errors import DataError, PipelineError, UsageError
 from dali_pipeline.format.digest import Delivered, EpochDigest
 from dali_pipeline.format.layers import Layers, to_positions
 from dali_pipeline.loaders.device import resolve_device
@@ -23,6 +23,7 @@ from dali_pipeline.reading.readahead import ReadAhead
 from dali_pipeline.reading.source import BatchSource
 from dali_pipeline.runtime.checks import shown, whole
 from dali_pipeline.runtime.world import FORKED, WorkersRefused, World
+from dali_pipeline.sampling.budget import BudgetPlan
 from dali_pipeline.sampling.plan import EpochPlan
 from dali_pipeline.types import Ints, Kind, Mask
 
@@ -70,6 +71,8 @@ class Loader(IterableDataset[Batch]):
 
     kind: Kind
     _source: BatchSource
+    _oversize = "alone"  # what becomes of a record that exceeds the budget on its own
+    _epoch_steps = (-1, 0)  # an epoch, and its number of steps with the budget
 
     def __init__(self, data: Dataset, options: LoaderOptions) -> None:
         if not isinstance(data, Dataset):
@@ -86,6 +89,7 @@ class Loader(IterableDataset[Batch]):
         self._check_fields(options.fields)
         self.selection = reweighed(selection, options.class_balanced, options.group_weights)
         self.order = options.order(self.selection.digest, self.world.world_size)
+        self._check_budget(options)
         self._num_records = self.selection.num_draws or self.selection.num_records
         self._first_plan = self.plan(epoch=0)
         self._num_steps = self._first_plan.num_steps  # the same in every epoch; an upper bound with a budget
@@ -101,6 +105,22 @@ class Loader(IterableDataset[Batch]):
         self.left_out: list[str] = []
         self._iterating_process: int | None = None  # id of the process that iterates
         self._expected_digest: EpochDigest | None = None  # digest of a whole epoch, computed when it is first needed
+
+    def _check_budget(self, options: LoaderOptions) -> None:
+        """Raise UsageError for options that do not go with a budget."""
+        if not self.budgeted:
+            return
+        what = "max_steps needs" if options.max_steps is not None else "max_nodes and max_edges need"
+        if options.on_error == "skip":
+            raise UsageError(f"{what} the size of every record; expected on_error='raise'")
+        if options.bucket_by_length:
+            raise UsageError("max_steps and bucket_by_length exclude each other; give one")
+        partitions, ranks = self.order.num_partitions, self.world.world_size
+        if ranks % partitions and partitions % ranks:
+            raise UsageError(
+                f"num_partitions is {partitions} and world_size {ranks}; expected one to be a multiple of the other, "
+                "for with a budget every rank's batches come from whole partitions"
+            )
 
     def _check_fields(self, names: Collection[str] | None) -> None:
         """Raise UsageError for the name of a field that records of this kind do not have."""
@@ -123,8 +143,27 @@ class Loader(IterableDataset[Batch]):
             raise DataError(f"{error} in split {self.split!r} of {self.data.root}") from None
 
     def __len__(self) -> int:
-        """Return the number of steps per epoch, the same on every rank."""
-        return self._num_steps
+        """Return the number of steps per epoch, the same on every rank.
+
+        With a budget the number differs a little between epochs. It is then that of the epoch that `set_epoch` chose, that is
+        in progress, or that ended last; it costs a pass over the index of all shards, and raises errors that are found there.
+        """
+        if not self.budgeted:
+            return self._num_steps
+        if self._epoch_steps[0] != self._len_epoch:
+            self._epoch_steps = self._len_epoch, self._budget(self.plan(self._len_epoch)).num_steps(self.world.world_size)
+        return self._epoch_steps[1]
+
+    def _budget(self, plan: EpochPlan) -> BudgetPlan:
+        return BudgetPlan(plan, self._source.sizes, self._source.name, alone=self._oversize == "alone")
+
+    def _packed_batches(self, budget: BudgetPlan, start: Position, longest: int, most_records: int) -> Iterator[Any]:
+        """Yield the packed batches; yield an error instead of raising it, so that it follows the batches before it."""
+        rank, world_size = self.world.rank, self.world.world_size
+        try:
+            yield from budget.superbatches(start.step, start.cursors, rank, world_size, longest, most_records)
+        except PipelineError as error:
+            yield error
 
     @property
     def num_records(self) -> int:
@@ -141,10 +180,10 @@ class Loader(IterableDataset[Batch]):
             Number of records over all ranks.
 
         Raises:
-            UsageError: The loader has a budget, `max_nodes` or `max_edges`; its batches have no number of records.
+            UsageError: The loader has a budget, such as `max_nodes`; its batches have no number of records.
         """
         if self.budgeted:
-            raise UsageError("batches of max_nodes or max_edges have no number of records; count their `valid` rows")
+            raise UsageError("batches of max_nodes, max_edges or max_steps have no number of records; count their `valid` rows")
         return self._first_plan.num_valid(whole("step", step))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -300,5 +339,13 @@ class Loader(IterableDataset[Batch]):
         self._newest_iterator = None
 
     def _check_position(self, state: LoaderState) -> None:
-        if state.step > self._num_steps:
-            raise StateError(f"the state is at step {state.step}; an epoch has {self._num_steps}")
+        if not self.budgeted:
+            if state.step > self._num_steps:
+                raise StateError(f"the state is at step {state.step}; an epoch has {self._num_steps}")
+            return
+        expected = [self._first_plan.length(partition) for partition in range(self.order.num_partitions)]
+        num_cursors = len(expected) if state.step else 0
+        if len(state.cursors) != num_cursors or any(map(int.__gt__, state.cursors, expected)):
+            raise StateError(
+                f"the state is at cursors {list(state.cursors)} of step {state.step}; the partitions have {expected} records"
+            )

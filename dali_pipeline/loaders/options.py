@@ -18,6 +18,7 @@ from dali_pipeline.sampling.order import Order
 NumWorkers = int | Literal["auto"]
 OnError = Literal["raise", "skip"]
 OnNan = Literal["keep", "raise", "skip"]
+TRUTHS = ("shuffle", "bucket_by_length", "class_balanced", "count_padding")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,11 +50,13 @@ class LoaderOptions:
     bucket_by_length: bool = False
     max_nodes: int | None = None
     max_edges: int | None = None
+    max_steps: int | None = None
+    count_padding: bool = True
 
     def __post_init__(self) -> None:
         one_of("on_error", self.on_error, get_args(OnError))
         one_of("on_nan", self.on_nan, get_args(OnNan))
-        plain = {name: truth(name, getattr(self, name)) for name in ("shuffle", "bucket_by_length", "class_balanced")}
+        plain = {name: truth(name, getattr(self, name)) for name in TRUTHS}
         object.__setattr__(self, "batch_size", whole("batch_size", self.batch_size, 1))
         if not (isinstance(self.num_workers, str) and self.num_workers == "auto"):
             expected = "'auto' or a whole number of at least 0"
@@ -71,8 +74,8 @@ class LoaderOptions:
 
     @property
     def budgeted(self) -> bool:
-        """Whether batches have a number of nodes or edges instead of a number of records."""
-        return self.max_nodes is not None or self.max_edges is not None
+        """Whether batches have a number of nodes, edges or steps instead of a number of records."""
+        return any(limit is not None for limit in (self.max_nodes, self.max_edges, self.max_steps))
 
     @property
     def skips(self) -> tuple[type[PipelineError], ...]:
@@ -103,6 +106,8 @@ class LoaderOptions:
             shuffle=self.shuffle,
             max_nodes=self.max_nodes,
             max_edges=self.max_edges,
+            max_steps=self.max_steps,
+            count_padding=self.count_padding,
             global_batch_size=self.num_partitions if self.budgeted else self.batch_size * world_size,
             window_bytes=self.window_bytes,
             num_partitions=self.num_partitions,

@@ -11,11 +11,13 @@ from functools import cache, partial
 from itertools import chain, repeat
 from typing import Any, Literal, cast, get_args
 
+import numpy as np
 import torch
 
 from dali_pipeline.dataset.dataset import Dataset, View
 from dali_pipeline.errors import DataError, FormatError, UsageError
 from dali_pipeline.format.layers import Layers, select, to_positions
+from dali_pipeline.format.schema import Schema
 from dali_pipeline.loaders.dali import check_dali, device_id, import_dali, iterate
 from dali_pipeline.loaders.decoding import Decoding, sequence_graph
 from dali_pipeline.loaders.device import check_memory
@@ -23,6 +25,7 @@ from dali_pipeline.loaders.fields import RecordBatch, cut_fields, field_tensors,
 from dali_pipeline.loaders.loader import LoadedBatch, Loader, Position
 from dali_pipeline.loaders.options import LoaderOptions, NumWorkers, OnError, OnNan, plain_selection
 from dali_pipeline.loaders.sidestream import UnderWay, a_batch_ahead, to_device
+from dali_pipeline.reading.graphrows import ends_of
 from dali_pipeline.reading.source import Padded, SequenceSource
 from dali_pipeline.reading.superbatch import SUPERBATCH_BYTES, Part, SequenceGatherer, Superbatch, superbatches
 from dali_pipeline.runtime.ahead import background_threads, belonging_to_this_process, cores_beside, map_ahead, on_threads
@@ -48,6 +51,8 @@ class SequenceBatch(RecordBatch):
     Attributes:
         sequences: (B, T, *row) in the loader's dtype, on its device; zero behind a sequence's end. T is the batch's longest.
             If an axis of the row is named layer, it is a view (not contiguous), because layers are stored one by one.
+        cu_seqlens: With packed=True, (B + 1,) int32 on the device: where each record begins in `sequences`, which is then
+            (S, *row), the steps of all records one after the other; otherwise None.
         lengths: (B,) int64 on the CPU, where `pack_padded_sequence` wants them.
         labels: On the device: (B,) int64 classes, (B, K) bool of several labels, (B, *shape) float32 values; None if there are
             none.
@@ -61,6 +66,7 @@ class SequenceBatch(RecordBatch):
 
     sequences: torch.Tensor
     lengths: torch.Tensor
+    cu_seqlens: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -69,7 +75,7 @@ class SequenceBatch(RecordBatch):
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield the tensors that are on the loader's device."""
-        yield from (tensor for tensor in (self.sequences, self.labels, self.valid) if tensor is not None)
+        yield from (tensor for tensor in (self.sequences, self.labels, self.valid, self.cu_seqlens) if tensor is not None)
         yield from tensors_of(self.fields)
 
     def to(self, device: str | torch.device) -> SequenceBatch:
@@ -85,8 +91,9 @@ class SequenceBatch(RecordBatch):
             A new batch; this one is unchanged.
         """
         labels: Any = None if self.labels is None else self.labels.to(device)
-        fields = moved_fields(self.fields, device)
-        return replace(self, sequences=self.sequences.to(device), labels=labels, valid=self.valid.to(device), fields=fields)
+        ends = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
+        moved: dict[str, Any] = {"sequences": self.sequences.to(device), "valid": self.valid.to(device), "cu_seqlens": ends}
+        return replace(self, labels=labels, fields=moved_fields(self.fields, device), **moved)
 
 
 Loaded = Generator[Superbatch, None, None]
@@ -138,6 +145,12 @@ class SequenceLoader(Loader[SequenceBatch]):
             in the manifest.
         bucket_by_length: Whether up to 64 neighbouring batches, half a window at most, exchange records so that lengths within
             a batch are alike, and then come in a random order: less padding.
+        max_steps: Budget of a batch, instead of `batch_size`: it takes the next records in order while their steps fit. Every
+            rank takes equally many batches; their number differs a little between epochs. A longer record is a batch of its
+            own. With several partitions, one of their number and the world size must be a multiple of the other.
+        count_padding: Whether `max_steps` counts the padding of a batch, which is what memory and time grow with.
+        packed: Whether to deliver the steps of all records one after the other, (S, *row), with `cu_seqlens`, as attention
+            kernels for variable lengths take them, instead of padded (B, T, *row). Step fields are packed alike.
         class_balanced: Whether an epoch draws from all classes in equal numbers: as many draws as there are records, each class
             without replacement within its own pass.
         group_weights: How often each group is drawn, relative to 1 for groups that are not named; draws as with
@@ -183,6 +196,9 @@ class SequenceLoader(Loader[SequenceBatch]):
         on_nan: OnNan = "keep",
         normalize: bool = False,
         bucket_by_length: bool = False,
+        max_steps: int | None = None,
+        count_padding: bool = True,
+        packed: bool = False,
         class_balanced: bool = False,
         group_weights: Mapping[str, float] | None = None,
         rank: int | None = None,
@@ -211,13 +227,17 @@ class SequenceLoader(Loader[SequenceBatch]):
             rank=rank,
             world_size=world_size,
             bucket_by_length=bucket_by_length,
+            max_steps=max_steps,
+            count_padding=count_padding,
         )
         super().__init__(data, options)
         on_gpu = engine == "dali" and self.device.type == "cuda"
         if on_gpu:
             check_dali()
         layers, row_layers = self._chosen(options.layers, plain_selection("steps", steps))
-        self.engine = engine
+        self.engine, self.packed = engine, truth("packed", packed)
+        if field_scales_by_step(data.schema) and self.packed:
+            raise UsageError("packed=True for int8 with a scale for every step, which needs them apart; expected packed=False")
         num_steps = self.selection.bounds("step")
         equal_lengths = num_steps is not None and num_steps[0] == num_steps[1]
         field = data.schema.sequence
@@ -232,12 +252,20 @@ class SequenceLoader(Loader[SequenceBatch]):
         self._decoding = Decoding.of(field, layers, statistics, dtype, self.device, row_layers)
         # On the way to a GPU, padding would be more bytes to copy. On the CPU, records are read straight into padded rows.
         self._decodes_in_dali = (
-            on_gpu and self._decoding.in_dali and field.dtype not in NOT_FOR_DALI and data.schema.layer_axis is None
+            on_gpu
+            and self._decoding.in_dali
+            and field.dtype not in NOT_FOR_DALI
+            and data.schema.layer_axis is None
+            and not self.packed
+            and not self.budgeted
         )
         self._pads_in_dali = self._decodes_in_dali and not equal_lengths
         record_bytes = self.selection.record_bytes
         batch_bytes = int(self.batch_size * record_bytes)
         self._longest_superbatch = max(1, min(SUPERBATCH_STEPS, SUPERBATCH_BYTES // max(1, batch_bytes)))
+        if max_steps is not None:
+            row_bytes = record_bytes / max(1, num_steps[1] if num_steps is not None else 1)
+            self._longest_superbatch = max(1, min(SUPERBATCH_STEPS, int(SUPERBATCH_BYTES // max(1, max_steps * row_bytes))))
         caller_bytes = 0 if self._decoding.idle and engine == "torch" else record_bytes  # bytes per record that it decodes
         self._threads = background_threads(self.device, caller_bytes, self.num_workers)
         busy = self._threads + (DALI_THREADS if engine == "dali" else 0)
@@ -252,7 +280,7 @@ class SequenceLoader(Loader[SequenceBatch]):
             check_memory(self.device, nbytes, f"a batch of {self.batch_size} sequences of {longest} steps")
             source.use(Buffers(pinned=True))
         bits, skips = self._decoding.bfloat16, self.skips
-        padded: Padded = None if self._pads_in_dali else "batch"
+        padded: Padded = "packed" if self.packed else None if self._pads_in_dali else "batch"
         self._superbatches = SequenceGatherer(source, self.world, self.batch_size, padded, bits=bits, skips=skips)
 
     def _chosen(self, layers: Layers, steps: Layers) -> tuple[Layers, tuple[int, list[int]] | None]:
@@ -282,11 +310,11 @@ class SequenceLoader(Loader[SequenceBatch]):
 
     def _batch_view(self, values: torch.Tensor, steps: int) -> torch.Tensor:
         """Return the gathered rows of one batch, each record padded to `steps` steps, as (B, steps, *row)."""
-        axis = self.data.schema.layer_axis
+        axis, parts = self.data.schema.layer_axis, self._source.parts_per_record
+        records = len(values) // max(1, steps * parts)
         if axis is None:
-            return values.view(self.batch_size, steps, *values.shape[1:])
-        by_layer = values.view(self.batch_size, self._source.parts_per_record, steps, *values.shape[1:])
-        return by_layer.movedim(1, 2 + axis)
+            return values.view(records, steps, *values.shape[1:])
+        return values.view(records, parts, steps, *values.shape[1:]).movedim(1, 2 + axis)
 
     def gathered(self, plan: EpochPlan, step: int) -> Superbatch:
         """Gather one batch as stored, and pad it even if the loader leaves padding to DALI."""
@@ -311,16 +339,20 @@ class SequenceLoader(Loader[SequenceBatch]):
 
     def _on_device(self, plan: EpochPlan, start: Position) -> Generator[LoadedBatch[SequenceBatch], None, None]:
         through = self._through_dali if self.engine == "dali" else self._through_torch
-        with UnderWay(self.device) as under_way, closing(self._read_ahead(plan, start.step)) as loaded:
+        with UnderWay(self.device) as under_way, closing(self._read_ahead(plan, start)) as loaded:
             yield from through(loaded, under_way)
 
-    def _read_ahead(self, plan: EpochPlan, start: int) -> Loaded:
+    def _read_ahead(self, plan: EpochPlan, start: Position) -> Loaded:
         """Yield superbatches in order, split so that their batches need little padding."""
-        ranges = superbatches(range(start, plan.num_steps), self._longest_superbatch)
+        ranges = superbatches(range(start.step, plan.num_steps), self._longest_superbatch)
         planned = map_ahead(partial(self._superbatches.parts, plan), ranges, min(1, self._threads))
         with closing(planned):
             parts = chain.from_iterable(planned)
             results = map_ahead(partial(self._superbatches.gather, plan), parts, self._threads, _nbytes)
+            if self.budgeted:
+                budget, most_records = self._budget(plan), max(1, SUPERBATCH_BYTES // max(1, int(self.selection.record_bytes)))
+                filled = self._packed_batches(budget, start, self._longest_superbatch, most_records)
+                results = map_ahead(partial(self._superbatches.gather_packed, budget), filled, self._threads)
             with closing(results):
                 for loaded, error in results:
                     while loaded:  # no local name keeps a superbatch alive while the next one is gathered
@@ -346,11 +378,12 @@ class SequenceLoader(Loader[SequenceBatch]):
 
     def _split(self, superbatch: Superbatch, values: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield the values (B, T, *row) of each batch on the device, from the values of a superbatch."""
-        longest, size = superbatch.longest, self.batch_size * self._source.parts_per_record
-        for batch, steps in zip(torch.split(values, [size * steps for steps in longest]), longest, strict=True):
+        parts = self._source.parts_per_record
+        rows = superbatch.rows_per_batch if self.packed else superbatch.padded_rows
+        for batch, steps in zip(torch.split(values, [parts * count for count in rows]), superbatch.longest, strict=True):
             with span("copy", self.device.type != "cpu"):
                 moved = batch.to(self.device, non_blocking=True)
-            yield self._batch_view(moved, steps)
+            yield self._batch_view(moved, len(moved) // parts if self.packed else steps)
 
     def _decode_unpadded(self, superbatch: Superbatch, values: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield the decoded values of the only batch of a superbatch that was gathered without padding."""
@@ -423,22 +456,36 @@ class SequenceLoader(Loader[SequenceBatch]):
 
     def _deliver(self, superbatch: Superbatch, values: Iterable[torch.Tensor]) -> Iterator[LoadedBatch[SequenceBatch]]:
         """Yield the batches of a superbatch, from the values of each batch."""
-        rows, size = superbatch.rows, self.batch_size
+        rows, sizes = superbatch.rows, superbatch.sizes.tolist()
         columns = [torch.from_numpy(column) for column in (superbatch.valid, rows.lengths, rows.positions)]
         stored_labels = None if rows.labels is None else torch.from_numpy(rows.labels)
         with span("copy", self.device.type != "cpu"):
             columns[0] = to_device(columns[0], self.device)
             labels_on_device = None if stored_labels is None else to_device(stored_labels, self.device)
             all_fields = field_tensors(rows.fields, self.data.schema, self.dtype, self.device)
-        batch_columns = (torch.split(column, size) for column in columns)
-        batch_labels = repeat(None) if labels_on_device is None else torch.split(labels_on_device, size)
-        batch_fields = cut_fields(all_fields, self.data.schema, size, superbatch.longest)
-        by_batch = zip(superbatch.begins, values, *batch_columns, batch_fields, strict=True)
-        for (begin, batch, valid, lengths, positions, fields), labels in zip(by_batch, batch_labels, strict=False):
+        batch_columns = (torch.split(column, sizes) for column in columns)
+        batch_labels = repeat(None) if labels_on_device is None else torch.split(labels_on_device, sizes)
+        batch_fields = cut_fields(
+            all_fields,
+            self.data.schema,
+            sizes,
+            superbatch.rows_per_batch if self.packed else superbatch.longest,
+            packed=self.packed,
+        )
+        cursors = superbatch.cursors or repeat(())
+        by_batch = zip(superbatch.begins, sizes, values, *batch_columns, batch_fields, strict=True)
+        for (begin, size, batch, valid, lengths, positions, fields), labels, after in zip(
+            by_batch, batch_labels, cursors, strict=False
+        ):
             end = begin + size
             if not (self._decodes_in_dali or superbatch.sparse):
                 with span("decode"), on_threads(self.cores):
-                    batch = self._decoding.run(batch, rows.lengths[begin:end])
+                    ends = np.array([batch.shape[1]]) if self.packed else rows.lengths[begin:end]
+                    batch = self._decoding.run(batch, ends)
+            cu_seqlens = None
+            if self.packed:
+                batch = batch[0]
+                cu_seqlens = to_device(torch.from_numpy(ends_of(rows.lengths[begin:end]).astype(np.int32)), self.device)
             ids = rows.ids[begin:end]
             delivered = SequenceBatch(
                 sequences=batch if self._source.layered else batch.contiguous(),
@@ -448,8 +495,14 @@ class SequenceLoader(Loader[SequenceBatch]):
                 ids=ids,
                 positions=positions,
                 fields=fields,
+                cu_seqlens=cu_seqlens,
             )
-            yield LoadedBatch(delivered, ids, superbatch.valid[begin:end], superbatch.left_out)
+            yield LoadedBatch(delivered, ids, superbatch.valid[begin:end], superbatch.left_out, after)
+
+
+def field_scales_by_step(schema: Schema) -> bool:
+    """Return whether a sequence has a scale of its own for every step."""
+    return schema.sequence is not None and schema.sequence.scales is not None and len(schema.sequence.scales) > 1
 
 
 def _nbytes(part: Part) -> int:

@@ -141,11 +141,6 @@ class GraphSource(BatchSource):
                 width = arrays[name].nbytes // max(1, arrays[name].shape[0])
                 yield name, _joined(rows[level_of(name)] * width)
 
-    def name(self, position: int) -> str:
-        """Return the record at a position in words, for an error."""
-        locations = self._index.locate(np.array([position]))
-        return f"{locations.shard(0).path}: record {locations.ids[0]!r}"
-
     def _graphs(self, locations: Locations) -> tuple[Ints, Ints, Ints, Ints]:
         """Return the selected graphs of the records.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -25,7 +26,7 @@ from dali_pipeline.types import Array, Ints, Kind
 if TYPE_CHECKING:
     from dali_pipeline.dataset.selection import Selection
 
-Padded: TypeAlias = Literal["batch"] | None
+Padded: TypeAlias = Literal["batch", "packed"] | None
 
 SHORT_ROW_BYTES = 64  # of a further field: such rows are read with the index, many records at once
 
@@ -97,6 +98,15 @@ class BatchSource:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_layer_spans": {}}  # without a cache that other threads may be changing
+
+    @abstractmethod
+    def sizes(self, positions: Ints) -> Ints:
+        """Return what a budget counts of each record, (N, 2) int64; reads only what reading their values needs anyway."""
+
+    def name(self, position: int) -> str:
+        """Return the record at a position in words, for errors."""
+        locations = self._index.locate(np.array([position]))
+        return f"{locations.shard(0).path}: record {locations.ids[0]!r}"
 
     @property
     def num_records(self) -> int:
@@ -290,19 +300,27 @@ class SequenceSource(BatchSource):
         return Located(locations=locations, positions=positions, lengths=lengths)
 
     def gather(self, positions: Ints, batch_size: int, padded: Padded) -> SequenceRows:
-        """Locate and read the records at `positions` (N,)."""
-        return self.read(self.locate(positions), batch_size, padded)
+        """Locate and read the records at `positions` (N,), in batches of `batch_size`."""
+        batches = np.full(-(-len(positions) // batch_size), batch_size)
+        batches[-1] = len(positions) - batch_size * (len(batches) - 1)
+        return self.read(self.locate(positions), batches, padded)
 
-    def read(self, located: Located, batch_size: int, padded: Padded) -> SequenceRows:
-        """Read records in batches of `batch_size`.
+    def sizes(self, positions: Ints) -> Ints:
+        """Return the selected steps of each record, and 0, (N, 2) int64; reads only what reading their values needs anyway."""
+        lengths = self.locate(positions).lengths
+        return np.stack([lengths, np.zeros_like(lengths)], axis=1)
+
+    def read(self, located: Located, batches: Ints, padded: Padded) -> SequenceRows:
+        """Read the records of several batches.
 
         Costs one read per record, layer of its rows, and run of steps that does not continue the one before; and one per record
         and step field.
 
         Args:
             located: The records.
-            batch_size: Records per batch.
-            padded: "batch" pads each record to the longest of its batch; None does not pad. Step fields are always padded.
+            batches: (batches,) records of each batch.
+            padded: "batch" pads each record to the longest of its batch; None does not pad; "packed" does not pad, and puts
+                each layer of all records of a batch together. Step fields are padded unless it is "packed".
         """
         locations, lengths, positions = located.locations, located.lengths, located.positions
         begins, ends, records = locations.begins, locations.ends, np.arange(len(positions))
@@ -312,16 +330,23 @@ class SequenceSource(BatchSource):
             spans = np.array([span for record_spans in layer_spans for span in record_spans], np.int64)  # (reads, 2)
             begins, ends = begins[records] + spans[:, 0], begins[records] + spans[:, 1]
         reads = _Reads(records=records, begins=begins, ends=ends, lengths=lengths)
-        longest = np.repeat(np.maximum.reduceat(lengths, np.arange(0, len(lengths), batch_size)), batch_size)
-        sizes = lengths if padded is None else longest[: len(lengths)]
+        first_records = np.cumsum(batches) - batches
+        longest = np.repeat(np.maximum.reduceat(lengths, first_records), batches)
+        sizes = longest if padded == "batch" else lengths
         starts = np.cumsum(sizes) - sizes
-        values = self._read_values(locations, reads, sizes, starts)
+        bases, strides = starts * self.parts_per_record, sizes
+        if padded == "packed":  # all records of a batch, layer by layer
+            totals = np.add.reduceat(lengths, first_records)
+            batch_starts, strides = np.repeat(starts[first_records], batches), np.repeat(totals, batches)
+            bases = batch_starts * self.parts_per_record + starts - batch_starts
+        values = self._read_values(locations, reads, sizes, bases, strides)
         if self._finite:
-            unit_starts = starts * self.parts_per_record
-            self._check_finite("sequence", self.unit, values, unit_starts, locations, np.arange(len(positions)))
+            part_starts = (bases[:, None] + strides[:, None] * np.arange(self.parts_per_record)).reshape(-1)
+            order = np.argsort(part_starts, kind="stable")
+            self._check_finite("sequence", self.unit, values, part_starts[order], locations, order // self.parts_per_record)
         fields = self._read_record_fields(locations)
         if self.step_fields:
-            sizes = longest[: len(lengths)]
+            sizes = lengths if padded == "packed" else longest
             field_starts = np.cumsum(sizes) - sizes
             out_begins = field_starts[reads.records] + reads.offsets()
             short_rows = locations.step_rows(reads.records, reads.begins, reads.ends, out_begins)
@@ -345,12 +370,20 @@ class SequenceSource(BatchSource):
             fields=fields,
         )
 
-    def _read_values(self, locations: Locations, reads: _Reads, sizes: Ints, starts: Ints) -> Array:
-        """Read the sequences into rows of `unit`: per record all layers that are read, each `sizes[record]` steps."""
+    def _read_values(self, locations: Locations, reads: _Reads, sizes: Ints, bases: Ints, strides: Ints) -> Array:
+        """Read the sequences into rows of `unit`.
+
+        Args:
+            locations: Locations of the records.
+            reads: Runs of steps to read.
+            sizes: (N,) steps that each record takes in the output, padding included.
+            bases: (N,) row of each record's first layer.
+            strides: (N,) rows from one of its layers to the next.
+        """
         unit, parts, field = self.unit, self.parts_per_record, self._schema.sequence
         assert field is not None
         records, begins, ends, lengths = reads.records, reads.begins, reads.ends, reads.lengths
-        out_begins = starts[records] + reads.offsets()
+        out_begins = bases[records] + reads.offsets()
         first = int(begins[0])
         if self.layered:
             counts, stored = ends - begins, locations.ends - locations.begins
@@ -360,11 +393,11 @@ class SequenceSource(BatchSource):
             first_unit = np.repeat(first_steps, parts) * self.stored_layers
             begins = first_unit + self._parts_read[part_number] * stored[records] + inner
             ends = begins + counts
-            out_begins = starts[records] * parts + part_number * sizes[records] + np.repeat(reads.offsets(), parts)
+            out_begins = bases[records] + part_number * strides[records] + np.repeat(reads.offsets(), parts)
             first = int(begins[0])
         values = self._allocate("sequence", int(sizes.sum()) * parts, unit, locations, first)
         for record in np.flatnonzero(lengths < sizes).tolist():
-            begin, size = int(starts[record]) * parts, int(sizes[record])
+            begin, size = int(bases[record]), int(sizes[record])
             values[begin : begin + size * parts].reshape(parts, size, *unit.shape)[:, int(lengths[record]) :] = 0
         if field.layout is not None:  # every row is one read
             counts = ends - begins

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 from dali_pipeline.errors import PipelineError
-from dali_pipeline.reading.damage import without_damaged
+from dali_pipeline.reading.damage import without_damaged, without_padding
 from dali_pipeline.reading.rows import SequenceRows
 from dali_pipeline.reading.source import Located, Padded, SequenceSource
 from dali_pipeline.runtime.world import World
+from dali_pipeline.sampling.budget import BudgetPlan, Cursors, Packed, Portion
 from dali_pipeline.sampling.plan import EpochPlan, Shares
 from dali_pipeline.types import Array, Ints, Mask
 
@@ -47,7 +48,8 @@ class Superbatch:
     Attributes:
         rows: Sequences of all batches.
         valid: (N,) bool, False for padding.
-        batch_size: Records per batch.
+        sizes: (batches,) records of each batch.
+        cursors: Cursors of the partitions after each batch; empty without a budget.
         left_out: The reason per record that was left out.
         sparse: As in `Part`.
         lone: As in `Part`.
@@ -55,21 +57,34 @@ class Superbatch:
 
     rows: SequenceRows
     valid: Mask
-    batch_size: int
+    sizes: Ints
+    cursors: tuple[Cursors, ...] = ()
     left_out: tuple[str, ...] = ()
     sparse: bool = False
     lone: bool = False
 
     @property
-    def begins(self) -> range:
+    def begins(self) -> list[int]:
         """First record of each batch."""
-        return range(0, len(self.valid), self.batch_size)
+        begins: list[int] = (np.cumsum(self.sizes) - self.sizes).tolist()
+        return begins
 
     @property
     def longest(self) -> list[int]:
         """Steps of the longest sequence of each batch."""
         longest: list[int] = np.maximum.reduceat(self.rows.lengths, self.begins).tolist()
         return longest
+
+    @property
+    def rows_per_batch(self) -> list[int]:
+        """Steps of all sequences of each batch, without padding."""
+        rows: list[int] = np.add.reduceat(self.rows.lengths, self.begins).tolist()
+        return rows
+
+    @property
+    def padded_rows(self) -> list[int]:
+        """Steps of all sequences of each batch, padded to its longest."""
+        return [size * steps for size, steps in zip(self.sizes.tolist(), self.longest, strict=True)]
 
     def records(self) -> list[Array]:
         """Return a view (T_i, *row) per record; DALI takes about a microsecond per sample."""
@@ -79,7 +94,7 @@ class Superbatch:
     def batches(self) -> Array:
         """Return the values as (batches, B, T, *row), if all records have one length."""
         values = self.rows.values
-        return values.reshape(len(self.begins), self.batch_size, -1, *values.shape[1:])
+        return values.reshape(len(self.sizes), int(self.sizes[0]), -1, *values.shape[1:])
 
 
 def superbatches(steps: range, longest: int) -> Iterator[range]:
@@ -188,14 +203,61 @@ class SequenceGatherer:
 
     def _gather(self, shares: Shares, part: Part, left_out: tuple[str, ...] = ()) -> Superbatch:
         located = part.located or self._source.locate(shares.positions)
-        rows = _signed(self._source.read(located, self._batch_size, None if part.sparse else self._padded), self._bits)
+        sizes = np.full(len(shares.positions) // self._batch_size, self._batch_size)
+        rows = _signed(self._source.read(located, sizes, None if part.sparse else self._padded), self._bits)
         return Superbatch(
             rows=rows,
             valid=shares.valid,
-            batch_size=self._batch_size,
+            sizes=sizes,
             left_out=left_out,
             sparse=part.sparse,
             lone=part.lone,
+        )
+
+    def _sound(self, shares: Shares) -> tuple[Shares, tuple[str, ...]]:
+        """Return the rows of one batch with padding in place of records that are left out, and the reasons."""
+        one_by_one = partial(self._source.gather, batch_size=1, padded=None)
+        return without_damaged(shares, one_by_one, self._skips, self._source.num_records)
+
+    def gather_packed(
+        self, budget: BudgetPlan, batches: list[Packed] | PipelineError
+    ) -> tuple[list[Superbatch], PipelineError | None]:
+        """Gather batches that a budget has filled; if that failed, return its error."""
+        return ([], batches) if isinstance(batches, PipelineError) else self._gather_portion(budget.portion(batches))
+
+    def _gather_portion(self, portion: Portion) -> tuple[list[Superbatch], PipelineError | None]:
+        """Gather the batches of a portion. If one is damaged, return those before it, one by one, and the error."""
+        alone = len(portion.sizes) == 1
+        try:
+            try:
+                return [self._read_portion(portion)], None
+            except self._skips:
+                if alone:
+                    sound, left_out = self._sound(portion.shares)
+                    sound = without_padding(sound)  # more records would exceed the budget
+                    portion = replace(portion, shares=sound, sizes=np.array([len(sound.positions)]))
+                    return [self._read_portion(portion, left_out)], None
+        except PipelineError as error:
+            if alone:
+                return [], error
+        loaded: list[Superbatch] = []
+        for batch in portion.cut():
+            gathered, failure = self._gather_portion(batch)
+            loaded += gathered
+            if failure is not None:
+                return loaded, failure
+        return loaded, None
+
+    def _read_portion(self, portion: Portion, left_out: tuple[str, ...] = ()) -> Superbatch:
+        rows = self._source.read(self._source.locate(portion.shares.positions), portion.sizes, self._padded)
+        lone = len(portion.sizes) == 1 and rows.values.nbytes > SUPERBATCH_BYTES
+        return Superbatch(
+            rows=_signed(rows, self._bits),
+            valid=portion.shares.valid,
+            sizes=portion.sizes,
+            cursors=portion.cursors,
+            left_out=left_out,
+            lone=lone,
         )
 
     def lengths(self, positions: Ints) -> Ints:

@@ -58,7 +58,7 @@ class Portion:
 
 
 class BudgetPlan:
-    """The batches of one epoch, each with as many nodes and edges as its order allows.
+    """The batches of one epoch, each with as many nodes and edges, or steps, as its order allows.
 
     Next-fit in the order of each partition: a batch ends where the next record would exceed the budget, so it depends only on
     the order and on the cursor that it begins at. Batch s * world_size + r belongs to rank r at step s; with several
@@ -67,8 +67,8 @@ class BudgetPlan:
 
     Args:
         plan: Order of the epoch.
-        sizes: Function from positions (N,) to their nodes and edges (N, 2). It costs a read of that part of the index of their
-            shards, which the loader needs anyway.
+        sizes: Function from positions (N,) to their nodes and edges, or their steps and 0, (N, 2). It costs a read of that part
+            of the index of their shards, which the loader needs anyway.
         name: Function from a position to the record in words, for errors.
         alone: Whether records over the budget are delivered.
     """
@@ -76,7 +76,9 @@ class BudgetPlan:
     def __init__(self, plan: EpochPlan, sizes: Callable[[Ints], Ints], name: Callable[[int], str], *, alone: bool) -> None:
         self._plan, self._sizes, self._name, self._alone = plan, sizes, name, alone
         order = plan.order
-        self._limits = [(axis, limit) for axis, limit in enumerate((order.max_nodes, order.max_edges)) if limit is not None]
+        limits = enumerate((order.max_steps or order.max_nodes, order.max_edges))  # a sequence's steps stand for nodes
+        self._limits = [(axis, limit) for axis, limit in limits if limit is not None]
+        self._pads = order.max_steps is not None and order.count_padding
         mean_bytes = plan.nbytes // max(1, plan.num_records)
         self._most_look = max(16, min(MOST_LOOK, order.window_bytes // 4 // max(1, mean_bytes)))
 
@@ -182,10 +184,7 @@ class BudgetPlan:
             totals = np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(sizes, axis=0)])
             begin = 0
             while begin < len(sizes):
-                fitting = min(
-                    int(np.searchsorted(totals[:, axis], totals[begin, axis] + limit, "right")) for axis, limit in self._limits
-                )
-                end = max(fitting - 1, begin + 1)
+                end = max(self._fitting(sizes, totals, begin), begin + 1)
                 if end == len(sizes) and (look_end < total or error is not None):
                     break  # the batch may continue after the records whose sizes are known
                 yield cursor + end
@@ -194,6 +193,17 @@ class BudgetPlan:
                 raise error
             num_looked = min(2 * num_looked, self._most_look) if begin else 2 * num_looked
             cursor += begin
+
+    def _fitting(self, sizes: Ints, totals: Ints, begin: int) -> int:
+        """Return the row after the last record that still fits in a batch that begins at row `begin`."""
+        if not self._pads:
+            return min(
+                int(np.searchsorted(totals[:, axis], totals[begin, axis] + limit, "right")) - 1 for axis, limit in self._limits
+            )
+        ((_, limit),) = self._limits  # padded steps: as many records as fit, times the longest of them
+        steps = sizes[begin : begin + limit, 0]
+        padded = np.maximum.accumulate(steps) * np.arange(1, len(steps) + 1)
+        return begin + int(np.searchsorted(padded, limit, "right"))
 
     def _read_sizes(self, positions: Ints) -> tuple[Ints, PipelineError | None]:
         """Return the sizes of the records before the first refused one, and the reason for that refusal."""

@@ -29,6 +29,8 @@ class Order:
         max_nodes: Budget of nodes per rank and batch, or None. With a budget, a batch has no fixed number of records, and
             `global_batch_size` is `num_partitions`.
         max_edges: Budget of edges per rank and batch, or None.
+        max_steps: Budget of steps of sequences per rank and batch, or None.
+        count_padding: Whether the steps of a batch are counted with its padding.
         num_partitions: Number of disjoint sets of shards, each with a window of its own. A global batch takes an equal share of
             each.
         global_batch_size: Records per step over all ranks.
@@ -44,6 +46,8 @@ class Order:
     shuffle: bool
     max_nodes: int | None = None
     max_edges: int | None = None
+    max_steps: int | None = None
+    count_padding: bool = True
     num_partitions: int
     global_batch_size: int
     window_bytes: int
@@ -57,7 +61,7 @@ class Order:
             "window_bytes": (1, 2**62),
             "num_partitions": (1, 2**31),
         }
-        limits |= {name: (1, 2**62) for name in ("max_nodes", "max_edges") if getattr(self, name) is not None}
+        limits |= {name: (1, 2**62) for name in ("max_nodes", "max_edges", "max_steps") if getattr(self, name) is not None}
         for name, (least, most) in limits.items():
             object.__setattr__(self, name, whole(name, getattr(self, name), least, most))
         object.__setattr__(self, "drop_last", truth("drop_last", self.drop_last))

@@ -436,3 +436,75 @@ def test_inspect_tells_fields_axes_layers_and_labels(tmp_path: Path, capsys: pyt
     said = capsys.readouterr().out
     assert "label: value" in said
     assert "0 to 2.25, median 1.12" in said
+
+
+def batches_of(data: dp.Dataset, **options: Any) -> list[dp.SequenceBatch]:
+    return list(dp.SequenceLoader(data, **{"window_bytes": 3000, "seed": 1, **options}))
+
+
+@pytest.mark.parametrize("engine", ["dali", "torch"])
+@pytest.mark.parametrize("count_padding", [True, False])
+def test_batches_are_filled_up_to_a_number_of_steps(data: dp.Dataset, layered: bool, engine: Any, count_padding: bool) -> None:
+    limit = 20
+    batches = batches_of(data, max_steps=limit, count_padding=count_padding, engine=engine)
+    names = [name for batch in batches for name in batch.ids]
+    assert sorted(names) == sorted(f"r{number}" for number in range(60))
+    in_order = [name for batch in batches_of(data, batch_size=1) for name in batch.ids]
+    assert names == in_order  # the order is that of any other batches
+
+    def cost(lengths: list[int]) -> int:
+        return max(lengths) * len(lengths) if count_padding else sum(lengths)
+
+    for batch, following in zip(batches, [*batches[1:], None], strict=True):
+        lengths = batch.lengths.tolist()
+        assert cost(lengths) <= limit
+        if following is not None:  # no more would have fitted
+            assert cost([*lengths, int(following.lengths[0])]) > limit
+        for row, name in enumerate(batch.ids):
+            expected = make_record(int(name[1:]), layered=layered)
+            np.testing.assert_array_equal(batch.sequences[row, : lengths[row]].numpy(), expected["sequence"].astype(np.float32))
+            np.testing.assert_array_equal(
+                batch.fields["token_ids"][row, : lengths[row]].numpy(), expected["fields"]["step.token_ids"]
+            )
+
+
+def test_a_longer_record_comes_alone_and_options_that_do_not_go_together(data: dp.Dataset) -> None:
+    batches = batches_of(data, max_steps=3)
+    assert sum(int(batch.valid.sum()) for batch in batches) == 60
+    assert all(len(batch) == 1 for batch in batches if int(batch.lengths.max()) > 3)
+    loader = dp.SequenceLoader(data, max_steps=20)
+    assert len(loader) == len(list(loader))
+    with pytest.raises(dp.UsageError, match="max_steps needs the size of every record; expected on_error='raise'"):
+        dp.SequenceLoader(data, max_steps=20, on_error="skip")
+    with pytest.raises(dp.UsageError, match="max_steps and bucket_by_length exclude each other"):
+        dp.SequenceLoader(data, max_steps=20, bucket_by_length=True)
+    with pytest.raises(dp.UsageError, match="max_steps is 0"):
+        dp.SequenceLoader(data, max_steps=0)
+    with pytest.raises(dp.UsageError, match="have no number of records"):
+        loader.num_valid(0)
+
+
+@pytest.mark.parametrize("options", [{"engine": "dali"}, {"engine": "torch"}, {"engine": "torch", "max_steps": 25}])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_packed_batches_hold_the_rows_of_padded_ones(data: dp.Dataset, options: dict[str, Any], normalize: bool) -> None:
+    padded = batches_of(data, batch_size=7, normalize=normalize, **options)
+    packed = batches_of(data, batch_size=7, normalize=normalize, packed=True, **options)
+    for one, other in zip(padded, packed, strict=True):
+        assert one.ids == other.ids
+        assert other.cu_seqlens is not None
+        assert other.cu_seqlens.dtype == torch.int32
+        assert torch.diff(other.cu_seqlens).tolist() == one.lengths.tolist()
+        rows = [one.sequences[row, :length] for row, length in enumerate(one.lengths.tolist())]
+        assert torch.equal(torch.cat(rows), other.sequences)
+        for name in ("token_ids", "loss_mask", "entropy"):
+            steps = [one.fields[name][row, :length] for row, length in enumerate(one.lengths.tolist())]
+            assert torch.equal(torch.cat(steps), other.fields[name])
+        assert torch.equal(one.fields["score"], other.fields["score"])
+        assert other.to("meta").cu_seqlens.is_meta  # type: ignore[union-attr]
+
+
+def test_packed_layers_are_those_asked_for(tmp_path: Path) -> None:
+    data = written(tmp_path / "set", layered=True)
+    for batch in dp.SequenceLoader(data, layers=[3, 0], packed=True, batch_size=6, on_nan="raise"):
+        expected = [make_record(int(name[1:]), layered=True)["sequence"][:, [3, 0]] for name in batch.ids]
+        np.testing.assert_array_equal(batch.sequences.numpy(), np.concatenate(expected).astype(np.float32))
