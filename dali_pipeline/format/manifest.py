@@ -110,15 +110,17 @@ class ShardTable:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureStatistics:
-    """Statistics of every feature of a sequence's rows, over the training split.
+    """Statistics of every feature of a sequence's rows, or of nodes, over the training split.
 
     Attributes:
         mean: Mean per feature.
         std: Population standard deviation per feature.
+        count: Finite values that were counted, per feature; empty in version 1. With it, statistics of two sets can be joined.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    count: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +131,7 @@ class Manifest:
         schema: Fields of every record.
         splits: Shard table per split and kind.
         statistics: Feature statistics of the training split's sequences, or None.
+        node_statistics: Feature statistics of the training split's nodes, or None.
         source: Where the data came from, for people (model, threshold, files left out). It contains no path, because a data set
             may be moved.
         split: The rule that dealt the splits: `shares` and `seed`, or the owner's own `names`. Empty if not known.
@@ -140,6 +143,7 @@ class Manifest:
     schema: Schema
     splits: dict[str, dict[Kind, ShardTable]]
     statistics: FeatureStatistics | None = None
+    node_statistics: FeatureStatistics | None = None
     source: dict[str, Any] = field(default_factory=dict)
     split: dict[str, Any] = field(default_factory=dict)
     format: str = FORMAT_NAME

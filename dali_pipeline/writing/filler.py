@@ -32,10 +32,12 @@ class Contents:
     Attributes:
         splits: Shard table per split and kind.
         moments: Moments of the training split's sequences.
+        node_moments: Moments of the training split's nodes.
     """
 
     splits: dict[str, dict[Kind, ShardTable]] = field(default_factory=empty_splits)
     moments: Moments = field(default_factory=Moments)
+    node_moments: Moments = field(default_factory=Moments)
 
     @property
     def shards(self) -> list[tuple[str, Kind, int]]:
@@ -53,6 +55,7 @@ class Contents:
             for kind, table in tables.items():
                 self.splits[split][kind].extend(table)
         self.moments.extend(other.moments)
+        self.node_moments.extend(other.node_moments)
 
 
 class ShardFiller:
@@ -154,16 +157,17 @@ class ShardFiller:
     def _begin(self, split: str, kind: Kind, expected_bytes: int) -> OpenShard:
         path = shard_path(self.root, split, kind, len(self.contents.splits[split][kind]))
         path.parent.mkdir(parents=True, exist_ok=True)
-        field = self.schema.sequence if (split, kind) == ("train", "sequences") else None
-        rows_seen = 0  # of this shard, which begins with a record
+        field = self.schema.sequence if kind == "sequences" else self.schema.x
+        moments = self.contents.moments if kind == "sequences" else self.contents.node_moments
+        assert field is not None
+        values, rows_seen = field.values, 0  # rows of this shard, which begins with a record
 
         def update_moments(rows: Array) -> None:
             nonlocal rows_seen
-            assert field is not None
-            self.contents.moments.update(field.values(rows, rows_seen))
+            moments.update(values(rows, rows_seen))
             rows_seen += len(rows)
 
-        return OpenShard(path, kind, self.schema, expected_bytes, None if field is None else update_moments)
+        return OpenShard(path, kind, self.schema, expected_bytes, update_moments if split == "train" else None)
 
     def _flush(self, split: str, kind: Kind) -> None:
         shard = self._open_shards.pop((split, kind), None)

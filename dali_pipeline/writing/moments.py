@@ -107,7 +107,7 @@ class Moments:
         if not self.count:
             return None
         std = np.sqrt(np.array(self.squares) / np.maximum(self.count, 1))
-        return FeatureStatistics(mean=tuple(self.mean), std=tuple(std.tolist()))
+        return FeatureStatistics(mean=tuple(self.mean), std=tuple(std.tolist()), count=tuple(self.count))
 
 
 def _sum(rows: Array) -> Array:

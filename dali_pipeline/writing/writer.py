@@ -204,6 +204,7 @@ class ShardWriter:
             schema=self.schema,
             splits={split: {kind: tables[kind] for kind in self.schema.kinds} for split, tables in contents.splits.items()},
             statistics=contents.moments.statistics(),
+            node_statistics=contents.node_moments.statistics(),
             source=source,
             split=self.rule,
         ).save(self.root)

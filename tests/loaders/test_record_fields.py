@@ -508,3 +508,15 @@ def test_packed_layers_are_those_asked_for(tmp_path: Path) -> None:
     for batch in dp.SequenceLoader(data, layers=[3, 0], packed=True, batch_size=6, on_nan="raise"):
         expected = [make_record(int(name[1:]), layered=True)["sequence"][:, [3, 0]] for name in batch.ids]
         np.testing.assert_array_equal(batch.sequences.numpy(), np.concatenate(expected).astype(np.float32))
+
+
+def test_nodes_have_statistics_with_their_number(tmp_path: Path) -> None:
+    data = written(tmp_path / "set", layered=False, graphs=True)
+    nodes = np.concatenate([make_record(n, layered=False, graphs=True)["graphs"].x for n in range(60)]).astype(np.float32)
+    statistics = data.manifest.node_statistics
+    assert statistics is not None
+    np.testing.assert_allclose(statistics.mean, nodes.mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(statistics.std, nodes.std(axis=0), rtol=1e-4)
+    assert statistics.count == (240, 240)
+    assert data.manifest.statistics is not None
+    assert set(data.manifest.statistics.count) == {sum(1 + n % 7 for n in range(60))}
