@@ -17,14 +17,14 @@ _HERE = __name__.rpartition(".")[0]
 _FAMILIES = {  # suffix: module and class
     ".safetensors": ("safetensor", "SafetensorsContainer"),
     ".npy": ("npy", "NpyContainer"),
-    ".npz": ("npz", "NpzContainer"),
+    ".npz": ("npy", "NpzContainer"),
     ".memmap": ("raw", "RawContainer"),
     ".bin": ("raw", "RawContainer"),
     ".dat": ("raw", "RawContainer"),
     ".raw": ("raw", "RawContainer"),
-    ".pt": ("torchfile", "TorchContainer"),
-    ".pth": ("torchfile", "TorchContainer"),
-    ".ckpt": ("torchfile", "TorchContainer"),
+    ".pt": ("pickled", "PickleContainer"),
+    ".pth": ("pickled", "PickleContainer"),
+    ".ckpt": ("pickled", "PickleContainer"),
     ".pkl": ("pickled", "PickleContainer"),
     ".pickle": ("pickled", "PickleContainer"),
     ".h5": ("hdf5", "Hdf5Container"),
@@ -51,8 +51,8 @@ class Container(Protocol):
     path: Path
     records: Sequence[str] | None
 
-    def leaves(self) -> list[Leaf]:
-        """Return all leaves of the file, or of its first record, in the file's order, without reading array data."""
+    def leaves(self, record: int = 0) -> list[Leaf]:
+        """Return all leaves of the file, or of one of its records, in the file's order, without reading array data."""
         ...
 
     def read(self, key: str, begin: int = 0, end: int | None = None, record: int | None = None) -> Array | list[str] | str:
@@ -99,11 +99,25 @@ def open_container(path: Path) -> Container:
         UsageError: The format needs an extra that is not installed.
     """
     suffix = suffix_of(path)
-    if path.is_dir() and suffix != ".zarr":
+    if path.is_dir():
         module, name = "table", "TableContainer"
     elif suffix in _FAMILIES:
         module, name = _FAMILIES[suffix]
+        if module == "raw" and _is_torch(path):
+            module, name = _FAMILIES[".pt"]
     else:
         raise FormatError(f"{path} is none of {', '.join(SUFFIXES)}, optionally with {GZIP}; expected a file of arrays")
     family: Any = getattr(import_module(f"{_HERE}.{module}"), name)
     return cast(Container, family(path))
+
+
+def _is_torch(path: Path) -> bool:
+    """Return whether a file such as pytorch_model.bin is one of torch.save: no JSON describes it, and it begins like one."""
+    raw = import_module(f"{_HERE}.raw")
+    if raw.sidecar_of(path) is not None:
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(4) in (b"PK\x03\x04", b"\x80\x02\x8a\n")
+    except OSError:
+        return False

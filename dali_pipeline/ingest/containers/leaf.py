@@ -83,3 +83,12 @@ def row_range(path: Path, key: str, shape: tuple[int, ...], begin: int, end: int
 def from_bfloat16(bits: Array) -> Array:
     """Return float32 with the values of bfloat16, given its 16 bits each as unsigned integers."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def texts_of(path: Path, key: str, values: Array) -> list[str] | str:
+    """Return an array of texts or of bytes in UTF-8 as a list of texts; a scalar as one text."""
+    try:
+        texts = [value.decode() if isinstance(value, bytes) else value for value in values.reshape(-1).tolist()]
+    except ValueError:  # UnicodeDecodeError, or code points that are none
+        raise FormatError(f"{path}, {key or 'its array'} holds bytes that are no text in UTF-8; expected texts") from None
+    return texts if values.ndim else str(texts[0])
