@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from dali_pipeline.errors import FormatError
+from dali_pipeline.errors import FormatError, needs_extra
 from dali_pipeline.ingest.containers.leaf import BFLOAT16, OBJECT, TEXT, Leaf
 from dali_pipeline.types import Array
 
@@ -31,9 +32,9 @@ _FAMILIES = {  # suffix: module and class
     ".hdf5": ("hdf5", "Hdf5Container"),
     ".parquet": ("table", "TableContainer"),
     ".arrow": ("table", "TableContainer"),
-    ".jsonl": ("text", "TextContainer"),
-    ".json": ("text", "TextContainer"),
-    ".csv": ("text", "TextContainer"),
+    ".jsonl": ("text", "LinesContainer"),
+    ".json": ("text", "JsonContainer"),
+    ".csv": ("text", "CsvContainer"),
 }
 SUFFIXES = tuple(_FAMILIES)
 GZIP = ".gz"  # may follow any of the suffixes
@@ -62,10 +63,12 @@ class Container(Protocol):
             key: Key of the leaf.
             begin: First row, along the first axis. A scalar has no rows: it is returned whole.
             end: Row after the last one. Default: all rows.
-            record: Number of the record, 0 or more, if the file has records; None otherwise.
+            record: Number of the record, 0 or more. None if the file has no records; if it has, None stands for all of them, and
+                begin and end are numbers of records.
 
         Returns:
-            The rows, in the dtype of the file; bfloat16 as float32, with equal values. Texts as str or list of str.
+            The rows, in the dtype of the file; bfloat16 as float32, with equal values. Texts as str or list of str. Of several
+            records: their values, stacked.
 
         Raises:
             FormatError: The key or the record does not exist, the leaf cannot be taken, or the file is damaged.
@@ -107,7 +110,8 @@ def open_container(path: Path) -> Container:
             module, name = _FAMILIES[".pt"]
     else:
         raise FormatError(f"{path} is none of {', '.join(SUFFIXES)}, optionally with {GZIP}; expected a file of arrays")
-    family: Any = getattr(import_module(f"{_HERE}.{module}"), name)
+    with needs_extra("tables", f"{path}: reading a table") if module == "table" else nullcontext():
+        family: Any = getattr(import_module(f"{_HERE}.{module}"), name)
     return cast(Container, family(path))
 
 
