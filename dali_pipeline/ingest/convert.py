@@ -71,7 +71,7 @@ def convert(src: Path, dst: Path, config: ConvertConfig | None = None, remote: R
     config = config or ConvertConfig()
     if config.engine == "ray":  # Ray workers have other working folders
         src, dst = src.absolute(), dst.absolute()
-    source = Source.find(src, config.traces, remote)
+    source = Source.find(src, config.traces, remote, config.recipe, skip_bad=config.skip_bad)
     if config.traces.scores is not None and source.reader.what != TRACES:
         raise UsageError(f"{src} holds {source.reader.what}, whose labels are their own; scores are for raw traces")
     fingerprint = config.fingerprint(source)

@@ -1,0 +1,248 @@
+"""Recognise the layouts of public projects from their first file, and complete a recipe by what is recognised."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dali_pipeline.errors import FormatError, PipelineError, UsageError
+from dali_pipeline.ingest.containers.base import TEXT, Leaf, open_container
+from dali_pipeline.ingest.layouts.plan import Plan
+from dali_pipeline.ingest.layouts.recipe import Recipe
+from dali_pipeline.ingest.layouts.resolve import BY_FLAGS, by_suffix, candidates, first_leaves, make_plan
+
+HOOK = re.compile(r"(blocks|model\.layers|layers)\.\d+\.[\w.]+")
+
+
+class NotUnderstood(UsageError):
+    """A folder with files that no reader takes without flags."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """A layout that was recognised.
+
+    Attributes:
+        what: Its name.
+        recipe: How it is taken.
+        others: KEYs that could be the sequence instead.
+    """
+
+    what: str
+    recipe: Recipe
+    others: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What detectors look at: the files of one suffix, and the leaves of the first that can be opened."""
+
+    root: Path
+    suffix: str
+    files: Sequence[Path]
+    leaves: dict[str, Leaf]
+    records: bool
+
+
+def is_of_today(what: str, path: Path) -> bool:
+    """Return whether a file has the layout that the reader of its format asks for, judged by its keys.
+
+    True for a file that cannot be opened: the reader says why.
+    """
+    suffix = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+    if suffix not in ("npz", "parquet", "arrow", "pkl") or "lstm_solo" in what:
+        return True
+    try:
+        container = open_container(path)
+    except (PipelineError, ImportError):
+        return True
+    try:
+        leaves = {leaf.key: leaf for leaf in container.leaves()}
+        keys = {key.split(".")[0].split("[")[0] for key in leaves}
+        if suffix == "npz":
+            return "labels" in keys and ("sequences" in keys or {"values", "offsets"} <= keys)
+        if suffix == "pkl":
+            empty = container.records is not None and not len(container.records)
+            return empty or bool({"question_id", "hidden_states", "attentions"} & keys)
+        graphs = "x" in keys or "node_feat" in keys
+        sequences = {"sequence", "sequences", "values", "hidden_states"} & keys
+        return bool({"label", "labels", "y"} & keys) and (bool(sequences) or graphs)
+    except PipelineError:
+        return True
+    finally:
+        container.close()
+
+
+def plan_for(root: Path, files: Sequence[Path], recipe: Recipe, *, skip_bad: bool = False) -> Plan | None:
+    """Return the plan that flags, or a layout that is recognised, give; None if there are no files that could be taken.
+
+    Raises:
+        NotUnderstood: There are such files, no layout is recognised, and no flag says what to take.
+        UsageError, FormatError, DataError: See `make_plan`.
+    """
+    usable = candidates(root, files)
+    if not usable:
+        return None
+    known = recognise(root, usable)
+    if known is not None and recipe.sequence is not None and recipe.sequence not in (known.recipe.sequence, *known.others):
+        known = None
+    if known is None:
+        if not recipe:
+            raise not_understood(root, usable)
+        return make_plan(root, files, recipe, BY_FLAGS, skip_bad=skip_bad)
+    completed = recipe.over(known.recipe)
+    plan = make_plan(root, files, completed, known.what, skip_bad=skip_bad)
+    others = [key for key in (known.recipe.sequence, *known.others) if key is not None and key != completed.sequence]
+    told = [f"taken as {known.what}"]
+    if others:
+        told.append(f"the sequence is {completed.sequence}; --sequence '{others[0]}' takes the other one, {', '.join(others)}")
+    return replace(plan, notices=(*told, *plan.notices))
+
+
+def not_understood(root: Path, usable: Sequence[Path]) -> NotUnderstood:
+    """Return the error for files of which no layout is recognised, with the nearest command to try."""
+    return NotUnderstood(
+        f"{root} holds {len(usable):,} files of arrays in a layout that is not recognised; try: convert {root} DST "
+        f"{suggested(root, usable)}, or look at them with: convert {root} --dry-run"
+    )
+
+
+def suggested(root: Path, usable: Sequence[Path]) -> str:
+    """Return flags to try, of keys that exist."""
+    suffix, files = next(iter(by_suffix(usable).items()))
+    try:
+        path, leaves, records = first_leaves(files)
+    except FormatError:
+        return "--sequence KEY --label KEY"
+    numbers = [leaf for leaf in leaves if leaf.dtype not in ("object", TEXT)]
+    arrays = sorted((leaf for leaf in numbers if leaf.shape), key=lambda leaf: (-len(leaf.shape), "float" not in leaf.dtype))
+    flags = []
+    if arrays:
+        flags.append(f"--sequence {arrays[0].key or path.name.split('.')[0]!r}".replace("'", ""))
+    label = next((leaf for leaf in leaves if re.search(r"label|target|^y$|class|correct|score|accuracy", leaf.key)), None)
+    flags.append(f"--label {label.key}" if label is not None else "--label-kind none")
+    if len(files) > 1 and not records and (label is None or label.shape == ()):
+        flags.append("--layout record-per-file")
+    return " ".join(flags)
+
+
+def recognise(root: Path, usable: Sequence[Path]) -> Known | None:
+    """Return the first layout that the files have, or None."""
+    for suffix, files in by_suffix(usable).items():
+        with suppress(FormatError):
+            _, leaves, records = first_leaves(files)
+            look = Look(root=root, suffix=suffix, files=files, leaves={leaf.key: leaf for leaf in leaves}, records=records)
+            for detector in DETECTORS:
+                if (known := detector(look)) is not None:
+                    return known
+    return None
+
+
+def _vllm(look: Look) -> Known | None:
+    """Recognise one prompt per file, as the hidden-state connector of vLLM writes them."""
+    states, ids = look.leaves.get("hidden_states"), look.leaves.get("token_ids")
+    if (
+        look.suffix != ".safetensors"
+        or states is None
+        or ids is None
+        or len(states.shape) != 3
+        or ids.shape != states.shape[:1]
+    ):
+        return None
+    recipe = Recipe(
+        sequence="hidden_states",
+        axes=("token", "layer", "feature"),
+        fields=_fields(look, {"step.token_ids": "token_ids", "step.loss_mask": "loss_mask"}),
+        layout="record-per-file",
+        label_kind=None if "label" in look.leaves else "none",
+    )
+    return Known(what="hidden states of vLLM, one prompt per .safetensors", recipe=recipe)
+
+
+def _specforge(look: Look) -> Known | None:
+    """Recognise one sample per file, as SpecForge writes them."""
+    if look.suffix not in (".ckpt", ".pt") or look.records or not {"hidden_state", "input_ids"} <= look.leaves.keys():
+        return None
+    states = look.leaves["hidden_state"]
+    if len(states.shape) not in (2, 3):
+        return None
+    recipe = Recipe(
+        sequence="hidden_state",
+        axes=("token", "feature"),
+        fields=_fields(look, {"step.input_ids": "input_ids", "step.loss_mask": "loss_mask"}),
+        layout="record-per-file",
+        label_kind="none",
+    )
+    others = ("aux_hidden_state",) if "aux_hidden_state" in look.leaves else ()
+    return Known(what="samples of SpecForge, one per file", recipe=recipe, others=others)
+
+
+def _saelens(look: Look) -> Known | None:
+    """Recognise activations in a Hugging Face folder, in columns named by their hooks, as SAELens writes them."""
+    hooks = [key for key in look.leaves if HOOK.fullmatch(key)]
+    if look.suffix not in (".arrow", ".parquet") or not hooks:
+        return None
+    recipe = Recipe(
+        sequence=hooks[0],
+        axes=("token", "feature"),
+        fields=_fields(look, {"step.token_ids": "token_ids"}),
+        label_kind="none",
+    )
+    return Known(what="activations of SAELens", recipe=recipe, others=tuple(hooks[1:]))
+
+
+def _honest_llama(look: Look) -> Known | None:
+    """Recognise layer-wise states and labels by their names, as honest_llama (ITI) writes them."""
+    if look.suffix != ".npy":
+        return None
+    names = {path.name.removesuffix(".npy") for path in look.files}
+    sets = [name.removesuffix("_layer_wise") for name in names if name.endswith("_layer_wise")]
+    if not sets or not all(f"{name}_labels" in names for name in sets):
+        return None
+    recipe = Recipe(sequence="{set}_layer_wise", label="{set}_labels", axes=("layer", "feature"), layout="stacked")
+    others = ("{set}_head_wise",) if any(f"{name}_head_wise" in names for name in sets) else ()
+    return Known(what="states of honest_llama", recipe=recipe, others=others)
+
+
+def _states_and_scores(look: Look) -> Known | None:
+    """Recognise `.npy` files of which one has a row, and another a number, per record, as HaloScope writes them."""
+    if look.suffix != ".npy" or not 2 <= len(look.files) <= 8 or len({path.parent for path in look.files}) > 1:
+        return None
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in look.files:
+        _, leaves, _ = first_leaves([path])
+        if len(leaves) == 1:
+            shapes[path.name.removesuffix(".npy")] = leaves[0].shape
+    states = [name for name, shape in shapes.items() if len(shape) in (2, 3) and shape[-1] > 1]
+    flat = [name for name, shape in shapes.items() if len(shape) == 1 or (len(shape) == 2 and shape[1] == 1)]
+    if not states or len(flat) != 1 or any(shapes[name][0] != shapes[flat[0]][0] for name in states):
+        return None
+    axes = ("layer", "feature") if len(shapes[states[0]]) == 3 else ("feature",)
+    recipe = Recipe(sequence=states[0], label=flat[0], axes=axes, layout="stacked")
+    return Known(what="states and scores in .npy, as of HaloScope", recipe=recipe, others=tuple(states[1:]))
+
+
+def _memmaps(look: Look) -> Known | None:
+    """Recognise raw shards with a `.meta` beside each, as dictionary_learning writes them."""
+    if look.suffix != ".memmap" or "" not in look.leaves or not 2 <= len(look.leaves[""].shape) <= 3:
+        return None
+    axes = ("feature",) if len(look.leaves[""].shape) == 2 else ("token", "feature")
+    recipe = Recipe(axes=axes, layout="stacked", label_kind="none")
+    return Known(what="activations of dictionary_learning", recipe=recipe)
+
+
+def _fields(look: Look, fields: dict[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple((name, key) for name, key in fields.items() if key in look.leaves)
+
+
+DETECTORS: tuple[Callable[[Look], Known | None], ...] = (
+    _vllm,
+    _specforge,
+    _saelens,
+    _honest_llama,
+    _states_and_scores,
+    _memmaps,
+)
