@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 
-.PHONY: train test pretended-gpu check results bench plots peers help fit
+.PHONY: train test pretended-gpu check results bench plots peers docs help fit
 
 help:                ## what there is
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -24,7 +24,7 @@ check: fit           ## lint and types alone
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-results: fit         ## the README's table: three seeds of every detector, and the linear probe beside them
+results: fit         ## the table of docs/findings.md: three seeds of every detector, and the linear probe beside them
 	$(BIN)/python train.py --seeds 3
 	$(BIN)/python -m benchmarks.probe data/sciq
 
@@ -32,11 +32,11 @@ results: fit         ## the README's table: three seeds of every detector, and t
 fit: $(READY)
 	@$(BIN)/python -m dali_pipeline.runtime.numpyversion
 
-# FULL=1: what the README's figures are of; QUICK=1: a look without peers, into a folder of its own
+# FULL=1: what docs/results.md shows; QUICK=1: a look without peers, into a folder of its own
 bench: fit $(if $(QUICK),,.venv-peers/.ready)  ## speed and memory beside the limits and the peers, into benchmarks/results; FULL=1 longer, QUICK=1 without peers
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick,$(if $(FULL),--full))
 
-plots: fit           ## the README's speed tables, docs/speed.png and docs/growth.png from benchmarks/results
+plots: fit           ## the tables of docs/results.md, docs/speed.png and docs/growth.png from benchmarks/results
 	$(BIN)/python -m benchmarks.plot
 
 peers: .venv-peers/.ready  ## set-up of what the benchmarks compare with, in .venv-peers
@@ -46,12 +46,21 @@ peers: .venv-peers/.ready  ## set-up of what the benchmarks compare with, in .ve
 	.venv-peers/bin/pip install --quiet --disable-pip-version-check -r benchmarks/requirements-peers.txt
 	@touch $@
 
+docs: .venv-docs/.ready  ## the documentation site, strictly checked, into site/; nothing is fetched but packages, once
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
+.venv-docs/.ready: requirements-docs.txt requirements-docs-assets.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-docs-assets.txt
+	@touch $@
+
 # FRAMEWORKS=image: torch and DALI stay those that $(PYTHON) has, as in an NVIDIA image, and NumPy from version 2 on
 IMAGE := $(filter image,$(FRAMEWORKS))
 # the version of CUDA that torch is built for, and DALI is to be; without a GPU either does
 CUDA_OF_TORCH := import torch; print((torch.version.cuda or '12').split('.')[0])
 
-$(INSTALLED): $(wildcard requirements*.txt)
+$(INSTALLED): $(filter-out requirements-docs%,$(wildcard requirements*.txt))
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; name another with make PYTHON=python3 (3.11 or newer)"; exit 2; }
 	$(PYTHON) -m venv $(if $(IMAGE),--system-site-packages) $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(IMAGE),,-r requirements-frameworks.txt) -r requirements-base.txt -r requirements-dev.txt

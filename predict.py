@@ -64,14 +64,14 @@ def command_line(
         raise UsageError("name a checkpoint that train.py kept: --checkpoint runs/one/lstm-best.pt")
     opened = open_dataset(data or place or "", cache_dir, parse_cache_bytes(cache_bytes))
     make_current(device)
-    told = write_scores(checkpoint, opened, output, split, batch_size, device, on_nan)
-    left_out = f", {told.left_out:,} left out for NaN" if told.left_out else ""
-    strange = f", {told.strange:,} without a finite score" if told.strange else ""
-    typer.echo(f"{output}: {told.records:,} records{left_out}{strange}")
+    counts = write_scores(checkpoint, opened, output, split, batch_size, device, on_nan)
+    left_out = f", {counts.left_out:,} left out for NaN" if counts.left_out else ""
+    strange = f", {counts.strange:,} without a finite score" if counts.strange else ""
+    typer.echo(f"{output}: {counts.records:,} records{left_out}{strange}")
 
 
 def main() -> None:
-    """The entry point."""
+    """Run the command line."""
     wait_passively()
     sys.exit(run(app, "predict.py"))
 

@@ -1,12 +1,12 @@
 """Train the detectors and print how well they tell hallucinations from answers.
 
-    python train.py                                             # makes the demonstration's data first, if need be
+    python train.py                                             # makes the demonstration's data first if they are missing
     python train.py --preprocessed-dir preprocessed_data --epochs 50 --batch-size 32
     python train.py --data data/traces --model lstm --layers 12:20
     python train.py --seeds 3                                   # mean and spread over three seeds; --folds 5 over five folds
     torchrun --nproc-per-node 2 train.py --data data/traces     # the same numbers, on two processes
 
-Stop it whenever you like: the same command goes on where it was, and, once finished, prints its results again.
+It may be stopped at any time. The same command continues where it stopped; once finished, it prints its results again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import sys
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read as torch loads: threads that wait leave their cores to others
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads this when it loads: waiting threads release their cores
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +39,7 @@ from training.results import print_table, read_metrics, summarise, write_metrics
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What the first process found out, and the others are told."""
+    """The result of `prepare` in the first process, which it sends to the others."""
 
     root: Place
     digest: str
@@ -49,7 +49,7 @@ class Prepared:
 
 
 def main(options: Options, config: TrainConfig) -> None:
-    """The whole run, step by step."""
+    """Run all steps of a training."""
     with Processes.join(options.conduct.device) as processes, FolderLock() as lock:
         if options.doctor:
             from training.checkup import examine_training
@@ -70,7 +70,7 @@ def main(options: Options, config: TrainConfig) -> None:
 
 
 def prepare(options: Options, config: TrainConfig, world_size: int, lock: FolderLock | None = None) -> Prepared:
-    """Finds the data and the folder; refuses what cannot work; claims the folder, and locks it until the lock is let go."""
+    """Find data and folder, refuse settings that cannot work, then claim and lock the folder."""
     data = find_data(options)
     config = replace(config, models=models_for(data, config.models))
     check_labels(data, config.models)
@@ -88,7 +88,7 @@ def prepare(options: Options, config: TrainConfig, world_size: int, lock: Folder
 def train_runs(
     data: Dataset, config: TrainConfig, folder: Path, options: Options, interrupts: Interrupts, processes: Processes
 ) -> None:
-    """One run in the folder itself; or several, each in a folder of its own, and their mean and spread."""
+    """Train one run in the folder, or several runs in sub-folders, and write their mean and spread."""
     from training.run import Job, carry_out
     from training.watch import traced
 
@@ -115,11 +115,11 @@ def train_runs(
 
 
 def print_results(folder: Path, data: Dataset, options: Options) -> None:
-    """The table, and where the rest lies."""
+    """Print the table of metrics, and the names of the other files."""
     over = f", mean and spread over {options.runs} {'folds' if options.folds else 'seeds'}" if options.runs > 1 else ""
     print_table(read_metrics(folder), f"Test metrics on {data.root.name}{over}; the threshold is chosen on validation")
-    if told := lacks(folder):
-        print(told)
+    if sentence := lacks(folder):
+        print(sentence)
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir() if path.suffix != '.pt'))}, checkpoints")
 
 

@@ -1,1 +1,1 @@
-"""Speed, memory and quality, measured."""
+"""Benchmarks of speed, memory and quality."""

@@ -1,4 +1,4 @@
-"""Every benchmark, one after the other in one process: `python -m benchmarks`, which `make bench` runs.
+"""Run every benchmark, one after the other in one process: `python -m benchmarks`, which `make bench` runs.
 
 python -m benchmarks                    # 10 minutes on two cores
 python -m benchmarks --full             # larger sets, longer samples: what the README's figures are of
@@ -23,7 +23,7 @@ QUICK = Path(__file__).parent / "results" / "quick"
 
 
 class Sizes(NamedTuple):
-    """A benchmark's options, by how long it may take."""
+    """Options of a benchmark, by how long it may take."""
 
     some: str = ""
     full: str = ""
@@ -67,7 +67,7 @@ def main(
     full: Annotated[bool, typer.Option("--full", help="Use larger data sets and longer samples.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Run every theme briefly, on small data sets.")] = False,
 ) -> None:
-    """Measure, and draw the plots; rows go to benchmarks/results, or where BENCH_RESULTS says."""
+    """Measure, and draw the plots; write rows to benchmarks/results, or to the folder BENCH_RESULTS."""
     if full and quick:
         raise typer.BadParameter("--full and --quick; expected one of them")
     for theme in themes or []:
@@ -83,7 +83,7 @@ def main(
 
 
 def _run(theme: str, options: list[str]) -> None:
-    """As its own command line would; ends this one where that fails."""
+    """Run a theme like its own command line; exit if it fails."""
     command = f"benchmarks.{theme}"
     print(f"python -m {' '.join([command, *options])}", flush=True)
     sys.argv, begun = [command, *options], time.perf_counter()  # which rows tell

@@ -1,4 +1,4 @@
-"""What a budget of nodes saves: `python -m benchmarks.budgets`, a minute on 2 cores.
+"""Measure the memory that a budget of nodes saves: `python -m benchmarks.budgets`, a minute on 2 cores.
 
 Graphs with a long tail (nodes lognormal, some 30 in the middle and 2,000 at the end, three edges a node). One epoch in
 batches of a fixed number of records, and one in batches of a budget: of the fixed batches' mean number of nodes, and of their
@@ -28,7 +28,7 @@ app = new_app()
 
 
 def written(folder: Path, records: int) -> dp.Dataset:
-    """One graph a record."""
+    """Write records of one graph each."""
     rng = np.random.default_rng(0)
     with dp.ShardWriter(
         folder, dp.Schema(x=dp.Field(dtype="float16", shape=(FEATURES,))), split=dp.SplitRule.parse("100/0/0")
@@ -47,7 +47,7 @@ def written(folder: Path, records: int) -> dp.Dataset:
 
 
 def saved_bytes(model: torch.nn.Module, batch: dp.GraphBatch) -> int:
-    """What a forward pass keeps for the backward one, each storage once."""
+    """Return the bytes that a forward pass keeps for the backward pass, each storage once."""
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -62,14 +62,14 @@ def saved_bytes(model: torch.nn.Module, batch: dp.GraphBatch) -> int:
 
 
 def measure(results: Results, model: torch.nn.Module, data: dp.Dataset, way: str, **options: Any) -> tuple[int, int]:
-    """Rows of one epoch; returns the mean and the largest number of nodes."""
+    """Write the rows of one epoch; return the mean and the largest number of nodes."""
     nodes, edges, memory = [], [], []
     for batch in dp.GraphLoader(data, **options):
         nodes.append(batch.graphs.num_nodes)
         edges.append(batch.graphs.num_edges)
         memory.append(saved_bytes(model, batch) / 1e6)
     for what, unit, values in (("nodes a batch", "", nodes), ("edges a batch", "", edges), ("kept for backward", "MB", memory)):
-        results.add(way, what, unit, [float(one) for one in values])
+        results.add(way, what, unit, [float(value) for value in values])
     idle = 100 * (1 - np.mean(memory) / max(memory))
     results.add(way, "of the largest batch's memory idle in the mean one", "%", [float(idle)])
     return round(float(np.mean(nodes))), max(nodes)

@@ -1,4 +1,4 @@
-"""How fast, and in how much memory, foreign files are taken in and verified; each beside a reference in the same run.
+"""Measure the speed and memory of converting and verifying files, each with a reference in the same run.
 
     python -m benchmarks.convert                     # 2 GB of each kind: some 10 minutes on two cores
     python -m benchmarks.convert --gigabytes 0.2 --memory-gigabytes 0      # a quick look
@@ -39,7 +39,7 @@ app = new_app()
 
 
 def write_sequences(root: Path, nbytes: float, rng: np.random.Generator, suffix: str = "pt") -> int:
-    """Stacked sequences of about `nbytes` in files of 1,500 records; returns their bytes."""
+    """Write stacked sequences of about `nbytes` in files of 1,500 records; return their bytes."""
     folder = root / "lstm_solo" if suffix == "pt" else root
     folder.mkdir(parents=True)
     for number in range(max(1, round(nbytes / (RECORDS_A_FILE * LAYERS * HIDDEN * 2)))):
@@ -55,7 +55,7 @@ def write_sequences(root: Path, nbytes: float, rng: np.random.Generator, suffix:
 
 
 def write_graphs(root: Path, nbytes: float, rng: np.random.Generator) -> int:
-    """Records of 30 layers of about 25 tokens x 576, a `Data` each, in files of up to 250 records; returns their bytes."""
+    """Write records of 30 layers of about 25 tokens x 576, one `Data` per layer, 250 per file; return their bytes."""
     (root / "gnn").mkdir(parents=True)
     count = min(GRAPHS_A_FILE, max(1, round(nbytes / (GRAPH_LAYERS * 25 * GRAPH_HIDDEN * 2))))
     number = 0
@@ -83,42 +83,42 @@ def _layer(rng: np.random.Generator, nodes: int) -> Data:
 
 
 def total_bytes(root: Path) -> int:
-    """Of all files under a folder."""
+    """Return the bytes of all files under a folder."""
     return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
 
 
 def convert(src: Path, dst: Path, *, workers: int) -> None:
-    """In a process of its own, as a user does it."""
+    """Convert in a new process, like a user."""
     command = [sys.executable, "-m", "dali_pipeline", "convert", str(src), str(dst), "--num-workers", str(workers)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def copy(src: Path, dst: Path) -> None:
-    """`cp`, to the disk."""
+    """Copy with `cp`, to the disk."""
     subprocess.run(["cp", "-r", "--reflink=never", str(src), str(dst)], check=True)
     subprocess.run(["sync", "-f", str(dst)], check=True)
 
 
 def rates(work: Callable[[Path], object], nbytes: int, scratch: Path, repeats: int) -> list[float]:
-    """MB/s of several runs, each into a new folder, the disk quiet before each."""
-    found = []
+    """Return the MB/s of several runs, each into a new folder, after waiting for the disk."""
+    samples = []
     for _ in range(repeats):
         os.sync()
-        found.append(nbytes / 1e6 / seconds(lambda: work(scratch / "out")))
+        samples.append(nbytes / 1e6 / seconds(lambda: work(scratch / "out")))
         shutil.rmtree(scratch / "out")
-    return found
+    return samples
 
 
 def alternately(
     one: Callable[[Path], object], other: Callable[[Path], object], nbytes: int, scratch: Path, repeats: int
 ) -> tuple[list[float], list[float]]:
-    """Rates of two ways, turn by turn, so that both see the same disk."""
+    """Return the rates of two ways, measured in turn, so that both see the same disk."""
     pairs = [(rates(one, nbytes, scratch, 1)[0], rates(other, nbytes, scratch, 1)[0]) for _ in range(repeats)]
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
 def loop_over_tokens(attentions: list[np.ndarray], threshold: float, *, mean_first: bool) -> int:
-    """What users write first: two loops over tokens, the mean over heads of each pair within them, or of a layer before."""
+    """Build edges like a first version of users: two loops over tokens, with the mean over heads inside or before them."""
     edges: list[tuple[int, int]] = []
     weights: list[float] = []
     for layer in attentions:
@@ -141,7 +141,7 @@ def main(
     repeats: Annotated[int, typer.Option(help="Number of repetitions of each measurement.")] = 3,
     folder: Annotated[Path | None, typer.Option(help="Folder to write in. [default: a temporary folder]")] = None,
 ) -> None:
-    """Measures everything and writes results/convert_<machine>_<date>.csv."""
+    """Measure everything and write results/convert_<machine>_<date>.csv."""
     results = Results("convert", ["numpy", "torch", "xxhash", "pyarrow"])
     workers = len(os.sched_getaffinity(0))
     rng = np.random.default_rng(0)
@@ -164,7 +164,7 @@ def main(
 
 
 def measure_verify(results: Results, root: Path, repeats: int) -> None:
-    """Cold and warm, against the disk and the hash."""
+    """Measure verify cold and warm, against the disk and the hash."""
     convert(root / "pt", root / "set", workers=len(os.sched_getaffinity(0)))
     paths, nbytes = sorted((root / "set").rglob("*.safetensors")), total_bytes(root / "set")
     cold, disk = [], []
@@ -189,7 +189,7 @@ def measure_verify(results: Results, root: Path, repeats: int) -> None:
 def measure_graphs(
     results: Results, root: Path, gigabytes: float, rng: np.random.Generator, workers: int, repeats: int
 ) -> None:
-    """Against torch.load alone, in one process, times the workers."""
+    """Measure convert against torch.load in one process, times the number of workers."""
     nbytes = write_graphs(root / "graphs", gigabytes * 1e9, rng)
     paths = sorted((root / "graphs" / "gnn").iterdir())
 
@@ -206,7 +206,7 @@ def measure_graphs(
 
 
 def measure_edges(results: Results, rng: np.random.Generator, repeats: int) -> None:
-    """One trace of 30 layers, 9 heads, 64 tokens."""
+    """Measure the edges of one trace of 30 layers, 9 heads, 64 tokens."""
     attentions = [rng.dirichlet(np.ones(64), (9, 64)).astype(np.float32) for _ in range(30)]
     hidden = [np.zeros((64, 1), np.float16)] * 30
     attention_graphs(hidden, attentions, 0.01)
@@ -218,7 +218,7 @@ def measure_edges(results: Results, rng: np.random.Generator, repeats: int) -> N
 
 
 def measure_memory(results: Results, root: Path, gigabytes: float, rng: np.random.Generator, workers: int) -> None:
-    """Peak memory of a conversion, all its processes together."""
+    """Measure the peak memory of a conversion, over all its processes."""
     src, dst = root / "memory", root / "out"
     nbytes = write_sequences(src, gigabytes * 1e9, rng)
     command = [sys.executable, "-m", "dali_pipeline", "convert", str(src), str(dst), "--num-workers", str(workers)]

@@ -1,4 +1,4 @@
-"""What an encoding saves and costs: `python -m benchmarks.encodings data/sciq`, some minutes on 2 cores.
+"""Measure the size and the error of each encoding: `python -m benchmarks.encodings data/sciq`, some minutes on 2 cores.
 
 Converts a data set anew in every encoding of its sequences, and trains the LSTM on each: bytes of the sequences, test AUROC of
 so many seeds, and the error of values beside their own size (root mean squares, over the test split).
@@ -27,8 +27,8 @@ app = new_app()
 
 
 def error(data: dp.Dataset, exact: dp.Dataset) -> float:
-    """Root mean square of what values differ by, over that of the values, mean over steps and features."""
-    loaders = (dp.SequenceLoader(one, "test", shuffle=False, engine="torch") for one in (data, exact))
+    """Return the relative root mean square error, as the mean over steps and features."""
+    loaders = (dp.SequenceLoader(data_set, "test", shuffle=False, engine="torch") for data_set in (data, exact))
     squares: list[tuple[torch.Tensor, torch.Tensor]] = []
     for ours, theirs in zip(*loaders, strict=True):
         assert ours.ids == theirs.ids
@@ -54,16 +54,16 @@ def main(
         sizes: dict[str, float] = {}
         scores: dict[str, list[float]] = {}
         for encoding in ENCODINGS:
-            one = convert(data, Path(scratch) / encoding, ConvertConfig(dtype=f"sequence={encoding}"))
-            sizes[encoding] = sum(sum(one.table(split, "sequences").bytes) for split in one.splits) / 1e6
+            encoded = convert(data, Path(scratch) / encoding, ConvertConfig(dtype=f"sequence={encoding}"))
+            sizes[encoding] = sum(sum(encoded.table(split, "sequences").bytes) for split in encoded.splits) / 1e6
             output = Path(scratch) / f"run-{encoding}"
-            options = ["--data", str(one.root), "--model", "lstm", "--seeds", str(seeds), "--output-dir", str(output)]
+            options = ["--data", str(encoded.root), "--model", "lstm", "--seeds", str(seeds), "--output-dir", str(output)]
             subprocess.run([sys.executable, "train.py", *options], check=True, stdout=subprocess.DEVNULL)
             scores[encoding] = [
                 read_metrics(output / f"seed-{seed}" if seeds > 1 else output)["lstm"]["test"]["auroc"] for seed in range(seeds)
             ]
             results.add(data.name, f"{encoding}, sequences", "MB", [sizes[encoding]], "float32", [sizes["float32"]])
-            results.add(data.name, f"{encoding}, error of values", "of their size", [error(one, exact)])
+            results.add(data.name, f"{encoding}, error of values", "of their size", [error(encoded, exact)])
             results.add(data.name, f"{encoding}, test AUROC", "", scores[encoding])
 
 

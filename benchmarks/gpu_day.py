@@ -1,4 +1,4 @@
-"""What a GPU machine does with this project, in under ten minutes: `python -m benchmarks.gpu_day`.
+"""Measure this project on a GPU machine in under ten minutes: `python -m benchmarks.gpu_day`.
 
 python -m benchmarks.gpu_day                        # into benchmarks/results, or into the folder that $OUT names
 python -m benchmarks.gpu_day --parts loaders        # some parts alone
@@ -36,7 +36,7 @@ app = new_app()
 
 
 class Part(NamedTuple):
-    """A part by name: the weight of its share of the time, and the function `module:name` that it is."""
+    """A part: its weight in the division of time, and its function as `module:name`."""
 
     name: str
     weight: float
@@ -70,7 +70,7 @@ class Rows(harness.Results):
 
 
 class Findings:
-    """All that the parts tell: as JSON, written anew with every message, and as rows of CSV files.
+    """All messages of the parts: as JSON, rewritten with every message, and as rows of CSV files.
 
     Args:
         path: Of the JSON.
@@ -100,21 +100,21 @@ class Findings:
         self.write()
 
     def take(self, part: str, message: Message) -> None:
-        """Keep a message of a part."""
-        found = self.parts[part]
+        """Store a message of a part."""
+        state = self.parts[part]
         if "facts" in message:
-            found["facts"] |= message["facts"]
+            state["facts"] |= message["facts"]
         elif "left_out" in message:
-            found["left_out"], found["combinations"] = message["left_out"]["count"], message["left_out"]["total"]
+            state["left_out"], state["combinations"] = message["left_out"]["count"], message["left_out"]["total"]
         elif "failed" in message:
-            found["failures"].append(message["failed"])
+            state["failures"].append(message["failed"])
         else:
-            found["rows"].append(message["row"])
+            state["rows"].append(message["row"])
         self.write()
         try:
             self._tabulate(part, message)
         except Exception as error:  # the JSON has it, and no table is worth the rest of the day
-            found["no_csv"] = reason(error)
+            state["no_csv"] = reason(error)
 
     def _tabulate(self, part: str, message: Message) -> None:
         if not message.keys() & {"row", "failed"}:
@@ -134,19 +134,19 @@ class Findings:
 
     def end(self, part: str, seconds: float, error: str) -> None:
         """Close a part. error: why it failed, empty if it did not; single measurements that failed make it fail, too."""
-        found = self.parts[part]
-        if not error and found["failures"]:
-            first = found["failures"][0]
+        state = self.parts[part]
+        if not error and state["failures"]:
+            first = state["failures"][0]
             which = f"{first['scenario']}: {first['measured']}"
-            error = f"{len(found['failures'])} measurements failed, the first one ({which}) with {first['why']}"
-        found |= {"outcome": "failed" if error else "worked", "why": error, "seconds": round(seconds, 1)}
+            error = f"{len(state['failures'])} measurements failed, the first one ({which}) with {first['why']}"
+        state |= {"outcome": "failed" if error else "worked", "why": error, "seconds": round(seconds, 1)}
         self.write()
 
     def line(self, part: str) -> str:
         """Return a part's outcome in a line."""
-        found = self.parts[part]
-        left_out = f", {found['left_out']} of {found['combinations']} combinations left out" if found["left_out"] else ""
-        return f"{part}: {found['outcome']} after {found['seconds']} s{left_out}{': ' if found['why'] else ''}{found['why']}"
+        state = self.parts[part]
+        left_out = f", {state['left_out']} of {state['combinations']} combinations left out" if state["left_out"] else ""
+        return f"{part}: {state['outcome']} after {state['seconds']} s{left_out}{': ' if state['why'] else ''}{state['why']}"
 
     @property
     def failed(self) -> bool:
@@ -217,10 +217,10 @@ def main(
     seconds: Annotated[float, typer.Option(min=30, help="Time limit for all parts together, in seconds.")] = 570,
     folder: Annotated[
         Path | None,
-        typer.Option(help="Folder for the temporary data sets. [default: the system's temporary folder]", show_default=False),
+        typer.Option(help="Folder for the temporary data sets. [default: a temporary folder]", show_default=False),
     ] = None,
 ) -> None:
-    """Measure all parts, the most telling first. Exits 0 if all worked, 1 if one failed, 2 if nothing can be run."""
+    """Measure all parts, the most important first. Exits 0 if all worked, 1 if one failed, 2 if nothing can be run."""
     chosen = _chosen(parts)
     if dry_run:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the checks that take a GPU where there is one, too
@@ -251,7 +251,7 @@ def _chosen(names: str) -> list[Part]:
 
 
 def has_gpu() -> bool:
-    """Whether torch can use a GPU here."""
+    """Return whether torch can use a GPU."""
     with suppress(ImportError):
         import torch
 

@@ -1,4 +1,4 @@
-"""The parts of benchmarks/gpu_day.py that look at the machine: versions, the tests that need a GPU, limits."""
+"""Parts of benchmarks/gpu_day.py that examine the machine: versions, the tests that need a GPU, limits."""
 
 from __future__ import annotations
 

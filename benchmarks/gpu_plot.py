@@ -1,4 +1,4 @@
-"""What docs/gpu.png shows: loaders beside the link to the device, training beside its ceiling (benchmarks/gpu_day.py)."""
+"""Draw docs/gpu.png: loaders with the link to the device, training with its ceiling (benchmarks/gpu_day.py)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Rows = list[Row]
 
 
 def gpu_panels() -> Iterator[Callable[[Axes], None]]:
-    """Yield a panel for each batch size of loaders and of training; none where no GPU was measured."""
+    """Yield a panel for each batch size of loaders and of training; none if no GPU was measured."""
     limits, loaders = rows_of("gpu_limits"), [row for row in rows_of("gpu_loaders") if row["unit"] == "GB/s"]
     for size in _batch_sizes(loaders):
         of_size = [row for row in loaders if row["scenario"].endswith(f", batch {size}")]
@@ -70,8 +70,8 @@ def training_bars(axes: Axes, rows: Rows, title: str) -> None:
         if measured == TOGETHER:
             for place, rate, scenario in zip(places, rates, scenarios, strict=True):
                 idle = medians.get((scenario, IDLE))
-                told = "" if idle is None else f" device idle {idle:.1f} %"
-                axes.text(max(rate, medians.get((scenario, "ceiling"), 0.0)), place, told, va="center", fontsize=7)
+                note = "" if idle is None else f" device idle {idle:.1f} %"
+                axes.text(max(rate, medians.get((scenario, "ceiling"), 0.0)), place, note, va="center", fontsize=7)
     axes.set_yticks(range(len(scenarios)), [re.sub(r", batch \d+", "", scenario) for scenario in scenarios], fontsize=8)
     most = max((rate for (_, measured), rate in medians.items() if measured in BARS), default=1.0)
     axes.set(title=title, xlabel="records per second", xlim=(0, 1.3 * most))

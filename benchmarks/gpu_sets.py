@@ -1,4 +1,4 @@
-"""The data sets of benchmarks/gpu_day.py, made of a few records that come again and again under new ids.
+"""Data sets of benchmarks/gpu_day.py, which repeat a few records under new ids.
 
 Speed does not depend on the values, and drawing gigabytes of them would take longer than measuring. Imports no torch, so that
 processes that only write start in a second.
@@ -27,7 +27,7 @@ Array = np.ndarray[Any, Any]
 
 
 def write_sequences(folder: Path, nbytes: int, *, features: int, dtype: str = "float16", ragged: bool = False) -> None:
-    """Write sequences (33, features), or of 8 to 33 steps where ragged, of about `nbytes` in all.
+    """Write sequences (33, features), or of 8 to 33 steps if ragged, with about `nbytes` in total.
 
     Args:
         folder: Of the data set.
@@ -52,7 +52,7 @@ def write_sequences(folder: Path, nbytes: int, *, features: int, dtype: str = "f
 
 
 def write_graphs(folder: Path, nbytes: int, *, layers: int, nodes: int, features: int, edges: int, dtype: str) -> None:
-    """Write records of graphs with about so many nodes and edges, a quarter more or less, weighted where features are float16.
+    """Write records of graphs with about these numbers of nodes and edges, +-25 %, weighted if features are float16.
 
     Args:
         folder: Of the data set.
@@ -110,7 +110,7 @@ def folder_of(setup: Setup, name: str) -> Path:
 
 
 def opened(setup: Setup, name: str) -> dp.Dataset:
-    """Open a set; make it first where it is not there, or was left unfinished."""
+    """Open a set; make it first if it is missing or unfinished."""
     folder = folder_of(setup, name)
     try:
         return dp.open_dataset(folder)
@@ -127,7 +127,7 @@ def make(setup: Setup, name: str) -> None:
 
 
 def make_all(setup: Setup, deadline: Deadline, report: Report) -> None:
-    """Part: write every set, at the same time where there are cores for it."""
+    """Part: write every set, in parallel if there are enough cores."""
     if setup.quick or allowed_cores() < 4:
         for name in WRITERS:
             make(setup, name)

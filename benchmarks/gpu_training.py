@@ -1,4 +1,4 @@
-"""The parts of benchmarks/gpu_day.py that train: ceilings, training with the loader, where the host waits for the device."""
+"""Parts of benchmarks/gpu_day.py that train: ceilings, training with the loader, waits of the host for the device."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Training(NamedTuple):
 
     @property
     def scenario(self) -> str:
-        """In words."""
+        """The combination in words."""
         return f"{self.model}, batch {self.batch_size}, {self.precision}{', compiled' if self.compiled else ''}"
 
 
@@ -55,7 +55,7 @@ def training_grid(*, quick: bool) -> list[Training]:
 
 
 def training(setup: Setup, deadline: Deadline, report: Report) -> None:
-    """Part: each detector's ceiling, which is one batch again and again, and training with the loader."""
+    """Part: the speed of each detector on one repeated batch, and in training with the loader."""
     run_grid(
         training_grid(quick=setup.quick),
         lambda combination: measure(combination, setup, deadline, report),
@@ -173,7 +173,7 @@ def counted_waits(device: str) -> Iterator[Counter[str]]:
     ) -> None:
         if "synchronizing" not in str(message).lower() or "prototype" in str(message).lower():
             return
-        own = [one for one in traceback.extract_stack() if not OWN_FOLDERS.isdisjoint(Path(one.filename).parents)]
+        own = [frame for frame in traceback.extract_stack() if not OWN_FOLDERS.isdisjoint(Path(frame.filename).parents)]
         place = f"{Path(own[-1].filename).relative_to(ROOT)}:{own[-1].lineno}" if own else f"{Path(filename).name}:{lineno}"
         places[place] += 1
 

@@ -1,4 +1,4 @@
-"""How benchmarks/gpu_day.py runs its parts: a process of their own, a deadline for each, and messages as they measure.
+"""Run the parts of benchmarks/gpu_day.py in a worker process, each with a deadline, and receive their messages.
 
 A part is a function `(setup, deadline, report)`. It runs in a worker process, so that a crash in a library, an endless wait, or
 a GPU that refuses everything after an illegal access costs that part alone: the next one gets a fresh process.
@@ -26,7 +26,7 @@ ENDING_SECONDS, KILLED_SECONDS = 0.5, 5.0  # that a process may take to end by i
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """Where the parts run, and how much they do.
+    """Device, folder and extent of the measurements.
 
     Attributes:
         device: `cuda` or `cpu`.
@@ -52,7 +52,7 @@ class Deadline:
 
     @property
     def left_seconds(self) -> float:
-        """Seconds until then, 0 once it has passed."""
+        """Seconds until the deadline, or 0 if it has passed."""
         return max(0.0, self._end - self._clock())
 
     @property
@@ -62,7 +62,7 @@ class Deadline:
 
 
 class Report:
-    """What a part tells while it runs. Every message is sent at once, so that it outlives the process.
+    """The messages of a running part. Every message is sent at once, so that it outlives the process.
 
     Args:
         send: Takes the messages in order.
@@ -72,11 +72,11 @@ class Report:
         self._send = send
 
     def facts(self, **facts: Any) -> None:
-        """Tell facts by name, in JSON types; a later one replaces an earlier one of the same name."""
+        """Send facts by name, in JSON types; a later one replaces an earlier one of the same name."""
         self._send({"facts": facts})
 
     def add(self, scenario: str, measured: str, unit: str, values: list[float], *, cache: str = "", beside: str = "") -> None:
-        """Tell what was measured.
+        """Send a measurement.
 
         Args:
             scenario: Data and batch size, for example.
@@ -90,11 +90,11 @@ class Report:
         self._send({"row": row})
 
     def failed(self, scenario: str, measured: str, error: BaseException) -> None:
-        """Tell that something could not be measured, and why."""
+        """Send the reason why something could not be measured."""
         self._send({"failed": {"scenario": scenario, "measured": measured, "why": reason(error)}})
 
     def left_out(self, count: int, total: int) -> None:
-        """Tell how many of all combinations the deadline left no time for."""
+        """Send the number of combinations for which the deadline left no time."""
         self._send({"left_out": {"count": count, "total": total}})
 
 
@@ -118,7 +118,7 @@ def run_grid(
     report: Report,
     least_seconds: Callable[[T], float] = lambda _: 0.0,
 ) -> None:
-    """Measure one combination after the other until the deadline. A failure is told, and the others go on.
+    """Measure one combination after the other until the deadline. A failure is reported, and the others still run.
 
     Args:
         combinations: The most telling ones first.
@@ -146,7 +146,7 @@ def run_grid(
 
 
 def is_usable(device: str) -> bool:
-    """Whether the device still works in this process; waits for it."""
+    """Return whether the device still works in this process; waits for it."""
     if device == "cpu":
         return True
     try:
@@ -178,7 +178,7 @@ def work(setup: Setup, connection: Connection) -> None:
 
 
 class Worker:
-    """The process that parts run in; another one after it crashed, hung or lost its device."""
+    """The process that runs the parts; it is replaced after it crashed, hung or lost its device."""
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup

@@ -1,4 +1,4 @@
-"""How fast graphs come, beside what the machine allows and the peers: `python -m benchmarks.graphs`, some minutes on 2 cores.
+"""Measure the speed of graph loading, limits and other loaders: `python -m benchmarks.graphs`, some minutes on 2 cores.
 
 Warm page cache, shuffled, the loader alone, features delivered as float32. Traces: 8 graphs a record, of about 32 nodes x 576
 float16 and 100 weighted edges, 16 records a batch. Molecules: a graph a record, of about 26 nodes x 9 float32 and 56 edges, 256
@@ -31,7 +31,7 @@ app = new_app()
 
 
 def made(folder: Path, records: int, layers: int, nodes: int, features: int, edges: int, *, weighted: bool) -> Records:
-    """Records whose graphs have so many nodes and edges, a quarter more or less; the features of traces are float16."""
+    """Return records whose graphs have about these numbers of nodes and edges, +-25 %; features of traces are float16."""
     rng = np.random.default_rng(0)
     node_counts, edge_counts = (
         rng.integers(mean - mean // 4, mean + mean // 4 + 1, (records, layers)) for mean in (nodes, edges)
@@ -52,7 +52,7 @@ def made(folder: Path, records: int, layers: int, nodes: int, features: int, edg
 
 
 def written(folder: Path, records: Records) -> dp.Dataset:
-    """A set of them."""
+    """Write a data set of such records."""
     weights = None if records.edge_attr is None else dp.Field(dtype="float16")
     schema = dp.Schema(x=dp.Field(dtype=records.x.dtype.name, shape=records.x.shape[1:]), edge_attr=weights)
     with dp.ShardWriter(folder, schema, split=dp.SplitRule.parse("100/0/0"), shard_bytes=64 << 20) as writer:
@@ -70,7 +70,7 @@ def written(folder: Path, records: Records) -> dp.Dataset:
 
 
 def gather(records: Records, batch_size: int) -> int:
-    """The limit: what a batch holds, in random order, nothing numbered anew."""
+    """Measure the limit: the contents of batches in random order, without renumbering."""
     order = np.random.default_rng(1).permutation(len(records))
     for begin in range(0, len(order) - batch_size + 1, batch_size):
         nodes, edges = zip(*(records.rows(number) for number in order[begin : begin + batch_size]), strict=True)
@@ -82,7 +82,7 @@ def gather(records: Records, batch_size: int) -> int:
 
 
 def read(path: Path, records: Records, batch_size: int) -> int:
-    """The limit: the features of the same records from a file in the page cache, which holds them at its end."""
+    """Measure the limit: read the features of the same records from a file in the page cache."""
     order, x = np.random.default_rng(1).permutation(len(records)), records.x
     row, first = x[0].nbytes, path.stat().st_size - x.nbytes
     room = np.empty(batch_size * row * int(records.node_counts.sum(axis=1).max()), np.uint8)
@@ -95,12 +95,12 @@ def read(path: Path, records: Records, batch_size: int) -> int:
 
 
 def epoch(loader: dp.GraphLoader) -> int:
-    """One epoch; returns its records."""
+    """Run one epoch; return its number of records."""
     return sum(len(batch) for batch in loader)
 
 
 def compare(results: Results, scenario: str, folder: Path, records: Records, names: list[str], **options: Any) -> None:
-    """Ours, the limit and the peers of these names in turn; a row each."""
+    """Measure our loader, the limit and the peers with these names in turn; write a row for each."""
     batch_size, repeats, seconds = options["batch_size"], options["repeats"], options["seconds"]
     data = written(folder / "ours", records)
     counted = {

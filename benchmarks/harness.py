@@ -1,4 +1,4 @@
-"""What every benchmark needs: repeats, cold files, the memory of a process tree, and a CSV that says where it was measured."""
+"""Shared code of the benchmarks: repeats, cold files, memory of a process tree, and a CSV that names the machine."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ Row = dict[str, str]
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call."""
+    """Return the wall time of one call."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
 
 
 def rate(epoch: Callable[[], int], least_seconds: float) -> float:
-    """Records a second of whole epochs, as many as take so long; an epoch returns its records."""
+    """Return the records per second of whole epochs, repeated for a minimum time; an epoch returns its records."""
     records, started = 0, time.perf_counter()
     while (passed := time.perf_counter() - started) < least_seconds or not records:
         records += epoch()
@@ -48,7 +48,7 @@ def rate(epoch: Callable[[], int], least_seconds: float) -> float:
 
 
 def alternately(ways: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """What every way measures, `repeats` times in turn, as the machine wanders, after one turn that is not counted."""
+    """Measure every way `repeats` times in turn, because the speed of the machine varies; skip the first turn."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, way in ways.items():
@@ -58,7 +58,7 @@ def alternately(ways: Mapping[str, Callable[[], float]], repeats: int) -> dict[s
 
 
 def quartiles(values: list[float]) -> tuple[float, float]:
-    """Between which the middle half lies; of a single value, that value twice."""
+    """Return the quartiles; of a single value, that value twice."""
     if len(values) == 1:
         return values[0], values[0]
     lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
@@ -66,7 +66,7 @@ def quartiles(values: list[float]) -> tuple[float, float]:
 
 
 def read_in_order(paths: Iterable[Path], *, direct: bool = True) -> int:
-    """Whole files, 8 MiB at a time, past the page cache or through it; returns their bytes. The limit of any reading."""
+    """Read whole files, 8 MiB at a time, with or without the page cache; return their bytes. The limit of any reader."""
     buffer, total = mmap.mmap(-1, 8 << 20), 0  # aligned, as O_DIRECT wants it
     for path in paths:
         fd, at = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0)), 0
@@ -80,7 +80,7 @@ def read_in_order(paths: Iterable[Path], *, direct: bool = True) -> int:
 
 
 def read_rows(path: Path, begins: Iterable[int], sizes: Iterable[int], out: memoryview) -> int:
-    """Spans of a file's bytes one behind the other into `out`, a `preadv` each; returns their bytes.
+    """Read spans of a file one after the other into `out`, one `preadv` each; return their bytes.
 
     From the page cache, the limit of any reader that asks the system rather than mapping files.
     """
@@ -92,14 +92,14 @@ def read_rows(path: Path, begins: Iterable[int], sizes: Iterable[int], out: memo
 
 
 def shards(data: Dataset) -> list[Path]:
-    """The files of its training split."""
+    """Return the files of the training split."""
     return [
         data.shard_path("train", kind, number) for kind in data.schema.kinds for number in range(len(data.table("train", kind)))
     ]
 
 
 def wait_for_gpu() -> None:
-    """Until what was asked of it is done, where there is one."""
+    """Wait until the GPU, if there is one, has finished its work."""
     import torch
 
     if torch.cuda.is_available():
@@ -107,7 +107,7 @@ def wait_for_gpu() -> None:
 
 
 def evict(paths: Iterable[Path]) -> None:
-    """Takes files out of the page cache, so that the next read comes from the disk."""
+    """Drop files from the page cache, so that the next read comes from the disk."""
     for path in paths:
         fd = os.open(path, os.O_RDONLY)
         os.fsync(fd)
@@ -116,7 +116,7 @@ def evict(paths: Iterable[Path]) -> None:
 
 
 def peak_memory(command: list[str]) -> tuple[float, float]:
-    """Runs a command; its seconds, and the greatest memory of it and its children in bytes, shared pages counted once (PSS)."""
+    """Run a command; return its seconds, and the peak memory with its children in bytes (PSS)."""
     started = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         peak = _peak(process)
@@ -124,7 +124,7 @@ def peak_memory(command: list[str]) -> tuple[float, float]:
 
 
 def growth(command: list[str]) -> float:
-    """The greatest memory of a command and its children, above what it has when it says it is ready, in bytes (PSS).
+    """Return the peak memory of a command and its children above that when it says it is ready, in bytes (PSS).
 
     It says so by a line on its standard output, and then waits for one on its standard input.
     """
@@ -139,7 +139,7 @@ def growth(command: list[str]) -> float:
 
 
 def _peak(process: subprocess.Popen[bytes]) -> float:
-    """Until it ends. Raises RuntimeError where it fails."""
+    """Wait until it ends; raise RuntimeError if it fails."""
     peak = 0.0
     while process.poll() is None:
         peak = max(peak, _memory(process))
@@ -159,7 +159,7 @@ def _memory(process: subprocess.Popen[bytes]) -> float:
 
 
 def machine() -> tuple[str, str]:
-    """Its cores, memory and GPU in words, and what of them a file's name tells."""
+    """Return cores, memory and GPU of the machine in words, and the part for a file name."""
     from dali_pipeline.runtime.container import (  # here, as the peers' environment lacks what it needs
         allowed_cores,
         allowed_memory,
@@ -178,14 +178,13 @@ def machine() -> tuple[str, str]:
 
 
 def results_path(theme: str) -> Path | None:
-    """The newest file of a theme, `<theme>_<machine>_<date>.csv`, of one day the last by name, in every clone the same; None
-    where there is none."""
-    found = RESULTS.glob(f"{theme}_*_*.csv")
-    return max(found, key=lambda path: (path.stem.rsplit("_", 1)[1], path.name), default=None)
+    """Return the newest file of a theme, `<theme>_<machine>_<date>.csv`, or None; of one day, the last by name."""
+    paths = RESULTS.glob(f"{theme}_*_*.csv")
+    return max(paths, key=lambda path: (path.stem.rsplit("_", 1)[1], path.name), default=None)
 
 
 def rows_of(theme: str) -> list[Row]:
-    """Of its newest file; none where it was not measured."""
+    """Return the rows of the newest file of a theme; none if it was not measured."""
     path = results_path(theme)
     if path is None:
         return []
@@ -194,12 +193,12 @@ def rows_of(theme: str) -> list[Row]:
 
 
 def without_folders(text: str) -> str:
-    """Paths shortened to their last part: rows name no folder of a machine."""
+    """Return a command with paths shortened to their last part, so that rows name no folder."""
     return re.sub(r"(?<![\w.:/-])/(?:[^/\s'\",:;()]+/)+", "", text)
 
 
 def _told(arguments: list[str]) -> list[str]:
-    """Without the scratch folder."""
+    """Return the arguments without --folder and its value."""
     kept, given = [], iter(arguments)
     for one in given:
         if one == "--folder":
@@ -210,7 +209,7 @@ def _told(arguments: list[str]) -> list[str]:
 
 
 def _version(package: str) -> str:
-    """The package's version; DALI's by import, as its wheels have a name for each version of CUDA."""
+    """Return a package's version; that of DALI by import, because its wheels are named by CUDA version."""
     if package != "nvidia-dali":
         return version(package)
     from dali_pipeline.loaders.dali import describe_dali  # here, as the peers' environment lacks what it needs
@@ -219,7 +218,7 @@ def _version(package: str) -> str:
 
 
 class Results:
-    """Rows of one theme, printed as they come and written whole to `results/<theme>_<machine>_<date>.csv`."""
+    """Rows of one theme, printed one by one and written whole to `results/<theme>_<machine>_<date>.csv`."""
 
     def __init__(self, theme: str, packages: Iterable[str]) -> None:
         words, short = machine()
@@ -227,7 +226,9 @@ class Results:
         self._rows: list[dict[str, object]] = []
         self._common = {
             "machine": words,
-            "versions": ", ".join([f"Python {platform.python_version()}", *(f"{one} {_version(one)}" for one in packages)]),
+            "versions": ", ".join(
+                [f"Python {platform.python_version()}", *(f"{package} {_version(package)}" for package in packages)]
+            ),
             "commit": _commit(),
             "command": shlex.join(["python", "-m", f"benchmarks.{theme}", *_told(sys.argv[1:])]),
             "date": date.today().isoformat(),
@@ -243,7 +244,7 @@ class Results:
         against: list[float] | None = None,
         cache: str = "",
     ) -> None:
-        """One row: median and spread of `values`, and their ratio to the median of `against`.
+        """Add a row: median and spread of `values`, and their ratio to the median of `against`.
 
         cache: `warm` where files lay in the page cache, `cold` where they did not, empty where none are read.
         """
@@ -269,12 +270,12 @@ class Results:
             }
         )
         against_text = f", {ratio} of {reference} ({other:.4g})" if other is not None else ""
-        told = f"{scenario}: {measured}{f', {cache}' if cache and cache not in measured else ''}"
-        print(f"{told} {median:.4g} {unit} ({lower:.4g} to {upper:.4g}){against_text}", flush=True)
+        label = f"{scenario}: {measured}{f', {cache}' if cache and cache not in measured else ''}"
+        print(f"{label} {median:.4g} {unit} ({lower:.4g} to {upper:.4g}){against_text}", flush=True)
         self._write()
 
     def missing(self, scenario: str, measured: str, why: str) -> None:
-        """A row for what could not be measured."""
+        """Add a row for something that could not be measured."""
         self._rows.append({"scenario": scenario, "measured": measured, "why": without_folders(why), **self._common})
         print(f"{scenario}: {measured} cannot run: {why}", flush=True)
         self._write()
@@ -288,7 +289,7 @@ class Results:
 
 
 def _commit() -> str:
-    """Of the checkout, and whether anything was changed since; nothing where this is no checkout."""
+    """Return the commit of the checkout, and whether files changed since; empty if this is no checkout."""
     with suppress(FileNotFoundError):
         command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

@@ -1,4 +1,4 @@
-"""What `layers=` saves: `python -m benchmarks.layers`, half a minute.
+"""Measure the reads that `layers=` saves: `python -m benchmarks.layers`, half a minute.
 
 Bytes that an epoch reads from the disk, as the system counts them for this process, and its seconds, every file evicted
 before. First epochs read whole blocks, to hash them; later ones the pages that rows lie in. Sequences `[32, 1024]` float16
@@ -33,7 +33,7 @@ app = new_app()
 
 
 def made_sequences(folder: Path, count: int, *, by_layer: bool) -> dp.Dataset:
-    """A set of so many records."""
+    """Write a data set of this number of records."""
     field = dp.Field(dtype="float16", shape=(FEATURES,))
     if by_layer:
         field = replace(field, by_layer=ByLayer.of(LAYERS, 2 * FEATURES))
@@ -46,13 +46,13 @@ def made_sequences(folder: Path, count: int, *, by_layer: bool) -> dp.Dataset:
 
 
 def read_bytes() -> int:
-    """From the disk, by this process and its threads so far."""
+    """Return the bytes that this process and its threads have read from the disk."""
     lines = (line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(dict(lines)["read_bytes"])
 
 
 def measure(results: Results, scenario: str, root: Path, layers: int, make: MakeLoader, repeats: int) -> None:
-    """An epoch of all layers, of a quarter, and of one, each first and later, against the bytes of the files."""
+    """Measure first and later epochs of all layers, a quarter, and one, relative to the size of the files."""
     whole: dict[str, list[float]] = {}
     chosen: dict[str, Chosen] = {"all layers": None}
     chosen |= {f"{count} of {layers} layers": slice(0, count) for count in (layers // 4, 1)}
@@ -76,7 +76,7 @@ def measure(results: Results, scenario: str, root: Path, layers: int, make: Make
 
 @contextmanager
 def scratch(folder: Path | None) -> Iterator[Path]:
-    """A folder that is removed again."""
+    """Yield a temporary folder."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
         yield Path(name)
 

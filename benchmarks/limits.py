@@ -1,4 +1,4 @@
-"""What the machine can do at best: `python -m benchmarks.limits`, half a minute.
+"""Measure the limits of the machine: `python -m benchmarks.limits`, half a minute.
 
 Copying memory, one thread and torch's all; reading files in order, past the page cache and from it; where there is a GPU,
 copying to it from pinned and from other memory. The limits of gathering and of DALI stand in benchmarks/sequences.py, beside
@@ -26,7 +26,7 @@ app = new_app()
 
 
 def copy(source: torch.Tensor, target: torch.Tensor, threads: int) -> int:
-    """Bytes copied once."""
+    """Copy bytes once; return their number."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     target.copy_(source, non_blocking=True)
@@ -62,10 +62,10 @@ def main(
             os.fsync(file.fileno())
         ways["sequential read, cold"] = partial(read_in_order, [path])
         ways["sequential read, warm"] = partial(read_in_order, [path], direct=False)
-        found = alternately({name: partial(rate, way, seconds) for name, way in ways.items()}, repeats)
-    for name, rates in found.items():
+        rates_by_way = alternately({name: partial(rate, way, seconds) for name, way in ways.items()}, repeats)
+    for name, rates in rates_by_way.items():
         name, _, cache = name.partition(", ") if name.startswith("sequential") else (name, "", "")
-        results.add("this machine", name, "GB/s", [each / 1e9 for each in rates], cache=cache)
+        results.add("this machine", name, "GB/s", [sample / 1e9 for sample in rates], cache=cache)
     if not torch.cuda.is_available():
         results.missing("this machine", "host to device", "no GPU")
 

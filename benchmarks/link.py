@@ -1,4 +1,4 @@
-"""A link of so many bytes a second behind S3's GetObject and HeadObject: `python -m benchmarks.link FOLDER MB/S SECONDS`.
+"""Simulate a link of a given bandwidth behind S3's GetObject and HeadObject: `python -m benchmarks.link FOLDER MB/S SECONDS`.
 
 Serves the files of a folder as `/<bucket>/<key>`, whole or a range, as S3 answers (tests/test_benchmarks.py holds it against
 moto's server), until its standard input closes. Every request waits before its first byte, and all answers together go no
@@ -23,13 +23,13 @@ CHUNK = 128 << 10  # a connection's turn on the link
 
 
 class Link:
-    """Bytes go through one after the other, whosever they are."""
+    """A link that all connections share: bytes pass one after the other."""
 
     def __init__(self, bytes_per_second: float) -> None:
         self._rate, self._free, self._lock = bytes_per_second, 0.0, threading.Lock()
 
     def pass_through(self, nbytes: int) -> None:
-        """Returns when the last of them has come out; a link that was idle has saved nothing up."""
+        """Wait until the last byte has passed; idle time is not saved up."""
         with self._lock:
             self._free = max(self._free, time.monotonic()) + nbytes / self._rate
             until = self._free
@@ -37,7 +37,7 @@ class Link:
 
 
 class Server(ThreadingHTTPServer):
-    """One thread a connection."""
+    """Server with one thread per connection."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -48,13 +48,13 @@ class Server(ThreadingHTTPServer):
 
 
 class Answer(BaseHTTPRequestHandler):
-    """To one request."""
+    """Answer one request."""
 
     protocol_version = "HTTP/1.1"
     server: Server
 
     def do_GET(self) -> None:
-        """The object, or the range of it that was asked for; of HEAD what would be said before it."""
+        """Send the object or the range that was asked for; for HEAD only the headers."""
         time.sleep(self.server.delay)
         key = self.path.partition("?")[0].lstrip("/").partition("/")[2]
         try:
@@ -72,18 +72,18 @@ class Answer(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def _send(self, fd: int) -> None:
-        found = os.fstat(fd)
-        begin, end, asked = 0, found.st_size, re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
-        told = {
-            "ETag": f'"{found.st_mtime_ns:x}-{found.st_size:x}"',
-            "Last-Modified": formatdate(found.st_mtime, usegmt=True),
+        stat = os.fstat(fd)
+        begin, end, asked = 0, stat.st_size, re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+        headers = {
+            "ETag": f'"{stat.st_mtime_ns:x}-{stat.st_size:x}"',
+            "Last-Modified": formatdate(stat.st_mtime, usegmt=True),
             "Content-Type": "binary/octet-stream",
             "Accept-Ranges": "bytes",
         }
         if asked:
             begin, end = int(asked[1]), min(int(asked[2]) + 1, end)
-            told["Content-Range"] = f"bytes {begin}-{end - 1}/{found.st_size}"
-        self._head(206 if asked else 200, end - begin, told)
+            headers["Content-Range"] = f"bytes {begin}-{end - 1}/{stat.st_size}"
+        self._head(206 if asked else 200, end - begin, headers)
         while begin < end and self.command == "GET":
             turn = min(CHUNK, end - begin)
             self.server.link.pass_through(turn)
@@ -98,11 +98,11 @@ class Answer(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *_: Any) -> None:
-        """Quiet."""
+        """Log nothing."""
 
 
 def main() -> None:
-    """Prints its port; serves until the end of its input."""
+    """Print the port, and serve until the end of standard input."""
     folder, megabytes, delay = sys.argv[1:]
     server = Server(Path(folder), float(megabytes) * 1e6, float(delay))
     threading.Thread(target=server.serve_forever, daemon=True).start()

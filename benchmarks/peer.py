@@ -1,4 +1,4 @@
-"""One peer in a process of its own: `python -m benchmarks.peer SPEC`, as benchmarks/peers.py starts it.
+"""Run one peer in a separate process: `python -m benchmarks.peer SPEC`, started by benchmarks/peers.py.
 
 It writes the records in the peer's format, and for each number of workers runs an epoch that must bring every record once, as
 it was written, and two timed samples. Its first line on standard output tells them, or why it cannot; the number that did best
@@ -27,31 +27,31 @@ Epochs = Callable[[], Iterator[Batch]]  # each call is another epoch
 
 
 class Records(Protocol):
-    """What a peer writes, and what its batches are held against."""
+    """Records that a peer writes, and with which its batches are compared."""
 
     def __len__(self) -> int: ...
 
     def check(self, batch: Batch) -> list[int]:
-        """The ids of a batch, once it is known to hold what was written."""
+        """Return the ids of a batch after checking that it holds the written values."""
 
 
 class Way(ABC):
-    """How one library writes and reads."""
+    """Writes and reads with one library."""
 
     package: str  # whose version is told
     workers: tuple[int, ...] = (0, 2, 4)  # what is tried
 
     @abstractmethod
     def write(self, folder: Path, records: Any) -> None:
-        """Into an empty folder."""
+        """Write the records to an empty folder."""
 
     @abstractmethod
     def loader(self, folder: Path, batch_size: int, workers: int) -> Epochs:
-        """Shuffled epochs."""
+        """Yield shuffled epochs."""
 
 
 def checked(way: Way, records: Records, folder: Path, batch_size: int, workers: int) -> Epochs:
-    """A loader whose first epoch has brought every record once, as it was written."""
+    """Return a loader after checking that its first epoch delivers every record once, as written."""
     epochs, came = way.loader(folder, batch_size, workers), np.zeros(len(records), np.int64)
     for batch in epochs():
         np.add.at(came, records.check(batch), 1)
@@ -61,12 +61,12 @@ def checked(way: Way, records: Records, folder: Path, batch_size: int, workers: 
 
 
 def sample(epochs: Epochs, seconds: float) -> float:
-    """Records a second."""
+    """Return the records per second."""
     return rate(lambda: sum(len(batch["label"]) for batch in epochs()), seconds)
 
 
 def measured(way: Way, records: Records, spec: dict[str, Any]) -> tuple[dict[int, list[float]], int, Epochs]:
-    """Samples of every number of workers, the best number, and a loader with it."""
+    """Return samples of every number of workers, the best number, and a loader with it."""
     folder, trials = Path(spec["folder"]), {}
     way.write(folder, records)
     os.sync()
@@ -79,7 +79,7 @@ def measured(way: Way, records: Records, spec: dict[str, Any]) -> tuple[dict[int
 
 
 def main(spec: dict[str, Any]) -> None:
-    """Answers are JSON lines on what was standard output; whatever else prints there goes to standard error."""
+    """Answer in JSON lines on standard output; other prints go to standard error."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     try:

@@ -1,4 +1,4 @@
-"""The peers that our loaders are held against, each in a process of its own that measures when it is asked to.
+"""Other loaders for comparison (peers), each in a separate process that measures on request.
 
 They run in `.venv-peers` (`make peers`), as their pins clash with ours, or, where that is missing, with our own interpreter,
 which has what some of them need. One that cannot run says why.
@@ -25,9 +25,9 @@ START_SECONDS, SAMPLE_SECONDS, END_SECONDS = 600, 300, 10
 
 
 class Peer:
-    """A running peer, or why it is none.
+    """A running peer, or the reason why it cannot run.
 
-    label: its name, version and number of workers · trials: the samples by which that number was chosen. Both once it is ready.
+    label: its name, version and number of workers. trials: the samples by which that number was chosen. Both once it is ready.
     """
 
     def __init__(self, theme: str, name: str, records: Path, folder: Path, *, batch_size: int, seconds: float) -> None:
@@ -55,14 +55,14 @@ class Peer:
         self.trials: dict[int, list[float]] = {}
 
     def await_ready(self) -> None:
-        """Until it has written, checked and tried."""
+        """Wait until it has written, checked and tried."""
         answer = self._answer(START_SECONDS)
         self.why, self.trials = answer.get("why"), dict(answer.get("trials", []))
         if self.trials:
             self.label = f"{self.name} {answer['version']}, workers={answer['workers']}"
 
     def sample(self) -> float:
-        """Records a second, now; not a number, and `why`, where it has failed meanwhile."""
+        """Measure the records per second now; NaN, and `why`, if it has failed."""
         assert self._process.stdin is not None
         if self.why:
             return float("nan")
@@ -73,7 +73,7 @@ class Peer:
         return float(answer.get("rate", "nan"))
 
     def close(self) -> None:
-        """Ends it and its workers."""
+        """End it and its workers."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.close()  # which it takes as its end
@@ -100,7 +100,7 @@ class Peer:
 def running(
     theme: str, names: Iterable[str], records: Path, folder: Path, *, batch_size: int, seconds: float
 ) -> Iterator[list[Peer]]:
-    """The peers by name, started one after the other, so that none disturbs another's trials."""
+    """Start the peers one after the other, so that none disturbs another's trials; yield them by name."""
     with ExitStack() as stack:
         peers: list[Peer] = []
         for number, name in enumerate(names):
@@ -121,10 +121,10 @@ def report(
     limit: Callable[[str], str],
     ours: list[str],
 ) -> None:
-    """A row for every way against its limit, for the peers' trials, and for ours against each peer, or why it cannot run."""
+    """Write a row for every way against its limit, for the peers' trials, and for ours against each peer."""
     limits = {limit(name) for name in rates}
     failed = {peer.label for peer in peers if peer.why}
-    for name in (each for each in rates if each not in failed):
+    for name in (name for name in rates if name not in failed):
         reference = limit(name)
         against = rates[reference] if reference != name else None
         cache = "" if reference == name or name in limits else "warm"

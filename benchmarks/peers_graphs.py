@@ -1,4 +1,4 @@
-"""The peers of the graph loader, and the records that they write.
+"""Peers of the graph loader, and the records that they write.
 
 Every batch is a mapping of `graphs` with float32 features, a PyG `Batch` a layer or one of all graphs of all records, `label`
 and `id`, the record's number; every epoch is shuffled. Features stored as float16 are widened once they are batched.
@@ -28,7 +28,7 @@ ALWAYS = ("x", "edge_index", "node_counts", "edge_counts")
 
 
 class Records:
-    """What is written: record i has a graph a layer, the label i % 2, the id i.
+    """The written records: record i has one graph per layer, the label i % 2, the id i.
 
     x: (N, F), edge_index: (2, E) and edge_attr: (E,) or none, of all graphs of all records, one after the other; an edge's
     nodes are numbered in its graph · node_counts, edge_counts: (records, layers)
@@ -45,7 +45,7 @@ class Records:
         return len(self.node_counts)
 
     def rows(self, record: int) -> tuple[slice, slice]:
-        """Where the nodes and the edges of all graphs of a record lie."""
+        """Return the ranges of the nodes and the edges of all graphs of a record."""
         nodes, edges = (
             slice(ends[record, 0] - counts[record, 0], ends[record, -1])
             for ends, counts in ((self.node_ends, self.node_counts), (self.edge_ends, self.edge_counts))
@@ -53,7 +53,7 @@ class Records:
         return nodes, edges
 
     def graph(self, record: int, layer: int) -> Data:
-        """One graph, as stored; the arrays are copies."""
+        """Return one graph as stored; the arrays are copies."""
         nodes, edges = self.node_ends[record, layer], self.edge_ends[record, layer]
         node_rows = slice(nodes - self.node_counts[record, layer], nodes)
         edge_rows = slice(edges - self.edge_counts[record, layer], edges)
@@ -64,35 +64,35 @@ class Records:
         )
 
     def record(self, number: int) -> dict[str, Any]:
-        """A record as PyG users have it."""
+        """Return a record in the form of PyG users."""
         layers = range(self.node_counts.shape[1])
         return {"graphs": [self.graph(number, layer) for layer in layers], "label": number % 2, "id": number}
 
     def check(self, batch: Batch) -> list[int]:
-        """The ids of a batch, once it is known to hold what was written."""
-        ids, layers = [int(one) for one in batch["id"]], range(self.node_counts.shape[1])
+        """Return the ids of a batch after checking that it holds the written values."""
+        ids, layers = [int(id_) for id_ in batch["id"]], range(self.node_counts.shape[1])
         if isinstance(batch["graphs"], list):
-            came, expected = batch["graphs"], [[self.graph(one, layer) for one in ids] for layer in layers]
+            came, expected = batch["graphs"], [[self.graph(id_, layer) for id_ in ids] for layer in layers]
         else:
-            came, expected = [batch["graphs"]], [[self.graph(one, layer) for one in ids for layer in layers]]
+            came, expected = [batch["graphs"]], [[self.graph(id_, layer) for id_ in ids for layer in layers]]
         for graphs, parts in zip(came, expected, strict=True):
             whole = widened(Graphs.from_data_list(parts))
             for name in whole.keys():  # noqa: SIM118 - iterating gives pairs
                 if graphs[name].dtype != whole[name].dtype or not torch.equal(graphs[name], whole[name]):
                     raise ValueError(f"{name} of records {ids[:3]}… is other than what was written")
-        if [int(one) for one in batch["label"]] != [one % 2 for one in ids]:
+        if [int(label) for label in batch["label"]] != [id_ % 2 for id_ in ids]:
             raise ValueError(f"records {ids[:3]}… came with other labels than were written")
         return ids
 
 
 def write_graphs(folder: Path, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
-    """Where `Records` finds them."""
+    """Write the arrays that `Records` reads."""
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
 
 
 def widened(graphs: Graphs) -> Graphs:
-    """Float32 features."""
+    """Return features as float32."""
     for name in ("x", "edge_attr"):
         if name in graphs:
             graphs[name] = graphs[name].float()
@@ -116,7 +116,7 @@ class PtFiles(Way):
 
 
 class PtDeque(IterableDataset[Any]):
-    """Loads a file, holds 250 records, gives one of them for each that comes."""
+    """Loads files, holds 250 records, and yields one of them for each that is loaded."""
 
     def __init__(self, files: list[Path]) -> None:
         self._files = files
@@ -138,18 +138,18 @@ class PtDeque(IterableDataset[Any]):
 
 
 def by_layer(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """A PyG `Batch` a layer."""
+    """Return one PyG `Batch` per layer."""
     layers = zip(*(record["graphs"] for record in records), strict=True)
     return {"graphs": [Graphs.from_data_list(list(layer)) for layer in layers], **numbers(records)}
 
 
 def at_once(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """One PyG `Batch`, as ours; a third faster."""
+    """Return one PyG `Batch`, like ours; a third faster."""
     return {"graphs": Graphs.from_data_list([graph for record in records for graph in record["graphs"]]), **numbers(records)}
 
 
 def numbers(records: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Labels and ids."""
+    """Return labels and ids."""
     return {name: torch.tensor([record[name] for record in records]) for name in ("label", "id")}
 
 
@@ -193,7 +193,7 @@ class OnDisk(Way):
 
 
 class RecordsOnDisk(OnDiskDataset):  # type: ignore[misc]
-    """Rows of the arrays of all layers, one after the other, and how many belong to each."""
+    """Return the rows of the arrays of all layers, one after the other, and the number of each."""
 
     def __init__(self, folder: Path, features: int) -> None:
         half, long = torch.float16, torch.int64

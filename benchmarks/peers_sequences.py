@@ -1,4 +1,4 @@
-"""The peers of the sequence loader: each writes the records in its own format and reads them as its documentation recommends.
+"""Peers of the sequence loader: each writes the records in its own format and reads them as its documentation recommends.
 
 Where that leaves a choice, the fastest that was found (docs/log.md). Nothing is compressed. Each imports its library where it
 uses it, as this module is also read where they are not installed.
@@ -154,7 +154,7 @@ class Grain(Way):
         if workers:
             data = data.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
         endless = iter(data)
-        return lambda: ({**one, "sequence": torch.from_numpy(one["sequence"])} for one in islice(endless, batches))
+        return lambda: ({**batch, "sequence": torch.from_numpy(batch["sequence"])} for batch in islice(endless, batches))
 
 
 def _parsed(shape: tuple[int, ...], stored: bytes) -> dict[str, Any]:
@@ -178,8 +178,8 @@ class Spdl(Way):
         paths, rng = sorted(folder.glob("*.npy")), np.random.default_rng(0)
 
         def load(ids: list[int]) -> Batch:
-            values = np.stack([spdl.io.load_npy(paths[one].read_bytes()) for one in ids])
-            return {"sequence": torch.from_numpy(values), "label": [one % 2 for one in ids], "id": ids}
+            values = np.stack([spdl.io.load_npy(paths[id_].read_bytes()) for id_ in ids])
+            return {"sequence": torch.from_numpy(values), "label": [id_ % 2 for id_ in ids], "id": ids}
 
         def epoch() -> Iterator[Batch]:
             order = rng.permutation(len(paths)).tolist()

@@ -1,4 +1,4 @@
-"""The peers of the sequence loader that need torch and NumPy alone, and the records that all of its peers write.
+"""Peers of the sequence loader that need only torch and NumPy, and the records that all its peers write.
 
 Every batch is a mapping of `sequence` (B, T, F) float16, `label` and `id`, the record's number; every epoch is shuffled.
 """
@@ -22,7 +22,7 @@ VALUES = "values.npy"
 
 
 class Records:
-    """What is written: record i is values[i], its label i % 2, its id i."""
+    """The written records: record i is values[i], its label i % 2, its id i."""
 
     def __init__(self, folder: Path) -> None:
         self.values = np.load(folder / VALUES, mmap_mode="r")
@@ -35,19 +35,19 @@ class Records:
             yield {"sequence": value, "label": number % 2, "id": number}
 
     def check(self, batch: Batch) -> list[int]:
-        """The ids of a batch, once it is known to hold what was written."""
-        sequences, ids = batch["sequence"], [int(one) for one in batch["id"]]
+        """Return the ids of a batch after checking that it holds the written values."""
+        sequences, ids = batch["sequence"], [int(id_) for id_ in batch["id"]]
         if not isinstance(sequences, torch.Tensor) or sequences.dtype != torch.float16:
             raise TypeError(f"sequences came as {getattr(sequences, 'dtype', type(sequences))}; expected a float16 tensor")
         if not np.array_equal(sequences.numpy(), self.values[ids]):
             raise ValueError(f"records {ids[:3]}… came with other values than were written")
-        if [int(one) for one in batch["label"]] != [one % 2 for one in ids]:
+        if [int(label) for label in batch["label"]] != [id_ % 2 for id_ in ids]:
             raise ValueError(f"records {ids[:3]}… came with other labels than were written")
         return ids
 
 
 def write_values(folder: Path, values: np.ndarray[Any, Any]) -> None:
-    """Where `Records` finds them."""
+    """Write the values that `Records` reads."""
     np.save(folder / VALUES, values)
 
 
@@ -68,7 +68,7 @@ class PtFiles(Way):
 
 
 class PtDeque(IterableDataset[Any]):
-    """Loads a file, holds 250 records, gives one of them for each that comes."""
+    """Loads files, holds 250 records, and yields one of them for each that is loaded."""
 
     def __init__(self, files: list[Path]) -> None:
         self._files = files
@@ -103,7 +103,7 @@ class MemoryMap(Way):
 
 
 class MappedRecords(Dataset[Batch]):
-    """Map-style."""
+    """A map-style data set."""
 
     def __init__(self, folder: Path) -> None:
         self._values = np.load(folder / VALUES, mmap_mode="c")  # as torch warns of what it may not write to
@@ -112,12 +112,12 @@ class MappedRecords(Dataset[Batch]):
         return len(self._values)
 
     def __getitem__(self, number: Any) -> Batch:
-        """A record, or with a list of numbers a batch."""
+        """Return a record, or a batch for a list of numbers."""
         return {"sequence": torch.from_numpy(self._values[number]), "label": np.asarray(number) % 2, "id": number}
 
 
 class MemoryMapBatches(MemoryMap):
-    """The same, a batch at a time."""
+    """Reads a batch at a time."""
 
     def loader(self, folder: Path, batch_size: int, workers: int) -> Epochs:
         records = MappedRecords(folder)

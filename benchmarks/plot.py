@@ -1,4 +1,4 @@
-"""Draws docs/speed.png, docs/growth.png and docs/gpu.png from results/, and the README's tables: `python -m benchmarks.plot`.
+"""Draw docs/speed.png, growth.png and gpu.png from results/, and the tables of docs/results.md: `python -m benchmarks.plot`.
 
 Each theme is read from its newest file, `<theme>_<machine>_<date>.csv`. What was not measured is left out; without a GPU that
 is gpu.png.
@@ -26,14 +26,14 @@ from dali_pipeline.tools.picture import COLOURS, save
 OURS, PEER, LIMIT = COLOURS[2], COLOURS[3], COLOURS[1]
 STYLES = {"torch engine": (COLOURS[2], "o"), "dali engine": (COLOURS[0], "s"), "GraphLoader": (COLOURS[1], "^")}
 LIMITS = ("gather", "slice and concatenate")
-README = Path("README.md")
+RESULTS = Path("docs/results.md")
 app = new_app()
 Rows = list[Row]
 Panel = Callable[[Axes], None]
 
 
 def bars(axes: Axes, rows: Rows, title: str) -> None:
-    """Records a second of every way, ours and others', fastest first; the limit as a line."""
+    """Draw the records per second of every loader, fastest first, and the limit as a line."""
     first: dict[str, Row] = {}
     for row in rows:
         if row["median"] and "trial" not in row["measured"]:
@@ -56,9 +56,12 @@ def bars(axes: Axes, rows: Rows, title: str) -> None:
 
 
 def sizes(axes: Axes, rows: Rows) -> None:
-    """GB/s by the size of a record."""
+    """Draw GB/s by the size of a record."""
     mine = [row for row in rows if row["scenario"].startswith("records of ")]
-    for name, colour, marker in (("gather", LIMIT, None), *((one, *STYLES[one]) for one in ("torch engine", "dali engine"))):
+    for name, colour, marker in (
+        ("gather", LIMIT, None),
+        *((engine, *STYLES[engine]) for engine in ("torch engine", "dali engine")),
+    ):
         of_name = [row for row in mine if row["measured"] == name]
         nbytes = [int(row["scenario"].split()[2]) for row in of_name]
         rates = [float(row["median"]) / 1e3 for row in of_name]
@@ -72,7 +75,7 @@ def sizes(axes: Axes, rows: Rows) -> None:
 
 
 def workers(axes: Axes, rows: Rows) -> None:
-    """Records a second by number of workers, each loader's beside its own with none."""
+    """Draw the records per second by number of workers, relative to none."""
     for kind, (colour, marker) in STYLES.items():
         for cache, line in (("warm", "-"), ("cold", ":")):
             mine = [row for row in rows if row["scenario"] == f"{kind}, shuffled" and row.get("cache") == cache]
@@ -89,7 +92,7 @@ def workers(axes: Axes, rows: Rows) -> None:
 
 
 def memory(axes: Axes, rows: Rows) -> None:
-    """Above the imports, by size of the data."""
+    """Draw the memory above that of the imports, by size of the data."""
     mine = [row for row in rows if row["measured"].endswith("memory above imports")]
     for kind in ("torch engine", "dali engine"):
         of_kind = [row for row in mine if row["measured"].startswith(kind)]
@@ -105,7 +108,7 @@ def memory(axes: Axes, rows: Rows) -> None:
 
 
 def first_batches(axes: Axes, rows: Rows) -> None:
-    """Seconds by number of shards."""
+    """Draw seconds by number of shards."""
     for kind in ("torch engine", "dali engine"):
         for state, line in (("warm", "-"), ("cold", ":")):
             mine = [row for row in rows if row["measured"] == f"{kind}, first batch, {state}"]
@@ -118,7 +121,7 @@ def first_batches(axes: Axes, rows: Rows) -> None:
 
 
 def layers(axes: Axes, rows: Rows) -> None:
-    """Bytes of a later epoch from the disk, by how many layers it reads."""
+    """Draw the bytes that a later epoch reads from the disk, by number of layers."""
     scenarios = list(dict.fromkeys(row["scenario"] for row in rows))
     names = ["all layers", *(f"{part} of the layers" for part in ("a quarter", "one"))]
     for number, scenario in enumerate(scenarios):
@@ -131,7 +134,7 @@ def layers(axes: Axes, rows: Rows) -> None:
 
 
 def ceilings(axes: Axes, rows: Rows) -> None:
-    """Training beside its ceiling."""
+    """Draw training and its ceiling."""
     names = list(dict.fromkeys(row["scenario"] for row in rows))
     for number, (measured, colour) in enumerate((("one batch again and again", LIMIT), ("with the loader", OURS))):
         mine = {row["scenario"]: float(row["median"]) for row in rows if row["measured"] == measured}
@@ -144,13 +147,13 @@ def ceilings(axes: Axes, rows: Rows) -> None:
 
 
 def _legend_above(axes: Axes) -> None:
-    """In a third of the height that is left free for it."""
+    """Place the legend in the free third of the height."""
     axes.set_ylim(0, 1.4 * axes.get_ylim()[1])
     axes.legend(fontsize=7, loc="upper left", ncols=2)
 
 
 def speed_panels() -> Iterator[Panel]:
-    """Each scenario of sequences and graphs."""
+    """Yield a panel for each scenario of sequences and graphs."""
     for theme in ("sequences", "graphs"):
         rows = rows_of(theme)
         for name in dict.fromkeys(row["scenario"] for row in rows):
@@ -158,7 +161,7 @@ def speed_panels() -> Iterator[Panel]:
 
 
 def growth_panels() -> Iterator[Panel]:
-    """What was measured of the rest."""
+    """Yield a panel for each of the other measurements."""
     themes = (("scaling", [sizes, workers]), ("scale", [memory, first_batches]), ("layers", [layers]), ("training", [ceilings]))
     for theme, panels in themes:
         if rows := rows_of(theme):
@@ -166,7 +169,7 @@ def growth_panels() -> Iterator[Panel]:
 
 
 def draw(panels: list[Panel], path: Path, width: int, height: float) -> None:
-    """So many in a row; nothing where there is none."""
+    """Draw panels in rows; do nothing if there are none."""
     if not panels:
         return
     lines = -(-len(panels) // width)
@@ -182,13 +185,13 @@ def draw(panels: list[Panel], path: Path, width: int, height: float) -> None:
 
 @app.command()
 def main(folder: Annotated[Path, typer.Argument(help="Folder for the pictures.")] = Path("docs")) -> None:
-    """Draw what results/ holds; with the pictures in docs, the README's tables too."""
+    """Draw the results in results/; if the pictures go to docs, also write the tables of docs/results.md."""
     draw(list(speed_panels()), folder / "speed.png", 2, 4.2)
     draw(list(growth_panels()), folder / "growth.png", 2, 3.6)
     draw(list(gpu_panels()), folder / "gpu.png", 2, 5.5)
     if folder == Path("docs"):
-        update_tables(README)
-        print(README)
+        update_tables(RESULTS)
+        print(RESULTS)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a detector is held against: a linear probe on every layer, the length of a sequence, and nothing learned at all.
+"""Baselines of the detectors: a linear probe on every layer, the length of a prompt, and a bag of words.
 
     python -m benchmarks.probe data/sciq
 
@@ -30,20 +30,20 @@ app = new_app()
 
 
 def load(data: dp.Dataset, split: str) -> tuple[Floats, Floats, list[str]]:
-    """A split's sequences (N, T, F) float32, labels (N,) and ids, each record once."""
+    """Return a split's sequences (N, T, F) float32, labels (N,) and ids, each record once."""
     loader = dp.SequenceLoader(data, split, batch_size=256, shuffle=False, engine="torch", device="cpu")
     batches = [
         (batch.sequences[batch.valid], batch.labels[batch.valid], batch.ids[: int(batch.valid.sum())]) for batch in loader
     ]
     sequences, labels, ids = zip(*batches, strict=True)
-    return torch.cat(sequences).numpy(), torch.cat(labels).numpy(), [one for part in ids for one in part]
+    return torch.cat(sequences).numpy(), torch.cat(labels).numpy(), [id_ for part in ids for id_ in part]
 
 
 def without_states(splits: dict[str, tuple[Floats, Floats, list[str]]], prompts: Path) -> dict[str, float]:
-    """Test AUROC of a bag of words, and of the prompt's length in characters, the better sign chosen on training."""
+    """Return the test AUROC of a bag of words and of the prompt's length, whose sign is chosen on training."""
     with prompts.open(newline="", encoding="utf-8") as file:
         texts = {row["id"]: row["prompt"] for row in csv.DictReader(file)}
-    train_texts, test_texts = ([texts[one] for one in splits[name][2]] for name in ("train", "test"))
+    train_texts, test_texts = ([texts[id_] for id_ in splits[name][2]] for name in ("train", "test"))
     train_labels, test_labels = splits["train"][1], splits["test"][1]
     words = make_pipeline(CountVectorizer(min_df=2, ngram_range=(1, 2)), LogisticRegression(C=0.1, max_iter=1000))
     words.fit(train_texts, train_labels)
@@ -65,11 +65,11 @@ def main(
         raise dp.DataError(
             f"{data} has sequences of {fewest} to {most} steps, {dataset.num_classes} classes; expected one length, 2 classes"
         )
-    found = probe_layers(dataset, dataset.layer_numbers("sequences") or list(range(most)), seed=0)
+    scores = probe_layers(dataset, dataset.layer_numbers("sequences") or list(range(most)), seed=0)
     print(f"{'':24}  val AUROC  test AUROC")
-    for layer, val, test in zip(found.layers, found.val, found.test, strict=True):
+    for layer, val, test in zip(scores.layers, scores.val, scores.test, strict=True):
         print(f"{f'linear probe, layer {layer}':24}  {val:9.3f}  {test:10.3f}")
-    print(f"\nchosen on validation: layer {found.layers[found.best]}, test AUROC {found.test[found.best]:.3f}")
+    print(f"\nchosen on validation: layer {scores.layers[scores.best]}, test AUROC {scores.test[scores.best]:.3f}")
     prompts = data.with_suffix(".csv")
     if prompts.exists():
         for name, auroc in without_states({split: load(dataset, split) for split in ("train", "test")}, prompts).items():

@@ -1,4 +1,4 @@
-"""Whether the loader changes results: the LSTM trained through torch over `.pt` files, and through our loader.
+"""Check whether the loader changes results: the LSTM trained through torch over `.pt` files, and through our loader.
 
     python -m benchmarks.same_results data/sciq --seeds 3        (some 4 minutes on two cores)
 
@@ -41,7 +41,7 @@ app = new_app()
 
 
 class PtFiles(IterableDataset[Any]):
-    """The plain way."""
+    """Train the plain way."""
 
     def __init__(self, files: list[Path], seed: int) -> None:
         self._files, self._rng = files, random.Random(seed)
@@ -59,7 +59,7 @@ class PtFiles(IterableDataset[Any]):
 
 
 def plain_way(data: dp.Dataset, files: list[Path], records: int, splits: Splits, config: TrainConfig) -> float:
-    """Test AUROC of the epoch that is best on validation."""
+    """Return the test AUROC of the epoch that is best on validation."""
     torch.manual_seed(seed_of(config.seed, MODELS.index("lstm")))
     model = LSTMDetector(splits["val"][0].shape[2], dropout=config.dropout)
     set_statistics(model, *feature_statistics("lstm", data, config).tensors())
@@ -83,13 +83,13 @@ def plain_way(data: dp.Dataset, files: list[Path], records: int, splits: Splits,
 
 @torch.inference_mode()
 def auroc(model: LSTMDetector, sequences: torch.Tensor, labels: torch.Tensor) -> float:
-    """Of a whole split."""
+    """Return the AUROC of a whole split."""
     model.eval()
     return float(roc_auc_score(labels, model(sequences, torch.full((len(labels),), sequences.shape[1])).logits_BK[:, 0]))
 
 
 def our_way(data: dp.Dataset, config: TrainConfig, folder: Path) -> float:
-    """The same through SequenceLoader and the trainer."""
+    """Train through SequenceLoader and the trainer."""
     alone = Processes(dp.World())
     trainer = Trainer("lstm", data, config, folder, Conduct(device="cpu"), Interrupts(alone), alone)
     while not trainer.finished:

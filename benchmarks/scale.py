@@ -1,4 +1,4 @@
-"""What grows with the data, and must not: `python -m benchmarks.scale`, two minutes on 2 cores, 2 GB of disk.
+"""Measure what must not grow with the size of the data: `python -m benchmarks.scale`, two minutes on 2 cores, 2 GB of disk.
 
     python -m benchmarks.scale --gigabytes 1,10      # memory and cold epochs show best on more: 11 GB of disk
 
@@ -39,7 +39,7 @@ app = new_app()
 
 
 def made(folder: Path, count: int, shape: tuple[int, int], shard_bytes: int) -> dp.Dataset:
-    """A set of so many records; their values repeat, which no part of the loader notices."""
+    """Write a data set of `count` records whose values repeat, which does not affect the loader."""
     values = np.random.default_rng(0).standard_normal((512, *shape), np.float32).astype(np.float16)
     schema = dp.Schema(sequence=dp.Field(dtype="float16", shape=shape[1:]))
     with dp.ShardWriter(folder, schema, split=dp.SplitRule.parse("100/0/0"), shard_bytes=shard_bytes) as writer:
@@ -54,7 +54,7 @@ def command(code: str, *arguments: object) -> list[str]:
 
 
 def measure_memory(results: Results, folder: Path, sizes: list[float], repeats: int) -> None:
-    """Of epochs of so many GB; of the largest set also what it takes cold."""
+    """Measure the memory of epochs by size in GB, and of the largest set also cold."""
     for gigabytes in sizes:
         count = round(gigabytes * 1e9) // (2 * SHAPE[0] * SHAPE[1])
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -86,7 +86,7 @@ def measure_tails(results: Results, folder: Path, repeats: int) -> None:
 
 
 def measure_cold(results: Results, data: dp.Dataset, repeats: int) -> None:
-    """Epochs from the disk: the first, which hashes, and the second, of the same loader."""
+    """Measure epochs from the disk: the first, which checks hashes, and the second of the same loader."""
     rates: dict[str, list[float]] = {"sequential direct read": []}
     for _ in range(repeats):
         evict(shards(data))
@@ -105,20 +105,20 @@ def measure_cold(results: Results, data: dp.Dataset, repeats: int) -> None:
 
 
 def measure_first_batch(results: Results, folder: Path, most: int, repeats: int) -> None:
-    """By number of shards, up to so many."""
-    for count in (one for one in SHARDS if one <= most):
+    """Measure the time to the first batch by number of shards."""
+    for count in (number for number in SHARDS if number <= most):
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             data = made(Path(scratch) / "set", 4 * count, (4, 64), 4 * (4 * 64 * 2 + 8))
             assert len(shards(data)) == count
             for engine in get_args(Engine):
                 for state in ("warm", "cold"):
-                    found = []
+                    samples = []
                     for _ in range(repeats):
                         if state == "cold":
                             evict([data.folder / "manifest.json", *shards(data)])
                         done = subprocess.run(command(FIRST, data.root, engine), capture_output=True, text=True, check=True)
-                        found.append(float(done.stdout))
-                    results.add(f"{count:,} shards", f"{engine} engine, first batch, {state}", "s", found, cache=state)
+                        samples.append(float(done.stdout))
+                    results.add(f"{count:,} shards", f"{engine} engine, first batch, {state}", "s", samples, cache=state)
 
 
 @app.command()
@@ -133,7 +133,7 @@ def main(
 ) -> None:
     """Measure memory, cold epochs and first batches; write results/scale_<machine>_<date>.csv."""
     results = Results("scale", ["torch", "numpy", "nvidia-dali"])
-    sizes = [float(one) for one in gigabytes.split(",")]
+    sizes = [float(size) for size in gigabytes.split(",")]
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         measure_first_batch(results, Path(scratch), most_shards, repeats)
         measure_memory(results, Path(scratch), sizes, repeats)

@@ -1,4 +1,4 @@
-"""What grows with workers, and with the size of records: `python -m benchmarks.scaling`, some minutes on 2 cores.
+"""Measure speed by number of workers and by size of records: `python -m benchmarks.scaling`, some minutes on 2 cores.
 
 Both engines and the graph loader with 0, 2 and 4 workers, on records `[33, 1024]` float16 by 32, and on graphs, 8 a record,
 of about 32 nodes x 576 by 16: records a second shuffled and in order (warm), and shuffled from the disk (cold: a later epoch,
@@ -47,7 +47,7 @@ app = new_app()
 
 
 def loader_of(kind: str, data: dp.Dataset, workers: int, *, shuffle: bool = True) -> Any:
-    """One that delivers sequences as they are stored, and graphs as float32."""
+    """Return a loader that delivers sequences as stored, and graphs as float32."""
     if kind == "GraphLoader":
         return dp.GraphLoader(data, num_workers=workers, shuffle=shuffle)
     engine: Any = kind.split()[0]
@@ -55,7 +55,7 @@ def loader_of(kind: str, data: dp.Dataset, workers: int, *, shuffle: bool = True
 
 
 def measure_workers(results: Results, sets: dict[str, dp.Dataset], repeats: int, least: float) -> None:
-    """Time warm and cold, shuffled and not."""
+    """Measure warm and cold, shuffled and not."""
     ways: dict[tuple[str, int, str], Callable[[], float]] = {}
     for kind in KINDS:
         data = sets[kind]
@@ -65,25 +65,25 @@ def measure_workers(results: Results, sets: dict[str, dp.Dataset], repeats: int,
             in_order = loader_of(kind, data, workers, shuffle=False)
             ways[kind, workers, "in order, warm"] = partial(rate, partial(epoch, in_order), least)
     keys = {f"{kind} {workers} {how}": (kind, workers, how) for kind, workers, how in ways}
-    found = alternately({name: ways[key] for name, key in keys.items()}, repeats)
+    rates_by_way = alternately({name: ways[key] for name, key in keys.items()}, repeats)
     for kind, workers, _ in ways:  # apart, as an evicted file is cold for all
-        found.setdefault(f"{kind} {workers} shuffled, cold", [])
+        rates_by_way.setdefault(f"{kind} {workers} shuffled, cold", [])
         keys[f"{kind} {workers} shuffled, cold"] = (kind, workers, "shuffled, cold")
     cold = {(kind, workers): loader_of(kind, sets[kind], workers) for kind in KINDS for workers in WORKERS}
     for turn in range(repeats + 1):
         for (kind, workers), loader in cold.items():
             evict(shards(sets[kind]))
             measured = loader.num_records / seconds(partial(epoch, loader))
-            found[f"{kind} {workers} shuffled, cold"] += [measured] if turn else []
+            rates_by_way[f"{kind} {workers} shuffled, cold"] += [measured] if turn else []
     for name, (kind, workers, how) in keys.items():
         how, _, cache = how.partition(", ")
-        alone = found[f"{kind} 0 {how}, {cache}"]
+        alone = rates_by_way[f"{kind} 0 {how}, {cache}"]
         reference, against = ("workers=0", alone) if workers else ("", None)
-        results.add(f"{kind}, {how}", f"workers={workers}", "records/s", found[name], reference, against, cache=cache)
+        results.add(f"{kind}, {how}", f"workers={workers}", "records/s", rates_by_way[name], reference, against, cache=cache)
 
 
 def measure_memory(results: Results, sets: dict[str, dp.Dataset]) -> None:
-    """Of an epoch, above that of the same process before it."""
+    """Measure the memory of an epoch above that of the process before it."""
     for kind in KINDS:
         for workers in WORKERS:
             command = [sys.executable, "-c", EPOCH, kind, str(sets[kind].root), str(workers)]
@@ -91,7 +91,7 @@ def measure_memory(results: Results, sets: dict[str, dp.Dataset]) -> None:
 
 
 def measure_sizes(results: Results, folder: Path | None, megabytes: int, repeats: int, least: float) -> None:
-    """MB/s of both engines and of the copy, as delivered, float16."""
+    """Measure the MB/s of both engines and of a copy, as delivered, in float16."""
     for shape in SHAPES:
         nbytes = 2 * shape[0] * shape[1]
         count = max(8, (megabytes << 20) // nbytes)
@@ -103,11 +103,11 @@ def measure_sizes(results: Results, folder: Path | None, megabytes: int, repeats
                 engine: Any = kind.split()[0]
                 loader = dp.SequenceLoader(data, batch_size=batch_size, drop_last=True, engine=engine, dtype=torch.float16)
                 ways[kind] = partial(epoch, loader)
-            found = alternately({name: partial(rate, way, least) for name, way in ways.items()}, repeats)
-        for name, rates in found.items():
-            against = None if name == "gather" else [each * nbytes / 1e6 for each in found["gather"]]
+            rates_by_way = alternately({name: partial(rate, way, least) for name, way in ways.items()}, repeats)
+        for name, rates in rates_by_way.items():
+            against = None if name == "gather" else [sample * nbytes / 1e6 for sample in rates_by_way["gather"]]
             results.add(
-                f"records of {nbytes} bytes, {batch_size} a batch", name, "MB/s", [each * nbytes / 1e6 for each in rates],
+                f"records of {nbytes} bytes, {batch_size} a batch", name, "MB/s", [sample * nbytes / 1e6 for sample in rates],
                 "gather" if against else "", against, cache="" if name == "gather" else "warm",
             )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""How fast sequences come, beside what the machine allows: `python -m benchmarks.sequences`, some minutes on 2 cores.
+"""Measure the speed of sequence loading, and its limits: `python -m benchmarks.sequences`, some minutes on 2 cores.
 
 Warm page cache, shuffled, the loader alone; records `[33, 1024]` float16 by 32 and `[30, 64]` by 256. Every repeat runs all
 ways one after the other, each over the whole set for a second or more, after a turn that is not counted (it checks the hashes).
@@ -38,7 +38,7 @@ app = new_app()
 
 
 def made(folder: Path, count: int, shape: tuple[int, int]) -> tuple[dp.Dataset, np.ndarray[Any, Any]]:
-    """A set of so many records of normal values, and the values."""
+    """Write a data set of records with normal values; return it and the values."""
     values = np.random.default_rng(0).standard_normal((count, *shape), np.float32).astype(np.float16)
     schema = dp.Schema(sequence=dp.Field(dtype="float16", shape=shape[1:]))
     with dp.ShardWriter(folder, schema, split=dp.SplitRule.parse("100/0/0"), shard_bytes=64 << 20) as writer:
@@ -48,14 +48,14 @@ def made(folder: Path, count: int, shape: tuple[int, int]) -> tuple[dp.Dataset, 
 
 
 def epoch(loader: dp.SequenceLoader) -> int:
-    """One epoch; returns its records."""
+    """Run one epoch; return its number of records."""
     records = sum(len(batch) for batch in loader)
     wait_for_gpu()
     return records
 
 
 def gather(values: np.ndarray[Any, Any], batch_size: int, *, cast: bool) -> int:
-    """The limit: rows in random order from memory into fresh arrays."""
+    """Measure the limit: copy rows in random order from memory to new arrays."""
     order = np.random.default_rng(1).permutation(len(values))
     for begin in range(0, len(order) - batch_size + 1, batch_size):
         batch = np.take(values, order[begin : begin + batch_size], axis=0)
@@ -65,7 +65,7 @@ def gather(values: np.ndarray[Any, Any], batch_size: int, *, cast: bool) -> int:
 
 
 def read(path: Path, values: np.ndarray[Any, Any], batch_size: int) -> int:
-    """The limit: the same rows from a file in the page cache, which holds `values` at its end."""
+    """Measure the limit: read the same rows from a file in the page cache, whose end holds `values`."""
     order, row = np.random.default_rng(1).permutation(len(values)), values[0].nbytes
     begins = (path.stat().st_size - values.nbytes + order * row).tolist()
     batch = np.empty(batch_size * row, np.uint8)
@@ -75,7 +75,7 @@ def read(path: Path, values: np.ndarray[Any, Any], batch_size: int) -> int:
 
 
 def through_dali(values: np.ndarray[Any, Any], count: int, batch_size: int, device: torch.device) -> int:
-    """The limit: one constant array through the loader's own graph, on its device, as often as `count` records need."""
+    """Measure the limit: pass one constant array through the loader's DALI graph until it has `count` records."""
     batches = values.reshape(-1, batch_size, *values.shape[1:])  # a sample each, as the loader feeds them
     left = iter(range(count // len(values)))
 
@@ -131,7 +131,7 @@ def long_records(
     repeats: int,
     seconds: float,
 ) -> None:
-    """The limits, both engines and the peers in turn."""
+    """Measure the limits, both engines and the peers in turn."""
     scenario = "[33, 1024] float16, batch 32"
     device = dp.SequenceLoader(data).device
     ways = {

@@ -1,4 +1,4 @@
-"""How well an epoch is shuffled, beside a shuffle buffer of the same memory: the README's table and picture.
+"""Measure how well an epoch is shuffled, compared with a shuffle buffer of the same memory: the README's table and picture.
 
     python -m benchmarks.shuffle                     # 512 shards of 64 records, windows of 1, 5 and 20 %: half a minute
     python -m benchmarks.shuffle --plot docs/shuffle.png
@@ -58,28 +58,28 @@ def main(
         ]
         for quality in several:
             scenario = f"{name}, window {quality.window_share:.0%}"
-            for one in quality.methods:
+            for method in quality.methods:
                 exact = [quality.full_same_shard], [quality.full_displacement]
                 for measured, values, full in zip(
-                    ("same-shard pairs", "displacement"), (one.same_shard, one.displacement), exact, strict=True
+                    ("same-shard pairs", "displacement"), (method.same_shard, method.displacement), exact, strict=True
                 ):
-                    label = f"{METHODS[one.method]}: {measured}"
+                    label = f"{METHODS[method.method]}: {measured}"
                     results.add(scenario, label, "share", list(values), "full permutation, exactly", full)
             lines.append(
                 f"| {records * record_bytes / 2**20:.3g} MiB | {quality.window_share:.0%} | {' | '.join(_cells(quality))} |"
             )
         if plot is not None and record_bytes == 4 << 20:
-            found = {"root": "simulated set", "split": "train", "splits": {"train": {"sequences": shards * records}}}
-            draw_shuffle(found | {"shards": {"sequences": shards}}, {"sequences": several}, plot)
+            description = {"root": "simulated set", "split": "train", "splits": {"train": {"sequences": shards * records}}}
+            draw_shuffle(description | {"shards": {"sequences": shards}}, {"sequences": several}, plot)
     print(f"\n| shards of | window | {' | '.join(METHODS.values())} |\n|---|---|{'---|' * len(METHODS)}")
     print("\n".join(lines))
 
 
 def _cells(quality: Quality) -> list[str]:
-    """Same-shard share, displacement, and in brackets how far an epoch's displacement is off a third on average."""
+    """Return same-shard share, displacement, and in brackets its mean distance from a third."""
     return [
-        f"{np.mean(one.same_shard):.2%}; {np.mean(one.displacement):.3f} ({one.distances(quality)[1]:.4f})"
-        for one in quality.methods
+        f"{np.mean(method.same_shard):.2%}; {np.mean(method.displacement):.3f} ({method.distances(quality)[1]:.4f})"
+        for method in quality.methods
     ]
 
 

@@ -1,4 +1,4 @@
-"""How much of a link to an object store the loader uses: `python -m benchmarks.stores`, two minutes, 1 GB of disk.
+"""Measure how much of a link to an object store a loader uses: `python -m benchmarks.stores`, two minutes, 1 GB of disk.
 
 Records `[33, 1024]` float16 through s3fs, as a user has them, from a server that speaks S3's GetObject over loopback: 20 ms
 before the first byte of every answer, and 100 MB/s for all of them together (benchmarks/link.py, a process of its own). The
@@ -44,7 +44,7 @@ app = new_app()
 
 
 def made(folder: Path, megabytes: int, shard_bytes: int, *, by_layer: bool) -> dp.Dataset:
-    """A set of so many MB; its values repeat, which no part of the loader notices."""
+    """Write a data set of `megabytes` MB whose values repeat, which does not affect the loader."""
     field = dp.Field(dtype="float16", shape=SHAPE[1:])
     if by_layer:
         field = replace(field, by_layer=ByLayer.of(SHAPE[0], 2 * SHAPE[1]))
@@ -59,7 +59,7 @@ def made(folder: Path, megabytes: int, shard_bytes: int, *, by_layer: bool) -> d
 
 @contextmanager
 def serving(folder: Path, rate: float, delay: float) -> Iterator[psutil.Process]:
-    """The server of a folder, as the environment names it to an S3 client meanwhile."""
+    """Serve a folder for the time of the block, and set the environment of S3 clients to the server."""
     command = [sys.executable, "-m", "benchmarks.link", str(folder), str(rate), str(delay)]
     names = {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none", "AWS_DEFAULT_REGION": "us-east-1"}
     before = dict(os.environ)
@@ -76,7 +76,7 @@ def serving(folder: Path, rate: float, delay: float) -> Iterator[psutil.Process]
 
 
 def plain(data: dp.Dataset) -> float:
-    """MB/s of the link: every shard in ranges, several in flight, into memory that is used again."""
+    """Return the MB/s of the link: read every shard in ranges, several in flight, into reused memory."""
     address = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://")
     ranges = [
         (f"/bucket/{data.folder.name}/{path.relative_to(data.folder).as_posix()}", begin, min(begin + RANGE_BYTES, nbytes))
@@ -103,7 +103,7 @@ def plain(data: dp.Dataset) -> float:
 
 
 class Ours:
-    """Epochs of a set behind the link. cores: by whom, processor seconds a second of each first epoch."""
+    """Epochs of a data set behind the link. cores: processor seconds per second of each first epoch, by process."""
 
     def __init__(self, data: dp.Dataset, cache: Path, window: int, server: psutil.Process) -> None:
         self.data, self._cache, self._window, self._server = data, cache, window, server
@@ -112,25 +112,25 @@ class Ours:
         self.cores: dict[str, list[float]] = {"loader": [], "server": []}
 
     def first(self, layers: slice | None = None) -> float:
-        """MB/s of the first epoch, whose cache is empty; of the chosen layers where there are some."""
+        """Return the MB/s of a first epoch with an empty cache; only of the chosen layers, if any."""
         shutil.rmtree(self._cache, ignore_errors=True)
         begun = time.perf_counter()
         data = dp.open_dataset(f"s3://bucket/{self.data.root.name}", cache_dir=self._cache, cache_bytes=CACHE_BYTES)
         self._loader = self._make(data, layers)
         opening, before = time.perf_counter() - begun, self._spent()
-        found = self._rate(layers)
-        spent = self._megabytes(layers) / found
+        measured = self._rate(layers)
+        spent = self._megabytes(layers) / measured
         self.opened.append(self._megabytes(layers) / (opening + spent))
-        for who, one, other in zip(self.cores, before, self._spent(), strict=True):
-            self.cores[who].append((other - one) / spent)
-        return found
+        for who, earlier, later in zip(self.cores, before, self._spent(), strict=True):
+            self.cores[who].append((later - earlier) / spent)
+        return measured
 
     def second(self) -> float:
-        """MB/s of the epoch behind the first one."""
+        """Return the MB/s of the epoch after the first one."""
         return self._rate(None)
 
     def folder(self) -> float:
-        """MB/s of a second epoch of the set where it was made."""
+        """Return the MB/s of a second epoch of the local data set."""
         self._loader = self._make(self.data, None)
         self._rate(None)
         return self._rate(None)

@@ -1,4 +1,4 @@
-"""The README's tables of speed, made of the newest results: `make plots` writes them between their marks.
+"""Make the tables of docs/results.md from the newest results: `make plots` writes them between their marks.
 
 A mark is a line `<!-- speed: THEME, SCENARIO -->`; what stands between it and the next `<!-- end -->` is replaced.
 """
@@ -24,23 +24,23 @@ MARK = re.compile(r"(<!-- speed: (\w+), (.+?) -->\n)(.*?)(<!-- end -->)", re.DOT
 
 
 def is_ours(name: str) -> bool:
-    """Whether a way is one of our loaders."""
+    """Return whether a way is one of our loaders."""
     return " engine" in name or name.startswith("GraphLoader")
 
 
 def spread(row: Row) -> tuple[float, float]:
-    """The quartiles; in files from before they were written, the lowest and highest."""
+    """Return the quartiles; from older files without them, the lowest and highest value."""
     lower, upper = row.get("lower_quartile") or row["lowest"], row.get("upper_quartile") or row["highest"]
     return float(lower), float(upper)
 
 
 def reach_of(rows: list[Row]) -> str:
-    """What `spread` gives of them, in words."""
+    """Return the result of `spread` in words."""
     return "quartiles" if rows[0].get("lower_quartile") else "lowest to highest"
 
 
 def update_tables(path: Path) -> None:
-    """Replaces the tables in a file; those whose theme was not measured stay. Raises UsageError for a scenario of no file."""
+    """Replace the tables in a file, except those whose theme was not measured; raise UsageError for an unknown scenario."""
     write_whole(path, MARK.sub(_replaced, path.read_text(encoding="utf-8")).encode())
 
 
@@ -52,13 +52,13 @@ def _replaced(found: re.Match[str]) -> str:
     rows = [row for row in rows_of(theme) if row["scenario"] == scenario]
     if not rows:
         raise UsageError(
-            f"{file.name} has no scenario {scenario!r}, which the README wants a table of; measure it, or name another"
+            f"{file.name} has no scenario {scenario!r}, which docs/results.md wants a table of; measure it, or name another"
         )
-    return head + table(rows, f"benchmarks/results/{file.name}") + end
+    return head + table(rows, f"../benchmarks/results/{file.name}") + end
 
 
 def table(rows: list[Row], link: str) -> str:
-    """Every way, fastest first, of ours at their best number of workers; then those that cannot run, and why."""
+    """Return a row per way, fastest first, ours with the best number of workers; then those that cannot run, and why."""
     first: dict[str, Row] = {}
     for row in rows:
         if "trial" not in row["measured"]:
@@ -82,6 +82,6 @@ def table(rows: list[Row], link: str) -> str:
 
 
 def _number(value: float | str) -> str:
-    """Two digits that count, and the thousands."""
+    """Return a number with two significant digits and thousands separators."""
     rounded = float(f"{float(value):.2g}")
     return f"{rounded:,.0f}" if rounded >= 10 else f"{rounded:g}"

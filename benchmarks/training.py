@@ -1,4 +1,4 @@
-"""What training takes and what it is given: `python -m benchmarks.training`, a minute on 2 cores.
+"""Measure training with the loader and on one repeated batch: `python -m benchmarks.training`, a minute on 2 cores.
 
 Each detector's step on one batch again and again, which is its ceiling; the same with the loader; and the share of the time
 that waits for data (the stall). Sequences `[33, 1024]` float16, graphs of 8 layers of about 32 nodes x 576, batches of 32. On
@@ -34,20 +34,20 @@ app = new_app()
 
 @contextmanager
 def sampled(loader: Any) -> Iterator[list[int]]:
-    """Per cent of the time that the GPU is busy, every fifth of a second of the block; none without one."""
-    found: list[int] = []
+    """Yield samples of the GPU use in per cent, five per second of the block; none without a GPU."""
+    uses: list[int] = []
     ended = threading.Event()
 
     def sample() -> None:
         while not ended.wait(SAMPLE_SECONDS):
             use = gpu_use(loader.device)
-            found.extend([] if use is None else [use])
+            uses.extend([] if use is None else [use])
 
     thread = threading.Thread(target=sample)
     if loader.device.type == "cuda":
         thread.start()
     try:
-        yield found
+        yield uses
     finally:
         ended.set()
         if thread.is_alive():
@@ -55,7 +55,7 @@ def sampled(loader: Any) -> Iterator[list[int]]:
 
 
 def measure(results: Results, name: ModelName, loader: Any, repeats: int, seconds: float) -> None:
-    """The ceiling, and training, in turn."""
+    """Measure the ceiling and training in turn."""
     step = train_step(name, loader)
     stalls: list[float] = []
     uses: list[float] = []
@@ -68,9 +68,11 @@ def measure(results: Results, name: ModelName, loader: Any, repeats: int, second
         return rate
 
     ceiling = "one batch again and again"
-    found = alternately({ceiling: lambda: model_rate(loader, step, seconds), "with the loader": train}, repeats)
-    results.add(name, ceiling, "records/s", found[ceiling])
-    results.add(name, "with the loader", "records/s", found["with the loader"], ceiling, found[ceiling], cache="warm")
+    rates_by_way = alternately({ceiling: lambda: model_rate(loader, step, seconds), "with the loader": train}, repeats)
+    results.add(name, ceiling, "records/s", rates_by_way[ceiling])
+    results.add(
+        name, "with the loader", "records/s", rates_by_way["with the loader"], ceiling, rates_by_way[ceiling], cache="warm"
+    )
     results.add(name, "time waiting for data", "%", stalls[1:], cache="warm")
     if uses:
         results.add(name, "GPU utilisation", "%", uses[1:] or uses, cache="warm")

@@ -11,6 +11,7 @@ from dali_pipeline.dataset.dataset import Dataset, open_dataset
 from dali_pipeline.dataset.mix import mix
 from dali_pipeline.errors import DataError, FormatError, PipelineError, UsageError, needs_extra
 from dali_pipeline.format.digest import EpochDigest
+from dali_pipeline.format.label import Label
 from dali_pipeline.format.record import Graphs, Record
 from dali_pipeline.format.schema import Field, Schema
 from dali_pipeline.loaders.state import StateError
@@ -35,6 +36,7 @@ __all__ = [
     "GraphBatch",
     "GraphLoader",
     "Graphs",
+    "Label",
     "PipelineError",
     "Record",
     "Schema",

@@ -1,4 +1,4 @@
-"""PyG's own GIN on molecule-like graphs, in batches filled up to a number of nodes: memory stays flat whatever the sizes are.
+"""Train PyG's GIN on molecule-like graphs, in batches with a budget of nodes, so that memory stays constant for any sizes.
 
 python examples/gin_on_molecules.py [empty folder]
 
@@ -23,7 +23,7 @@ RECORDS, EPOCHS, MAX_NODES = 3000, 6, 1500
 
 
 def molecule(rng: np.random.Generator) -> tuple[dp.Graphs, int]:
-    """One graph, and its class. 5 nodes and more, 20 in the middle, now and then 200."""
+    """Return one graph and its class; graphs have at least 5 nodes, 20 at the median, sometimes 200."""
     nodes = int(np.clip(rng.lognormal(3, 0.6), 5, 400))
     parents = np.array([rng.integers(max(0, atom - 4), atom) for atom in range(1, nodes)])  # a tree, long rather than bushy
     rings = rng.integers(0, nodes, (2, nodes // 8))
@@ -49,7 +49,7 @@ def molecule(rng: np.random.Generator) -> tuple[dp.Graphs, int]:
 
 
 def write(root: Path) -> dp.Dataset:
-    """All molecules, as shards."""
+    """Write all molecules as shards."""
     fields = {"node.pos": dp.Field(dtype="float32", shape=(3,)), "edge.order": dp.Field(dtype="uint8")}
     rng = np.random.default_rng(0)
     with dp.ShardWriter(root, dp.Schema(x=dp.Field(dtype="float16", shape=(4,)), fields=fields)) as writer:
@@ -60,7 +60,7 @@ def write(root: Path) -> dp.Dataset:
 
 
 class Classifier(torch.nn.Module):
-    """GIN (Xu et al. 2019) as PyG ships it, a sum over nodes, two classes."""
+    """GIN (Xu et al. 2019) from PyG, with a sum over nodes and two classes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,26 +68,26 @@ class Classifier(torch.nn.Module):
         self.head = MLP([32, 32, 2], norm=None)
 
     def forward(self, x: torch.Tensor, edge_index: torch.Tensor, batch: torch.Tensor, num_graphs: int) -> torch.Tensor:
-        """(B, 2) logits."""
+        """Return logits (B, 2)."""
         logits: torch.Tensor = self.head(global_add_pool(self.gnn(x, edge_index), batch, num_graphs))
         return logits
 
 
 def accuracy(model: Classifier, loader: dp.GraphLoader) -> float:
-    """Share of records that the model has right; padding does not count."""
+    """Return the share of records that the model classifies correctly, without padding."""
     model.eval()
     right = total = 0
     with torch.no_grad():
         for batch in loader:
             graphs = batch.graphs
-            found = model(graphs.x, graphs.edge_index, graphs.batch, graphs.num_graphs).argmax(dim=1)
-            right += int((found == batch.labels)[batch.valid].sum())
+            predicted = model(graphs.x, graphs.edge_index, graphs.batch, graphs.num_graphs).argmax(dim=1)
+            right += int((predicted == batch.labels)[batch.valid].sum())
             total += int(batch.valid.sum())
     return right / total
 
 
 def main(folder: Path) -> None:
-    """Writes, trains, and tells how well, and how large the largest batch was beside one of a fixed number of records."""
+    """Write the data, train, and print the accuracy and the largest batch, with and without a budget of nodes."""
     torch.manual_seed(0)
     data, model = write(folder / "molecules"), Classifier()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.005)

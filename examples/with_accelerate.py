@@ -1,4 +1,4 @@
-"""Accelerate with a SequenceLoader: `save_state` in the middle of an epoch, `load_state` in fresh objects, resumed to the bit.
+"""Use Accelerate with a SequenceLoader: `save_state` within an epoch, `load_state` in new objects, bit-identical resume.
 
 python examples/with_accelerate.py [empty folder]
 
@@ -22,7 +22,7 @@ FEATURES, CUT = 16, 7
 
 
 def write(root: Path) -> dp.Dataset:
-    """200 sequences of 3 to 8 steps; the label shows in the first feature."""
+    """Write 200 sequences of 3 to 8 steps, whose label shows in the first feature."""
     rng = np.random.default_rng(0)
     with dp.ShardWriter(root, dp.Schema(sequence=dp.Field(dtype="float16", shape=(FEATURES,)))) as writer:
         for number in range(200):
@@ -33,7 +33,7 @@ def write(root: Path) -> dp.Dataset:
 
 
 class Run:
-    """Everything that a process holds: made anew, it knows nothing of the time before."""
+    """All objects of a process; a new instance knows nothing of earlier runs."""
 
     def __init__(self, data: dp.Dataset) -> None:
         torch.manual_seed(0)
@@ -44,7 +44,7 @@ class Run:
         self.accelerator.register_for_checkpointing(self.loader)
 
     def train(self, steps: int | None = None) -> list[str]:
-        """To the end of the epoch, or for `steps`; returns the ids in the order delivered."""
+        """Train to the end of the epoch, or for `steps` steps; return the ids in the order delivered."""
         ids: list[str] = []
         for step, batch in enumerate(self.loader, start=1):
             logits = self.model(batch.sequences.sum(1) / batch.lengths.to(self.loader.device)[:, None])
@@ -59,7 +59,7 @@ class Run:
 
 
 def main(folder: Path) -> None:
-    """An undisturbed run, one cut off in its second epoch, and one that goes on there."""
+    """Compare an uninterrupted run with one that is stopped in its second epoch and then resumed."""
     data = write(folder / "data")
     undisturbed, first, second = Run(data), Run(data), Run(data)
     expected = [undisturbed.train() for epoch in range(2)][1]

@@ -1,4 +1,4 @@
-"""Lightning, with a SequenceLoader for its `train_dataloaders`: cut off in the middle of an epoch, resumed by `ckpt_path`.
+"""Use Lightning with a SequenceLoader as `train_dataloaders`: stop within an epoch, and resume by `ckpt_path`.
 
 python examples/with_lightning.py [empty folder]
 
@@ -21,7 +21,7 @@ FEATURES, CUT = 16, 25
 
 
 def write(root: Path) -> dp.Dataset:
-    """200 sequences of 3 to 8 steps; the label shows in every feature."""
+    """Write 200 sequences of 3 to 8 steps, whose label shows in every feature."""
     rng = np.random.default_rng(0)
     with dp.ShardWriter(root, dp.Schema(sequence=dp.Field(dtype="float16", shape=(FEATURES,)))) as writer:
         for number in range(200):
@@ -31,7 +31,7 @@ def write(root: Path) -> dp.Dataset:
 
 
 class Detector(lightning.LightningModule):
-    """A linear layer on the mean of each sequence. cut: the checkpoint that it writes behind step CUT, and then fails."""
+    """A linear layer on the mean of each sequence. cut: checkpoint that it writes after step CUT before it fails."""
 
     def __init__(self, loader: dp.SequenceLoader, cut: Path | None) -> None:
         super().__init__()
@@ -39,28 +39,28 @@ class Detector(lightning.LightningModule):
         self.linear = torch.nn.Linear(FEATURES, 2)
 
     def on_train_start(self) -> None:
-        """Without it, a run resumed from an epoch's end would repeat the order of epoch 0, or lose an epoch."""
+        """Set the epoch; otherwise a resume at the end of an epoch would repeat the order of epoch 0, or lose an epoch."""
         self.loader.set_epoch(self.current_epoch)
 
     def training_step(self, batch: dp.SequenceBatch) -> torch.Tensor:
-        """Rows that are padding do not count."""
+        """Return the loss without padding rows."""
         self.ids += batch.ids
         logits = self.linear(batch.sequences.sum(1) / batch.lengths.to(self.device)[:, None])
         return torch.nn.functional.cross_entropy(logits[batch.valid], batch.labels[batch.valid])
 
     def on_train_batch_end(self, *_: object) -> None:
-        """Where ModelCheckpoint(every_n_train_steps=...) saves, too."""
+        """Save at the same point as ModelCheckpoint(every_n_train_steps=...)."""
         if self.cut and self.global_step == CUT:
             self.trainer.save_checkpoint(self.cut, weights_only=False)
             raise ConnectionAbortedError("cut off")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """With a state of its own, so a resume must bring back more than weights."""
+        """Return an optimizer with a state, so that a resume must restore more than weights."""
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
 def fit(data: dp.Dataset, cut: Path | None = None, resume: Path | None = None) -> Detector:
-    """Two epochs, with everything made anew."""
+    """Train two epochs with new objects."""
     lightning.seed_everything(0, verbose=False)
     loader = dp.SequenceLoader(data, batch_size=8, seed=1)
     module = Detector(loader, cut)
@@ -78,7 +78,7 @@ def fit(data: dp.Dataset, cut: Path | None = None, resume: Path | None = None) -
 
 
 def main(folder: Path) -> None:
-    """An undisturbed run, one cut off in its second epoch, and one that goes on there."""
+    """Compare an uninterrupted run with one that is stopped in its second epoch and then resumed."""
     data, checkpoint = write(folder / "data"), folder / "cut.ckpt"
     undisturbed, first, second = fit(data), fit(data, cut=checkpoint), fit(data, resume=checkpoint)
     steps = len(second.loader)

@@ -1,4 +1,4 @@
-"""torchdata's StatefulDataLoader around a GraphLoader: cut off in the middle of an epoch, resumed to the bit.
+"""Use torchdata's StatefulDataLoader around a GraphLoader: stop within an epoch, and resume bit-identically.
 
 python examples/with_torchdata.py [empty folder]
 
@@ -20,7 +20,7 @@ NODES, FEATURES, CUT = 5, 8, 7
 
 
 def write(root: Path) -> dp.Dataset:
-    """200 records of one graph each, a ring of five nodes; the label shows in the first feature."""
+    """Write 200 records of one graph each, a ring of five nodes, whose label shows in the first feature."""
     rng, one = np.random.default_rng(0), np.array([NODES])
     ring = np.stack([np.arange(NODES), np.roll(np.arange(NODES), 1)])  # (2, E)
     with dp.ShardWriter(root, dp.Schema(x=dp.Field(dtype="float16", shape=(FEATURES,)))) as writer:
@@ -33,7 +33,7 @@ def write(root: Path) -> dp.Dataset:
 
 
 class Run:
-    """Everything that a process holds: made anew, it knows nothing of the time before."""
+    """All objects of a process; a new instance knows nothing of earlier runs."""
 
     def __init__(self, data: dp.Dataset) -> None:
         torch.manual_seed(0)
@@ -44,7 +44,7 @@ class Run:
         self.parts = {"model": self.model, "optimizer": self.optimizer, "batches": self.batches}  # of a checkpoint
 
     def train(self, steps: int | None = None) -> list[str]:
-        """To the end of the epoch, or for `steps`; returns the ids in the order delivered."""
+        """Train to the end of the epoch, or for `steps` steps; return the ids in the order delivered."""
         ids: list[str] = []
         for step, batch in enumerate(self.batches, start=1):
             logits = self.model(batch.graphs.x[batch.last_node])  # (B, 2), for a record is one graph here
@@ -59,7 +59,7 @@ class Run:
 
 
 def main(folder: Path) -> None:
-    """An undisturbed run, one cut off in its second epoch, and one that goes on there."""
+    """Compare an uninterrupted run with one that is stopped in its second epoch and then resumed."""
     data, checkpoint = write(folder / "data"), folder / "checkpoint.pt"
     undisturbed, first, second = Run(data), Run(data), Run(data)
     expected = [undisturbed.train() for epoch in range(2)][1]

@@ -1,4 +1,4 @@
-"""Three detectors over sequences and graphs. torch and PyG: nothing here knows where batches come from."""
+"""Three detectors over sequences and graphs, in torch and PyG; independent of the source of the batches."""
 
 from models.features import FeatureViews, set_statistics
 from models.gnn_lstm import GNNLSTMDetector

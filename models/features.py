@@ -1,4 +1,4 @@
-"""What a detector sees of a row of features: its pattern, and the size of each feature. Shapes as in lstm.py."""
+"""FeatureViews: show a detector the pattern of a row of features, and the size of each. Shapes like in lstm.py."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from torch import nn
 
 
 class FeatureViews(nn.Module):
-    """Two views of a row of F features side by side, 2F values: standardised, and that layer-normalised.
+    """Two views of a row of F features side by side, 2F values: the standardised row, and that row layer-normalised.
 
-    LayerNorm (Ba et al. 2016) takes out a row's mean and scale. That helps where scales differ a hundredfold, as between layers
-    of a language model, and takes out all that a row of few features says: of one feature nothing is left. Standardised by the
-    training split's statistics each feature keeps its size; the symmetric logarithm (Hafner et al. 2023) tames outliers.
+    LayerNorm (Ba et al. 2016) removes the mean and the scale of a row. That helps if scales differ a hundredfold, like between
+    the layers of a language model. But it also removes what a row of few features says; of one feature nothing is left. The
+    standardised view keeps the size of each feature, relative to the training split. Its symmetric logarithm (Hafner et al.
+    2023) limits outliers.
 
-    Until `set_statistics` is called, features are taken to have mean 0 and standard deviation 1.
+    Until `set_statistics` is called, features are assumed to have mean 0 and standard deviation 1.
     """
 
     mean: torch.Tensor
@@ -26,17 +27,17 @@ class FeatureViews(nn.Module):
         self.register_buffer("inverse", torch.ones(features))
 
     def set_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """Take each feature's mean and standard deviation, (F,); a feature that never varies becomes 0."""
+        """Set the mean and standard deviation of each feature, (F,); a feature that never varies becomes 0."""
         self.mean.copy_(mean)
         self.inverse.copy_(torch.where(std > 0, 1 / std, 0))
 
     def standardised(self, rows_NF: torch.Tensor) -> torch.Tensor:
-        """Return the first view alone, of rows of any leading shape."""
+        """Return only the first view, for rows of any leading shape."""
         deviations_NF = (rows_NF - self.mean) * self.inverse
         return deviations_NF.sign() * deviations_NF.abs().log1p()
 
     def forward(self, rows_NF: torch.Tensor) -> torch.Tensor:
-        """Return both views, (…, 2F), of rows of any leading shape."""
+        """Return both views, (…, 2F), for rows of any leading shape."""
         standardised_NF = self.standardised(rows_NF)
         return torch.cat([standardised_NF, self.norm(standardised_NF)], dim=-1)
 

@@ -1,4 +1,4 @@
-"""Graph network within each layer, LSTM over the layers. Shapes as in lstm.py."""
+"""Graph network within each layer, LSTM over the layers. Shapes like in lstm.py."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from models.moves import to_device
 class GraphEncoder(nn.Module):
     """Two GINE convolutions (Hu et al. 2020) over all graphs of all records in one call, the edge weight as edge feature.
 
-    Residual, with LayerNorm a node: nothing is normalised over the batch, so its make-up, or the number of processes it is
-    spread over, does not change a record's result.
+    Residual, with one LayerNorm per node. Nothing is normalised over the batch, so the other records of a batch, and the number
+    of processes, do not change the result of a record.
     """
 
     def __init__(self, features: int, hidden: int, edge_features: int, dropout: float) -> None:
@@ -31,7 +31,7 @@ class GraphEncoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, graphs: Batch, views_NF: torch.Tensor) -> torch.Tensor:
-        """views_NF: of the nodes' features, as `FeatureViews` gives them. Returns states_NH."""
+        """Return states_NH. views_NF: views of the nodes' features, from `FeatureViews`."""
         weights_E1 = edge_weights(graphs, self.edge_features)
         states_NH: torch.Tensor = self.embed(views_NF)
         for conv, norm in zip(self.convs, self.norms, strict=True):
@@ -40,7 +40,7 @@ class GraphEncoder(nn.Module):
 
 
 class GNNLSTMDetector(nn.Module):
-    """Graphs to logits: encoder, last token's state beside its raw one, LSTM over the record's graphs, head."""
+    """Detector on graphs: encoder, state and raw features of the last token, LSTM over the record's graphs, head."""
 
     def __init__(
         self,
@@ -59,7 +59,13 @@ class GNNLSTMDetector(nn.Module):
         self.classify = StepsClassifier(2 * hidden, num_classes, hidden=hidden, num_layers=num_layers, dropout=dropout)
 
     def forward(self, graphs: Batch, graphs_per_record_B: torch.Tensor, last_node_G: torch.Tensor) -> Output:
-        """graphs: PyG batch, record-major · graphs_per_record_B: int64 on the CPU, at least 1 each · last_node_G: rows of x."""
+        """Return logits and penalties of a batch.
+
+        Args:
+            graphs: PyG batch, ordered by record.
+            graphs_per_record_B: int64 on the CPU, each at least 1.
+            last_node_G: int64, the row in x of each graph's last node.
+        """
         views_NF = self.views(node_features(graphs))
         states_GH = self.encode(graphs, views_NF)[last_node_G]
         raw_GH = self.raw(views_NF[last_node_G])
@@ -69,13 +75,13 @@ class GNNLSTMDetector(nn.Module):
 
 
 def node_features(graphs: Batch) -> torch.Tensor:
-    """x as (N, F), however many axes a node's features have."""
+    """Return x as (N, F), whatever the number of axes of a node's features."""
     x_NF: torch.Tensor = graphs.x.reshape(len(graphs.x), -1)
     return x_NF
 
 
 def edge_weights(graphs: Batch, edge_features: int) -> torch.Tensor:
-    """edge_attr as (E, D) in the type of x; ones where the graphs have none."""
+    """Return edge_attr as (E, D) in the type of x; ones if the graphs have none."""
     x_NF: torch.Tensor = graphs.x
     if graphs.edge_attr is None:
         return x_NF.new_ones(graphs.edge_index.shape[1], edge_features)
@@ -84,8 +90,8 @@ def edge_weights(graphs: Batch, edge_features: int) -> torch.Tensor:
 
 
 def to_steps(values_GF: torch.Tensor, graphs_per_record_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One row a graph to one sequence a record: (B, L, F), zero behind a record's last graph, and lengths (B,) on the CPU."""
-    lengths_B = graphs_per_record_B.cpu()  # where they are already
+    """Return one sequence per record from one row per graph: (B, L, F), zero-padded, and lengths (B,) on the CPU."""
+    lengths_B = graphs_per_record_B.cpu()  # no copy: they are on the CPU already
     row_G, longest = padded_rows(lengths_B, values_GF.device)
     steps_RF = values_GF.new_zeros(len(lengths_B) * longest, values_GF.shape[1]).index_copy(0, row_G, values_GF)
     return steps_RF.view(len(lengths_B), longest, -1), lengths_B
@@ -93,9 +99,9 @@ def to_steps(values_GF: torch.Tensor, graphs_per_record_B: torch.Tensor) -> tupl
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def padded_rows(lengths_B: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, int]:
-    """The row of each graph in steps that are padded to the longest record, (G,) on the device, and the longest's length.
+    """Return the row of each graph in steps padded to the longest record, (G,) on the device, and the longest length.
 
-    Found on the CPU, where the lengths are: nothing waits for a GPU. Not compiled, as all of it depends on values.
+    Computed on the CPU, where the lengths are, so that nothing waits for a GPU. Not compiled, because it depends on values.
     """
     longest, record_G = int(lengths_B.max()), records_of_graphs(lengths_B)
     first_B = lengths_B.cumsum(0) - lengths_B
@@ -103,6 +109,6 @@ def padded_rows(lengths_B: torch.Tensor, device: torch.device) -> tuple[torch.Te
 
 
 def records_of_graphs(graphs_per_record_B: torch.Tensor) -> torch.Tensor:
-    """The number, within the batch, of each graph's record: (G,) int64 on the CPU."""
+    """Return the number of each graph's record within the batch: (G,) int64 on the CPU."""
     counts_B = graphs_per_record_B.cpu()
     return torch.repeat_interleave(torch.arange(len(counts_B)), counts_B)

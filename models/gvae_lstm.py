@@ -1,7 +1,7 @@
-"""Variational graph encoder within each layer, LSTM over the layers. Shapes as in lstm.py.
+"""Variational graph encoder within each layer, LSTM over the layers. Shapes like in lstm.py.
 
-Kingma and Welling 2014, with a graph encoder as in Kipf and Welling 2016; it rebuilds node features rather than edges, as
-edges of a causal attention graph are mostly given by its order.
+Kingma and Welling 2014, with a graph encoder like in Kipf and Welling 2016. It reconstructs node features instead of edges,
+because the edges of a causal attention graph are mostly given by its order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from models.noise import keyed_normal, mix
 
 
 class GVAELSTMDetector(nn.Module):
-    """Graphs to logits: mean and log-variance a node, a decoder, LSTM over each graph's last token [raw, mean, log-variance].
+    """Detector on graphs: mean and log-variance per node, decoder, LSTM over last tokens [raw, mean, log-variance].
 
     The penalty is reconstruction (mean squared error of the standardised node features) plus `kl_weight` times the KL
     divergence from a standard normal, each the mean over a record's nodes. In training the decoder sees a sample, in
@@ -55,7 +55,7 @@ class GVAELSTMDetector(nn.Module):
         last_node_G: torch.Tensor,
         noise_keys_B: torch.Tensor | None = None,
     ) -> Output:
-        """As `GNNLSTMDetector.forward`. noise_keys_B: int64, of the sample in training; None for torch's own noise."""
+        """Return logits and penalties. noise_keys_B: int64 keys of the noise in training, or None for torch's own noise."""
         record_N = records_of_nodes(graphs, graphs_per_record_B)
         x_NF = node_features(graphs)
         views_NF = self.views(x_NF)
@@ -74,23 +74,23 @@ class GVAELSTMDetector(nn.Module):
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def records_of_nodes(graphs: Batch, graphs_per_record_B: torch.Tensor) -> torch.Tensor:
-    """The number, within the batch, of each node's record: (N,)."""
+    """Return the number of each node's record within the batch: (N,)."""
     return to_device(records_of_graphs(graphs_per_record_B), graphs.x.device)[graphs.batch]
 
 
 def record_means(values_N: torch.Tensor, record_N: torch.Tensor, records: int) -> torch.Tensor:
-    """The mean of a value over the nodes of all graphs of each record, (B,)."""
+    """Return the mean of a value over the nodes of all graphs of each record, (B,)."""
     totals_B = values_N.new_zeros(records).index_add(0, record_N, values_N)
     return totals_B / nodes_of_records(record_N, records)
 
 
 def nodes_of_records(record_N: torch.Tensor, records: int) -> torch.Tensor:
-    """The number of nodes of each record, (B,) int64; `bincount` would wait for the GPU."""
+    """Return the number of nodes of each record, (B,) int64; `bincount` would wait for the GPU."""
     return record_N.new_zeros(records).index_add(0, record_N, torch.ones_like(record_N))
 
 
 def node_noise(noise_keys_B: torch.Tensor, record_N: torch.Tensor, like_NZ: torch.Tensor) -> torch.Tensor:
-    """Standard normal values (N, Z) from each record's key and the node's number in its record."""
+    """Return standard normal values (N, Z) from each record's key and the node's number in its record."""
     counts_B = nodes_of_records(record_N, len(noise_keys_B))
     first_B = counts_B.cumsum(0) - counts_B
     number_N = torch.arange(len(record_N), device=record_N.device) - first_B[record_N]

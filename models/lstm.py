@@ -1,7 +1,7 @@
 """LSTM over the steps of a sequence (the layers of a language model), then a small head.
 
 Shapes, here and in the other models: B records, T steps, F features, H hidden, C classes, K logits (1 for two classes,
-else C), N nodes, E edges, G graphs, L graphs a record at most, Z latent.
+else C), N nodes, E edges, G graphs, L maximum number of graphs per record, Z latent.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from models.moves import to_device
 
 
 class Output(NamedTuple):
-    """What a detector gives. logits_BK: K is 1 for two classes · penalty_B: loss to add to each record's own, 0 for most."""
+    """Output of a detector. logits_BK: K is 1 for two classes; penalty_B: loss to add to each record's own, mostly 0."""
 
     logits_BK: torch.Tensor
     penalty_B: torch.Tensor
 
 
 class StepsClassifier(nn.Module):
-    """Bidirectional LSTM over packed steps, maximum over the real ones, MLP head. What all three detectors end in."""
+    """Bidirectional LSTM over packed steps, maximum over the real steps, MLP head: the last part of all three detectors."""
 
     def __init__(self, features: int, num_classes: int, *, hidden: int, num_layers: int, dropout: float) -> None:
         super().__init__()
@@ -41,11 +41,11 @@ class StepsClassifier(nn.Module):
     # not compiled: whether to pack depends on the lengths, and the LSTM is one call either way
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, steps_BTF: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-        """lengths_B: int64 on the CPU, each from 1 to T. Returns logits_BK."""
+        """Return logits_BK. lengths_B: int64 on the CPU, each from 1 to T."""
         device = steps_BTF.device
         if device.type == "cuda" and torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.float16:
             return self._classify(steps_BTF, lengths_B)
-        # In float32 otherwise: not every processor trains an LSTM in half precision, and cuDNN's, under autocast, computes in
+        # Otherwise in float32: not every processor trains an LSTM in half precision, and cuDNN's, under autocast, computes in
         # float16 whatever type was asked for (aten/src/ATen/cudnn/AutocastRNN.cpp), where bfloat16 expects no loss scaling.
         with torch.autocast(device.type, enabled=False):
             return self._classify(steps_BTF.float(), lengths_B)
@@ -56,7 +56,7 @@ class StepsClassifier(nn.Module):
             states_BTH, _ = self.lstm(steps_BTF)
             most_BH = states_BTH.amax(dim=1)
         else:
-            # sorted by length here, as pack_padded_sequence would wait for the GPU
+            # sorted by length here, because pack_padded_sequence would wait for the GPU
             order_B = torch.argsort(lengths_B, descending=True, stable=True)
             sorting_B, unsorting_B = to_device(torch.stack([order_B, torch.argsort(order_B)]), steps_BTF.device)
             packed = pack_padded_sequence(steps_BTF.index_select(0, sorting_B), lengths_B[order_B], batch_first=True)
@@ -68,7 +68,7 @@ class StepsClassifier(nn.Module):
 
 
 class LSTMDetector(nn.Module):
-    """Sequences to logits. features: numbers of a step, however many axes they have."""
+    """Detector on sequences. features: number of values per step, over all axes."""
 
     def __init__(
         self, features: int, num_classes: int = 2, *, hidden: int = 64, num_layers: int = 1, dropout: float = 0.3
@@ -78,6 +78,11 @@ class LSTMDetector(nn.Module):
         self.classify = StepsClassifier(hidden, num_classes, hidden=hidden, num_layers=num_layers, dropout=dropout)
 
     def forward(self, sequences_BTF: torch.Tensor, lengths_B: torch.Tensor) -> Output:
-        """sequences_BTF: float, zero behind a sequence's end, a step of any number of axes · lengths_B: int64 on the CPU."""
+        """Return logits and penalties of a batch.
+
+        Args:
+            sequences_BTF: Float, zero behind a sequence's end; a step may have any number of axes.
+            lengths_B: int64 on the CPU.
+        """
         logits_BK = self.classify(self.embed(sequences_BTF.reshape(*sequences_BTF.shape[:2], -1)), lengths_B)
         return Output(logits_BK, logits_BK.new_zeros(len(logits_BK)))

@@ -1,4 +1,4 @@
-"""Moves from the host to a GPU that nothing waits for."""
+"""Copy from the host to a GPU without waiting."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return `values` on the device: on a GPU by way of pinned memory, so that neither the host nor the GPU waits."""
+    """Return `values` on the device: to a GPU through pinned memory, so that neither the host nor the GPU waits."""
     if device.type != "cuda" or values.is_cuda:
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)

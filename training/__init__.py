@@ -1,1 +1,1 @@
-"""What train.py is made of: configuration, one model's training, results, pictures. Above dali_pipeline and models."""
+"""The parts of train.py: configuration, training of a model, results, pictures. Uses dali_pipeline and models."""

@@ -1,4 +1,4 @@
-"""What a detector is made of: its loaders, its network, its loss; from a configuration, a schema and a number of classes."""
+"""Build the loaders, the network and the loss of a detector from a configuration, a schema and a number of classes."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def make_loader(
     shuffle: bool | None = None,
     on_nan: OnNan = "keep",
 ) -> Loader[Any]:
-    """The loader of a split for a model: the training split shuffled, where `shuffle` does not say, the others in file order.
+    """Return the loader of a split for a model; raise UsageError for a device or layers that are not there.
 
-    Raises UsageError for a device or layers that are not there.
+    By default the training split is shuffled, and other splits come in file order.
     """
     common: dict[str, Any] = {
         "split": split,
@@ -54,7 +54,7 @@ def make_loader(
 
 
 def build_model(name: ModelName, schema: Schema, classes: int, config: TrainConfig) -> nn.Module:
-    """The detector for a schema and number of classes."""
+    """Return the detector for a schema and a number of classes."""
     if name == "lstm":
         assert schema.sequence is not None
         return LSTMDetector(int(np.prod(schema.sequence.shape)), classes, dropout=config.dropout)
@@ -67,7 +67,7 @@ def build_model(name: ModelName, schema: Schema, classes: int, config: TrainConf
 
 
 def forward(model: nn.Module, batch: Batch, noise_key: int | None = None) -> Output:
-    """A batch of either kind through its detector. noise_key: of this epoch's noise, for the detector that draws some."""
+    """Run a batch of either kind through its detector. noise_key: key of this epoch's noise, for gvae_lstm."""
     if isinstance(batch, SequenceBatch):
         output: Output = model(batch.sequences, batch.lengths)
     elif noise_key is None:
@@ -79,7 +79,7 @@ def forward(model: nn.Module, batch: Batch, noise_key: int | None = None) -> Out
 
 
 def record_losses(output: Output, labels_B: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of each record and its penalty, (B,) float32."""
+    """Return the cross entropy plus the penalty of each record, (B,) float32."""
     logits_BK, penalty_B = output.logits_BK.float(), output.penalty_B.float()
     if logits_BK.shape[1] == 1:
         losses_B = functional.binary_cross_entropy_with_logits(logits_BK[:, 0], labels_B.float(), reduction="none")
@@ -89,18 +89,18 @@ def record_losses(output: Output, labels_B: torch.Tensor) -> torch.Tensor:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Mixed precision for a forward pass; with fp32 nothing changes."""
+    """Return a context of mixed precision for a forward pass; with fp32 nothing changes."""
     return torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32")
 
 
 def unfit_records(batch: Batch) -> list[str]:
-    """The ids of a batch's records whose values are not all finite numbers."""
+    """Return the ids of the records in a batch that have values which are not finite."""
     if isinstance(batch, SequenceBatch):
-        bad = {int(at) for at in torch.nonzero(~torch.isfinite(batch.sequences.flatten(1)).all(dim=1)).flatten()}
-        return [batch.ids[at] for at in sorted(bad)]
+        bad = {int(row) for row in torch.nonzero(~torch.isfinite(batch.sequences.flatten(1)).all(dim=1)).flatten()}
+        return [batch.ids[row] for row in sorted(bad)]
     graphs, record_G = batch.graphs, records_of_graphs(batch.graphs_per_record)
     bad = set(record_G[graphs.batch[~torch.isfinite(graphs.x.unsqueeze(-1).flatten(1)).all(dim=1)].cpu()].tolist())
     if "edge_attr" in graphs:
         graph_E = graphs.batch[graphs.edge_index[0]]
         bad |= set(record_G[graph_E[~torch.isfinite(graphs.edge_attr.unsqueeze(-1).flatten(1)).all(dim=1)].cpu()].tolist())
-    return [batch.ids[at] for at in sorted(bad)]
+    return [batch.ids[row] for row in sorted(bad)]

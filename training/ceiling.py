@@ -1,4 +1,4 @@
-"""The model's ceiling: steps on one batch again and again, which wait for no data. Nothing is written."""
+"""Measure the maximum speed of a model on one repeated batch, which waits for no data; writes nothing."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from training.processes import Processes
 from training.step import trial
 from training.watch import traced
 
-SECONDS, LEAST_STEPS = 5.0, 5  # a model
+SECONDS, LEAST_STEPS = 5.0, 5  # per model
 
 
 def tell_ceilings(options: Options, config: TrainConfig, processes: Processes) -> None:
-    """Prints a line a model: the records a second that it would train at, were every batch there at once."""
-    data = processes.first(lambda: found(options))
+    """Print one line per model: the records per second if it never waited for a batch."""
+    data = processes.first(lambda: measurable_data(options))
     config.check_shares(processes.world_size)
     with traced(options.trace, processes.rank):
         for name in models_for(data, config.models):
@@ -33,8 +33,8 @@ def tell_ceilings(options: Options, config: TrainConfig, processes: Processes) -
                 )
 
 
-def found(options: Options) -> Dataset:
-    """The data set; refuses what cannot be measured."""
+def measurable_data(options: Options) -> Dataset:
+    """Return the data set; refuse data that cannot be measured."""
     check_trace(options.trace)
     data = find_data(options)
     check_classes(data)
@@ -42,7 +42,7 @@ def found(options: Options) -> Dataset:
 
 
 def ceiling(name: ModelName, data: Dataset, config: TrainConfig, options: Options, processes: Processes) -> tuple[float, float]:
-    """Records a second of all processes together, and bytes of a record in a batch. Takes some SECONDS."""
+    """Return records per second of all processes together, and bytes per record in a batch; takes about SECONDS."""
     conduct, shares = options.conduct, processes.world_size
     torch.set_num_threads(conduct.threads if isinstance(conduct.threads, int) else default_threads())
     loader = make_loader(name, data, config, "train", conduct.device, num_workers=conduct.num_workers, world_size=shares)
@@ -53,12 +53,12 @@ def ceiling(name: ModelName, data: Dataset, config: TrainConfig, options: Option
 
     def seconds(steps: int) -> float:
         begun = time.perf_counter()
-        for one in replay([batch], steps):
-            share = step(one)
+        for repeated in replay([batch], steps):
+            share = step(repeated)
         float(share)  # waits for a GPU
         return time.perf_counter() - begun
 
-    seconds(LEAST_STEPS)  # the first ones compile, and choose kernels
-    a_step = seconds(LEAST_STEPS) / LEAST_STEPS  # in every process, as they take steps together
+    seconds(LEAST_STEPS)  # the first steps compile, and choose kernels
+    a_step = seconds(LEAST_STEPS) / LEAST_STEPS  # in every process, because they take steps together
     steps = processes.first(lambda: max(LEAST_STEPS, round(SECONDS / a_step)))
     return steps * config.batch_size / seconds(steps), batch.nbytes / len(batch)

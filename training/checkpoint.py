@@ -1,4 +1,4 @@
-"""Checkpoints: plain tensors and numbers, written whole or not at all, read without running code of the file's own."""
+"""Checkpoints of plain tensors and numbers, written whole or not at all, and read without running code in the file."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from dali_pipeline.storage.whole import write_whole
 from training.config import TrainConfig
 
 IDENTITY = {"name", "config", "schema", "classes"}
-# what `Trainer.save` writes beside, and of which type
+# the other entries that `Trainer.save` writes, and their types
 PARTS: dict[str, type] = dict.fromkeys(("best", "model", "optimizer", "scheduler", "scaler", "loader", "delivered"), dict)
 PARTS |= {"epoch": int, "loss_sum": float, "loss_count": int, "history": list, "best_auroc": float, "random": list}
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread of its own, one after the other, two at most on their way.
+    """Writes checkpoints in a background thread, one after the other, at most two at a time.
 
-    What it is given is copied before `write` returns, so training goes on at once. An error of the thread (a full disk) comes
-    out of the next call of any method; the file of the checkpoint before is then still there, whole.
+    `write` copies the state before it returns, so that training continues at once. An error of the thread, such as a full disk,
+    is raised by the next call of any method. The previous checkpoint is then still complete.
     """
 
     def __init__(self) -> None:
@@ -35,36 +35,36 @@ class CheckpointWriter:
         self._under_way: deque[Future[None]] = deque()
 
     def write(self, path: Path, state: Mapping[str, Any]) -> None:
-        """Costs the copy to the CPU, and waiting where two are on their way already."""
+        """Write a checkpoint; costs the copy to the CPU, and waits if two are being written already."""
         self.check()
         if len(self._under_way) > 1:
             self._under_way.popleft().result()
         self._under_way.append(self._thread.submit(write_checkpoint, path, snapshot(state)))
 
     def check(self) -> None:
-        """Raises the PipelineError of a checkpoint that could not be written; costs nothing."""
+        """Raise the PipelineError of a checkpoint that could not be written; costs nothing."""
         while self._under_way and self._under_way[0].done():
             self._under_way.popleft().result()
 
     def wait(self) -> None:
-        """Until all are on the disk, or have failed; then raises as `check`: nothing is written behind the error's back."""
+        """Wait until all checkpoints are on the disk or have failed, then raise like `check`."""
         futures.wait(self._under_way)
         self.check()
 
 
 def snapshot(value: Any) -> Any:
-    """The same nest of dicts and lists, its tensors copied to the CPU."""
+    """Return the same nested dicts and lists, with tensors copied to the CPU."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
-        return {key: snapshot(one) for key, one in value.items()}
+        return {key: snapshot(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(snapshot(one) for one in value)
+        return type(value)(snapshot(entry) for entry in value)
     return value
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Anything that `torch.load(weights_only=True)` reads. Raises PipelineError where it cannot be written."""
+    """Write a state that `torch.load(weights_only=True)` can read; raise PipelineError if that fails."""
     with span("checkpoint"):
         content = io.BytesIO()
         torch.save(dict(state), content)
@@ -72,7 +72,7 @@ def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, advice: str) -> dict[str, Any]:
-    """What is in `path`, whatever model's it is. Raises UsageError, which ends in `advice`, for a file that is none."""
+    """Return the checkpoint of any model; raise UsageError, which ends in `advice`, if the file is no checkpoint."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         missing = IDENTITY - state.keys()
@@ -84,7 +84,7 @@ def load_checkpoint(path: Path, advice: str) -> dict[str, Any]:
 
 
 def read_checkpoint(path: Path, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The state in `path`. Raises UsageError for a file that is none, another model's, or of another configuration."""
+    """Return the state in a file; raise UsageError if it is no checkpoint of this model and configuration."""
     state = load_checkpoint(path, "name another, or begin anew with --resume never")
     if state["name"] != name:
         raise UsageError(f"{path} is a checkpoint of {state['name']}; expected one of {name}")
@@ -94,6 +94,6 @@ def read_checkpoint(path: Path, name: str, config: Mapping[str, Any]) -> dict[st
     for key in config.keys() - {"models"}:
         theirs = stored.get(key)
         if theirs != config[key]:
-            what = "data of digest" if key == "data_digest" else key
-            raise UsageError(f"{path} was trained with {what} {theirs!r}; this run has {config[key]!r}")
+            setting = "data of digest" if key == "data_digest" else key
+            raise UsageError(f"{path} was trained with {setting} {theirs!r}; this run has {config[key]!r}")
     return state

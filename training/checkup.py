@@ -1,4 +1,4 @@
-"""train.py --doctor: whether a training waits for data, with its own flags and model. Nothing is written."""
+"""train.py --doctor: measure whether a training waits for data, with its flags and model; writes nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from training.step import trial
 
 
 def examine_training(options: Options, config: TrainConfig, processes: Processes, *, as_json: bool) -> int:
-    """Examine the first of the models that the data allow, print what is found, and return 0 (fed) or 1 (input-bound)."""
+    """Examine the first model that the data can train, print the result, and return 0 (fed) or 1 (input-bound)."""
     if processes.world_size > 1:
         raise UsageError(f"--doctor examines one process, and {processes.world_size} were started; run it without torchrun")
     with redirect_stdout(sys.stderr if as_json else sys.stdout):
@@ -36,5 +36,5 @@ def examine_training(options: Options, config: TrainConfig, processes: Processes
 
 
 def train_step(name: ModelName, loader: Loader[Any], config: TrainConfig | None = None) -> Train:
-    """Return what takes a step of training that detector on a batch of the loader, as train.py takes it."""
+    """Return a callable that takes one training step of a detector on a batch, like train.py."""
     return trial(name, loader, config or TrainConfig(), Processes(loader.world))[1]

@@ -1,4 +1,4 @@
-"""What train.py's command line has beside its flags: help in groups, and --config, a YAML file of flags."""
+"""Helpers for the command line of train.py: grouped help, and --config, a YAML file of flags."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ ABOUT_FILES = {"config", "print-config", "help"}
 
 
 class GroupedCommand(TyperCommand):
-    """Plain help whose options stand under the names of their `rich_help_panel`."""
+    """A command whose plain help groups the options by their `rich_help_panel`."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """As click does, a section a group, in the order in which the groups first come."""
+        """Write one section per group, in the order in which the groups first occur."""
         groups: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             if (record := param.get_help_record(ctx)) is not None:
@@ -32,25 +32,25 @@ class GroupedCommand(TyperCommand):
 
 
 def flag(group: str, text: str, example: str, *names: str, **settings: Any) -> Any:
-    """An option of a group, its help with an example at the end."""
+    """Return an option of a group, whose help ends with an example."""
     return typer.Option(*names, rich_help_panel=group, help=f"{text} E.g. {example}", **settings)
 
 
 def take_config(ctx: typer.Context, path: Path | None) -> Path | None:
-    """The file's values become the flags' defaults, so what stands on the command line wins. Raises UsageError."""
+    """Use the values in a YAML file as defaults of the flags, so that the command line wins; may raise UsageError."""
     if path is None:
         return None
     try:
-        # every value as its text: YAML would read 12:20 as the number 740
-        found = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        # read every value as text, because YAML would read 12:20 as the number 740
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(
             f"{path} cannot be read as YAML ({str(error).splitlines()[0]}); expected lines such as lr: 0.001"
         ) from None
-    if not isinstance(found, Mapping):
+    if not isinstance(settings, Mapping):
         raise UsageError(f"{path} holds no names and values; expected lines such as lr: 0.001")
     known = _names(ctx)
-    values = {str(key).replace("_", "-"): value for key, value in found.items()}
+    values = {str(key).replace("_", "-"): value for key, value in settings.items()}
     refuse_old_flags(f"--{name}" for name in values)
     if unknown := sorted(values.keys() - known.keys()):
         raise UsageError(f"{path} names {unknown[0]!r}, which is no flag; expected some of {', '.join(known)}")
@@ -63,13 +63,13 @@ def _text(value: Any) -> str:
 
 
 def _names(ctx: typer.Context) -> dict[str, str]:
-    """Flags as written, without dashes, and the names of their values."""
+    """Return the names of the parameters by flag, without dashes."""
     names = {param.opts[0].lstrip("-"): str(param.name) for param in ctx.command.params}
     return {flag: name for flag, name in names.items() if flag not in ABOUT_FILES}
 
 
 def print_config(ctx: typer.Context) -> None:
-    """All flags as they stand, in the form that --config takes."""
+    """Print the values of all flags in the form that --config reads."""
     values = {flag: ctx.params[name] for flag, name in _names(ctx).items()}
     given = {flag: str(value) if isinstance(value, Path) else value for flag, value in values.items() if value is not None}
     sys.stdout.write(yaml.safe_dump(given, sort_keys=False))

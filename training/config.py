@@ -1,4 +1,4 @@
-"""TrainConfig: everything that a run's numbers depend on."""
+"""TrainConfig: the settings on which the numbers of a run depend."""
 
 from __future__ import annotations
 
@@ -17,22 +17,30 @@ from dali_pipeline.types import Kind
 ModelName = Literal["lstm", "gnn_lstm", "gvae_lstm"]
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
 Precision = Literal["fp32", "bf16", "fp16"]
-ARCHITECTURE = 2  # of the detectors: 2 standardises features; runs of another one are not gone on with
+ARCHITECTURE = 2  # version of the detectors; 2 standardises features. Runs of another version are not continued
 OLD_WORDS = {"lanes": "num_partitions"}
 METRICS = ("auroc", "average_precision", "f1", "precision", "recall", "accuracy", "ece")
 
 
 def kind_of(name: str) -> Kind:
-    """The kind of record that a model takes."""
+    """Return the kind of record that a model takes."""
     return "sequences" if name == "lstm" else "graphs"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conduct:
-    """How a run is carried out: what changes no number, but for the last bits of some.
+    """Settings that change no number of a run, except for last bits.
 
-    threads: torch's per process, "auto" for those that measure best, None for `default_threads`; those of a checkpoint that a
-    run goes on from stay, unless a number is given · checkpoint_steps: 0 for none between the minutes and epochs' ends.
+    Attributes:
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        num_workers: Threads or processes that read ahead, or "auto".
+        threads: Number of torch threads per process; "auto" measures the best number, None is `default_threads`. A resumed run
+            keeps the number of its checkpoint, unless a number is given here.
+        checkpoint_minutes: Minutes between checkpoints within an epoch; 0 for none.
+        checkpoint_steps: Steps between checkpoints within an epoch; 0 for none.
+
+    Raises:
+        UsageError: A value is below 0.
     """
 
     device: str = "auto"
@@ -51,10 +59,24 @@ class Conduct:
 class TrainConfig:
     """Hyperparameters of a run.
 
-    batch_size: records a step, over all processes and pieces · layers: steps or graphs of each record, as `parse_layers` reads
-    them · num_partitions: disjoint sets of the training split's shards, so that each node reads its own · accumulate: pieces
-    that each process's part of a batch goes through the model in · clip_norm: greatest norm of all gradients together, 0 for
-    any.
+    Attributes:
+        models: Names of the detectors to train.
+        epochs: Number of passes over the training split.
+        batch_size: Records per step, over all processes and pieces.
+        lr: Highest learning rate of the one-cycle schedule.
+        dropout: Dropout rate.
+        weight_decay: Weight decay of AdamW.
+        kl_weight: Weight of the KL divergence in the loss of gvae_lstm.
+        seed: Seed of weights, dropout, order and folds.
+        layers: Steps or graphs of each record to use, in the form that `parse_layers` reads; None for all.
+        num_partitions: Number of disjoint sets of shards of the training split, so that each node reads its own.
+        precision: Precision of the forward pass.
+        accumulate: Number of pieces into which each process's part of a batch is split.
+        clip_norm: Maximum norm of all gradients together; 0 turns clipping off.
+        compile: Whether to compile the model.
+
+    Raises:
+        UsageError: A value is out of range.
     """
 
     models: tuple[ModelName, ...] = MODELS
@@ -86,27 +108,27 @@ class TrainConfig:
         parse_layers(self.layers)
 
     def check_shares(self, world_size: int) -> None:
-        """Raises UsageError unless a batch divides by the processes, and each one's part by the pieces."""
+        """Raise UsageError unless the batch size is a multiple of the number of processes times `accumulate`."""
         if self.batch_size % (world_size * self.accumulate):
             shared = f"{world_size} processes" + (f" times --accumulate {self.accumulate}" if self.accumulate > 1 else "")
             raise UsageError(f"batch size {self.batch_size} does not divide by {shared}; expected a multiple")
 
     def to_dict(self, data: Dataset) -> dict[str, Any]:
-        """Plain JSON types, the data set's digest among them."""
-        told = {**asdict(self), "models": list(self.models), "data_digest": data.digest, "architecture": ARCHITECTURE}
-        if self.num_partitions == 1:  # as before there were any, so that older runs go on
-            del told["num_partitions"]
-        return told
+        """Return the settings and the data set's digest in plain JSON types."""
+        settings = {**asdict(self), "models": list(self.models), "data_digest": data.digest, "architecture": ARCHITECTURE}
+        if self.num_partitions == 1:  # like before the setting existed, so that older runs continue
+            del settings["num_partitions"]
+        return settings
 
     @staticmethod
     def in_new_words(stored: dict[str, Any]) -> dict[str, Any]:
-        """Return a stored configuration with the words of today."""
+        """Return a stored configuration with the present names of its settings."""
         return {OLD_WORDS.get(name, name): value for name, value in stored.items()}
 
     def folder_name(self, data: Dataset) -> str:
-        """A name for the run's folder: the data, the models, and a hash of everything."""
-        what = "all" if self.models == MODELS else "+".join(self.models)
+        """Return the name of the run's folder: the data, the models, and a hash of all settings."""
+        models = "all" if self.models == MODELS else "+".join(self.models)
         old = {new: word for word, new in OLD_WORDS.items()}  # so that a folder keeps its name
-        told = {old.get(name, name): value for name, value in self.to_dict(data).items()}
-        key = xxhash.xxh3_64_hexdigest(msgspec.json.encode(told, order="sorted"))[:8]
-        return f"{readable(data.root.resolve().name)}-{what}-{key}"
+        settings = {old.get(name, name): value for name, value in self.to_dict(data).items()}
+        key = xxhash.xxh3_64_hexdigest(msgspec.json.encode(settings, order="sorted"))[:8]
+        return f"{readable(data.root.resolve().name)}-{models}-{key}"

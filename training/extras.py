@@ -1,4 +1,4 @@
-"""Extras: what a run leaves beside its metrics and checkpoints, and does without where it cannot be made."""
+"""Extras: write the optional files of a run; if one cannot be written, the run goes on without it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger("dali_pipeline")
 
 @contextmanager
 def extra(what: Path) -> Iterator[None]:
-    """Within the block an error, of whatever kind, is one line in the log, and the run goes on."""
+    """Turn any exception within the block into one line in the log."""
     try:
         yield
     except Exception as error:
@@ -28,9 +28,9 @@ def extra(what: Path) -> Iterator[None]:
 
 
 class Board:
-    """Figures by epoch in a file for TensorBoard, up to the first that cannot be written.
+    """Writes figures by epoch to a file for TensorBoard, until one cannot be written.
 
-    Not torch's SummaryWriter, as that writes in a thread, which prints its own traceback. purge_step: the epoch gone on from.
+    Does not use torch's SummaryWriter, which writes in a thread that prints tracebacks. purge_step: epoch of the resume.
     """
 
     def __init__(self, folder: Path, purge_step: int) -> None:
@@ -45,12 +45,12 @@ class Board:
         )
 
     def note(self, epoch: int, figures: Mapping[str, float]) -> None:
-        """An epoch's figures; they are in the file when this returns."""
+        """Write the figures of an epoch; they are in the file when this returns."""
         values = [Summary.Value(tag=name, simple_value=figure) for name, figure in figures.items()]
         self._write(Event(step=epoch, summary=Summary(value=values)))
 
     def close(self) -> None:
-        """No figures come any more."""
+        """Close the file."""
         if self._records is not None:
             with extra(self._folder):
                 self._records.close()

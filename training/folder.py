@@ -1,4 +1,4 @@
-"""The output folder of a run: found before anything is written, then claimed. Another run's folder is never touched."""
+"""The output folder of a run: check it before anything is written, then claim it; never touch another run's folder."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ WRITTEN = (CONFIG_NAME, METRICS_NAME, STARTS_NAME, "layers.csv", *EXTRAS)
 
 
 def checkpoint_path(folder: Path, model: ModelName, which: Literal["best", "last"]) -> Path:
-    """`<model>-last.pt` to go on from, `<model>-best.pt` with the weights of the best epoch."""
+    """Return the path of `<model>-last.pt`, to continue from, or `<model>-best.pt`, the weights of the best epoch."""
     return folder / f"{model}-{which}.pt"
 
 
 def check_folder(folder: Path, described: Mapping[str, Any], *, replace: bool) -> None:
-    """Raises UsageError unless the run `described` may use `folder`; writes nothing.
+    """Raise UsageError unless the run `described` may use `folder`; writes nothing.
 
-    It may be missing, empty, the same run's, or another's where nothing was trained yet or `replace` says so.
+    The folder may be missing, empty, of the same run, or of another run if nothing was trained yet or `replace` is set.
     """
     try:
         path = folder / CONFIG_NAME
         if not path.exists():
-            begun = {f"{name}.tmp" for name in WRITTEN}  # by a process that was killed as it began
-            if folder.exists() and any(one.name not in begun for one in folder.iterdir()):
+            leftovers = {f"{name}.tmp" for name in WRITTEN}  # of a process that was killed when it began
+            if folder.exists() and any(entry.name not in leftovers for entry in folder.iterdir()):
                 raise UsageError(f"{folder} is not empty and holds no run; choose another --output-dir")
             return
-        found = json.loads(path.read_text())
+        stored = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise _unusable(folder, error) from error
-    if not isinstance(found, dict) or "data_digest" not in found:
+    if not isinstance(stored, dict) or "data_digest" not in stored:
         raise UsageError(f"{path} was not written by train.py; choose another --output-dir")
     trained = (folder / METRICS_NAME).exists() or any(folder.rglob("*-last.pt"))
-    if TrainConfig.in_new_words(found) != described and trained and not replace:
+    if TrainConfig.in_new_words(stored) != described and trained and not replace:
         raise UsageError(
             f"{folder} holds a run of another configuration; give another --output-dir, or --resume never to replace it"
         )
 
 
 def lacks(folder: Path) -> str:
-    """A sentence on what a finished run, or the first such one of several in sub-folders, has not left; or nothing."""
+    """Return a sentence on files that a finished run, or the first such run in a sub-folder, lacks; empty if none."""
     for run in sorted(path.parent for path in folder.glob(f"*/{METRICS_NAME}")) or [folder]:
         missing = [name for name in EXTRAS if not (run / name).exists()]
         if missing:
@@ -63,16 +63,16 @@ def lacks(folder: Path) -> str:
 
 
 class FolderLock(AbstractContextManager["FolderLock"]):
-    """Keeps others from training in the same folder, until the end of the block, or of this process, however that comes.
+    """Keeps other processes from training in the same folder, until the end of the block or of this process.
 
-    Processes forked meanwhile do not hold it, so none of them outlives this one with it.
+    Forked processes release the lock, so that none of them keeps it after this process has ended.
     """
 
     def __init__(self) -> None:
         self._fd = -1
 
     def take(self, folder: Path) -> None:
-        """Locks the folder, made if need be. Raises UsageError where another process has it, or it cannot be made."""
+        """Lock the folder, and make it if it is missing; raise UsageError if another process has it or it cannot be made."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
@@ -84,7 +84,7 @@ class FolderLock(AbstractContextManager["FolderLock"]):
         os.register_at_fork(after_in_child=self.release)
 
     def release(self) -> None:
-        """Lets the folder go; once more, nothing."""
+        """Release the folder; a second call does nothing."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -124,7 +124,7 @@ def _unusable(folder: Path, error: Exception) -> UsageError:
 
 
 def check_resume(resume: str, models: tuple[ModelName, ...], runs: int) -> None:
-    """Raises UsageError where `--resume PATH` names nothing that these models can go on from."""
+    """Raise UsageError if `--resume PATH` names no checkpoint of these models."""
     if resume in ("auto", "never"):
         return
     path = Path(resume)
@@ -139,7 +139,7 @@ def check_resume(resume: str, models: tuple[ModelName, ...], runs: int) -> None:
 
 
 def find_checkpoint(resume: str, folder: Path, model: ModelName) -> Path | None:
-    """`auto`: the folder's own. `never`: none. A path: that file, or the model's in that folder. None where there is none."""
+    """Return the checkpoint to continue from, or None: the folder's for "auto", none for "never", otherwise that of a path."""
     if resume == "never":
         return None
     path = folder if resume == "auto" else Path(resume)

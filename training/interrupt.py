@@ -1,4 +1,4 @@
-"""Interrupts: SIGTERM and Ctrl-C end a run at the next safe place, with a checkpoint and the usual exit code."""
+"""Interrupts: end a run at SIGTERM or Ctrl-C at the next safe step, with a checkpoint and the usual exit code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from training.processes import Processes
 
 
 class Interrupted(BaseException):
-    """The run was asked to stop: no error, so what catches errors lets it through. exit_code: 128 and the signal's number."""
+    """The run was asked to stop; a BaseException, so that handlers of errors let it pass. exit_code: 128 + signal."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal.Signals(signal_number).name)
@@ -19,10 +19,10 @@ class Interrupted(BaseException):
 
 
 class Interrupts:
-    """Asked by loops between two steps, `agreed` raises Interrupted once a signal came. Elsewhere a signal raises at once.
+    """Handles signals: loops call `agreed` between two steps, which raises Interrupted. Elsewhere a signal raises at once.
 
-    With several processes all stop at the same step, whichever got the signal; and as torchrun passes a terminal's signal on,
-    so that it comes twice, a second one changes nothing there.
+    With several processes all stop at the same step, whichever process got the signal. A second signal is then ignored, because
+    torchrun passes the signal of a terminal on, so that it arrives twice.
     """
 
     def __init__(self, processes: Processes) -> None:
@@ -41,7 +41,7 @@ class Interrupts:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within the block a first signal only is noted."""
+        """Only note a first signal within the block."""
         self._deferred = True
         try:
             yield
@@ -49,9 +49,9 @@ class Interrupts:
             self._deferred = False
 
     def agreed(self, wish: bool = False) -> bool:
-        """Whether any process had a `wish` (below); raises Interrupted, in all, where one was signalled.
+        """Return whether any process had a `wish`; raise Interrupted in all processes if one got a signal.
 
-        To be called by all processes at every step; with several the answer is about the step before.
+        All processes must call it at every step. With several processes the answer is about the step before.
         """
         number = self._processes.agree(self._received or int(wish))
         if number > 1:

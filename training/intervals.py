@@ -1,7 +1,7 @@
-"""Intervals: how far the figures would wander with other questions; the bootstrap over groups, all resamples at once.
+"""Confidence intervals of the metrics by the bootstrap over groups, computed for all resamples at once.
 
-A resample draws as many groups as there are, with replacement (Efron 1979; by cluster, as the answers to one question are not
-independent). It is a weight a record, how often its group was drawn, so every figure is computed from sums of weights.
+A resample draws as many groups as there are, with replacement (Efron 1979; by cluster, because the answers to one question are
+not independent). It gives each record a weight, how often its group was drawn, and metrics are computed from sums of weights.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ BLOCK = 1 << 22  # weights in memory at a time
 
 
 def intervals(found: Predictions, groups: Sequence[bytes], threshold: float | None) -> dict[str, list[float]]:
-    """The 95 % interval of each of METRICS, [low, high]. groups: R names, of each record's group."""
+    """Return the 95 % interval [low, high] of each of METRICS. groups: (R,) name of each record's group."""
     parts = [weighted(found, threshold, weights_SR) for weights_SR in resamples(groups)]
     return {name: _interval(np.concatenate([part[name] for part in parts])) for name in parts[0]}
 
 
 def auroc_interval(found: Predictions, groups: Sequence[bytes]) -> list[float]:
-    """That of AUROC alone."""
+    """Return the 95 % interval of AUROC."""
     return _interval(np.concatenate([weighted_auroc(found, weights_SR) for weights_SR in resamples(groups)]))
 
 
 def auroc_difference(one: Predictions, other: Predictions, groups: Sequence[bytes]) -> dict[str, Any]:
-    """AUROC of `one` less that of `other` on the same records, with its 95 % interval: both are drawn the same groups."""
+    """Return the AUROC of `one` minus that of `other` on the same records, with a 95 % interval from the same resamples."""
     everything = np.ones((1, len(groups)))
     point = weighted_auroc(one, everything) - weighted_auroc(other, everything)
     drawn = [weighted_auroc(one, weights) - weighted_auroc(other, weights) for weights in resamples(groups)]
@@ -41,8 +41,8 @@ def auroc_difference(one: Predictions, other: Predictions, groups: Sequence[byte
 
 
 def resamples(groups: Sequence[bytes]) -> Iterator[Floats]:
-    """RESAMPLES rows of weights (S, R), some at a time; the same for the same groups."""
-    # no array of bytes: NumPy takes trailing NULs away, and gives every name the room of the longest
+    """Yield RESAMPLES rows of weights (S, R), some at a time; the same for the same groups."""
+    # not an array of bytes, because NumPy drops trailing NULs and pads every name to the longest
     names = {group: number for number, group in enumerate(sorted(set(groups)))}
     group_R = np.array([names[group] for group in groups])
     rng = np.random.default_rng(seed_of(BOOTSTRAP))
@@ -54,15 +54,15 @@ def resamples(groups: Sequence[bytes]) -> Iterator[Floats]:
 
 
 def weighted(found: Predictions, threshold: float | None, weights_SR: Floats) -> dict[str, Floats]:
-    """METRICS under each row of weights, (S,) each; not a number where a row draws no record of a class."""
+    """Return each of METRICS for every row of weights, (S,); NaN if a row draws no record of a class."""
     chosen_R, labels_R = found.chosen(threshold), found.labels
     classes = [1] if threshold is not None else sorted({*labels_R.tolist(), *chosen_R.tolist()})
     true, claimed, real = (
         np.stack([weights_SR @ member.astype(np.float64) for member in members], axis=1)
         for members in (
-            [(chosen_R == one) & (labels_R == one) for one in classes],
-            [chosen_R == one for one in classes],
-            [labels_R == one for one in classes],
+            [(chosen_R == label) & (labels_R == label) for label in classes],
+            [chosen_R == label for label in classes],
+            [labels_R == label for label in classes],
         )
     )
     confidence_R, hits_R = found.confidence()
@@ -82,11 +82,11 @@ def weighted(found: Predictions, threshold: float | None, weights_SR: Floats) ->
 
 
 def weighted_auroc(found: Predictions, weights_SR: Floats) -> Floats:
-    """(S,): the share of pairs, one of each class, that the score orders right; ties count half. Mean over classes."""
+    """Return the share of pairs of both classes that the score orders correctly, (S,); ties count half. Mean over classes."""
     scores_RC, hits_RC = found.one_against_rest()
     areas = []
-    for at in occurring(hits_RC):
-        hits_SK, misses_SK = _by_score(scores_RC[:, at], hits_RC[:, at], weights_SR)
+    for label in occurring(hits_RC):
+        hits_SK, misses_SK = _by_score(scores_RC[:, label], hits_RC[:, label], weights_SR)
         below_SK = np.cumsum(misses_SK, axis=1) - misses_SK / 2
         with np.errstate(invalid="ignore"):
             areas.append((hits_SK * below_SK).sum(axis=1) / (hits_SK.sum(axis=1) * misses_SK.sum(axis=1)))
@@ -95,11 +95,11 @@ def weighted_auroc(found: Predictions, weights_SR: Floats) -> Floats:
 
 
 def weighted_average_precision(found: Predictions, weights_SR: Floats) -> Floats:
-    """(S,): the mean, over the records of a class, of the precision at their score. Mean over classes."""
+    """Return the mean precision at the scores of a class's records, (S,). Mean over classes."""
     scores_RC, hits_RC = found.one_against_rest()
     means = []
-    for at in occurring(hits_RC):
-        hits_SK, misses_SK = (each[:, ::-1] for each in _by_score(scores_RC[:, at], hits_RC[:, at], weights_SR))
+    for label in occurring(hits_RC):
+        hits_SK, misses_SK = (weights[:, ::-1] for weights in _by_score(scores_RC[:, label], hits_RC[:, label], weights_SR))
         found_SK, all_SK = np.cumsum(hits_SK, axis=1), np.cumsum(hits_SK + misses_SK, axis=1)
         with np.errstate(invalid="ignore"):
             means.append((hits_SK * found_SK / all_SK.clip(1e-12)).sum(axis=1) / hits_SK.sum(axis=1))
@@ -108,16 +108,16 @@ def weighted_average_precision(found: Predictions, weights_SR: Floats) -> Floats
 
 
 def _by_score(scores_R: Floats, hits_R: Floats, weights_SR: Floats) -> tuple[Floats, Floats]:
-    """Weights of hits and of misses at each different score, lowest first: (S, K) each."""
+    """Return the weights of hits and of misses at each distinct score, lowest first: (S, K) each."""
     order = np.argsort(scores_R, kind="stable")
     first = np.flatnonzero(np.diff(scores_R[order], prepend=-np.inf))
     sorted_SR, hits = weights_SR[:, order], hits_R[order].astype(np.float64)
-    hits_SK, misses_SK = (np.add.reduceat(sorted_SR * each, first, axis=1) for each in (hits, 1 - hits))
+    hits_SK, misses_SK = (np.add.reduceat(sorted_SR * members, first, axis=1) for members in (hits, 1 - hits))
     return hits_SK, misses_SK
 
 
 def _mean(values_SC: Floats, counted_SC: Floats) -> Floats:
-    """(S,): the mean over the classes that count in each row; not a number where none does."""
+    """Return the mean over the classes that count in each row, (S,); NaN if none does."""
     with np.errstate(invalid="ignore"):
         return np.asarray(np.where(counted_SC, values_SC, 0).sum(axis=1) / counted_SC.sum(axis=1))
 

@@ -1,4 +1,4 @@
-"""A GPU without enough memory for a step, said in one sentence."""
+"""Report in one sentence that a GPU has too little memory for a step."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dali_pipeline import PipelineError
 
 @contextmanager
 def enough_memory(name: str, batch_size: int, device: torch.device) -> Iterator[None]:
-    """Turn what torch raises inside the block, where the GPU has too little memory, into a PipelineError that says how much.
+    """Turn torch's out-of-memory error within the block into a PipelineError that says how much memory was in use.
 
     Args:
         name: The detector.
         batch_size: Records per step of this process.
-        device: Where it computes.
+        device: Device that it computes on.
     """
     try:
         yield

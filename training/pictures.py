@@ -1,4 +1,4 @@
-"""curves.png: how training went, and how far the detectors can be trusted, in six panels."""
+"""Draw curves.png: the course of a training, and the quality of the detectors, in six panels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from training.layers import LayerScores
 from training.metrics import Predictions, calibration_bins
 from training.trainer import HistoryRow
 
-FEWEST = 10  # records of a point of the calibration curve
+FEWEST = 10  # minimum number of records per point of the calibration curve
 Results = Mapping[str, Mapping[str, Any]]
 
 
@@ -31,7 +31,7 @@ def draw_curves(
     layers: LayerScores | None,
     title: str,
 ) -> None:
-    """Loss and AUROC by epoch; ROC, precision-recall and calibration on test; AUROC by layer where there are layers."""
+    """Draw loss and AUROC by epoch; ROC, precision-recall and calibration on test; AUROC by layer if there are layers."""
     figure = Figure(figsize=(16, 9), layout="constrained")
     entitle(figure, title, fontsize=14)
     panels = list(figure.subplots(2, 3).flat)
@@ -82,7 +82,7 @@ def _with_interval(results: Results, model: str, metric: str) -> str:
 
 def _roc(axes: Axes, tests: Mapping[str, Predictions], results: Results, colors: Mapping[str, str]) -> None:
     for model, found in tests.items():
-        scores, hits = (each.reshape(-1) for each in found.one_against_rest())
+        scores, hits = (values.reshape(-1) for values in found.one_against_rest())
         false_rate, true_rate, _ = roc_curve(hits, scores)
         axes.plot(false_rate, true_rate, color=colors[model], label=f"{model}, AUROC {_with_interval(results, model, 'auroc')}")
     axes.plot([0, 1], [0, 1], color="0.6", ls=":")
@@ -92,7 +92,7 @@ def _roc(axes: Axes, tests: Mapping[str, Predictions], results: Results, colors:
 
 def _precision_recall(axes: Axes, tests: Mapping[str, Predictions], results: Results, colors: Mapping[str, str]) -> None:
     for model, found in tests.items():
-        scores, hits = (each.reshape(-1) for each in found.one_against_rest())
+        scores, hits = (values.reshape(-1) for values in found.one_against_rest())
         precision, recall, _ = precision_recall_curve(hits, scores)
         label = f"{model}, average precision {_with_interval(results, model, 'average_precision')}"
         axes.plot(recall, precision, color=colors[model], label=label)
@@ -113,7 +113,7 @@ def _calibration(axes: Axes, tests: Mapping[str, Predictions], results: Results,
         bins = calibration_bins(confidence)
         counts = np.bincount(bins)
         filled = counts >= FEWEST
-        said, true = (np.bincount(bins, each)[filled] / counts[filled] for each in (confidence, hits))
+        said, true = (np.bincount(bins, sums)[filled] / counts[filled] for sums in (confidence, hits))
         label = f"{model}, expected error {_with_interval(results, model, 'ece')}"
         axes.plot(said, true, color=colors[model], lw=1, alpha=0.7, label=label)
         axes.scatter(said, true, s=400 * counts[filled] / len(bins), color=colors[model], alpha=0.6, lw=0)

@@ -1,4 +1,4 @@
-"""cut: a batch in pieces that go through the model one after the other, for batches that do not fit in memory at once."""
+"""Split a batch into pieces that go through the model one after the other, if the batch does not fit in memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dali_pipeline import GraphBatch, SequenceBatch
 
 
 def cut(batch: SequenceBatch | GraphBatch, pieces: int) -> list[SequenceBatch | GraphBatch]:
-    """The batch's records in so many equal parts, in order; views of it, nothing is copied but edge indices."""
+    """Return the batch as `pieces` equal parts in order; they are views, and only edge indices are copied."""
     if pieces == 1:
         return [batch]
     size = len(batch) // pieces
@@ -29,7 +29,7 @@ def _sequences(batch: SequenceBatch, rows: slice) -> SequenceBatch:
 
 
 def _graphs(batch: GraphBatch, rows: slice, own: slice) -> GraphBatch:
-    """own: the records' graphs."""
+    """Return the part of a batch with these rows; own: range of the rows' graphs."""
     whole, cuts = batch.graphs, batch.graphs._slice_dict  # on the CPU
     first, last = (int(cuts["x"][graph]) for graph in (own.start, own.stop))
     edges = slice(*(int(cuts["edge_index"][graph]) for graph in (own.start, own.stop)))

@@ -1,4 +1,4 @@
-"""Before training: the data are found, and whatever cannot work is refused, before anything of the run is written."""
+"""Before training: find the data, and refuse settings that cannot work, before anything of the run is written."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from training.folder import check_folder, check_resume, find_checkpoint
 
 DATA_FOLDER = Path("data")
 RUNS_FOLDER = Path("runs")
-MOST_CLASSES = 4096  # figures of several classes take memory of their number times itself
+MOST_CLASSES = 4096  # the memory of some metrics grows with the square of the number of classes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Where input and output lie, how often and how training runs: what changes no number of a single run."""
+    """Paths, number of runs, and other settings that change no number of a single run."""
 
     data: str | Path | None
     preprocessed_dir: Path | None
@@ -52,12 +52,12 @@ class Options:
 
     @property
     def runs(self) -> int:
-        """How many runs this asks for."""
+        """Number of runs."""
         return self.folds or self.seeds
 
 
 def find_data(options: Options) -> Dataset:
-    """The data set that was named; the one converted from the folder that was named; or the demonstration's."""
+    """Open the data set that --data names, or convert that of --preprocessed-dir, or make the demonstration's."""
     if options.data:
         return open_dataset(options.data, options.cache_dir, options.cache_bytes)
     if options.preprocessed_dir:
@@ -70,7 +70,7 @@ def find_data(options: Options) -> Dataset:
 
 
 def open_same(root: Place, digest: str) -> Dataset:
-    """The data set, in each process. Raises UsageError where a machine holds another one under this name."""
+    """Open the data set in each process; raise UsageError if a machine has another data set under this name."""
     data = open_dataset(root)
     if data.digest != digest:
         raise UsageError(f"{data.root} here has the digest {data.digest}; the first process opened {digest}")
@@ -95,7 +95,7 @@ def _converted(folder: Path, converted_dir: Path | None) -> Dataset:
 
 
 def models_for(data: Dataset, asked: tuple[ModelName, ...]) -> tuple[ModelName, ...]:
-    """The models that the data can train: all three asked of half a data set are those of that half."""
+    """Return the models that the data can train; of all three, those whose kind of record the data have."""
     possible = tuple(name for name in asked if kind_of(name) in data.schema.kinds)
     holds = f"{data.root} holds {' and '.join(data.schema.kinds)} only"
     if not possible or (possible != asked and asked != MODELS):
@@ -106,20 +106,20 @@ def models_for(data: Dataset, asked: tuple[ModelName, ...]) -> tuple[ModelName, 
 
 
 def check_labels(data: Dataset, models: Iterable[str]) -> None:
-    """Raises DataError unless every split has records of two classes at least, or no score can be computed, for each model."""
+    """Raise DataError unless every split has records of at least two classes for each model, which the metrics need."""
     check_classes(data)
     for kind in dict.fromkeys(map(kind_of, models)):
         for split in ("train", "val", "test"):
             counts = data.label_counts(split, kind)
             if len(counts) < 2:
-                found = f"labels all {next(iter(counts))} in its {kind}" if counts else f"no records of {kind}"
+                problem = f"labels all {next(iter(counts))} in its {kind}" if counts else f"no records of {kind}"
                 raise DataError(
-                    f"split {split!r} of {data.root} has {found}; expected at least two classes in train, val and test"
+                    f"split {split!r} of {data.root} has {problem}; expected at least two classes in train, val and test"
                 )
 
 
 def check_classes(data: Dataset) -> None:
-    """Raises DataError for labels that are no classes, as a detector has an output for every number up to the highest."""
+    """Raise DataError if labels are too large, because a detector has one output per number up to the highest label."""
     if data.schema.labels.kind != "class":
         raise DataError(f"{data.root} has labels of kind {data.schema.labels.kind!r}; a detector needs one class per record")
     if data.num_classes > MOST_CLASSES:
@@ -130,7 +130,7 @@ def check_classes(data: Dataset) -> None:
 
 
 def find_folder(options: Options, config: TrainConfig, data: Dataset) -> tuple[Path, dict[str, Any], bool]:
-    """The output folder, what its config.json is to say, and whether the run begins anew; another run's folder is refused."""
+    """Return the output folder, the content of config.json, and whether to start anew; refuse another run's folder."""
     suffix = f"-{options.seeds}-seeds" if options.seeds > 1 else f"-{options.folds}-folds" if options.folds else ""
     folder = options.output_dir or RUNS_FOLDER / (config.folder_name(data) + suffix)
     described = {**config.to_dict(data), "seeds": options.seeds, "folds": options.folds}
@@ -140,7 +140,7 @@ def find_folder(options: Options, config: TrainConfig, data: Dataset) -> tuple[P
 
 
 def check_settings(data: Dataset, config: TrainConfig, folder: Path, options: Options, world_size: int) -> None:
-    """What would fail later fails now, before anything is written: shares, labels, layers, a device, a checkpoint."""
+    """Check shares, labels, layers, device and checkpoint, so that errors come before anything is written."""
     from training.build import make_loader
     from training.checkpoint import read_checkpoint
 
@@ -148,11 +148,11 @@ def check_settings(data: Dataset, config: TrainConfig, folder: Path, options: Op
     config.check_shares(world_size)
     check_resume(options.resume, config.models, options.runs)
     check_trace(options.trace)
-    for name, one in ((name, one) for _, one, _ in runs_of(options, config, data) for name in config.models):
-        check_labels(one, [name])
+    for name, part in ((name, part) for _, part, _ in runs_of(options, config, data) for name in config.models):
+        check_labels(part, [name])
         for split in data.splits:
             loader = make_loader(
-                name, one, config, split, conduct.device, num_workers=conduct.num_workers, world_size=world_size
+                name, part, config, split, conduct.device, num_workers=conduct.num_workers, world_size=world_size
             )
             if split == "train" and loader.num_records < world_size:
                 raise DataError(
@@ -163,7 +163,7 @@ def check_settings(data: Dataset, config: TrainConfig, folder: Path, options: Op
 
 
 def check_trace(path: Path | None) -> None:
-    """Raises UsageError where no trace could be written."""
+    """Raise UsageError if a trace cannot be written to the path."""
     if path is None:
         return
     writable = path if path.exists() else path.absolute().parent
@@ -172,7 +172,7 @@ def check_trace(path: Path | None) -> None:
 
 
 def runs_of(options: Options, config: TrainConfig, data: Dataset) -> Iterator[tuple[str, Dataset, TrainConfig]]:
-    """Name of the folder, data and configuration of each run: one, one a seed, or one a fold."""
+    """Yield folder name, data and configuration of each run: a single run, one per seed, or one per fold."""
     if options.folds:
         for fold, part in enumerate(data.folds(options.folds, config.seed)):
             yield f"fold-{fold}", part, config

@@ -1,4 +1,4 @@
-"""Processes: those that torchrun started to train together, and what they tell each other. One alone costs nothing."""
+"""Processes: communicate between the processes that torchrun started; costs nothing with one process."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-# Never let go of. DistributedDataParallel's part in C++ may else be a group's last owner: it ends the group's thread while it
-# holds the interpreter lock, for which that thread may be waiting, to free the last collective's tensors. A hang, seen once.
+# Never released. Otherwise the C++ part of DistributedDataParallel may be the last owner of a group. It would then end the
+# group's thread while it holds the interpreter lock, which that thread may need to free the last tensors. This hung once.
 GROUPS: list[Any] = []
 PATIENCE = timedelta(hours=6)  # the others wait while the first converts data; a process that ends is noticed at once
 
 
 class EndedElsewhere(PipelineError):
-    """Another process of the run has ended or refused its input, and says why; a message only where nobody may have."""
+    """Another process of the run has ended or refused its input, and reports why; has a message only if it may not have."""
 
 
 class Processes:
-    """This process among all. Every method but `rank` and the like must be called by all of them, in the same order."""
+    """This process among all. All processes must call every method in the same order."""
 
     def __init__(self, world: World) -> None:
         self.rank, self.world_size, self.local_rank = world.rank, world.world_size, world.local_rank
-        self._asked: tuple[Any, torch.Tensor] | None = None  # the question of the last `agree`, on its way
+        self._asked: tuple[Any, torch.Tensor] | None = None  # the pending reduction of the last `agree`
 
     @classmethod
     @contextmanager
     def join(cls, device: str) -> Iterator[Processes]:
-        """Meets the others where torchrun's variables name some: gloo on the CPU, NCCL between GPUs."""
+        """Connect to the other processes if torchrun's variables name any: gloo on the CPU, NCCL between GPUs."""
         processes = cls(World.detect())
         if processes.world_size == 1:
             if ":" in device:
@@ -74,17 +74,17 @@ class Processes:
         torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
 
     def _check_gpus(self) -> None:
-        """Raises UsageError in the first process, where two share a GPU, told by its UUID; EndedElsewhere in the others."""
+        """Raise UsageError in the first process, and EndedElsewhere in the others, if two share a GPU."""
         import torch
 
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
-        found = self.gather((socket.gethostname(), str(getattr(gpu, "uuid", self.rank))))
+        gpus = self.gather((socket.gethostname(), str(getattr(gpu, "uuid", self.rank))))
 
         def check() -> None:
-            for rank, one in enumerate(found):
-                if (first := found.index(one)) != rank:
+            for rank, card in enumerate(gpus):
+                if (first := gpus.index(card)) != rank:
                     raise UsageError(
-                        f"processes {first} and {rank} share GPU {one[1]} of {one[0]}; expected a GPU each: start as many "
+                        f"processes {first} and {rank} share GPU {card[1]} of {card[0]}; expected a GPU each: start as many "
                         "processes as there are GPUs, or give --device cpu"
                     )
 
@@ -96,31 +96,31 @@ class Processes:
         return self.rank == 0
 
     def first(self, make: Callable[[], T]) -> T:
-        """What `make` gives in the first process, in all of them; its PipelineError there, EndedElsewhere in the others.
+        """Call `make` in the first process, and return its value in all processes.
 
-        The value travels pickled, between processes of one run.
+        If it raises, the first process raises the same and the others EndedElsewhere. The value is pickled.
         """
         if self.world_size == 1:
             return make()
         import torch.distributed as dist
 
-        told: list[Any] = [None, None]
+        message: list[Any] = [None, None]
         error: BaseException | None = None
         if self.is_first:
             try:
-                told[0] = make()
+                message[0] = make()
             except BaseException as caught:
-                error, told[1] = caught, "failed"
-        dist.broadcast_object_list(told)
+                error, message[1] = caught, "failed"
+        dist.broadcast_object_list(message)
         if error is not None:
             raise error
-        if told[1]:
+        if message[1]:
             raise EndedElsewhere
-        value: T = told[0]
+        value: T = message[0]
         return value
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, by rank, in all of them. Travels pickled."""
+        """Return the values of all processes, by rank; they are pickled."""
         if self.world_size == 1:
             return [value]
         import torch.distributed as dist
@@ -130,7 +130,7 @@ class Processes:
         return values
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """The sums over all processes, in float64."""
+        """Return the sums over all processes, in float64."""
         if self.world_size == 1:
             return list(values)
         import torch
@@ -141,9 +141,9 @@ class Processes:
         return totals.tolist()
 
     def agree(self, flag: int) -> int:
-        """The highest flag that any process gave at the call before; alone, this one's at once.
+        """Return the highest flag that any process gave at the previous call; with one process, the present flag.
 
-        All get the same answer at the same step. It travels while the step between runs, so asking costs no waiting.
+        All processes get the same answer at the same step. It is sent during the step, so nothing waits for it.
         """
         if self.world_size == 1:
             return flag
@@ -152,15 +152,15 @@ class Processes:
 
         agreed = 0
         if self._asked is not None:
-            work, told = self._asked
+            work, highest = self._asked
             work.wait()
-            agreed = int(told)
-        told = torch.tensor(flag)
-        self._asked = dist.all_reduce(told, op=dist.ReduceOp.MAX, async_op=True), told
+            agreed = int(highest)
+        highest = torch.tensor(flag)
+        self._asked = dist.all_reduce(highest, op=dist.ReduceOp.MAX, async_op=True), highest
         return agreed
 
     def spread(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The model, its gradients averaged over all processes in the backward pass."""
+        """Return the model such that the backward pass averages gradients over all processes."""
         if self.world_size == 1:
             return model
         from torch.nn.parallel import DistributedDataParallel
@@ -169,7 +169,7 @@ class Processes:
         return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def unsynchronised(self, engine: torch.nn.Module, apart: bool) -> AbstractContextManager[None]:
-        """Within it, where `apart`, a backward pass leaves gradients where they are, to be averaged with a later one's."""
+        """Return a context in which, if `apart`, a backward pass does not average gradients; a later one averages both."""
         if self.world_size == 1 or not apart:
             return nullcontext()
         context: AbstractContextManager[None] = engine.no_sync()  # type: ignore[operator]

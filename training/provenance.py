@@ -1,4 +1,4 @@
-"""Provenance: with which code, command and machine the numbers in an output folder were made."""
+"""Provenance: record the code, command and machine that made the numbers in an output folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGES = ("torch", "torch-geometric", "numpy", "scikit-learn")
 
 
 def note_start(path: Path) -> None:
-    """Adds this start to the list in `path`, so that a run gone on with by other code tells both."""
+    """Append this start to the list in `path`, so that a run that other code continued lists both."""
     try:
         before = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -30,7 +30,7 @@ def note_start(path: Path) -> None:
 
 
 def this_start() -> dict[str, Any]:
-    """The code's version, its commit where git knows one, the command, the versions beneath, processes and machine."""
+    """Return version, git commit, command, versions of packages, number of processes, and machine."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
@@ -43,13 +43,13 @@ def this_start() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The code's git commit, with a `+` where files differ from it; None outside of a repository."""
+    """Return the git commit of the code, with a `+` if files differ from it; None outside of a repository."""
     here = ["git", "-C", str(Path(__file__).parent)]
     try:
-        # a repository that the code was merely installed in does not know this file
+        # if the code is only installed inside another repository, that does not know this file
         subprocess.run([*here, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
-        found = subprocess.run([*here, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        head = subprocess.run([*here, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run([*here, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found + ("+" if changed.strip() else "")
+    return head + ("+" if changed.strip() else "")

@@ -1,4 +1,4 @@
-"""What a run leaves in numbers: history.csv, a row a model and epoch, and predictions.parquet, a row a model and record."""
+"""Write history.csv, a row per model and epoch, and predictions.parquet, a row per model and record."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HISTORY_COLUMNS = ("model", "epoch", "train_loss", "val_loss", "val_auroc", "lr"
 
 
 def write_history(path: Path, histories: Mapping[str, Sequence[HistoryRow]]) -> None:
-    """history.csv, written anew each time, so no row is ever lost or doubled."""
+    """Write history.csv as a whole, so that no row is lost or doubled."""
     text = io.StringIO()
     rows = csv.DictWriter(text, HISTORY_COLUMNS)
     rows.writeheader()
@@ -32,8 +32,8 @@ def write_history(path: Path, histories: Mapping[str, Sequence[HistoryRow]]) -> 
 def prediction_table(
     ids: Sequence[str], groups: Sequence[bytes], labels: Any, scores: np.ndarray[Any, Any], split: str
 ) -> pa.Table:
-    """Columns id, group, label, score, split; for C classes score_0 … in place of score."""
-    columns = {"id": pa.array(ids, pa.string()), "group": pa.array([one.decode() for one in groups], pa.string())}
+    """Return a table with the columns id, group, label, score, split; for C classes score_0 … instead of score."""
+    columns = {"id": pa.array(ids, pa.string()), "group": pa.array([group.decode() for group in groups], pa.string())}
     columns["label"] = pa.array(np.asarray(labels), pa.int64())
     if scores.ndim == 1:
         columns["score"] = pa.array(scores)
@@ -45,13 +45,13 @@ def prediction_table(
 def write_predictions(
     path: Path, found: Mapping[str, Mapping[str, Predictions]], groups: Mapping[str, Mapping[str, Sequence[bytes]]]
 ) -> None:
-    """predictions.parquet: of every model, and split, each record's score. groups: likewise, a name a record."""
+    """Write predictions.parquet with the score of each record, by model and split. groups: a name per record, likewise."""
     tables = [
-        prediction_table(one.ids, groups[model][split], one.labels, one.scores, split).add_column(
-            0, "model", pa.array([model] * len(one.ids), pa.string())
+        prediction_table(scored.ids, groups[model][split], scored.labels, scored.scores, split).add_column(
+            0, "model", pa.array([model] * len(scored.ids), pa.string())
         )
         for model, splits in found.items()
-        for split, one in splits.items()
+        for split, scored in splits.items()
     ]
     content = io.BytesIO()
     pq.write_table(pa.concat_tables(tables), content)

@@ -1,4 +1,4 @@
-"""One run: its models one after the other, what people watch meanwhile, and what is left in the folder."""
+"""Run: train the models one after the other, show the progress, and write the results to the folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from training.watch import Watch, verdict
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a run is of, where its files go, and how it is carried out. probes: whether layers are probed one by one."""
+    """Data, settings, folder and processes of a run. probes: whether to probe each layer."""
 
     data: Dataset
     config: TrainConfig
@@ -43,24 +43,23 @@ Splits = dict[str, Predictions]
 
 
 def carry_out(job: Job) -> None:
-    """Trains every model; leaves metrics.json, and where they can be made history.csv, predictions.parquet, layers.csv and
-    curves.png."""
+    """Train every model; write metrics.json and, if possible, history.csv, predictions.parquet, layers.csv and curves.png."""
     histories: dict[str, list[HistoryRow]] = {}
-    found: dict[str, Splits] = {}
+    predictions: dict[str, Splits] = {}
     epochs: dict[str, int] = {}
     for name in job.config.models:
         trainer = train(job, name, histories)
         histories[name] = trainer.history
         trainer.load_best()
         with job.interrupts.deferred():
-            found[name] = {split: trainer.predict(split) for split in ("val", "test")}
+            predictions[name] = {split: trainer.predict(split) for split in ("val", "test")}
         epochs[name] = int(best_row(trainer.history)["epoch"])
     if job.processes.is_first:
-        report(job, histories, found, epochs)
+        report(job, histories, predictions, epochs)
 
 
 def train(job: Job, name: ModelName, earlier: Mapping[str, Sequence[HistoryRow]]) -> Trainer:
-    """Trains to the last epoch, going on where `resume` says; history.csv holds `earlier` models' rows and this one's."""
+    """Train a model to the last epoch, from the checkpoint that `resume` says; history.csv also keeps `earlier` models."""
     first, epochs = job.processes.is_first, job.config.epochs
     trainer = Trainer(name, job.data, job.config, job.folder, job.conduct, job.interrupts, job.processes)
     checkpoint = job.processes.first(lambda: find_checkpoint(job.resume, job.folder, name))
@@ -91,7 +90,7 @@ def train(job: Job, name: ModelName, earlier: Mapping[str, Sequence[HistoryRow]]
 
 
 def note(board: Board, row: HistoryRow, trainer: Trainer) -> None:
-    """An epoch's figures for TensorBoard."""
+    """Write the figures of an epoch for TensorBoard."""
     figures = {key: row[key] for key in ("train_loss", "val_loss", "val_auroc", "lr", "seconds")}
     figures["records_per_second"] = trainer.timer.records_per_second * trainer.processes.world_size
     figures["share_of_time_waiting_for_data"] = trainer.timer.wait_share
@@ -100,13 +99,13 @@ def note(board: Board, row: HistoryRow, trainer: Trainer) -> None:
 
 
 def keep_history(folder: Path, histories: Mapping[str, Sequence[HistoryRow]]) -> None:
-    """history.csv as it stands."""
+    """Write history.csv if possible."""
     with extra(folder / HISTORY_NAME):
         write_history(folder / HISTORY_NAME, histories)
 
 
 def print_epoch(name: str, row: HistoryRow, epochs: int, delivered: str) -> None:
-    """A line an epoch."""
+    """Print one line for an epoch."""
     print(
         f"{name} epoch {int(row['epoch']) + 1}/{epochs}: training loss {row['train_loss']:.4f}, validation loss "
         f"{row['val_loss']:.4f}, validation AUROC {row['val_auroc']:.3f} ({row['seconds']:.1f} s); {delivered}",
@@ -115,36 +114,36 @@ def print_epoch(name: str, row: HistoryRow, epochs: int, delivered: str) -> None
 
 
 def report(
-    job: Job, histories: Mapping[str, Sequence[HistoryRow]], found: Mapping[str, Splits], epochs: Mapping[str, int]
+    job: Job, histories: Mapping[str, Sequence[HistoryRow]], predictions: Mapping[str, Splits], epochs: Mapping[str, int]
 ) -> None:
-    """Everything that is made of the predictions: the metrics first, and then what may fail without harm."""
-    kinds = {name: kind_of(name) for name in found}
+    """Write all results: the metrics first, then the files that may fail without harm."""
+    kinds = {name: kind_of(name) for name in predictions}
     texts = {
         (kind, split): job.data.select(split, kind).texts("groups") for kind in set(kinds.values()) for split in ("val", "test")
     }
     groups = {
-        name: {split: [texts[kinds[name], split][at] for at in one.positions] for split, one in splits.items()}
-        for name, splits in found.items()
+        name: {split: [texts[kinds[name], split][row] for row in scored.positions] for split, scored in splits.items()}
+        for name, splits in predictions.items()
     }
     results: dict[str, Any] = {}
-    for name, splits in found.items():
+    for name, splits in predictions.items():
         results[name] = evaluate(splits, groups[name]["test"]) | {"best_epoch": epochs[name], "seed": job.config.seed}
         adds, other = ADDS.get(name, ("", ""))
-        if other in found and (gain := compare(splits["test"], found[other]["test"], groups[name]["test"])):
+        if other in predictions and (gain := compare(splits["test"], predictions[other]["test"], groups[name]["test"])):
             results[name]["against"] = {"adds": adds, "model": other, **gain}
     write_metrics(job.folder / METRICS_NAME, results)
     keep_history(job.folder, histories)
     with extra(job.folder / PREDICTIONS_NAME):
-        write_predictions(job.folder / PREDICTIONS_NAME, found, groups)
-    layers = probed(job) if job.probes and "lstm" in found else None
-    tests = {name: splits["test"] for name, splits in found.items()}
-    title = f"{readable(job.data.root.resolve().name)}: {max(len(one.ids) for one in tests.values()):,} test records"
+        write_predictions(job.folder / PREDICTIONS_NAME, predictions, groups)
+    layers = probed(job) if job.probes and "lstm" in predictions else None
+    tests = {name: splits["test"] for name, splits in predictions.items()}
+    title = f"{readable(job.data.root.resolve().name)}: {max(len(test.ids) for test in tests.values()):,} test records"
     with extra(job.folder / CURVES_NAME):
         draw_curves(job.folder / CURVES_NAME, histories, tests, results, layers, title)
 
 
 def probed(job: Job) -> LayerScores | None:
-    """What layers.csv holds now; None where there are no layers to probe, or they cannot be."""
+    """Probe the layers and write layers.csv; return None if there are no layers, or probing fails."""
     layers = None
     with extra(job.folder / "layers.csv"):
         if steps := layers_of(job.data, job.config.layers):
@@ -159,7 +158,7 @@ def probed(job: Job) -> LayerScores | None:
 
 
 def evaluate(splits: Splits, groups: Sequence[bytes]) -> dict[str, Any]:
-    """A model's entry of metrics.json: the figures, with their intervals on test, at the threshold from validation."""
+    """Return a model's entry of metrics.json: the metrics, with intervals on test, at the threshold from validation."""
     threshold = best_threshold(splits["val"])
     return {
         "test": measure(splits["test"], threshold),
@@ -172,10 +171,10 @@ def evaluate(splits: Splits, groups: Sequence[bytes]) -> dict[str, Any]:
 
 
 def compare(one: Predictions, other: Predictions, groups: Sequence[bytes]) -> dict[str, Any]:
-    """AUROC of `one` less that of `other`, on the records that both have; empty where these are of one class."""
-    at = {id_: number for number, id_ in enumerate(other.ids)}
-    ours = [number for number, id_ in enumerate(one.ids) if id_ in at]
-    theirs = [at[one.ids[number]] for number in ours]
+    """Return the AUROC of `one` minus that of `other` on the records that both have; empty if these have one class."""
+    rows = {id_: number for number, id_ in enumerate(other.ids)}
+    ours = [number for number, id_ in enumerate(one.ids) if id_ in rows]
+    theirs = [rows[one.ids[number]] for number in ours]
     if len(set(one.labels[ours].tolist())) < 2:
         return {}
     return auroc_difference(one.rows(ours), other.rows(theirs), [groups[number] for number in ours])

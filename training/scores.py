@@ -1,4 +1,4 @@
-"""Scores of any data set by a checkpoint: streamed batch by batch into a Parquet or CSV file, whole or not at all."""
+"""Score a data set with a checkpoint, and stream the scores to a Parquet or CSV file, whole or not at all."""
 
 from __future__ import annotations
 
@@ -34,15 +34,21 @@ WRITERS: dict[str, Any] = {".parquet": pq.ParquetWriter, ".csv": pa_csv.CSVWrite
 
 
 @dataclass(kw_only=True)
-class Told:
-    """Numbers of records: scored, left out for NaN or infinite values, and, of those scored, without a finite output."""
+class Counts:
+    """Numbers of records.
+
+    Attributes:
+        records: Scored records.
+        left_out: Records that were left out for NaN or infinite values.
+        strange: Scored records without a finite output.
+    """
 
     records: int = 0
     left_out: int = 0
     strange: int = 0
 
     def count(self, scored: Scored, checkpoint: Path, *, keep: bool) -> None:
-        """Counts scored records. Raises DataError, unless to `keep` it, for an output that is no finite number."""
+        """Count scored records; raise DataError for an output that is not finite, unless `keep` is set."""
         strange = ~torch.isfinite(scored.logits).all(dim=1)
         if strange.any() and not keep:
             first = scored.ids[int(strange.int().argmax())]
@@ -56,12 +62,25 @@ class Told:
 
 def write_scores(
     checkpoint: Path, data: Dataset, output: Path, split: str | None, batch_size: int, device: str, on_nan: OnNan = "raise"
-) -> Told:
-    """Writes `output` and counts its records. Memory holds a few batches, and the names of a split's groups.
+) -> Counts:
+    """Score a data set, and write `output`. Memory holds a few batches, and the names of one split's groups.
 
-    on_nan: what becomes of records with NaN or infinite values, as in a loader. Raises UsageError for a file that is no
-    checkpoint, a split or device that is not there, another ending; DataError for data whose records are not as those that the
-    model was trained on, and, unless to "keep", for a score that is no finite number.
+    Args:
+        checkpoint: File that train.py kept.
+        data: The data set.
+        output: File to write, .parquet or .csv.
+        split: Name of the split, or None for all splits.
+        batch_size: Records per batch.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        on_nan: What to do with records that hold NaN or infinite values, like in a loader.
+
+    Returns:
+        Numbers of records.
+
+    Raises:
+        UsageError: The file is no checkpoint, the split or device is not there, or the output has another suffix.
+        DataError: The records have other shapes than those of the training, or a score is not finite and `on_nan` is not
+            "keep".
     """
     if output.suffix not in WRITERS:
         raise UsageError(f"{output} ends in {output.suffix!r}; expected {' or '.join(WRITERS)}")
@@ -78,7 +97,7 @@ def write_scores(
     config = replace(settings_of(checkpoint, state), models=(name,), batch_size=batch_size)
     torch.set_num_threads(default_threads())
     splits = data.splits if split is None else (split,)
-    loaders = {one: make_loader(name, data, config, one, device, shuffle=False, on_nan=on_nan) for one in splits}
+    loaders = {name_: make_loader(name, data, config, name_, device, shuffle=False, on_nan=on_nan) for name_ in splits}
     try:
         model = build_model(name, schema, state["classes"], config)
         model.load_state_dict(state["model"])
@@ -89,34 +108,34 @@ def write_scores(
     total = sum(loader.num_records for loader in loaders.values())
     if not total:
         raise DataError(f"{data.root} has no {kind_of(name)} in {', '.join(splits)}; expected at least one record")
-    told = Told()
+    counts = Counts()
     with progress_bar() as bar:
         task = bar.add_task("predict", total=total)
 
         def tables() -> Iterator[pa.Table]:
-            for one, loader in loaders.items():
-                groups = data.select(one, kind_of(name)).texts("groups")
+            for split_name, loader in loaders.items():
+                groups = data.select(split_name, kind_of(name)).texts("groups")
                 for scored in finite_batches(model, loader, config.precision):
-                    told.count(scored, checkpoint, keep=on_nan == "keep")
-                    own = [groups[at] for at in scored.positions.tolist()]
-                    yield prediction_table(scored.ids, own, scored.labels.numpy(), scored.scores, one)
+                    counts.count(scored, checkpoint, keep=on_nan == "keep")
+                    own = [groups[position] for position in scored.positions.tolist()]
+                    yield prediction_table(scored.ids, own, scored.labels.numpy(), scored.scores, split_name)
                     bar.advance(task, len(scored.ids))
-                told.left_out += loader.num_records - loader.digest.records
-            if not told.records:
+                counts.left_out += loader.num_records - loader.digest.records
+            if not counts.records:
                 raise DataError(
                     f"none of the {total:,} records in {data.root} holds finite values alone; expected at least one"
                 )
 
         stream(target, tables())
-    return told
+    return counts
 
 
 def finite_batches(model: nn.Module, loader: Loader[Any], precision: str) -> Iterator[Scored]:
-    """What `score_batches` gives, and nothing where a short split has no record that may be scored; the digest is checked."""
+    """Yield like `score_batches`, or nothing if a short split has no record that may be scored; check the digest."""
     try:
         yield from score_batches(model, loader, precision, with_losses=False)
     except NotFiniteError:
-        # a loader that leaves records out looks for a sound one to pad with, among TRIED of the split
+        # a loader that leaves records out looks for a sound one to pad with, among the first TRIED of the split
         if NotFiniteError not in loader.skips or loader.digest.records or loader.num_records > TRIED:
             raise
     else:
@@ -124,28 +143,28 @@ def finite_batches(model: nn.Module, loader: Loader[Any], precision: str) -> Ite
 
 
 def settings_of(checkpoint: Path, state: Mapping[str, Any]) -> TrainConfig:
-    """The settings that the checkpoint was trained with, as far as a forward pass looks at them."""
+    """Return the settings that the checkpoint was trained with, as far as a forward pass needs them."""
     try:
-        known = {one.name: state["config"][one.name] for one in fields(TrainConfig) if one.name in state["config"]}
+        known = {field.name: state["config"][field.name] for field in fields(TrainConfig) if field.name in state["config"]}
         return msgspec.convert({**known, "num_partitions": 1, "compile": False, "accumulate": 1}, TrainConfig)
     except (msgspec.ValidationError, TypeError, LookupError) as error:
         raise UsageError(f"{checkpoint} holds settings that this version does not know ({error}); name another") from None
 
 
 def check_fits(checkpoint: Path, name: str, schema: Schema, data: Dataset) -> None:
-    """Raises DataError unless the data's records have the shapes of those that the model was trained on; types may differ."""
+    """Raise DataError unless the records have the shapes of those that the model was trained on; types may differ."""
     fields = ("sequence",) if name == "lstm" else ("x", "edge_attr")
     for field in fields:
-        theirs, ours = (getattr(one, field) for one in (schema, data.schema))
+        theirs, ours = (getattr(owner, field) for owner in (schema, data.schema))
         if (theirs and theirs.shape) != (ours and ours.shape):
-            found, expected = (f"rows of shape {one.shape}" if one else "none" for one in (ours, theirs))
+            found, expected = (f"rows of shape {stored.shape}" if stored else "none" for stored in (ours, theirs))
             raise DataError(
                 f"{data.root} does not fit {checkpoint}: its {field} has {found}; expected {expected}, as in training"
             )
 
 
 def stream(output: Path, tables: Iterator[pa.Table]) -> None:
-    """Writes the tables one after the other, whole or not at all. Raises PipelineError where the file cannot be written."""
+    """Write the tables one after the other, whole or not at all; raise PipelineError if that fails."""
     with replacing(output, wait=False) as file:
         first = next(tables)
         with closing(WRITERS[output.suffix](file, first.schema)) as writer:

@@ -1,4 +1,4 @@
-"""What a trained detector says of a split: batch by batch, each record once, padding out."""
+"""Score a split with a trained detector, batch by batch, each record once, without padding."""
 
 from __future__ import annotations
 
@@ -17,8 +17,15 @@ from training.metrics import Predictions
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scored:
-    """R records on the CPU. ids: R texts · positions: (R,) int64 · logits: (R, K) float32 · labels: (R,) · losses: (R,), of no
-    number where they were not asked for."""
+    """Scores of R records, on the CPU.
+
+    Attributes:
+        ids: R texts.
+        positions: (R,) int64.
+        logits: (R, K) float32.
+        labels: (R,) int64.
+        losses: (R,) float32; NaN if they were not asked for.
+    """
 
     ids: list[str]
     positions: torch.Tensor
@@ -28,23 +35,23 @@ class Scored:
 
     @classmethod
     def join(cls, parts: Sequence[Scored]) -> Scored:
-        """One after the other."""
+        """Concatenate several scores."""
         names = ("positions", "logits", "labels", "losses")
         joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-        return cls(ids=[one for part in parts for one in part.ids], **joined)
+        return cls(ids=[id_ for part in parts for id_ in part.ids], **joined)
 
     @property
     def scores(self) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """(R,) P(label 1) for two classes, else (R, C)."""
+        """Probability of label 1, (R,), for two classes; otherwise of each class, (R, C)."""
         one_logit = self.logits.shape[1] == 1
         scores: np.ndarray[Any, Any] = (self.logits[:, 0].sigmoid() if one_logit else self.logits.softmax(dim=1)).numpy()
         return scores
 
     def in_file_order(self) -> Predictions:
-        """By position, so that any number of processes gives the same."""
+        """Return predictions sorted by position, so that the number of processes does not matter."""
         order = torch.argsort(self.positions)
         whole = Scored(
-            ids=[self.ids[at] for at in order.tolist()],
+            ids=[self.ids[row] for row in order.tolist()],
             **{name: getattr(self, name)[order] for name in ("positions", "logits", "labels", "losses")},
         )
         return Predictions(
@@ -57,7 +64,7 @@ class Scored:
 
 
 def score_batches(model: nn.Module, loader: Loader[Any], precision: str, *, with_losses: bool = True) -> Iterator[Scored]:
-    """Each batch's valid records, in evaluation mode. with_losses: for labels that are classes of the model."""
+    """Yield the scores of each batch's valid records, in evaluation mode. with_losses: needs labels that the model knows."""
     model.eval()
     coming: Callable[[], Scored] | None = None
     for batch in loader:
@@ -73,9 +80,9 @@ def score_batches(model: nn.Module, loader: Loader[Any], precision: str, *, with
 
 
 def _on_the_way(batch: Batch, logits_BK: torch.Tensor, losses_B: torch.Tensor) -> Callable[[], Scored]:
-    """Begin the copies of a batch's results to the CPU; what is returned waits for them, once, and gives them."""
+    """Begin to copy a batch's results to the CPU; return a function that waits for the copies and returns the scores."""
     ids, positions = batch.ids, batch.positions
-    copies = [one.to("cpu", non_blocking=True) for one in (batch.valid, batch.labels, logits_BK, losses_B)]
+    copies = [values.to("cpu", non_blocking=True) for values in (batch.valid, batch.labels, logits_BK, losses_B)]
     copied = torch.cuda.current_stream(logits_BK.device).record_event() if logits_BK.is_cuda else None
 
     def scored() -> Scored:
@@ -83,7 +90,7 @@ def _on_the_way(batch: Batch, logits_BK: torch.Tensor, losses_B: torch.Tensor) -
             copied.synchronize()
         valid, labels, logits, losses = copies
         return Scored(
-            ids=[one for one, real in zip(ids, valid.tolist(), strict=True) if real],
+            ids=[id_ for id_, real in zip(ids, valid.tolist(), strict=True) if real],
             positions=positions[valid],
             logits=logits[valid],
             labels=labels[valid],

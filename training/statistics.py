@@ -1,4 +1,4 @@
-"""Mean and standard deviation of every feature that a detector sees, over its training split."""
+"""Compute the mean and standard deviation of every feature that a detector sees, over its training split."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dali_pipeline.writing.moments import Moments
 from training.build import Batch
 from training.config import ModelName, TrainConfig, kind_of
 
-MOST_RECORDS = 4096  # of the training split, the first of its shuffled order
+MOST_RECORDS = 4096  # records of the training split: the first of its shuffled order
 BATCH_SIZE = 64
 
 
@@ -30,16 +30,17 @@ class Statistics(NamedTuple):
 
 
 def feature_statistics(name: ModelName, data: Dataset, config: TrainConfig) -> Statistics:
-    """Return the statistics of what the model sees of the training split, the same on every machine.
+    """Return the feature statistics of the training split as the model sees it, the same on every machine.
 
-    They are the manifest's where that has them and all steps are seen; otherwise those of MOST_RECORDS records at most, which
-    costs reading them once. NaN and infinite values are left out. A feature without any value has mean and spread 0.
+    They come from the manifest if it has them and the model sees all steps. Otherwise they are computed from at most
+    MOST_RECORDS records, which are read once. NaN and infinite values are left out. A feature without any
+    value has mean and spread 0.
     """
     stored = data.manifest.statistics
     if kind_of(name) == "sequences" and stored is not None and config.layers is None and not isinstance(data, View):
         return Statistics(stored.mean, stored.std)
     moments, count = Moments(), 0
-    # by one rank, whatever the number of processes
+    # computed by one rank, whatever the number of processes
     alone: dict[str, Any] = {"rank": 0, "world_size": 1, "device": "cpu", "batch_size": BATCH_SIZE, "seed": config.seed}
     layers = parse_layers(config.layers)
     loader: Loader[Any]
@@ -52,13 +53,13 @@ def feature_statistics(name: ModelName, data: Dataset, config: TrainConfig) -> S
         count += len(batch)
         if count >= MOST_RECORDS:
             break
-    found = moments.statistics()
-    assert found is not None
-    return Statistics(found.mean, found.std)
+    computed = moments.statistics()
+    assert computed is not None
+    return Statistics(computed.mean, computed.std)
 
 
 def _rows(batch: Batch) -> torch.Tensor:
-    """The valid records' steps, or nodes, one after the other."""
+    """Return the steps or nodes of the valid records, one after the other."""
     if isinstance(batch, SequenceBatch):
         real_BT = torch.arange(batch.sequences.shape[1]) < batch.lengths[:, None]
         return batch.sequences[real_BT & batch.valid[:, None]].unsqueeze(-1)

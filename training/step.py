@@ -1,4 +1,4 @@
-"""Stepper: one step of training, whatever the precision, the number of pieces and the number of processes."""
+"""Stepper: take one step of training with any precision, number of pieces and number of processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException  # what torch.compile raises, which has no public name
+from torch._dynamo.exc import TorchDynamoException  # raised by torch.compile; it has no public name
 
 from dali_pipeline.loaders.loader import Loader
 from dali_pipeline.reading.damage import log
@@ -22,7 +22,7 @@ ENDLESS = 10**9  # steps
 
 
 def compile_reason(error: Exception) -> str:
-    """Say in a few words why torch.compile failed: the last cause, without the advice around it."""
+    """Return in a few words why torch.compile failed: the last cause, without advice."""
     while isinstance(error.__cause__, Exception):
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -32,7 +32,7 @@ def compile_reason(error: Exception) -> str:
 def trial(
     name: ModelName, loader: Loader[Any], config: TrainConfig, processes: Processes
 ) -> tuple[Stepper, Callable[[Batch], torch.Tensor]]:
-    """Return the stepper of a new model, with a schedule that never ends, and what takes a step on a batch: for measuring."""
+    """Return, for measurements, the stepper of a new model with an endless schedule, and a callable that takes a step."""
     model = build_model(name, loader.data.schema, loader.data.num_classes, config).to(loader.device)
     stepper = Stepper(model, config, ENDLESS, loader.device, processes)
     noise_key = 0 if name == "gvae_lstm" else None
@@ -48,17 +48,24 @@ class Stepper:
 
     def __init__(self, model: nn.Module, config: TrainConfig, total_steps: int, device: torch.device, processes: Processes):
         self.model, self.config, self.device, self.processes = model, config, device, processes
-        # compiled with the first batch, which tells whether that can be done
+        # compiled with the first batch, which shows whether the model can be compiled
         self._engine = None if config.compile else processes.spread(model)
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(self._optimizer, config.lr, total_steps=total_steps)
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16" and device.type == "cuda")
-        self._bad_step = torch.full((), -1, device=device)  # the first whose loss or gradient was no number
+        self._bad_step = torch.full((), -1, device=device)  # the first step whose loss or gradient was not finite
 
     def step(self, batch: Batch, number: int, count: int, noise_key: int | None) -> torch.Tensor:
-        """Takes one step; number: of the step in its epoch · count: valid records over all processes.
+        """Take one step.
 
-        Returns this process's share of the loss, (), on the device: the sum over processes is the loss.
+        Args:
+            batch: Batch of this process.
+            number: Number of the step in its epoch, from 0.
+            count: Number of valid records over all processes.
+            noise_key: Key of the epoch's noise, or None.
+
+        Returns:
+            This process's share of the loss, (), on the device; the sum over processes is the loss.
         """
         self._optimizer.zero_grad(set_to_none=True)
         share = torch.zeros((), device=self.device)
@@ -70,14 +77,14 @@ class Stepper:
                     output = forward(engine, piece, noise_key)
                 losses_B = record_losses(output, piece.labels)
                 own = (losses_B * piece.valid).sum() / max(count, 1)
-                # times the processes, as their gradients are averaged
+                # times the number of processes, because gradients are averaged over them
                 with span("backward"):
                     torch.autograd.backward(self._scaler.scale(own * self.processes.world_size))
             share = share + own.detach()
         self._scaler.unscale_(self._optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm or torch.inf)
         bad = ~torch.isfinite(share)
-        if not self._scaler.is_enabled():  # which leaves out such a step by itself
+        if not self._scaler.is_enabled():  # the scaler skips such a step
             bad |= ~torch.isfinite(norm)
         self._bad_step = torch.where((self._bad_step < 0) & bad, number, self._bad_step)
         with span("optimizer"):
@@ -87,7 +94,7 @@ class Stepper:
         return share
 
     def _compiled(self, piece: Batch, noise_key: int | None) -> nn.Module:
-        """The model compiled; as it is where a process cannot compile it, which the first one says in a line."""
+        """Return the compiled model; if a process cannot compile it, log why and return the model uncompiled."""
         engine: nn.Module = torch.compile(self.model, dynamic=True)  # type: ignore[assignment]
         states, reason = random_states(), ""
         try:
@@ -96,7 +103,7 @@ class Stepper:
         except TorchDynamoException as error:
             reason = compile_reason(error)
         set_random_states(states)
-        reasons = [one for one in self.processes.gather(reason) if one]
+        reasons = [text for text in self.processes.gather(reason) if text]
         if not reasons:
             return self.processes.spread(engine)
         torch.compiler.reset()
@@ -106,20 +113,17 @@ class Stepper:
 
     @property
     def bad_step(self) -> int | None:
-        """The first step of the epoch whose loss or gradient was no number, in any process's part; None for none.
-
-        Waits for the GPU.
-        """
+        """The first step of the epoch whose loss or gradient was not finite, or None. Waits for the GPU."""
         number = int(self._bad_step)
         return None if number < 0 else number
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step."""
+        """Learning rate of the next step."""
         return float(self._schedule.get_last_lr()[0])
 
     def state_dict(self) -> dict[str, Any]:
-        """Model, optimizer, schedule and scaler."""
+        """Return the states of model, optimizer, schedule and scaler."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
@@ -128,7 +132,7 @@ class Stepper:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What `state_dict` gave; other keys are left alone."""
+        """Load a state that `state_dict` returned; ignores other keys."""
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["scheduler"])

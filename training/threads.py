@@ -1,4 +1,4 @@
-"""--threads auto: the number of threads that takes the first steps fastest, the same for all processes."""
+"""--threads auto: find the number of threads with which steps are fastest, the same for all processes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from training.build import Batch, autocast, forward, record_losses
 from training.processes import Processes
 from training.randomness import random_states, set_random_states
 
-STEPS = 5  # with each number of threads, behind one to warm up
-WORTH = 0.9  # of the time: less is needed to take a thread more
+STEPS = 5  # measured steps per number of threads, after one to warm up
+WORTH = 0.9  # more threads are chosen only if they take less than this share of the time
 
 
 def measure_threads(
@@ -23,7 +23,7 @@ def measure_threads(
 ) -> int:
     """Return the number of torch's threads with which steps on this batch take the least time, over all processes.
 
-    A copy of the model takes them, and random states are as before. Costs STEPS steps for each number that is tried.
+    The steps run on a copy of the model, and random states are restored. Costs STEPS + 1 steps per number of threads.
     """
     states, before = random_states(), torch.get_num_threads()
     trial = copy.deepcopy(model).train()

@@ -1,4 +1,4 @@
-"""Trainer: one detector from its first step to its test scores, stopped and resumed at any step, in one process or many."""
+"""Trainer: train one detector in one process or many; it can be stopped and resumed at any step."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ from training.threads import measure_threads
 
 HistoryRow = dict[str, float]
 OnStep = Callable[[int, torch.Tensor], None]  # steps done in the epoch, the loss, still on the device
-CHECK_STEPS = 50  # between two looks at whether the loss still is a number
+CHECK_STEPS = 50  # steps between two checks whether the loss is finite
 
 
 def best_row(history: Sequence[HistoryRow]) -> HistoryRow:
-    """Return the epoch with the highest validation AUROC, among several the lowest validation loss, then the first.
+    """Return the epoch with the highest validation AUROC; among ties that with the lowest validation loss, then the first.
 
-    On a few records an early epoch may rank them all rightly and yet call every one the same class. An AUROC that is no number,
-    of one class alone, ranks last.
+    The loss matters because, on a few records, an early epoch may rank all of them correctly and yet predict one class for all.
+    An AUROC of NaN, which a single class gives, ranks last.
     """
     return max(history, key=lambda row: (np.nan_to_num(row["val_auroc"], nan=-1.0), -row["val_loss"]))
 
 
 class Trainer:
-    """Trains `model_name` on `data`, keeping `<model>-last.pt` and `<model>-best.pt` in `folder`.
+    """Trains `model_name` on `data`, and keeps `<model>-last.pt` and `<model>-best.pt` in `folder`.
 
-    The order of records, the weights at the start and every random number depend on the configuration alone, so the same
-    configuration gives the same curve on the same machine, interrupted or not; on a GPU but for the last bits, as its atomic
-    additions come in any order. Best is the highest validation AUROC, among epochs that tie the lowest validation loss. With
-    several processes each has a Trainer; the first writes the files, and all of them hold the same weights and history.
+    The order of records, the initial weights and every random number depend only on the configuration. The same configuration
+    therefore gives the same curve on the same machine, interrupted or not; on a GPU except for the last bits, because its
+    atomic additions run in any order. `best_row` chooses the best epoch. With several processes each has a Trainer; the first
+    writes the files, and all have the same weights and history.
     """
 
     def __init__(
@@ -88,24 +88,24 @@ class Trainer:
         statistics = processes.first(lambda: feature_statistics(model_name, data, config))
         set_statistics(self.model, *statistics.tensors())
         self.stepper = Stepper(self.model, config, config.epochs * self.steps_per_epoch, self.device, processes)
-        if not processes.is_first:  # the others drop out other units than the first
+        if not processes.is_first:  # so that processes drop out different units
             torch.manual_seed(seed_of(config.seed, MODELS.index(model_name), DROPOUT, processes.rank))
         self.epoch = 0
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # this process's part of the epoch so far
-        self.loss_count = 0  # valid records behind it, of all processes
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # loss of this process in the epoch so far
+        self.loss_count = 0  # valid records in it, over all processes
         self.history: list[HistoryRow] = []
         self.best_auroc = -1.0
         self.best_weights: dict[str, torch.Tensor] = {}
         self.timer = StepTimer(self.device)
         self.writer = CheckpointWriter()
-        self.position = self.loaders["train"].state_dict()  # of the last step taken
-        self._before = EpochDigest()  # of what an earlier process delivered of the epoch under way
-        self.delivered = ""  # of the last epoch, in words
+        self.position = self.loaders["train"].state_dict()  # after the last step
+        self._before = EpochDigest()  # records of the present epoch that an earlier run delivered
+        self.delivered = ""  # sentence about the records of the last epoch
         self._saved = time.monotonic()
 
     @property
     def last_path(self) -> Path:
-        """The checkpoint to go on from."""
+        """Path of the checkpoint to continue from."""
         return checkpoint_path(self.folder, self.name, "last")
 
     @property
@@ -114,33 +114,45 @@ class Trainer:
         return self.epoch >= self.config.epochs
 
     def train_epoch(self, on_step: OnStep) -> HistoryRow:
-        """The rest of the current epoch, then validation; returns the epoch's row of the history.
+        """Train the rest of the current epoch, then validate.
 
-        On a signal saves `last_path` and raises Interrupted. Raises PipelineError where the loss is no number any more, or the
-        records delivered, interruptions included, were not those of the split, each once; or a checkpoint cannot be written.
+        Args:
+            on_step: Called after every step.
+
+        Returns:
+            The epoch's row of the history.
+
+        Raises:
+            Interrupted: A signal came; `last_path` is saved.
+            PipelineError: The loss is not finite, the epoch did not deliver every record once, or a checkpoint cannot be
+                written.
         """
         started = time.perf_counter()
         with self.interrupts.deferred():
             try:
                 with enough_memory(self.name, self.config.batch_size // self.processes.world_size, self.device):
                     self._train_rest(on_step)
-                    found = self.predict("val")
+                    predictions = self.predict("val")
             except Interrupted:
                 self.save()
                 self.writer.wait()
                 raise
             except PipelineError:
-                self.writer.wait()  # the checkpoints of before are on the disk when the error is told
+                self.writer.wait()  # so that earlier checkpoints are on the disk before the error is raised
                 raise
             loss_sum = self.processes.sum([float(self.loss_sum)])[0]
-            row: HistoryRow = {"epoch": self.epoch, "train_loss": loss_sum / max(self.loss_count, 1), "val_loss": found.loss}
-            row |= {"val_auroc": area_under_roc(found), "lr": self.stepper.learning_rate}
+            row: HistoryRow = {
+                "epoch": self.epoch,
+                "train_loss": loss_sum / max(self.loss_count, 1),
+                "val_loss": predictions.loss,
+            }
+            row |= {"val_auroc": area_under_roc(predictions), "lr": self.stepper.learning_rate}
             row |= {"seconds": time.perf_counter() - started}
             self._end_epoch(row)
         return row
 
     def _train_rest(self, on_step: OnStep) -> None:
-        """The steps of the epoch that are still to come."""
+        """Take the remaining steps of the epoch."""
         loader = self.loaders["train"]
         noise_key = seed_of(self.config.seed, NOISE, self.epoch) if self.name == "gvae_lstm" else None
         loader.set_epoch(self.epoch)
@@ -167,19 +179,19 @@ class Trainer:
         return minutes > 0 and self.processes.is_first and time.monotonic() - self._saved > 60 * minutes
 
     def _delivered(self) -> EpochDigest:
-        """Of the epoch so far, all processes and earlier runs together."""
+        """Return the digest of the epoch so far, over all processes and earlier runs."""
         own = self._before + self.loaders["train"].digest if self.position["step"] else EpochDigest()
         return reduce(add, self.processes.gather(own))
 
     def _check_loss(self) -> None:
-        """Raises PipelineError, which names the records, where the loss of a step so far was no number."""
-        found = [number for number in self.processes.gather(self.stepper.bad_step) if number is not None]
-        if not found:
+        """Raise PipelineError, which names the records, if the loss of an earlier step was not finite."""
+        bad_steps = [number for number in self.processes.gather(self.stepper.bad_step) if number is not None]
+        if not bad_steps:
             return
-        number, loader = min(found), self.loaders["train"]
+        number, loader = min(bad_steps), self.loaders["train"]
         loader.load_state_dict({**self.position, "epoch": self.epoch, "step": number})
         batch = next(iter(loader))
-        unfit, ids = (list(chain(*self.processes.gather(each))) for each in (unfit_records(batch), batch.ids))
+        unfit, ids = (list(chain(*self.processes.gather(names))) for names in (unfit_records(batch), batch.ids))
         if not self.processes.is_first:
             raise EndedElsewhere
         which = f"record {unfit[0]!r} holds values that are no finite numbers" if unfit else "its records hold finite values"
@@ -202,23 +214,24 @@ class Trainer:
         self.save()
 
     def predict(self, split: str) -> Predictions:
-        """Scores of every record of a split, each once, in every process; on a signal raises Interrupted."""
+        """Return the scores of every record of a split, in every process; raise Interrupted on a signal."""
         loader, parts = self.loaders[split], []
         loader.set_epoch(0)
         for part in score_batches(self.model, loader, self.config.precision):
             parts.append(part)
             self.interrupts.agreed()
         loader.check_digest(reduce(add, self.processes.gather(loader.digest)))
-        found = Scored.join(self.processes.gather(Scored.join(parts))).in_file_order()
-        unfit = np.flatnonzero(~np.isfinite(found.scores).reshape(len(found.ids), -1).all(axis=1))
+        predictions = Scored.join(self.processes.gather(Scored.join(parts))).in_file_order()
+        unfit = np.flatnonzero(~np.isfinite(predictions.scores).reshape(len(predictions.ids), -1).all(axis=1))
         if len(unfit):
             if not self.processes.is_first:
                 raise EndedElsewhere
+            first = predictions.ids[unfit[0]]
             raise PipelineError(
-                f"{self.name}: the score of record {found.ids[unfit[0]]!r} of {split}, and of {len(unfit) - 1} others, is no "
+                f"{self.name}: the score of record {first!r} of {split}, and of {len(unfit) - 1} others, is no "
                 "finite number; expected finite values in it, and weights that a low enough --lr keeps finite"
             )
-        return found
+        return predictions
 
     def _identity(self) -> dict[str, Any]:
         config, schema = self.config.to_dict(self.data), msgspec.to_builtins(self.data.schema)
@@ -230,10 +243,10 @@ class Trainer:
             self.writer.write(path, {**self._identity(), "val_auroc": self.best_auroc, "model": self.best_weights})
 
     def save(self) -> None:
-        """Everything that going on needs, the best weights too; written behind the scenes, whole or not at all.
+        """Save everything that a resume needs, in the background, whole or not at all.
 
-        All processes call it at the same step. Raises PipelineError, and keeps the checkpoint before, where the loss is no
-        number.
+        All processes must call it at the same step. Raises PipelineError, and keeps the previous checkpoint, if the loss is not
+        finite.
         """
         if self.position["step"]:
             self._check_loss()
@@ -248,9 +261,9 @@ class Trainer:
         self.writer.write(self.last_path, state)
 
     def restore(self, path: Path) -> None:
-        """Goes on where a `save` was, of any number of processes. The first reads the file and tells the others.
+        """Continue from a checkpoint of any number of processes; the first process reads it and sends it to the others.
 
-        Raises UsageError for a file that is no checkpoint, or one of another run.
+        Raises UsageError if the file is no checkpoint, or belongs to another run.
         """
         state = self.processes.first(lambda: read_checkpoint(path, self.name, self.config.to_dict(self.data)))
         try:
@@ -261,14 +274,14 @@ class Trainer:
             reason = str(error).splitlines()[0]
             raise UsageError(f"{path} holds a state that cannot be gone on from ({reason}); name another") from None
         if self.best_weights:
-            self._save_best()  # the folder may be another one than the checkpoint's
+            self._save_best()  # because the checkpoint may be in another folder
 
     def _take(self, state: dict[str, Any]) -> None:
         self._keep_threads(int(state.get("threads", self.threads)))
         if len(state["history"]) != state["epoch"]:
             raise ValueError(f"{len(state['history'])} rows of history in epoch {state['epoch']}")
         if state["epoch"]:
-            self.model.load_state_dict(state["best"])  # shows whether they fit
+            self.model.load_state_dict(state["best"])  # raises if the weights do not fit
         self.stepper.load_state_dict(state)
         self.loaders["train"].load_state_dict(state["loader"])
         self.position = state["loader"]
@@ -283,7 +296,7 @@ class Trainer:
             torch.manual_seed(seed_of(self.config.seed, DROPOUT, self.processes.rank, self.epoch, self.position["step"]))
 
     def _keep_threads(self, before: int) -> None:
-        """Compute with as many threads as the checkpoint was made with, for the same bits; a number that was asked for wins."""
+        """Use as many threads as the checkpoint, for identical bits, unless the user gave a number."""
         if isinstance(self.conduct.threads, int) and self.threads != before and self.processes.is_first:
             log.warning("%s: goes on with %d threads instead of %d; the last bits may differ", self.name, self.threads, before)
         elif not isinstance(self.conduct.threads, int):
@@ -291,7 +304,7 @@ class Trainer:
             torch.set_num_threads(before)
 
     def measure_threads(self) -> None:
-        """With --threads auto, choose the number of threads that takes the first batch fastest. All processes call it."""
+        """Choose the fastest number of threads on the first batch if --threads is auto; all processes must call it."""
         if self.conduct.threads != "auto" or self.device.type != "cpu":
             return
         loader = self.loaders["train"]
@@ -303,5 +316,5 @@ class Trainer:
         torch.set_num_threads(self.threads)
 
     def load_best(self) -> None:
-        """Takes the weights of the best epoch so far."""
+        """Load the weights of the best epoch so far."""
         self.model.load_state_dict(self.best_weights)

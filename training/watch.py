@@ -1,4 +1,4 @@
-"""Watch: what a person sees while a model trains, and the line at its end that says what bounds the speed."""
+"""Watch: show the progress of a training, and say at its end what limits the speed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from dali_pipeline import StepTimer, Trace
 from dali_pipeline.runtime.progress import progress_bar
 
 DRAW_SECONDS = 0.5
-INPUT_BOUND = 0.2  # share of the time waiting for data from which we say so
+INPUT_BOUND = 0.2  # a training that waits for a larger share of the time is called input-bound
 
 
 class Watch(AbstractContextManager["Watch"]):
     """A progress bar: loss of this process's records, rates of all processes, share of the time waiting for data, GPU use.
 
-    Only where it draws, twice a second on a terminal, it reads the loss from the device.
+    It reads the loss from the device only when it draws, which is twice per second on a terminal.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Watch(AbstractContextManager["Watch"]):
         self._drawn = 0.0
 
     def step(self, before: int, done: int, share: torch.Tensor) -> None:
-        """before, done: steps of the epochs before, and of this one · share: of the loss, as `Stepper.step` gives it."""
+        """Update the bar. before, done: steps of earlier epochs, and of this one; share: return value of `Stepper.step`."""
         if self._bar.disable or time.monotonic() - self._drawn < DRAW_SECONDS:
             return
         self._drawn = time.monotonic()
@@ -55,12 +55,12 @@ class Watch(AbstractContextManager["Watch"]):
 
 
 def speed(timer: StepTimer, world_size: int) -> tuple[float, float]:
-    """Records and gigabytes a second of all processes, this one's times their number."""
+    """Return records and gigabytes per second of all processes: those of this one times their number."""
     return timer.records_per_second * world_size, timer.bytes_per_second * world_size / 1e9
 
 
 def verdict(timer: StepTimer, world_size: int, device: torch.device) -> str:
-    """Whether the input bounds the speed, and what to do: on a GPU by its own gaps between steps, not by the host's waits."""
+    """Return a sentence that says whether the input limits the speed, by the GPU's gaps between steps, and what to do."""
     if timer.gap_share >= INPUT_BOUND:
         advice = "input-bound: try more --num-workers, a larger --batch-size, fewer --layers, or a faster disk"
     elif device.type == "cuda":
@@ -77,17 +77,17 @@ def verdict(timer: StepTimer, world_size: int, device: torch.device) -> str:
 
 
 def traced(path: Path | None, rank: int) -> AbstractContextManager[Any]:
-    """A trace of the block, where one is asked for; of processes after the first to files named behind theirs."""
+    """Return a trace of the block if `path` is given; later processes add their rank to the file name."""
     if path is None:
         return nullcontext()
     return Trace(path.with_stem(f"{path.stem}-{rank}") if rank else path)
 
 
 def gpu_use(device: torch.device) -> int | None:
-    """Per cent of the last second in which the GPU was busy; None without one, or where its driver does not tell."""
+    """Return the percentage of the last second in which the GPU was busy; None if there is no GPU or no such figure."""
     if device.type != "cuda":
         return None
     try:
         return torch.cuda.utilization(device)
-    except Exception:  # the driver's own errors, of which each system has others
+    except Exception:  # the driver's errors, which differ between systems
         return None

@@ -198,11 +198,13 @@ class Manifest:
             raise FormatError(f"{path} does not have the digest that it names: edited or damaged; restore it or convert again")
         for split, tables in manifest.splits.items():
             for kind, table in tables.items():
-                if not len(table.records) == len(table.bytes) == len(table.blocks) == len(table.digests) / 32:
+                steps = len(table.steps) if manifest.version > 1 else len(table.records)
+                if not len(table.records) == len(table.bytes) == len(table.blocks) == steps == len(table.digests) / 32:
                     raise FormatError(f"{path}, {split}/{kind}: columns of unequal length")
                 if not re.fullmatch("([0-9a-f]{16})?", table.ids):
                     raise FormatError(f"{path}, {split}/{kind}: ids are {table.ids!r}; expected 16 hex digits")
-                if (labels := sum(table.labels.values())) != (records := sum(table.records)):
+                labels, records = sum(table.labels.values()), sum(table.records)
+                if manifest.schema.labels.kind == "class" and labels != records:
                     raise FormatError(f"{path}, {split}/{kind}: {labels} labels for {records} records")
         return manifest
 
@@ -220,9 +222,9 @@ def empty_splits(kinds: tuple[Kind, ...] = KINDS) -> dict[str, dict[Kind, ShardT
 def unknown_key(value: Any, known: Any, where: str) -> str:
     """Return the first key in decoded JSON that a dataclass of this module has no field for; "" if there is none."""
     if dataclasses.is_dataclass(known) and isinstance(value, dict):
-        fields = {each.name: each for each in dataclasses.fields(known)}
+        names = {field.name for field in dataclasses.fields(known)}
         for key in value:
-            if key not in fields:
+            if key not in names:
                 return f"{where}{key}"
         hints = get_type_hints(known)
         found = (unknown_key(value[key], hints[key], f"{where}{key}.") for key in value)

@@ -153,7 +153,7 @@ def _compare(sequences: _Side, graphs: _Side) -> None:
         raise sequences.disagree(
             first, f"recurs, with {num_sequences} sequences and {num_graphs} records of graphs; expected equal numbers"
         )
-    # by text, then by k: both halves list the same records
+    # sorted by text, then by k, so that both sides list the same records
     left = sequences.order[np.isin(sequences.texts[sequences.order], shared)]
     right = graphs.order[np.isin(graphs.texts[graphs.order], shared)]
     different = np.flatnonzero(sequences.labels[left] != graphs.labels[right])

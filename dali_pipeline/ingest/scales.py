@@ -90,7 +90,7 @@ def _of_file(source: Source, number: int, choice: Choice) -> Array | None:
             raise DataError(f"record {name!r}, sequence has shape {stacked.shape[1:]}; expected at least one row")
         if choice.layers is not None:
             stacked = stacked[:, choice.of("sequences", stacked.shape[1])]
-        # as float64, in which -low is right for -128 and for unsigned types too
+        # in float64, -low is correct for -128 and for unsigned types too
         low, high = stacked.min(axis=0).astype(np.float64), stacked.max(axis=0).astype(np.float64)
         block_greatest = np.maximum(high, -low)
         if not np.isfinite(block_greatest).all():

@@ -145,7 +145,7 @@ class Collator:
             graphs.y, slices["y"], increments["y"] = labels, cuts["graph"], zeros
         graphs.batch = _repeat(numbers, node_counts, len(rows.arrays["x"]))
         graphs.ptr = node_ptr
-        # what Batch.to_data_list and indexing need
+        # Batch.to_data_list and indexing need these
         graphs._num_graphs, graphs._slice_dict, graphs._inc_dict = num_graphs, slices, increments
         return GraphBatch(
             graphs=graphs,

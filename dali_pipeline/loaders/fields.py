@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -14,7 +14,7 @@ from dali_pipeline.loaders.sidestream import to_device
 from dali_pipeline.reading.rows import FieldRows
 from dali_pipeline.types import Array
 
-Fields: TypeAlias = "dict[str, torch.Tensor | list[str]]"
+Fields: TypeAlias = dict[str, Any]  # tensors, and lists of texts
 
 
 def field_tensors(rows: Mapping[str, FieldRows], schema: Schema, dtype: torch.dtype, device: torch.device) -> Fields:

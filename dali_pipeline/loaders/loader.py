@@ -97,7 +97,7 @@ class Loader(IterableDataset[Batch]):
         self._len_epoch = 0  # the epoch whose steps `len` returns: chosen, in progress, or ended last
         self._loaded = False  # whether a loaded state waits for its iterator
         self._newest_iterator: object = None  # token of the iterator that began last
-        self._delivered = Delivered(drawn=bool(self.selection.draws))  # by the newest iterator
+        self._delivered = Delivered(drawn=bool(self.selection.draws))  # records that the newest iterator delivered
         self.left_out: list[str] = []
         self._iterating_process: int | None = None  # id of the process that iterates
         self._expected_digest: EpochDigest | None = None  # digest of a whole epoch, computed when it is first needed

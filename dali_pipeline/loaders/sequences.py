@@ -111,7 +111,7 @@ class SequenceLoader(Loader[SequenceBatch]):
 
     An `IterableDataset` with `__len__` that yields `SequenceBatch`. Use it as it is, or in
     `DataLoader(loader, batch_size=None, num_workers=0)`. Every `for` is the next epoch; `set_epoch` chooses one; `state_dict`
-    and `load_state_dict` go on in the middle of one, to the bit. `Loader` has the methods.
+    and `load_state_dict` resume within an epoch, bit-identically. `Loader` documents the methods.
 
     Opening costs a read of the manifest, which the data set has done. The first batch costs its own records; the memory beside
     the batches is about 300 MB, whatever the size of the data.
@@ -361,8 +361,8 @@ class SequenceLoader(Loader[SequenceBatch]):
 
     def _split(self, superbatch: Superbatch, values: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield the values (B, T, *row) of each batch on the device, from the values of a superbatch."""
-        longest = superbatch.longest
-        for batch, steps in zip(torch.split(values, [self.batch_size * steps for steps in longest]), longest, strict=True):
+        longest, size = superbatch.longest, self.batch_size * self._source.parts_per_record
+        for batch, steps in zip(torch.split(values, [size * steps for steps in longest]), longest, strict=True):
             with span("copy", self.device.type != "cpu"):
                 moved = batch.to(self.device, non_blocking=True)
             yield self._batch_view(moved, steps)

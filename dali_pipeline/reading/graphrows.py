@@ -94,10 +94,3 @@ def wrong_graphs(edge_index: Array, counts: Ints) -> Ints:
 def ends_of(counts: Ints) -> Ints:
     """Return the offsets of ranges with these counts, (n + 1,), beginning with 0."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-
-
-def spread(begins: Ints, counts: Ints) -> Ints:
-    """Return the rows from each begin on, as many as its count, concatenated."""
-    ends = np.cumsum(counts)
-    rows: Ints = np.repeat(begins - (ends - counts), counts) + np.arange(counts.sum())
-    return rows

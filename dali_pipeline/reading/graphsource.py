@@ -14,9 +14,9 @@ from dali_pipeline.format.encoding import all_finite
 from dali_pipeline.format.layers import Layers
 from dali_pipeline.format.schema import LEVELS, Field, Schema, level_of
 from dali_pipeline.reading.gather import gather
-from dali_pipeline.reading.graphrows import GraphRows, spread, wrong_graphs
+from dali_pipeline.reading.graphrows import GraphRows, wrong_graphs
 from dali_pipeline.reading.inmemory import InMemoryGraphs
-from dali_pipeline.reading.records import Locations
+from dali_pipeline.reading.records import Locations, spread
 from dali_pipeline.reading.source import BatchSource, chosen_fields
 from dali_pipeline.sampling.order import WINDOW_BYTES
 from dali_pipeline.types import Array, Ints
@@ -69,7 +69,7 @@ class GraphSource(BatchSource):
     def gather(self, positions: Ints) -> GraphRows:
         """Read the records at `positions` (B,), any order, repeats allowed.
 
-        Costs one read per record, array and run of layers that does not continue the one before; none once records are in
+        Costs one read per record, array and span of layers that does not continue the one before; none once records are in
         memory. Raises FormatError for a graph without nodes and for an edge that leaves its graph.
         """
         rows = None if self._in_memory is None else self._in_memory.take(positions, self._buffers)
@@ -87,10 +87,10 @@ class GraphSource(BatchSource):
         counted = spans[:, 1::2] - spans[:, ::2]  # (G, 2)
         if (counted[:, 0] < 1).any():
             self._fail(locations, record, int(np.argmin(counted[:, 0])), layer_index, "has no nodes; expected at least one")
-        # runs of graphs that are contiguous in the file
+        # first and last graph of each span that is contiguous in the file
         heads = np.flatnonzero(np.append(True, (record[1:] != record[:-1]) | (spans[1:, ::2] != spans[:-1, 1::2]).any(axis=1)))
         lasts = np.append(heads[1:], len(record)) - 1
-        # (3, runs): where the nodes, edges and graphs of each run begin, and end
+        # (3, spans): where the nodes, edges and graphs of each span begin, and end
         first = locations.begins[record] + layer_index  # (G,) number of the graph in its shard
         begins = np.stack([*spans[heads].T[::2], first[heads]])
         ends = np.stack([*spans[lasts].T[1::2], first[lasts] + 1])

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from dali_pipeline.errors import PipelineError
 from dali_pipeline.format.schema import LEVELS, Field, level_of
 from dali_pipeline.reading.gather import read_rows
-from dali_pipeline.reading.graphrows import GraphRows, ends_of, spread, wrong_graphs
-from dali_pipeline.reading.records import RecordIndex
+from dali_pipeline.reading.graphrows import GraphRows, ends_of, wrong_graphs
+from dali_pipeline.reading.records import RecordIndex, spread
 from dali_pipeline.runtime.memory import Buffers
 from dali_pipeline.types import Array, Ints
 

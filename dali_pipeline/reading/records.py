@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dali_pipeline.errors import FormatError
+from dali_pipeline.format.encoding import TEXT
+from dali_pipeline.format.schema import Field
 from dali_pipeline.format.shard import Shard
 from dali_pipeline.runtime.workerprocess import SharedBytes
 from dali_pipeline.storage.files import Files, Recent
@@ -34,7 +36,8 @@ class IndexPart:
         table: (n, 3) int64, row in the shard, and where the rows of the first ragged array begin and end.
         labels: (n, *shape) in the stored type, or None.
         ids: (n,) texts, as objects.
-        texts: (n,) texts, as objects, of each text field that is read.
+        columns: (n, *shape) values of each short record field, or (n,) texts, as objects.
+        step_columns: (rows of the first ragged array, *shape) values of each short step field.
         spans: (rows of the first ragged array, 2 per other ragged array), where its rows begin and end.
     """
 
@@ -43,15 +46,18 @@ class IndexPart:
     table: Ints
     labels: Array | None
     ids: Array
-    texts: Mapping[str, Array]
+    columns: Mapping[str, Array]
+    step_columns: Mapping[str, Array]
     spans: Ints
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory, approximately."""
-        characters = sum(sum(map(len, texts)) for texts in (self.ids, *self.texts.values()))
-        labels = 0 if self.labels is None else self.labels.nbytes
-        return 100 * len(self.ids) * (1 + len(self.texts)) + characters + labels + self.spans.nbytes
+        texts = [self.ids, *(column for column in self.columns.values() if column.dtype == object)]
+        characters = sum(sum(map(len, column)) for column in texts)
+        arrays = [self.spans, *self.columns.values(), *self.step_columns.values()]
+        arrays += [] if self.labels is None else [self.labels]
+        return 100 * len(self.ids) * len(texts) + characters + sum(array.nbytes for array in arrays)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,7 +72,7 @@ class Locations:
         begins: (N,) int64, first row of each record in the first ragged array.
         ends: (N,) int64, row after its last one.
         ids: N texts.
-        texts: N texts of each text field that is read.
+        columns: (N, *shape) values of each short record field, or (N,) texts, as objects.
         sound: (blocks,) uint8 of the whole index, 1 once a block's hash was right.
         files_at_once: Number of files that may be open.
     """
@@ -78,13 +84,33 @@ class Locations:
     begins: Ints
     ends: Ints
     ids: list[str]
-    texts: Mapping[str, list[str]]
+    columns: Mapping[str, Array]
     sound: Array
     files_at_once: int
 
     def shard(self, record: int) -> Shard:
         """Return the shard of a record."""
         return self.parts[int(self.which[record])].shard
+
+    def step_rows(self, records: Ints, begins: Ints, ends: Ints, out_begins: Ints) -> list[tuple[IndexPart, Ints, Ints]]:
+        """Return, per index part, rows of its short step fields and the rows of an output that they go to.
+
+        Args:
+            records: (n,) record of each run of steps.
+            begins: (n,) first step of each run in its shard.
+            ends: (n,) step after the last one.
+            out_begins: (n,) row of the output that each run goes to.
+        """
+        order = np.argsort(self.which[records], kind="stable")
+        which, counts = self.which[records][order], (ends - begins)[order]
+        first_rows = np.array([part.table[0, 1] for part in self.parts])
+        rows, out_rows = spread(begins[order] - first_rows[which], counts), spread(out_begins[order], counts)
+        runs = np.searchsorted(which, np.arange(len(self.parts) + 1))
+        cuts = np.concatenate([[0], np.cumsum(counts)])[runs].tolist()
+        return [
+            (part, rows[first:last], out_rows[first:last])
+            for part, first, last in zip(self.parts, cuts, cuts[1:], strict=False)
+        ]
 
     def cut(self, begin: int, end: int) -> Locations:
         """Return the locations of records `begin` to `end`."""
@@ -99,8 +125,15 @@ class Locations:
             begins=self.begins[part],
             ends=self.ends[part],
             ids=self.ids[part],
-            texts={name: texts[part] for name, texts in self.texts.items()},
+            columns={name: column[part] for name, column in self.columns.items()},
         )
+
+
+def spread(begins: Ints, counts: Ints) -> Ints:
+    """Return the rows from each begin on, `counts` of them, concatenated."""
+    ends = np.cumsum(counts)
+    rows: Ints = np.repeat(begins - (ends - counts), counts) + np.arange(counts.sum())
+    return rows
 
 
 class RecordIndex:
@@ -114,7 +147,8 @@ class RecordIndex:
         ragged: Arrays whose offsets are read: the first with one entry per record, the others with one per row of the first.
         window_bytes: Size of the cached index in bytes, at most about this.
         sound: Memory with one byte per block, 1 once its hash was right. Default: new memory.
-        texts: Text fields of records that are read with the ids. Default: none.
+        columns: Record fields that are read with the ids: texts, and short ones. Default: none.
+        step_columns: Step fields that are read with the ids, because their rows are short. Default: none.
         labels: Whether records have labels. Default: True.
     """
 
@@ -124,10 +158,13 @@ class RecordIndex:
         ragged: Sequence[str],
         window_bytes: int,
         sound: SharedBytes | None = None,
-        texts: Sequence[str] = (),
+        columns: Mapping[str, Field] | None = None,
+        step_columns: Sequence[str] = (),
         labels: bool = True,
     ) -> None:
-        self._selection, self._ragged, self._texts, self._labels = selection, ragged, tuple(texts), labels
+        self._selection, self._ragged, self._labels = selection, ragged, labels
+        self._columns, self._step_columns = dict(columns or {}), tuple(step_columns)
+        self._texts = [name for name, field in self._columns.items() if field.dtype == TEXT]
         # shards, and blocks, are numbered through all tables
         tables = [shards.table for shards in selection.shards]
         self._first_shards = np.cumsum([0, *map(len, tables)]).tolist()
@@ -135,7 +172,7 @@ class RecordIndex:
         self._block_ends = np.cumsum(np.concatenate([np.zeros(1, np.int64), *blocks]))
         # one byte per block, 1 once its hash was right; in shared memory, so workers share it
         shared = SharedBytes(max(1, int(self._block_ends[-1]))) if sound is None else sound
-        self._arguments = selection, ragged, window_bytes, shared, self._texts, labels
+        self._arguments = selection, ragged, window_bytes, shared, self._columns, self._step_columns, labels
         self._memory = shared.memory
         self._sound = np.frombuffer(self._memory, np.uint8)
         self._numbers = np.asarray(self._first_shards)[selection.table] + selection.number  # (entries,)
@@ -178,7 +215,7 @@ class RecordIndex:
             begins=begins,
             ends=ends,
             ids=joined(part.ids for part in parts).tolist(),
-            texts={name: joined([part.texts[name] for part in parts]).tolist() for name in self._texts},
+            columns={name: joined(part.columns[name] for part in parts) for name in self._columns},
             sound=self._sound,
             files_at_once=self._files.limit,
         )
@@ -237,7 +274,8 @@ class RecordIndex:
             table=np.stack([np.arange(first, end), rows[:-1], rows[1:]], axis=1, dtype=np.int64),
             labels=shard.read("labels", first, end) if self._labels else None,
             ids=texts.pop("ids"),
-            texts=texts,
+            columns={name: texts[name] if name in texts else shard.read(name, first, end) for name in self._columns},
+            step_columns={name: shard.read(name, begin_row, end_row) for name in self._step_columns},
             spans=np.stack([bound for array in offsets.values() for bound in (array[:-1], array[1:])] or [cuts[:0]], axis=1),
         )
 

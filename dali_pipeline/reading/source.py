@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Padded: TypeAlias = Literal["batch"] | None
 
+SHORT_ROW_BYTES = 64  # of a further field: such rows are read with the index, many records at once
+
 
 class NotFiniteError(DataError):
     """Error for a record with NaN or infinite values, if the caller asked for none."""
@@ -67,17 +69,23 @@ class BatchSource:
         self._selection, self._schema, self._layers, self._finite = selection, schema, layers, finite
         selection.check_cache(window_bytes)
         self.record_fields = chosen_fields(schema.record_fields, fields)
-        texts = [name for name, field in self.record_fields.items() if field.dtype == TEXT]
-        labels = schema.labels.dtype is not None
-        self._index = RecordIndex(selection, self.ragged, window_bytes, texts=texts, labels=labels)
-        self._runs: dict[int, list[tuple[int, int]]] = {}
+        self.step_fields = chosen_fields(schema.step_fields, fields) if self.kind == "sequences" else {}
+        self._index = RecordIndex(
+            selection,
+            self.ragged,
+            window_bytes,
+            columns={name: field for name, field in self.record_fields.items() if field.row_bytes <= SHORT_ROW_BYTES},
+            step_columns=[name for name, field in self.step_fields.items() if field.row_bytes <= SHORT_ROW_BYTES],
+            labels=schema.labels.dtype is not None,
+        )
+        self._layer_spans: dict[int, list[tuple[int, int]]] = {}
         self._buffers = Buffers()
         self.cold = True  # whether something was recently not in the page cache, as far as read-ahead has checked
         if rows := selection.bounds(self.axis):
             self._selected(rows[0])  # layers that the shortest record has, all records have
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_runs": {}}  # without a cache that other threads may be changing
+        return {**self.__dict__, "_layer_spans": {}}  # without a cache that other threads may be changing
 
     @property
     def num_records(self) -> int:
@@ -135,11 +143,14 @@ class BatchSource:
         for name, field in self.record_fields.items():
             short = name.partition(".")[2]
             if field.dtype == TEXT:
-                read[short] = locations.texts[name]
+                read[short] = locations.columns[name].tolist()
                 continue
             records = np.arange(len(locations.rows))
-            out = np.empty((len(records), *field.shape), field.storage)
-            gather(locations, name, records, locations.rows, locations.rows + 1, out, records)
+            if name in locations.columns:
+                out = locations.columns[name]
+            else:
+                out = np.empty((len(records), *field.shape), field.storage)
+                gather(locations, name, records, locations.rows, locations.rows + 1, out, records)
             if self._finite:
                 self._check_finite(name, field, out, records, locations, records)
             read[short] = out
@@ -172,12 +183,12 @@ class BatchSource:
         )
 
     def _selected(self, count: int) -> list[tuple[int, int]]:
-        """Return runs (begin, end) of the selected layers among `count` steps or graphs, in the order asked for."""
+        """Return spans (begin, end) of the selected layers among `count` steps or graphs, in the order asked for."""
         if self._layers is None:
             return [(0, count)]
-        if count not in self._runs:
-            self._runs[count] = self._select(count)
-        return self._runs[count]
+        if count not in self._layer_spans:
+            self._layer_spans[count] = self._select(count)
+        return self._layer_spans[count]
 
     def _select(self, count: int) -> list[tuple[int, int]]:
         chosen = self._chosen(count)
@@ -242,8 +253,7 @@ class SequenceSource(BatchSource):
     ) -> None:
         super().__init__(selection, schema, layers, window_bytes, finite=finite, fields=fields)
         assert schema.sequence is not None
-        self.step_fields = chosen_fields(schema.step_fields, fields)
-        self.streamed = ("sequence", *self.step_fields)
+        self.streamed = ("sequence", *(name for name, field in self.step_fields.items() if field.row_bytes > SHORT_ROW_BYTES))
         # A sequence with a layer axis is stored as one part per layer, (layers, steps, *rest). `unit` is one step of a part.
         self.unit = schema.sequence
         self.stored_layers, self._parts_read = 1, np.zeros(1, np.int64)
@@ -298,10 +308,10 @@ class SequenceSource(BatchSource):
         """
         locations, lengths, positions = located.locations, located.lengths, located.positions
         begins, ends, records = locations.begins, locations.ends, np.arange(len(positions))
-        if self._layers is not None:  # every record once per run of its layers
-            runs = [self._selected(length) for length in (ends - begins).tolist()]
-            records = np.repeat(records, [len(record_runs) for record_runs in runs])
-            spans = np.array([span for record_runs in runs for span in record_runs], np.int64)  # (reads, 2)
+        if self._layers is not None:  # every record once per span of its layers
+            layer_spans = [self._selected(length) for length in (ends - begins).tolist()]
+            records = np.repeat(records, [len(record_spans) for record_spans in layer_spans])
+            spans = np.array([span for record_spans in layer_spans for span in record_spans], np.int64)  # (reads, 2)
             begins, ends = begins[records] + spans[:, 0], begins[records] + spans[:, 1]
         reads = _Reads(records=records, begins=begins, ends=ends, lengths=lengths)
         longest = np.repeat(np.maximum.reduceat(lengths, np.arange(0, len(lengths), batch_size)), batch_size)
@@ -315,8 +325,18 @@ class SequenceSource(BatchSource):
         if self.step_fields:
             sizes = longest[: len(lengths)]
             field_starts = np.cumsum(sizes) - sizes
+            out_begins = field_starts[reads.records] + reads.offsets()
+            short_rows = locations.step_rows(reads.records, reads.begins, reads.ends, out_begins)
             for name, field in self.step_fields.items():
-                fields[name.partition(".")[2]] = self._read_step_field(name, field, locations, reads, sizes, field_starts)
+                out = self._padded_rows(field, reads.lengths, sizes, field_starts)
+                if field.row_bytes <= SHORT_ROW_BYTES:
+                    for part, rows, out_rows in short_rows:
+                        out[out_rows] = part.step_columns[name][rows]
+                else:
+                    gather(locations, name, reads.records, reads.begins, reads.ends, out, out_begins)
+                if self._finite:
+                    self._check_finite(name, field, out, field_starts, locations, np.arange(len(sizes)))
+                fields[name.partition(".")[2]] = out
         return SequenceRows(
             values=values,
             starts=starts,
@@ -358,18 +378,13 @@ class SequenceSource(BatchSource):
         gather(locations, "sequence", records, begins, ends, values, out_begins)
         return values
 
-    def _read_step_field(
-        self, name: str, field: Field, locations: Locations, reads: _Reads, sizes: Ints, starts: Ints
-    ) -> Array:
-        """Read one field of the steps that are read, (sum of sizes, *row), each record padded to `sizes[record]` rows."""
+    @staticmethod
+    def _padded_rows(field: Field, lengths: Ints, sizes: Ints, starts: Ints) -> Array:
+        """Return memory for a step field, (sum of sizes, *row), with the padding of records shorter than their size."""
         out = np.empty((int(sizes.sum()), *field.shape), field.storage)
         pad = 0 if field.pad is msgspec.UNSET else encode(np.array(field.pad), field.dtype, None)[0]
-        for record in np.flatnonzero(reads.lengths < sizes).tolist():
-            out[starts[record] + reads.lengths[record] : starts[record] + sizes[record]] = pad
-        out_begins = starts[reads.records] + reads.offsets()
-        gather(locations, name, reads.records, reads.begins, reads.ends, out, out_begins)
-        if self._finite:
-            self._check_finite(name, field, out, starts, locations, np.arange(len(sizes)))
+        for record in np.flatnonzero(lengths < sizes).tolist():
+            out[starts[record] + lengths[record] : starts[record] + sizes[record]] = pad
         return out
 
     def _extents(self, shard: Shard, name: str, begin: int, end: int) -> Iterator[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Superbatch: several batches gathered together, which shares the fixed cost of a gather and of a DALI run."""
+"""Superbatch: several batches gathered together, which shares the fixed costs of a gather and of DALI."""
 
 from __future__ import annotations
 

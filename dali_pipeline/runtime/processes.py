@@ -97,7 +97,7 @@ class _Worker:
     def died(self) -> PipelineError:
         return PipelineError(
             f"a worker process of the graph loader died ({self.process.how_it_ended()}); expected enough memory for it: "
-            "use fewer workers or workers=0"
+            "use a smaller num_workers, or num_workers=0"
         )
 
 
@@ -129,7 +129,7 @@ def map_in_processes(
         except OSError as error:
             raise PipelineError(
                 f"{num_workers} worker processes with {ARENAS} x {arena_bytes >> 20} MiB of shared memory each cannot be had "
-                f"({error.strerror}); expected memory for them: use fewer workers or workers=0"
+                f"({error.strerror}); expected memory for them: use a smaller num_workers, or num_workers=0"
             ) from error
         workers = [_Worker(process, worker_arenas) for process, worker_arenas in zip(processes, arenas, strict=True)]
         remaining = iter(items)

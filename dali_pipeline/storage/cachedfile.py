@@ -136,16 +136,16 @@ class CachedFile(OpenFile):
             DataError: The store or the cache's disk fails.
         """
         missing = self._missing(pieces)
-        for run in _runs(missing):
-            if not self._download_run(run, wait) and len(run) > 1:
-                for piece in run:
-                    self._download_run([piece], wait)
+        for request in _requests(missing):
+            if not self._download_locked(request, wait) and len(request) > 1:
+                for piece in request:
+                    self._download_locked([piece], wait)
         return bool(missing)
 
-    def _download_run(self, run: Sequence[Piece], wait: bool) -> bool:
+    def _download_locked(self, request: Sequence[Piece], wait: bool) -> bool:
         """Download neighbouring blocks; return whether their locks were free."""
-        with locked_slots(self.path, run[0].slot, len(run), wait=wait) as locked:
-            for missing in _runs(self._missing(run)) if locked else ():
+        with locked_slots(self.path, request[0].slot, len(request), wait=wait) as locked:
+            for missing in _requests(self._missing(request)) if locked else ():
                 self._download(missing)
         return locked
 
@@ -164,17 +164,17 @@ class CachedFile(OpenFile):
     def _missing(self, pieces: Sequence[Piece]) -> list[Piece]:
         return [piece for piece in pieces if self._stamps[piece.slot] < FIRST_STAMP]
 
-    def _download(self, run: Sequence[Piece]) -> None:
+    def _download(self, request: Sequence[Piece]) -> None:
         """Request neighbouring blocks, whose slots this thread has locked, at once."""
-        begin, end = run[0].begin, run[-1].begin + run[-1].nbytes
-        slots = [piece.slot for piece in run]
+        begin, end = request[0].begin, request[-1].begin + request[-1].nbytes
+        slots = [piece.slot for piece in request]
         self._cache.reserve(end - begin)
         try:
-            self._slots["begin"][slots] = [piece.begin for piece in run]
-            self._slots["nbytes"][slots] = [piece.nbytes for piece in run]
+            self._slots["begin"][slots] = [piece.begin for piece in request]
+            self._slots["nbytes"][slots] = [piece.nbytes for piece in request]
             self._stamps[slots] = COMING
             data = memoryview(self._read(begin, end))
-            for piece in run:
+            for piece in request:
                 part = data[piece.begin - begin : piece.begin - begin + piece.nbytes]
                 self._write(self._checked(piece, part), piece.begin)
             self._stamps[slots] = self._cache.stamps(len(slots))
@@ -194,16 +194,16 @@ class CachedFile(OpenFile):
         )
 
 
-def _runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-    """Yield runs of neighbouring blocks of up to REQUEST_BYTES."""
-    run: list[Piece] = []
+def _requests(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Group neighbouring blocks into requests of up to REQUEST_BYTES."""
+    request: list[Piece] = []
     for piece in pieces:
-        if run and (
-            (run[-1].slot + 1, run[-1].begin + run[-1].nbytes) != (piece.slot, piece.begin)
-            or piece.begin + piece.nbytes - run[0].begin > REQUEST_BYTES
+        if request and (
+            (request[-1].slot + 1, request[-1].begin + request[-1].nbytes) != (piece.slot, piece.begin)
+            or piece.begin + piece.nbytes - request[0].begin > REQUEST_BYTES
         ):
-            yield run
-            run = []
-        run.append(piece)
-    if run:
-        yield run
+            yield request
+            request = []
+        request.append(piece)
+    if request:
+        yield request

@@ -83,7 +83,7 @@ class ShardWriter:
         if isinstance(split, str):
             split = SplitRule.parse(split)
         if split is not None and (isinstance(split, type) or not callable(getattr(split, "of", None))):
-            raise UsageError(f"split is {shown(split)}; expected a Split, or shares such as '70/15/15'")
+            raise UsageError(f"split is {shown(split)}; expected a SplitRule, or shares such as '70/15/15'")
         try:
             self.source = msgspec.json.decode(msgspec.json.encode(dict({} if source is None else source)))
         except (TypeError, ValueError, RuntimeError) as error:

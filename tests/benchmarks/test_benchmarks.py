@@ -173,10 +173,10 @@ def test_tables_come_from_the_newest_rows(tmp_path: Path, monkeypatch: pytest.Mo
     results.missing("long", "Third", "ModuleNotFoundError")
     before = "# Title\n<!-- speed: sequences, long -->\nold\n<!-- end -->\nbetween\n"
     before += "<!-- speed: graphs, other -->\nkept\n<!-- end -->\n"
-    readme = tmp_path / "README.md"
-    readme.write_text(before)
-    tables.update_tables(readme)
-    text = readme.read_text()
+    page = tmp_path / "results.md"
+    page.write_text(before)
+    tables.update_tables(page)
+    text = page.read_text()
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[:2] for line in lines[1:]] == [
         ["| numpy copies rows that lie in memory: the limit", "100,000 (100,000 to 100,000)"],
@@ -187,21 +187,22 @@ def test_tables_come_from_the_newest_rows(tmp_path: Path, monkeypatch: pytest.Mo
     assert results.path.name in lines[0]
     assert "old" not in text
     assert text.endswith("between\n<!-- speed: graphs, other -->\nkept\n<!-- end -->\n")
-    tables.update_tables(readme)
-    assert readme.read_text() == text
-    readme.write_text(before.replace("long", "none"))
+    tables.update_tables(page)
+    assert page.read_text() == text
+    page.write_text(before.replace("long", "none"))
     with pytest.raises(dp.UsageError, match="no scenario 'none'"):
-        tables.update_tables(readme)
+        tables.update_tables(page)
 
 
 def test_pictures_and_tables_come_from_the_files_that_are_there(tmp_path: Path) -> None:
     plot.main(tmp_path)
     for name in ("speed.png", "growth.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    readme = Path(plot.__file__).parent.parent / "README.md"
-    (tmp_path / "README.md").write_text(readme.read_text())
-    tables.update_tables(tmp_path / "README.md")
-    assert (tmp_path / "README.md").read_text() == readme.read_text(), "`make plots` was run since the results changed"
+    page = Path(plot.__file__).parent.parent / plot.RESULTS
+    assert page.read_text().count("<!-- speed: ") == 4
+    (tmp_path / "results.md").write_text(page.read_text())
+    tables.update_tables(tmp_path / "results.md")
+    assert (tmp_path / "results.md").read_text() == page.read_text(), "`make plots` was run since the results changed"
 
 
 def test_the_link_answers_as_s3_does_and_no_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,8 +184,9 @@ def test_states_of_other_weights_folds_and_balance_are_refused(
 ) -> None:
     mixes = [dp.mix([data, other], weights=weights) for weights in ([0.6, 0.4], [0.5, 0.5])]
     loaders = [[load(one, quick_kind) for one in both] for both in (mixes, data.folds(4, seed=3)[1:3])]
-    balanced: list[dict[str, Any]] = [{"class_balanced": True}, {}]
-    loaders.append([load(skewed, quick_kind, **options) for options in balanced])
+    draws: list[dict[str, Any]] = [{"class_balanced": True}, {}, {"group_weights": {"g3": 2.0}}]
+    balanced, plain, weighted = (load(skewed, quick_kind, **options) for options in draws)
+    loaders += [[balanced, plain], [balanced, weighted]]
     for ours, theirs in loaders:
         with pytest.raises(dp.StateError, match="data set digest"):
             theirs.load_state_dict(ours.state_dict())

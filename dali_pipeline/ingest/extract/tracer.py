@@ -138,7 +138,7 @@ class Tracer:
         out = call(self._model, *on_device, attentions=bool(graph_layers))
         rows, last = torch.arange(len(batch)), lengths - 1
         assert self.config.layers is not None
-        # sequences: (B, layers, hidden) · nodes: (B, graph layers, width, hidden) · attention: (B, graph layers, width, width)
+        # sequences: (B, layers, hidden); nodes: (B, graph layers, width, hidden); attention: (B, graph layers, width, width)
         sequences = torch.stack([out.hidden_states[layer][rows, last] for layer in self.config.layers], dim=1).float().cpu()
         if graph_layers:
             nodes = torch.stack([out.hidden_states[layer] for layer in graph_layers], dim=1).float().cpu()
