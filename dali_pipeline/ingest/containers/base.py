@@ -63,8 +63,8 @@ class Container(Protocol):
             key: Key of the leaf.
             begin: First row, along the first axis. A scalar has no rows: it is returned whole.
             end: Row after the last one. Default: all rows.
-            record: Number of the record, 0 or more. None if the file has no records; if it has, None stands for all of them, and
-                begin and end are numbers of records.
+            record: Number of the record, 0 or more. None if the file has no records; if it has, None stands for all of them,
+                and begin and end are numbers of records.
 
         Returns:
             The rows, in the dtype of the file; bfloat16 as float32, with equal values. Texts as str or list of str. Of several

@@ -11,8 +11,18 @@ from typing import Any
 import numpy as np
 
 from dali_pipeline.errors import FormatError, needs_extra
-from dali_pipeline.ingest.containers.leaf import OBJECT, TEXT, Leaf, check_record, missing_key, not_taken, row_range, texts_of
-from dali_pipeline.ingest.containers.objects import MOST_DEPTH, MOST_LEAVES, joined
+from dali_pipeline.ingest.containers.leaf import (
+    OBJECT,
+    TEXT,
+    Leaf,
+    check_record,
+    missing_key,
+    not_taken,
+    row_range,
+    stacked,
+    texts_of,
+)
+from dali_pipeline.ingest.containers.objects import MOST_DEPTH, MOST_LEAVES, SPLITS, joined
 from dali_pipeline.ingest.containers.source import Source
 from dali_pipeline.types import Array
 
@@ -73,9 +83,8 @@ class Hdf5Container:
             code, *_, name = plan.get_filter(number)
             if code not in _FILTERS:
                 text = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
-                raise FormatError(
-                    f"{self.path} was refused: {key} uses the filter {code} ({text[:40]}); expected {', '.join(_FILTERS.values())}"
-                )
+                allowed = ", ".join(_FILTERS.values())
+                raise FormatError(f"{self.path} was refused: {key} uses the filter {code} ({text[:40]}); expected {allowed}")
         nbytes = math.prod(dataset.shape or ()) * dataset.dtype.itemsize
         chunk_bytes = math.prod(dataset.chunks or ()) * dataset.dtype.itemsize
         if chunk_bytes > _MOST_CHUNK_BYTES or nbytes > (dataset.id.get_storage_size() + 4096) * _MOST_EXPANSION:
@@ -88,9 +97,6 @@ class Hdf5Container:
         """Recognise records: all top-level names are groups that hold at least half of the first one's keys."""
         tops: dict[str, dict[str, Any]] = {}
         names = list(self._file)
-        for name in names:
-            if not isinstance(self._file.get(name, getclass=True, getlink=True), type) or name + "." == ".":
-                return
         for key, value in self._keys.items():
             name = next((name for name in names if key.startswith(f"{name}.")), None)
             if name is None:
@@ -98,7 +104,7 @@ class Hdf5Container:
             tops.setdefault(name, {})[key[len(name) + 1 :]] = value
         first = next(iter(tops.values()), {})
         similar = all(2 * len(keys.keys() & first.keys()) >= max(len(keys), len(first)) for keys in tops.values())
-        if len(tops) > 1 and similar:
+        if len(tops) > 1 and similar and not all(name.lower() in SPLITS for name in tops):
             self.records, self._by_record = list(tops), tops
 
     def leaves(self, record: int = 0) -> list[Leaf]:
@@ -124,10 +130,7 @@ class Hdf5Container:
         """Return rows of a data set; of rows begin to end of all records, stacked, if `record` is None."""
         if self.records is not None and record is None:
             begin, end = row_range(self.path, key, (len(self.records),), begin, end)
-            values = [self.read(key, record=number) for number in range(begin, end)]
-            if len({np.shape(value) for value in values}) > 1:
-                raise FormatError(f"{self.path}, {key} differs in shape between records; expected one shape")
-            return np.array(values)
+            return stacked(self.path, key, [self.read(key, record=number) for number in range(begin, end)])
         number = check_record(self.path, self.records, record)
         keys = self._keys if self.records is None else self._by_record[self.records[number]]
         name = key.strip("/").replace("/", ".") if key not in keys else key

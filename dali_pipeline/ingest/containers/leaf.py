@@ -92,3 +92,18 @@ def texts_of(path: Path, key: str, values: Array) -> list[str] | str:
     except ValueError:  # UnicodeDecodeError, or code points that are none
         raise FormatError(f"{path}, {key or 'its array'} holds bytes that are no text in UTF-8; expected texts") from None
     return texts if values.ndim else str(texts[0])
+
+
+def stacked(path: Path, key: str, values: Sequence[Array | list[str] | str]) -> Array | list[str]:
+    """Return the values that a leaf has in several records: texts as a list, arrays stacked.
+
+    Raises:
+        FormatError: Their shapes differ, or texts and numbers are mixed.
+    """
+    texts = [value for value in values if isinstance(value, str)]
+    arrays = [value for value in values if isinstance(value, np.ndarray)]
+    if values and len(texts) == len(values):
+        return texts
+    if len(arrays) == len(values) and len({array.shape for array in arrays}) <= 1:
+        return np.stack(arrays) if arrays else np.zeros(0)
+    raise FormatError(f"{path}, {key} differs in shape between records; expected one shape, or the number of a record")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dali_pipeline.errors import FormatError
-from dali_pipeline.ingest.containers.leaf import OBJECT, TEXT, Leaf, check_record, missing_key, not_taken, row_range
+from dali_pipeline.ingest.containers.leaf import OBJECT, TEXT, Leaf, check_record, missing_key, not_taken, row_range, stacked
 from dali_pipeline.types import Array
 
 MOST_DEPTH = 32
@@ -100,13 +100,7 @@ class ObjectContainer:
     def _column(self, key: str, begin: int, end: int | None) -> Array | list[str]:
         """Return the values of a leaf in records begin to end, stacked."""
         begin, end = row_range(self.path, key, (len(self._records),), begin, end)
-        values = [self.read(key, record=record) for record in range(begin, end)]
-        if any(isinstance(value, str) for value in values):
-            if all(isinstance(value, str) for value in values):
-                return values  # type: ignore[return-value]
-        elif len({np.shape(value) for value in values}) <= 1:
-            return np.array(values)
-        raise FormatError(f"{self.path}, {key} differs in shape between records; expected one shape, or the number of a record")
+        return stacked(self.path, key, [self.read(key, record=record) for record in range(begin, end)])
 
     def _seen(self, value: Any) -> Any:
         """Return what an object stands for, itself if it is one of Python's own types; None if it is unknown."""

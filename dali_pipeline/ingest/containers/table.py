@@ -240,12 +240,7 @@ def dtype_of(column: Any) -> str:
     for _ in range(_MOST_DEPTH):
         if isinstance(kind, pa.BaseExtensionType):
             kind = kind.storage_type
-        elif (
-            pa.types.is_list(kind)
-            or pa.types.is_large_list(kind)
-            or pa.types.is_fixed_size_list(kind)
-            or pa.types.is_dictionary(kind)
-        ):
+        elif isinstance(kind, pa.ListType | pa.LargeListType | pa.FixedSizeListType | pa.DictionaryType):
             kind = kind.value_type
         else:
             break
@@ -283,7 +278,7 @@ class _Part:
         first: Number of its first record.
         values: All numbers, or texts.
         levels: Offsets of the lists, outermost first.
-        missing: Per record, whether something in it is missing; None if nothing is.
+        missing: Numbers of the part's records in which a value is missing.
         inner: Shape that each innermost element has, for tensors.
         count: Number of records.
     """
@@ -294,7 +289,7 @@ class _Part:
     levels: list[Array]
     inner: tuple[int, ...]
     count: int
-    missing: str = ""
+    missing: frozenset[int]
 
     def __len__(self) -> int:
         return self.count
@@ -302,10 +297,9 @@ class _Part:
     @classmethod
     def of(cls, what: str, first: int, array: Any, fields: list[str]) -> _Part:
         """Decode a column."""
-        levels, count, missing, inner = list[Array](), len(array), "", ()
+        levels, count, missing, inner = list[Array](), len(array), set[int](), tuple[int, ...]()
         while True:
-            if array.null_count and not missing:
-                missing = "it has missing values"
+            missing |= _records_with_nulls(array, levels)
             if isinstance(array, pa.FixedShapeTensorArray):
                 if array.type.permutation not in (None, list(range(len(array.type.shape)))):
                     raise _Missing("its tensors are stored with permuted axes")
@@ -324,16 +318,17 @@ class _Part:
                 array, fields = compute.struct_field(array, fields[0]), fields[1:]
             else:
                 break
-        if array.null_count and not missing:
-            missing = "it has missing values"
-        text = pa.types.is_string(array.type) or pa.types.is_large_string(array.type)
-        values = array if text or missing else array.to_numpy(zero_copy_only=False)
-        return cls(what=what, first=first, values=values, levels=levels, inner=inner, count=count, missing=missing)
+        missing |= _records_with_nulls(array, levels)
+        values = array
+        if dtype_of(array.type) != TEXT:
+            filled = array.fill_null(False if pa.types.is_boolean(array.type) else 0) if array.null_count else array
+            values = filled.to_numpy(zero_copy_only=False)
+        return cls(what=what, first=first, values=values, levels=levels, inner=inner, count=count, missing=frozenset(missing))
 
     def _range(self, row: int) -> tuple[int, int, tuple[int, ...]]:
         """Return the first value of a row, the value after its last, and its shape."""
-        if self.missing:
-            raise _Missing(f"{self.missing} near record {self.first + row}")
+        if row in self.missing:
+            raise _Missing(f"record {self.first + row} has a missing value")
         begin, end, shape = row, row + 1, list[int]()
         for offsets in self.levels:
             lengths = np.diff(offsets[begin : end + 1])
@@ -360,12 +355,24 @@ class _Part:
 
     def stacked(self, begin: int, end: int) -> Array | list[str]:
         """Return the values of records begin to end, stacked."""
-        if self.missing:
-            raise _Missing(f"{self.missing} in records {self.first + begin} to {self.first + end - 1}")
+        bad = min((row for row in self.missing if begin <= row < end), default=None)
+        if bad is not None:
+            raise _Missing(f"record {self.first + bad} has a missing value")
         if not self.levels and not self.inner:
             part = self.values[begin:end]
             return part if isinstance(part, np.ndarray) else list(part.to_pylist())
         values = [self.value(row) for row in range(begin, end)]
-        if not isinstance(self.values, np.ndarray) or len({np.shape(value) for value in values}) > 1:
-            raise _Missing("it differs in shape between rows, or is a list of texts")
-        return np.stack(values)  # type: ignore[arg-type]
+        arrays = [value for value in values if isinstance(value, np.ndarray)]
+        if len(arrays) < len(values) or len({array.shape for array in arrays}) > 1:
+            raise _Missing("it differs in shape between records, or is a list of texts")
+        return np.stack(arrays)
+
+
+def _records_with_nulls(array: Any, levels: list[Array]) -> set[int]:
+    """Return the numbers of the records in which an array, whose elements are `levels` of lists below them, has nulls."""
+    if not array.null_count:
+        return set()
+    positions = np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))
+    for offsets in reversed(levels):
+        positions = np.searchsorted(offsets, positions, side="right") - 1
+    return set(positions.tolist())

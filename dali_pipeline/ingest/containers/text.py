@@ -51,9 +51,7 @@ class JsonContainer(ObjectContainer):
     def __init__(self, path: Path) -> None:
         source = Source(path, "JSON")
         if source.size > MOST_BYTES:
-            raise FormatError(
-                f"{path} has {source.size} bytes of JSON; expected at most {MOST_BYTES}, write JSON lines instead"
-            )
+            raise FormatError(f"{path} has {source.size} bytes of JSON; expected at most {MOST_BYTES}, or JSON lines")
         content = parse(path, source.read(0, source.size))
         source.close()
         super().__init__(path, content, _nothing)
@@ -105,9 +103,9 @@ class CsvContainer(ObjectContainer):
             raise FormatError(f"{path} has {source.size} bytes of CSV; expected at most {MOST_BYTES}")
         names, rows = _csv_rows(path, source.read(0, source.size))
         source.close()
-        self._columns = (
-            {name: _typed(cells) for name, cells in zip(names, zip(*rows, strict=True), strict=True)} if rows else {}
-        )
+        self._columns: dict[str, Array | list[str]] = {}
+        if rows:
+            self._columns = {name: _typed(cells) for name, cells in zip(names, zip(*rows, strict=True), strict=True)}
         columns = {
             name: column.tolist() if isinstance(column, np.ndarray) else column for name, column in self._columns.items()
         }
