@@ -27,7 +27,7 @@ def taken(src: Path, recipe: Recipe | None = None, dst: Path | None = None, **op
     assert verify(data.folder).damages == []
     records = {}
     for split in data.splits:
-        for row in range(data.num_records(split)):
+        for row in range(data.num_records(split, "sequences")):
             record = data.record(split, row)
             assert record.id not in records
             records[record.id] = record

@@ -12,6 +12,7 @@ import numpy as np
 
 from dali_pipeline.errors import DataError, FormatError, UsageError
 from dali_pipeline.ingest.containers.base import OBJECT, TEXT, Leaf, is_container, open_container, suffix_of
+from dali_pipeline.ingest.containers.raw import sidecar_of
 from dali_pipeline.ingest.layouts.labels import (
     LABEL_COLUMNS,
     NO_LABEL,
@@ -42,6 +43,7 @@ from dali_pipeline.ingest.layouts.recipe import Recipe, nearest
 
 TRIED = 3  # files of a kind that are opened until one is not damaged
 SIDECARS = {"dataset_info.json", "dataset_dict.json", "state.json"}
+RAW = (".memmap", ".bin", ".dat", ".raw")
 TABLES = (".csv", ".json", ".jsonl")  # hold labels rather than sequences, if anything else is there
 BY_FLAGS = "files by flags"
 
@@ -167,11 +169,17 @@ def make_plan(root: Path, files: Sequence[Path], recipe: Recipe, what: str = BY_
         starts=starts,
         ragged=ragged,
         notices=tuple(notices),
-        used=() if table is None else (table.path,),
+        used=(*(() if table is None else (table.path,)), *_sidecars(parts)),
     )
     if table is not None and table.rows is not None:
         _check_ids(root, plan, skip_bad)
     return plan
+
+
+def _sidecars(parts: Sequence[tuple[Part, Any]]) -> list[Path]:
+    """Return the files that say shape and type of raw files."""
+    raw = [part.path for part, _ in parts if suffix_of(part.path) in RAW]
+    return [beside for path in raw if (beside := sidecar_of(path)) is not None]
 
 
 def _sequence_parts(root: Path, usable: list[Path], recipe: Recipe) -> tuple[Found, Recipe]:
