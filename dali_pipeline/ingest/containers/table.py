@@ -105,8 +105,8 @@ class TableContainer:
         if part is None or not part.first <= record < part.first + len(part):
             number = bisect.bisect_right(self._first_rows, record) - 1
             file, first = self._files[number], self._first_rows[number]
-            begin, array = file.part(key.partition(".")[0] if key not in self._schema.names else key, record - first)
             name = next(name for name in self._schema.names if key == name or key.startswith(f"{name}."))
+            begin, array = file.part(name, record - first)
             part = _Part.of(f"{self.path}, {key}", first + begin, array, key[len(name) + 1 :].split(".") if key != name else [])
             self._parts[key] = part
         return part

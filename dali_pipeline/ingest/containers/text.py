@@ -25,7 +25,7 @@ from dali_pipeline.types import Array
 MOST_BYTES = 2 << 30  # of JSON and CSV, which are parsed whole, and of one line of JSON lines
 _CHUNK_BYTES = 8 << 20
 _WHOLE = re.compile(r"[+-]?(0|[1-9][0-9]*)")
-_REAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|infinity)|nan", re.IGNORECASE)
+_REAL = re.compile(r"[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|infinity)|nan", re.IGNORECASE)
 _TRUTH = {"true": True, "false": False}
 _JSON = msgspec.json.Decoder()
 

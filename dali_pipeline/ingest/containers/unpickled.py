@@ -39,10 +39,11 @@ _REBUILDS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
 PARAMETER = "torch._utils._rebuild_parameter"
 ARRAYS = frozenset((*RECONSTRUCT, *FROM_BUFFER, *SCALAR))
 TENSORS = frozenset((*_REBUILDS, _REBUILD_V3, PARAMETER))
-_LIBRARY = frozenset(sys.stdlib_module_names) | {"__builtin__", "copy_reg", "exceptions", "commands", "__builtins__"}
+_PYTHON2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # names in the protocols 0 to 2
+_LIBRARY = frozenset(sys.stdlib_module_names) | {"exceptions", "commands", "__builtins__"}
 _LIBRARY_DATA = (
     "argparse.Namespace", "types.SimpleNamespace", "collections.defaultdict", "collections.Counter", "collections.deque",
-    "collections.UserDict", "copyreg._reconstructor", "copy_reg._reconstructor", "builtins.object", "__builtin__.object",
+    "collections.UserDict", "copyreg._reconstructor", "builtins.object",
     "builtins.list", "builtins.dict", "builtins.int", "builtins.float", "builtins.str", "builtins.tuple", "datetime.datetime",
     "datetime.date", "datetime.time", "datetime.timedelta", "datetime.timezone", "decimal.Decimal", "fractions.Fraction",
     "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath", "pathlib.PureWindowsPath", "uuid.UUID",
@@ -96,6 +97,7 @@ class Unpickler(InertUnpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the stand-in for a name; raise FormatError for code of the standard library."""
+        module = _PYTHON2.get(module, module)
         dotted = f"{module}.{name}"
         stand_in = KNOWN.get(dotted) or self._others.get(dotted)
         if stand_in is not None:
@@ -104,6 +106,12 @@ class Unpickler(InertUnpickler):
             return super().find_class(module, name)  # raises
         self._others[dotted] = _opaque(dotted)
         return self._others[dotted]
+
+    def persistent_load(self, pid: Any) -> Any:
+        """Return the storage that a torch pickle names; one without a dtype as bytes."""
+        if isinstance(pid, tuple) and len(pid) > 1 and pid[1] is KNOWN[_UNTYPED]:
+            pid = (pid[0], KNOWN["torch.ByteStorage"], *pid[2:])
+        return super().persistent_load(pid)
 
 
 class TorchContent(TorchFile):
