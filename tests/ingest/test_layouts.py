@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch_geometric.data import Data, InMemoryDataset
 
 import dali_pipeline as dp
 from dali_pipeline.ingest.config import ConvertConfig
@@ -20,7 +24,9 @@ from dali_pipeline.tools.verify import verify
 rng = np.random.default_rng(0)
 
 
-def taken(src: Path, recipe: Recipe | None = None, dst: Path | None = None, **options: Any) -> tuple[dp.Dataset, dict[str, Any]]:
+def taken(
+    src: Path, recipe: Recipe | None = None, dst: Path | None = None, **options: Any
+) -> tuple[dp.Dataset, dict[str, Any]]:
     """Convert, verify, and return the data set and its records by id."""
     target = dst or src.parent / "dst"
     data = convert(src, target, ConvertConfig(recipe=recipe or Recipe(), num_workers=1, **options))
@@ -160,3 +166,252 @@ def test_stacked_by_any_key(tmp_path: Path, suffix: str) -> None:
         equal(record.fields["tokens"], tokens[row, :length])
         equal(record.fields["score"], scores[row])
         assert record.label == labels[row]
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".ckpt.gz"])
+def test_specforge(tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "src").mkdir()
+    samples = {}
+    for number in range(8):
+        steps = 1 + number
+        sample = {
+            "input_ids": torch.randint(0, 999, (steps,)),
+            "loss_mask": torch.randint(0, 2, (steps,)),
+            "hidden_state": bf16(1, steps, 6),
+            "aux_hidden_state": bf16(1, steps, 18),
+        }
+        samples[f"data_{number}"] = sample
+        path = tmp_path / "src" / f"data_{number}{suffix}"
+        with gzip.open(path, "wb") if suffix.endswith("gz") else path.open("wb") as file:
+            torch.save(sample, file)
+    data, records = taken(tmp_path / "src")
+    assert sequence_dtype(data) == "bfloat16"
+    assert data.schema.steps == "token"
+    assert sorted(records) == sorted(samples)
+    for name, record in records.items():
+        equal(record.sequence, samples[name]["hidden_state"][0])
+        equal(record.fields["input_ids"], samples[name]["input_ids"])
+        equal(record.fields["loss_mask"], samples[name]["loss_mask"])
+    assert "aux_hidden_state" in caplog.text
+    _, records = taken(tmp_path / "src", Recipe(sequence="aux_hidden_state"), tmp_path / "aux")
+    for name, record in records.items():
+        equal(record.sequence, samples[name]["aux_hidden_state"][0])
+
+
+def test_saelens(tmp_path: Path) -> None:
+    folder = tmp_path / "src"
+    folder.mkdir()
+    states, ids = f32(23, 5, 4), rng.integers(0, 999, (23, 5)).astype(np.int32)
+    table = pa.table(
+        {
+            "blocks.8.hook_resid_post": pa.array(states.tolist(), pa.list_(pa.list_(pa.float32()))),
+            "token_ids": pa.array(ids.tolist(), pa.list_(pa.int32())),
+        }
+    )
+    for number, (begin, end) in enumerate([(0, 12), (12, 23)]):
+        with pa.OSFile(str(folder / f"data-{number:05d}-of-00002.arrow"), "wb") as file:
+            with pa.ipc.new_stream(file, table.schema) as writer:
+                writer.write_table(table.slice(begin, end - begin))
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "state.json").write_text("{}")
+    data, records = taken(folder)
+    assert (sequence_dtype(data), data.schema.labels.kind) == ("float32", "none")
+    assert data.schema.step_fields["step.token_ids"].dtype == "int32"
+    for row in range(23):
+        record = records[f"data-0000{row // 12}-of-00002-{row % 12}"]
+        equal(record.sequence, states[row])
+        equal(record.fields["token_ids"], ids[row])
+
+
+def test_semantic_entropy_probes(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    content = {
+        f"q{number}": {
+            "question": "why?",
+            "most_likely_answer": {
+                "embedding": torch.randn(1, 6),
+                "emb_last_tok_before_gen": torch.randn(4, 1, 6),
+                "accuracy": float(number % 2),
+            },
+        }
+        for number in range(9)
+    }
+    (tmp_path / "src" / "train_generations.pkl").write_bytes(pickle.dumps(content))
+    answer = "most_likely_answer"
+    keys = Recipe(sequence=f"{answer}.emb_last_tok_before_gen", label=f"{answer}.accuracy", axes=("layer", "feature"))
+    data, records = taken(tmp_path / "src", keys)
+    assert (data.schema.steps, data.schema.labels.kind) == ("layer", "class")
+    assert sorted(records) == sorted(content)
+    for name, record in records.items():
+        equal(record.sequence, content[name][answer]["emb_last_tok_before_gen"][:, 0].numpy())  # type: ignore[index]
+        assert record.label == int(name[1:]) % 2
+    _, records = taken(tmp_path / "src", Recipe(sequence=f"{answer}.embedding", label=f"{answer}.accuracy"), tmp_path / "one")
+    for name, record in records.items():
+        equal(record.sequence, content[name][answer]["embedding"].numpy())  # type: ignore[index]
+
+
+def test_geometry_of_truth(tmp_path: Path) -> None:
+    folder = tmp_path / "src" / "cities"
+    folder.mkdir(parents=True)
+    states = {layer: bf16(60, 6) for layer in (6, 7, 8, 9, 10)}
+    for layer, rows in states.items():
+        for begin in (0, 25, 50):
+            torch.save(rows[begin : begin + 25].clone(), folder / f"layer_{layer}_{begin}.pt")
+    labels = rng.integers(0, 2, 60)
+    lines = ["statement,label", *(f'"City {row}, of",{label}' for row, label in enumerate(labels))]
+    (tmp_path / "cities.csv").write_text("\n".join(lines))
+    recipe = Recipe(sequence="layer_{layer}_{row}.pt", labels_from=f"{tmp_path}/cities.csv::label")
+    data, records = taken(tmp_path / "src", recipe)
+    assert (data.schema.steps, data.schema.layers, sequence_dtype(data)) == ("layer", (6, 7, 8, 9, 10), "bfloat16")
+    assert len(records) == 60
+    for row in range(60):
+        record = records[f"cities/layer_6_{row // 25 * 25}-{row % 25}"]
+        equal(record.sequence, torch.stack([states[layer][row] for layer in states]))
+        assert record.label == labels[row]
+    _, records = taken(tmp_path / "src", recipe, tmp_path / "few", layers=[7, 10])
+    equal(records["cities/layer_6_25-3"].sequence, torch.stack([states[7][28], states[10][28]]))
+    (folder / "layer_8_25.pt").unlink()
+    with pytest.raises(dp.FormatError, match=r"has no layer_8_25\.pt"):
+        taken(tmp_path / "src", recipe, tmp_path / "gap")
+    for layer in states:
+        (folder / f"layer_{layer}_25.pt").unlink(missing_ok=True)
+    with pytest.raises(dp.FormatError, match=r"layer_\*_25\.pt is missing"):
+        taken(tmp_path / "src", recipe, tmp_path / "gap")
+
+
+def test_lookback_lens(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    content = [
+        {"lookback_ratio": torch.randn(3, 2, 4 + number), "model_completion_ids": list(range(4 + number))}
+        for number in range(7)
+    ]
+    torch.save(content, tmp_path / "src" / "lookback.pt")
+    (tmp_path / "labels.jsonl").write_text("\n".join(json.dumps({"index": n, "is_correct": n % 2}) for n in range(7)))
+    recipe = Recipe(
+        sequence="lookback_ratio",
+        axes=("layer", "head", "token"),
+        fields=(("step.ids", "model_completion_ids"),),
+        labels_from=f"{tmp_path}/labels.jsonl::is_correct",
+    )
+    data, records = taken(tmp_path / "src", recipe)
+    assert (data.schema.steps, data.schema.sequence.axes) == ("token", ("layer", "head"))  # type: ignore[union-attr]
+    for row, sample in enumerate(content):
+        record = records[f"lookback-{row}"]
+        equal(record.sequence, np.moveaxis(sample["lookback_ratio"].numpy(), 2, 0))  # type: ignore[attr-defined]
+        equal(record.fields["ids"], np.arange(4 + row))
+        assert record.label == row % 2
+
+
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_sae_probes(tmp_path: Path, tokens: int) -> None:
+    (tmp_path / "src").mkdir()
+    shape = (12, tokens, 6) if tokens else (12, 6)
+    states = {layer: torch.randn(shape) for layer in (3, 9, 12)}
+    for layer, rows in states.items():
+        torch.save(rows, tmp_path / "src" / f"87_glue_blocks.{layer}.hook_resid_post.pt")
+    (tmp_path / "y.csv").write_text(
+        "\n".join(["prompt,target", *(f"p{row},{'yes' if row % 3 else 'no'}" for row in range(12))])
+    )
+    recipe = Recipe(sequence="{set}_blocks.{layer}.hook_resid_post.pt", labels_from=f"{tmp_path}/y.csv::target")
+    data, records = taken(tmp_path / "src", recipe)
+    assert data.schema.layers == (3, 9, 12)
+    assert data.schema.labels.class_names == ("no", "yes")
+    assert data.schema.steps == ("token" if tokens else "layer")
+    for row in range(12):
+        record = records[f"87_glue_blocks.3.hook_resid_post-{row}"]
+        layered = np.stack([states[layer][row].numpy() for layer in states], axis=1 if tokens else 0)
+        equal(record.sequence, layered)
+        assert record.label == int(bool(row % 3))
+
+
+def test_layers_in_keys(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    states = {layer: f32(10, 4) for layer in range(12)}
+    arrays = {f"blocks.{layer}.hook_resid_post": rows for layer, rows in states.items()}
+    np.savez(tmp_path / "src" / "a.npz", **arrays, y=np.linspace(0, 1, 10))
+    data, records = taken(tmp_path / "src", Recipe(sequence="blocks.{layer}.hook_resid_post"))
+    assert (data.schema.layers, data.schema.labels.kind) == (tuple(range(12)), "value")
+    for row in range(10):
+        equal(records[f"a-{row}"].sequence, np.stack([states[layer][row] for layer in range(12)]))
+        assert records[f"a-{row}"].label == np.float32(np.linspace(0, 1, 10)[row])
+    del arrays["blocks.7.hook_resid_post"]
+    np.savez(tmp_path / "src" / "a.npz", **arrays)
+    with pytest.raises(dp.FormatError, match=r"has no blocks\.7\.hook_resid_post"):
+        taken(tmp_path / "src", Recipe(sequence="blocks.{layer}.hook_resid_post"), tmp_path / "gap")
+
+
+def graphs_of(data: dp.Dataset) -> dict[str, Any]:
+    found = {}
+    for split in data.splits:
+        for row in range(data.num_records(split, "graphs")):
+            record = data.record(split, row)
+            found[record.id] = record
+    return found
+
+
+def random_graph(nodes: int, **more: Any) -> Data:
+    edges = torch.randint(0, nodes, (2, 2 * nodes + 1))
+    return Data(x=torch.randn(nodes, 4).half(), edge_index=edges, edge_attr=torch.randn(2 * nodes + 1, 3).half(), **more)
+
+
+def compare(record: Any, graph: Data) -> None:
+    equal(record.graphs.x, graph.x.numpy())
+    equal(record.graphs.edge_index, graph.edge_index.numpy())
+    equal(record.graphs.edge_attr, graph.edge_attr.numpy())
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_charm(tmp_path: Path, by_token: bool) -> None:
+    (tmp_path / "src" / "raw").mkdir(parents=True)
+    graphs = []
+    for number in range(11):
+        nodes = 5 + number
+        rows = torch.arange(3, nodes)
+        y = torch.randint(0, 2, (len(rows),)) if by_token else torch.tensor(number % 2)
+        more = {
+            "response_index": rows,
+            "prompt_len": 3,
+            "data_idx": number,
+            "head": torch.arange(2 * nodes + 1),
+            "name": f"é{number}",
+        }
+        graphs.append(random_graph(nodes, y=y, pos=torch.randn(nodes, 2), **more))
+    torch.save(graphs, tmp_path / "src" / "raw" / "data_list.pt")
+    data = convert(tmp_path / "src", tmp_path / "dst", ConvertConfig(num_workers=1))
+    assert verify(data.folder).damages == []
+    assert data.schema.x.dtype == data.schema.edge_attr.dtype == "float16"  # type: ignore[union-attr]
+    records = graphs_of(data)
+    assert len(records) == 11
+    for number, graph in enumerate(graphs):
+        record = records[f"raw/data_list-{number}"]
+        compare(record, graph)
+        equal(record.graphs.fields["node.pos"], graph.pos.numpy())
+        equal(record.graphs.fields["edge.head"], graph.head.numpy())
+        assert (record.fields["prompt_len"], record.fields["data_idx"], record.fields["name"]) == (3, number, f"é{number}")
+        if by_token:
+            equal(record.graphs.fields["node.target"][3:], graph.y.numpy())
+            equal(record.graphs.fields["node.is_target"], np.arange(5 + number) >= 3)
+            assert record.label is None
+        else:
+            assert record.label == number % 2
+
+
+@pytest.mark.parametrize("form", ["one per file", "in memory", "in memory, older"])
+def test_processed_graphs(tmp_path: Path, form: str) -> None:
+    folder = tmp_path / "src" / "processed"
+    folder.mkdir(parents=True)
+    graphs = [random_graph(2 + number, y=torch.tensor([number / 4])) for number in range(9)]
+    torch.save("nothing", folder / "pre_transform.pt")
+    if form == "one per file":
+        for number, graph in enumerate(graphs):
+            torch.save(graph, folder / f"data_{number}.pt")
+    else:
+        merged, slices = InMemoryDataset.collate(graphs)
+        torch.save((merged, slices) if "older" in form else (merged.to_dict(), slices, Data), folder / "data.pt")
+    data = convert(tmp_path / "src", tmp_path / "dst", ConvertConfig(num_workers=1))
+    assert data.schema.labels.kind == "value"
+    records = graphs_of(data)
+    for number, graph in enumerate(graphs):
+        record = records[f"processed/data_{number}" if form == "one per file" else f"processed/data-{number}"]
+        compare(record, graph)
+        assert record.label == np.float32(number / 4)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dali_pipeline.errors import FormatError, PipelineError, UsageError
 from dali_pipeline.ingest.containers.base import TEXT, Leaf, open_container
+from dali_pipeline.ingest.layouts.graphs import graph_files, graph_plan, is_graph
 from dali_pipeline.ingest.layouts.plan import Plan
 from dali_pipeline.ingest.layouts.recipe import Recipe
 from dali_pipeline.ingest.layouts.resolve import BY_FLAGS, by_suffix, candidates, first_leaves, make_plan
@@ -86,6 +87,10 @@ def plan_for(root: Path, files: Sequence[Path], recipe: Recipe, *, skip_bad: boo
     usable = candidates(root, files)
     if not usable:
         return None
+    graphs = None if recipe.sequence is not None else _graphs(root, usable)
+    if graphs is not None:
+        plan = graph_plan(root, graphs, recipe, "graphs of PyG")
+        return replace(plan, notices=("taken as graphs of PyG, one per record", *plan.notices))
     known = recognise(root, usable)
     if known is not None and recipe.sequence is not None and recipe.sequence not in (known.recipe.sequence, *known.others):
         known = None
@@ -100,6 +105,16 @@ def plan_for(root: Path, files: Sequence[Path], recipe: Recipe, *, skip_bad: boo
     if others:
         told.append(f"the sequence is {completed.sequence}; --sequence '{others[0]}' takes the other one, {', '.join(others)}")
     return replace(plan, notices=(*told, *plan.notices))
+
+
+def _graphs(root: Path, usable: Sequence[Path]) -> list[Path] | None:
+    """Return the files of graphs, or None if the first file holds none."""
+    for files in by_suffix(graph_files(usable)).values():
+        with suppress(FormatError):
+            _, leaves, _ = first_leaves(files)
+            if is_graph({leaf.key: leaf for leaf in leaves}):
+                return files
+    return None
 
 
 def not_understood(root: Path, usable: Sequence[Path]) -> NotUnderstood:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -280,8 +281,16 @@ def _only_column(path: Path, keys: Sequence[str], id_column: str | None) -> str:
 
 
 def _column(container: Container, path: Path, key: str) -> list[Any]:
-    if container.records is None:
-        return per_record(path, key, container.read(key))
+    if container.records is not None:
+        return record_entries(container, key)
+    return per_record(path, key, container.read(key))
+
+
+def record_entries(container: Container, key: str) -> list[Any]:
+    """Return one entry per record of a file of records; at once, if they have one shape and type."""
+    assert container.records is not None
+    with suppress(FormatError):
+        return per_record(container.path, key, container.read(key))
     return [container.read(key, record=record) for record in range(len(container.records))]
 
 

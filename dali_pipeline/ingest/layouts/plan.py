@@ -24,7 +24,7 @@ from dali_pipeline.ingest.foreign import (
     rows_at_a_time,
     without_padding,
 )
-from dali_pipeline.ingest.layouts.labels import LabelRule, LabelTable, per_record
+from dali_pipeline.ingest.layouts.labels import LabelRule, LabelTable, per_record, record_entries
 from dali_pipeline.ingest.layouts.parts import OpenPart, Part, Place, stem_of
 from dali_pipeline.ingest.layouts.recipe import Recipe
 from dali_pipeline.types import Array
@@ -111,7 +111,12 @@ class Plan:
 
     def open(self, path: Path, name: str) -> ForeignFile:
         """Read names and labels of a part; raise FormatError if it does not follow the recipe."""
-        return open_part(self, self.parts[path], stem_of(name) if name.lower().endswith((".gz", path.suffix)) else name)
+        return open_part(self, self.parts[path], own_name(path, name))
+
+
+def own_name(path: Path, name: str) -> str:
+    """Return the name of a part, given its path below the source without its last suffix: without a second one too."""
+    return stem_of(name) if path.name.lower().endswith(".gz") else name
 
 
 def count_records(part: OpenPart, plan_per_file: bool, ragged: bool) -> int:
@@ -151,7 +156,7 @@ def open_part(plan: Plan, part: Part, name: str) -> ForeignFile:
             opened.close()
     ids, groups = texts.get("id"), texts.get("group") or texts["id"]
     if plan.table is not None:
-        given = _from_table(plan, part, ids or groups)
+        given = from_table(plan, part, ids or groups)
     where = f"{part.path}, record {{}}" if len(given) > 1 else str(part.path)
     labels = [plan.rule.of(where.format(repr(key)), label) for key, label in zip(ids or groups, given, strict=True)]
     return ForeignFile(
@@ -168,7 +173,8 @@ def open_part(plan: Plan, part: Part, name: str) -> ForeignFile:
     )
 
 
-def _from_table(plan: Plan, part: Part, names: Sequence[str]) -> list[Any]:
+def from_table(plan: Plan, part: Part, names: Sequence[str]) -> list[Any]:
+    """Return the labels of a part's records from the table: by id, or by order."""
     assert plan.table is not None
     if plan.table.rows is not None:
         return [plan.table.of(f"{part.path}: record {name!r}", name) for name in names]
@@ -189,7 +195,7 @@ def _entries(part: OpenPart, name: str, count: int, per_file: bool) -> list[Any]
     """Return one entry per record of a quantity such as the label."""
     place = part.part.places[name][0]
     if part.container(place.file).records is not None:
-        return [part.read(name, record=record) for record in range(count)]
+        return record_entries(part.container(place.file), place.key)
     part.leaf(name)
     values = part.read(name)
     if per_file:

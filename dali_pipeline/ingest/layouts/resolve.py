@@ -153,7 +153,7 @@ def make_plan(root: Path, files: Sequence[Path], recipe: Recipe, what: str = BY_
         counts = [_count(part, per_file, ragged) for part, _ in parts]
         if found.parts[0][0].row is not None:
             check_rows(recipe.sequence or "", parts, counts)
-    starts = _starts(root, parts, counts, table)
+    starts = starts_of(root, parts, counts, table)
     rule = _rule(recipe, parts, table, per_file, notices)
     if rule.describe():
         notices.append(rule.describe())
@@ -404,7 +404,7 @@ def _count(part: Part, per_file: bool, ragged: bool) -> int:
         opened.close()
 
 
-def _starts(
+def starts_of(
     root: Path, parts: Sequence[tuple[Part, Any]], counts: list[int] | None, table: LabelTable | None
 ) -> dict[Path, int]:
     """Return the number of records before each part, if labels go by order; raise DataError unless the counts agree."""
