@@ -233,6 +233,7 @@ def convert_command(
     from dali_pipeline.format.layers import parse_layers
     from dali_pipeline.ingest.config import ConvertConfig
     from dali_pipeline.ingest.convert import convert_to, gigabytes
+    from dali_pipeline.ingest.layouts.known import NotUnderstood
     from dali_pipeline.ingest.layouts.recipe import Recipe, parse_axes, parse_fields, read_recipe
     from dali_pipeline.ingest.readers.traces import TraceOptions, read_scores
     from dali_pipeline.tools.describe import describe_rounding, summary
@@ -280,8 +281,14 @@ def convert_command(
         print("\n".join(lines))
         raise typer.Exit(0 if is_taken else 2)
     assert dst is not None
-    with _going_on():
-        data = convert_to(src, dst, config)
+    try:
+        with _going_on():
+            data = convert_to(src, dst, config)
+    except NotUnderstood as error:
+        from dali_pipeline.ingest.layouts.dryrun import dry_run as look
+
+        say("\n".join([f"dali_pipeline: {error}", *look(src, dst, config)[0]]))
+        raise typer.Exit(2) from None
     print(f"{data.root}: {summary(data)}, {gigabytes(data.nbytes)}")
     if rounding := describe_rounding(data):
         print(rounding)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import pickle
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from safetensors.torch import save_file
 from torch_geometric.data import Data, InMemoryDataset
 
 import dali_pipeline as dp
+from dali_pipeline.cli.app import app, run
 from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.convert import convert
 from dali_pipeline.ingest.layouts.recipe import Recipe, parse_fields, read_recipe
@@ -415,3 +418,40 @@ def test_processed_graphs(tmp_path: Path, form: str) -> None:
         record = records[f"processed/data_{number}" if form == "one per file" else f"processed/data-{number}"]
         compare(record, graph)
         assert record.label == np.float32(number / 4)
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["dali_pipeline", *arguments])
+    return run(app, "dali_pipeline")
+
+
+def test_dry_run_says_what_convert_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    src = tmp_path / "src"
+    src.mkdir()
+    for number in range(20):
+        np.savez(src / f"window_{number}.npz", X=f32(4, 9), y=number % 2, who="x")
+    assert call(monkeypatch, "convert", str(src), "--dry-run") == 2
+    out, _ = capsys.readouterr()
+    assert "X: float32 [4, 9]" in out
+    command = out.splitlines()[-1].strip().replace("DST", str(tmp_path / "dst"))
+    assert "--sequence X --label y" in command
+    assert list(tmp_path.iterdir()) == [src]
+    arguments = shlex.split(command)[3:]
+    assert call(monkeypatch, *arguments, "--axes", "channel,time", "--dry-run") == 0
+    out, _ = capsys.readouterr()
+    assert "records: 20 in 20 files" in out
+    assert "not taken: who" in out
+    assert "sequence: float32 [4] per step, axes time, channel" in out
+    assert "labels: class (0: 10, 1: 10)" in out
+    assert list(tmp_path.iterdir()) == [src]
+    assert call(monkeypatch, *shlex.split(out.splitlines()[-1])[3:]) == 0
+    assert dp.open_dataset(tmp_path / "dst").schema.steps == "time"
+    capsys.readouterr()
+    assert call(monkeypatch, "convert", str(src), str(tmp_path / "other")) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "X: float32 [4, 9]" in err
+    assert f"convert {src} {tmp_path / 'other'} --sequence X --label y" in err
+    assert not (tmp_path / "other").exists()

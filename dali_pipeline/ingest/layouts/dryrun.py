@@ -1,0 +1,224 @@
+"""Say what lies in a source, how it would be taken and what is left out, and write nothing."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dali_pipeline.errors import PipelineError, UsageError
+from dali_pipeline.format.schema import SPLITS, Field, Schema
+from dali_pipeline.ingest.containers.base import Leaf, open_container
+from dali_pipeline.ingest.foreign import Block, list_files
+from dali_pipeline.ingest.job import Job, prepare
+from dali_pipeline.ingest.layouts.known import suggested
+from dali_pipeline.ingest.layouts.recipe import Recipe
+from dali_pipeline.ingest.layouts.resolve import by_suffix, candidates
+from dali_pipeline.ingest.sources import Source
+from dali_pipeline.storage.stores import is_url
+from dali_pipeline.writing.split import SplitRule
+
+if TYPE_CHECKING:
+    from dali_pipeline.ingest.config import ConvertConfig
+
+COMPARED = 20_000  # files of a kind whose keys, shapes and types are compared with the first one's
+SHOWN_KEYS, SHOWN_ODD = 24, 5
+MEASURED_BYTES, MEASURED_SECONDS = 32 << 20, 1.0  # for the estimate of the time
+
+
+def dry_run(src: str, dst: str | None, config: ConvertConfig) -> tuple[list[str], bool]:
+    """Return what would happen to a source, as lines of text, and whether it would be taken.
+
+    Opens every file, as a conversion does, and reads the values of the first ones. Writes nothing.
+
+    Args:
+        src: Folder of the files, or one file.
+        dst: Folder of the data set, for the command; None if it is not chosen.
+        config: Settings.
+
+    Raises:
+        UsageError: `src` does not exist, or is a URL.
+    """
+    if is_url(src):
+        raise UsageError(
+            f"--dry-run looks at files that are here, and {src} is a store; expected a folder with a few of its files"
+        )
+    root = Path(src)
+    if not root.exists():
+        raise UsageError(f"{root} is not a folder; expected one with files to convert, or such a file")
+    files, _ = list_files(root)
+    lines = list(_what_lies(root, files))
+    try:
+        source = Source.find(root, config.traces, None, config.recipe, skip_bad=config.skip_bad)
+        job = prepare(source, config, range(len(source.files)))
+        lines += ["", *_how_taken(job)]
+    except PipelineError as error:
+        lines += ["", f"would not be taken: {error}"]
+        usable = candidates(root, files)
+        if usable:
+            lines += ["try:", f"  {_command(src, dst, config, None)} {suggested(root, usable)}"]
+        return lines, False
+    lines += ["", "left out:" if job.notices or job.unreadable else "left out: nothing"]
+    lines += [f"  {sentence}" for sentence in (*job.notices, *job.unreadable.values())]
+    return [*lines, "", "command:", f"  {_command(src, dst, config, source)}"], True
+
+
+def _what_lies(root: Path, files: Sequence[Path]) -> Iterator[str]:
+    """Yield lines about the files: each kind, its number, and keys, shapes and types of the first and of odd ones."""
+    nbytes = sum(path.stat().st_size for path in files if path.exists())
+    yield f"{root}: {len(files):,} files, {_size(nbytes)}"
+    usable = candidates(root, files)
+    for suffix, paths in by_suffix(usable).items():
+        yield f"  {len(paths):,} {suffix}"
+        yield from _leaves_of(root, paths)
+    others = Counter(path.suffix or path.name for path in set(files) - set(usable))
+    if others:
+        yield "  not containers of arrays: " + ", ".join(f"{count:,} {name}" for name, count in sorted(others.items()))
+
+
+def _leaves_of(root: Path, paths: Sequence[Path]) -> Iterator[str]:
+    first: dict[str, tuple[int, str]] | None = None
+    odd = 0
+    for path in paths[:COMPARED]:
+        name = path.relative_to(root).as_posix() if path != root else path.name
+        try:
+            container = open_container(path)
+        except PipelineError as error:
+            odd += 1
+            if odd <= SHOWN_ODD:
+                yield f"    odd: {error}"
+            continue
+        try:
+            leaves, records = container.leaves(), container.records
+        except PipelineError as error:
+            yield f"    odd: {error}"
+            continue
+        finally:
+            container.close()
+        kinds = {leaf.key: (len(leaf.shape), leaf.dtype) for leaf in leaves}
+        if first is None:
+            first = kinds
+            held = "" if records is None else f", {len(records):,} records, of which the first has"
+            yield f"    {name}{held}"
+            yield from (f"      {_described(leaf)}" for leaf in leaves[:SHOWN_KEYS])
+            if len(leaves) > SHOWN_KEYS:
+                yield f"      and {len(leaves) - SHOWN_KEYS:,} more keys"
+        elif kinds != first:
+            odd += 1
+            if odd <= SHOWN_ODD:
+                differing = [leaf for leaf in leaves if first.get(leaf.key) != kinds[leaf.key]]
+                missing = [key for key in first if key not in kinds]
+                words = [_described(leaf) for leaf in differing[:4]] + [f"no {key}" for key in missing[:4]]
+                yield f"    odd: {name} has {'; '.join(words)}"
+    if odd > SHOWN_ODD:
+        yield f"    and {odd - SHOWN_ODD:,} more that differ from the first"
+    if len(paths) > COMPARED:
+        yield f"    ({len(paths) - COMPARED:,} more were not compared)"
+
+
+def _described(leaf: Leaf) -> str:
+    key = leaf.key or "(the array itself)"
+    return f"{key}: cannot be taken, {leaf.why}" if leaf.why else f"{key}: {leaf.dtype} {list(leaf.shape)}"
+
+
+def _how_taken(job: Job) -> Iterator[str]:
+    """Yield lines about records, fields, labels, splits, bytes and time."""
+    schema, source = job.schema, job.source
+    counts, labels, splits = _counted(job)
+    yield f"would be taken as {source.reader.what}"
+    yield f"  records: {counts:,} in {len(source.files):,} files"
+    for line in _fields(schema):
+        yield f"  {line}"
+    kind = schema.labels.kind
+    told = ", ".join(f"{label}: {count:,}" for label, count in sorted(labels.items(), key=lambda entry: str(entry[0]))[:20])
+    names = f", named {', '.join(schema.labels.names[:20])}" if schema.labels.names else ""
+    shape = f" {list(schema.labels.shape)}" if schema.labels.shape else ""
+    yield f"  labels: {kind}{shape}{names}{f' ({told})' if told else ''}"
+    yield "  splits: " + ", ".join(f"{split} {splits[split]:,}" for split in SPLITS)
+    yield f"  bytes: about {_size(job.written_bytes)}, in about {_seconds(job)}"
+
+
+def _counted(job: Job) -> tuple[int, Counter[object], Counter[str]]:
+    """Return the number of records, and how many have each class and go to each split."""
+    labels: Counter[object] = Counter()
+    splits: Counter[str] = Counter()
+    for number, name in enumerate(job.source.names):
+        if name in job.unreadable or not job.counts[number]:
+            continue
+        file, dealer = job.source.open(number), job.dealer_of(number)
+        splits.update(dealer.of(group) for group in file.groups)
+        if job.schema.labels.kind == "class":
+            labels.update(file.labels)
+    return sum(job.counts), labels, splits
+
+
+def _fields(schema: Schema) -> Iterator[str]:
+    if schema.sequence is not None:
+        row = schema.sequence.axis_names or [str(size) for size in schema.sequence.shape]
+        axes = ", ".join([schema.steps, *row])
+        layers = f", layers {_ranged(schema.layers)}" if schema.layers else ""
+        yield f"sequence: {_field(schema.sequence)} per step, axes {axes}{layers}"
+    for name, field in {**schema.of_graphs, **schema.step_fields, **schema.record_fields}.items():
+        yield f"{name}: {_field(field)}"
+
+
+def _field(field: Field) -> str:
+    return f"{field.dtype} {list(field.shape)}"
+
+
+def _ranged(numbers: Sequence[int]) -> str:
+    if len(numbers) > 2 and list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers))
+
+
+def _seconds(job: Job) -> str:
+    """Return an estimate of the time on one core, from reading the first records."""
+    begin, nbytes = time.perf_counter(), 0
+    for number, count in enumerate(job.counts):
+        if not count:
+            continue
+        for values in job.source.open(number).values():
+            if isinstance(values, Block):
+                nbytes += values.sequences.nbytes
+            else:
+                arrays = [values.sequence, *(() if values.graphs is None else (values.graphs.x, values.graphs.edge_index))]
+                nbytes += sum(np.asarray(array).nbytes for array in arrays if array is not None)
+            if nbytes > MEASURED_BYTES or time.perf_counter() - begin > MEASURED_SECONDS:
+                break
+        if nbytes > MEASURED_BYTES or time.perf_counter() - begin > MEASURED_SECONDS:
+            break
+    seconds = 2 * (time.perf_counter() - begin) * job.written_bytes / max(1, nbytes)  # writing takes about as long as reading
+    return f"{seconds:.0f} s on one core" if seconds < 120 else f"{seconds / 60:.0f} minutes on one core"
+
+
+def _command(src: str, dst: str | None, config: ConvertConfig, source: Source | None) -> str:
+    """Return the command that does it; with everything that was inferred, if the source is understood."""
+    recipe = config.recipe if source is None or source.plan is None else source.plan.recipe
+    if source is None:
+        recipe = Recipe()
+    options = list(recipe.flags())
+    if config.split is not None:
+        shares = "/".join(map(str, config.split.shares))
+        options += [
+            "--split",
+            shares,
+            *(["--split-seed", str(config.split.seed)] if config.split.seed != SplitRule().seed else []),
+        ]
+    if config.split_by != "group":
+        options += ["--split-by", config.split_by]
+    if config.dtype is not None:
+        options += ["--dtype", config.dtype]
+    if config.skip_bad:
+        options.append("--skip-bad")
+    return shlex.join(["python", "-m", "dali_pipeline", "convert", src, dst or "DST", *options])
+
+
+def _size(nbytes: int) -> str:
+    units = ((10**9, "GB"), (10**6, "MB"), (10**3, "KB"))
+    return next((f"{nbytes / size:.1f} {unit}" for size, unit in units if nbytes >= size), f"{nbytes} bytes")
