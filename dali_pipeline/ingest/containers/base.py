@@ -102,12 +102,12 @@ def open_container(path: Path) -> Container:
         UsageError: The format needs an extra that is not installed.
     """
     suffix = suffix_of(path)
-    if path.is_dir():
-        module, name = "table", "TableContainer"
-    elif suffix in _FAMILIES:
+    if suffix in _FAMILIES:
         module, name = _FAMILIES[suffix]
         if module == "raw" and _is_torch(path):
             module, name = _FAMILIES[".pt"]
+    elif path.is_dir():
+        module, name = "table", "TableContainer"
     else:
         raise FormatError(f"{path} is none of {', '.join(SUFFIXES)}, optionally with {GZIP}; expected a file of arrays")
     with needs_extra("tables", f"{path}: reading a table") if module == "table" else nullcontext():

@@ -36,6 +36,7 @@ class PickleContainer(ObjectContainer):
         self._source = Source(path, "a file of torch.save or a pickle")
         self._torch: TorchContent | None = None
         self._storages: dict[int, TorchContent] = {}
+        self._views: dict[int, TensorView] = {}  # by identity of objects of the content, which lives as long
         head = self._source.read(0, min(len(OLD_TORCH), self._source.size))
         if head[:1] == ZIP[:1]:
             if head[: len(ZIP)] != ZIP:
@@ -59,6 +60,7 @@ class PickleContainer(ObjectContainer):
         super().close()
         self._torch = None
         self._storages.clear()
+        self._views.clear()
         self._source.close()
 
     def _stands_for(self, value: Any) -> Any:
@@ -68,7 +70,10 @@ class PickleContainer(ObjectContainer):
         if not isinstance(value, Bag):
             return None
         if value.path in TENSORS:
-            return TensorView(self._tensor(value))
+            view = self._views.get(id(value))
+            if view is None:
+                view = self._views[id(value)] = TensorView(self._tensor(value))
+            return view
         if value.path in ARRAYS:
             return ArrayView(self.path, to_array(self.path, value, "fiubUS"))
         return attributes_of(value)

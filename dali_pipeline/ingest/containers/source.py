@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import stat
 import zlib
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -16,6 +17,7 @@ from dali_pipeline.errors import FormatError
 from dali_pipeline.ingest.containers.leaf import BFLOAT16, from_bfloat16, row_range
 from dali_pipeline.ingest.readers.storedzip import Bytes
 from dali_pipeline.ingest.readers.tensors import Tensor
+from dali_pipeline.storage.openfile import kind_of
 from dali_pipeline.types import Array
 
 IN_MEMORY_BYTES = 256 << 20  # a .gz file that unpacks to more goes to a temporary file
@@ -44,6 +46,8 @@ class Source(Bytes):
             return
         super().__init__(path, what)
         self._fd, self.size = self._file.fd, self._file.size
+        if stat.S_ISDIR(os.fstat(self._fd).st_mode):
+            raise FormatError(f"{path} is a folder; expected {what}")
         if path.name.lower().endswith(".gz"):
             self._unpack()
 
@@ -96,7 +100,10 @@ class Source(Bytes):
         self.check(begin, nbytes)
         if self._memory is not None:
             return self._memory[begin : begin + nbytes]
-        data = os.pread(self._fd, nbytes, begin)
+        try:
+            data = os.pread(self._fd, nbytes, begin)
+        except OSError as error:
+            raise kind_of(error)(f"{self.path} cannot be read ({error.strerror})") from error
         return data if len(data) == nbytes else self.array(begin, nbytes).tobytes()
 
     def array(self, begin: int, nbytes: int) -> Array:
@@ -107,7 +114,10 @@ class Source(Bytes):
         data = np.empty(nbytes, np.uint8)
         view, done = memoryview(data.data), 0
         while done < nbytes:
-            count = os.preadv(self._fd, [view[done:]], begin + done)
+            try:
+                count = os.preadv(self._fd, [view[done:]], begin + done)
+            except OSError as error:
+                raise kind_of(error)(f"{self.path} cannot be read ({error.strerror})") from error
             if not count:
                 raise FormatError(f"{self.path} ends at byte {begin + done}, within its data: truncated")
             done += count

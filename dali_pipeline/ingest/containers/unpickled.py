@@ -21,7 +21,7 @@ from dali_pipeline.ingest.containers.npy import array_leaf
 from dali_pipeline.ingest.containers.objects import View
 from dali_pipeline.ingest.containers.source import Source
 from dali_pipeline.ingest.readers.inert import CONTAINERS, Bag, InertUnpickler
-from dali_pipeline.ingest.readers.tensors import BFLOAT16, TORCH_NAMES, Tensor, TorchFile
+from dali_pipeline.ingest.readers.tensors import BFLOAT16, DTYPES, TORCH_NAMES, Tensor, TorchFile
 from dali_pipeline.ingest.readers.traces import FROM_BUFFER, NUMPY_NAMES, RECONSTRUCT, SCALAR
 from dali_pipeline.types import Array
 
@@ -35,6 +35,7 @@ _REBUILD_V3 = "torch._utils._rebuild_tensor_v3"
 _UNTYPED = "torch.storage.UntypedStorage"
 _V3_DTYPES = {"torch.uint16": "<u2", "torch.uint32": "<u4", "torch.uint64": "<u8"}
 _SIGNED = {"<u2": "torch.ShortStorage", "<u4": "torch.IntStorage", "<u8": "torch.LongStorage"}  # of as many bytes
+_NAMES = {code: BFLOAT16 if code == BFLOAT16 else np.dtype(code).name for code in (*DTYPES.values(), *_V3_DTYPES.values())}
 _REBUILDS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
 PARAMETER = "torch._utils._rebuild_parameter"
 ARRAYS = frozenset((*RECONSTRUCT, *FROM_BUFFER, *SCALAR))
@@ -120,11 +121,11 @@ class TorchContent(TorchFile):
     def __init__(self, source: Source) -> None:
         self.path = source.path
         self._bytes = source
-        with source.file() as file:
-            if source.read(0, 1) == ZIP[:1]:
-                self.content = self._read_zip(file)
-            else:
-                self.content = self._read_old(file)
+        try:
+            with source.file() as file:
+                self.content = self._read_zip(file) if source.read(0, 1) == ZIP[:1] else self._read_old(file)
+        except (OSError, ValueError, TypeError, OverflowError) as error:  # of sizes that no file has
+            raise FormatError(f"{self.path} cannot be read as a file of torch.save ({error}): truncated or damaged") from None
 
     def _unpickler(self, file: IO[bytes]) -> InertUnpickler:
         return Unpickler(file, self.path)
@@ -147,7 +148,7 @@ class TensorView(View):
     __slots__ = ("_tensor",)
 
     def __init__(self, tensor: Tensor) -> None:
-        super().__init__(tensor.shape, BFLOAT16 if tensor.dtype == BFLOAT16 else np.dtype(tensor.dtype).name)
+        super().__init__(tensor.shape, _NAMES[tensor.dtype])
         self._tensor = tensor
 
     def rows(self, begin: int, end: int) -> Array:
