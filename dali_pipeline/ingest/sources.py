@@ -106,9 +106,9 @@ class Source:
         sizes, times = [size for size, _ in stats], [time for _, time in stats]
         not_taken: tuple[str, ...] = ()
         if root.is_dir() and reader is not OWN:
-            taken = {path.relative_to(root) for path in (*files, *_beside(plan)) if path.is_relative_to(root)}
-            names = [path.relative_to(root) for path in (*all_files, *repeated)]
-            not_taken = tuple(str(name) for name in names if name not in taken and not _is_companion(name))
+            taken = {str(path) for path in (*files, *_beside(plan))}
+            names = [path.relative_to(root) for path in (*all_files, *repeated) if str(path) not in taken]
+            not_taken = tuple(str(name) for name in names if not _is_companion(name))
         return cls(
             root=root, reader=reader, files=files, sizes=sizes, times=times, remote=remote, not_taken=not_taken, plan=plan
         )
@@ -126,7 +126,8 @@ class Source:
     @cached_property  # used for every file
     def names(self) -> list[str]:
         """Paths of the files within the folder."""
-        names = (path.relative_to(self.root).as_posix() if path != self.root else path.name for path in self.files)
+        begin = len(self.root.as_posix().rstrip("/")) + 1 if self.root != Path() else 0
+        names = (path.as_posix()[begin:] or path.name for path in self.files)
         return [name.encode("utf-8", "backslashreplace").decode() for name in names]
 
     @cached_property
@@ -203,7 +204,9 @@ def _stat(path: Path) -> tuple[int, int]:
 
 def _state(path: Path, plan: Plan | None) -> tuple[int, int]:
     """Return the bytes and the last change of a file and of those that are read with it; -1 if one is gone."""
-    stats = [_stat(path), *(_stat(beside) for beside in (plan.parts[path].beside if plan is not None else ()))]
+    if plan is None or not plan.has_beside:
+        return _stat(path)
+    stats = [_stat(path), *map(_stat, plan.parts[path].beside)]
     if (-1, -1) in stats:
         return -1, -1
     return sum(size for size, _ in stats), max(time for _, time in stats)
@@ -213,7 +216,7 @@ def _beside(plan: Plan | None) -> list[Path]:
     """Return the files that a plan reads besides those that name its parts."""
     if plan is None:
         return []
-    return [*plan.used, *(path for part in plan.parts.values() for path in part.beside)]
+    return [*plan.used, *(path for part in plan.parts.values() if plan.has_beside for path in part.beside)]
 
 
 @contextmanager

@@ -455,3 +455,208 @@ def test_dry_run_says_what_convert_does(
     assert "X: float32 [4, 9]" in err
     assert f"convert {src} {tmp_path / 'other'} --sequence X --label y" in err
     assert not (tmp_path / "other").exists()
+
+
+def many(folder: Path, count: int = 30) -> dict[str, Any]:
+    """Write `count` files of one record each, `acts` (4, 3) and `y`; return the values."""
+    folder.mkdir(parents=True)
+    values = {f"r_{number}": f32(4, 3) for number in range(count)}
+    for number, (name, rows) in enumerate(values.items()):
+        save_file({"acts": torch.from_numpy(rows), "y": torch.tensor(number % 2)}, folder / f"{name}.safetensors")
+    return values
+
+
+ACTS = Recipe(sequence="acts", label="y")
+
+
+def spoil_shape(path: Path) -> None:
+    save_file({"acts": torch.zeros(4, 5), "y": torch.tensor(0)}, path)
+
+
+def spoil_dtype(path: Path) -> None:
+    save_file({"acts": torch.zeros(4, 3).double(), "y": torch.tensor(0)}, path)
+
+
+def spoil_label(path: Path) -> None:
+    save_file({"acts": torch.zeros(4, 3)}, path)
+
+
+def spoil_value(path: Path) -> None:
+    save_file({"acts": torch.zeros(4, 3), "y": torch.tensor(-1)}, path)
+
+
+def spoil_by_cutting(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (spoil_shape, r"acts has rows of the shape \(5,\); expected \(3,\) as in the first file"),
+        (spoil_dtype, r"sequence is float64, and float32 in the first file; give --dtype"),
+        (spoil_label, r"has no key 'y'; there are acts"),
+        (spoil_value, r"has the label -1; expected a whole number"),
+        (spoil_by_cutting, r""),
+    ],
+)
+@pytest.mark.parametrize("number", [17, 0])
+def test_one_bad_file_is_one_sentence(tmp_path: Path, spoil: Any, words: str, number: int) -> None:
+    many(tmp_path / "src")
+    spoil(tmp_path / "src" / f"r_{number}.safetensors")
+    if number:
+        with pytest.raises(dp.PipelineError, match=rf"r_17\.safetensors.*{words}") as caught:
+            taken(tmp_path / "src", ACTS)
+        assert "\n" not in str(caught.value)
+        _, records = taken(tmp_path / "src", ACTS, tmp_path / "rest", skip_bad=True)
+        assert len(records) == 29
+    elif spoil is spoil_by_cutting:
+        _, records = taken(tmp_path / "src", ACTS, tmp_path / "rest", skip_bad=True)
+        assert len(records) == 29
+
+
+def test_labels_by_id(tmp_path: Path) -> None:
+    values = many(tmp_path / "src", 12)
+    lines = ["id,score", *(f"{name},{number / 10}" for number, name in enumerate(reversed(values)))]
+    (tmp_path / "scores.csv").write_text("\n".join(lines))
+    recipe = Recipe(sequence="acts", labels_from=f"{tmp_path}/scores.csv:id:score", label_above=0.45)
+    _, records = taken(tmp_path / "src", recipe)
+    for number, name in enumerate(reversed(values)):
+        assert records[name].label == int(number / 10 > 0.45)
+        equal(records[name].sequence, values[name])
+    (tmp_path / "scores.csv").write_text("\n".join([*lines, "nobody,0.3"]))
+    with pytest.raises(dp.DataError, match=r"scores\.csv has labels of 1 ids that no record has, such as 'nobody'"):
+        taken(tmp_path / "src", recipe, tmp_path / "other")
+    _, records = taken(tmp_path / "src", recipe, tmp_path / "other", skip_bad=True)
+    assert len(records) == 12
+    (tmp_path / "scores.csv").write_text("\n".join(lines[:-1]))
+    with pytest.raises(dp.FormatError, match=r"r_0\.safetensors: record 'r_0' has no label in .*scores\.csv.*the nearest is"):
+        taken(tmp_path / "src", recipe, tmp_path / "third")
+    by_order = Recipe(sequence="acts", labels_from=f"{tmp_path}/scores.csv::score")
+    with pytest.raises(dp.DataError, match=r"scores\.csv has 11 labels, and .* 12 records; expected equal numbers, by order"):
+        taken(tmp_path / "src", by_order, tmp_path / "third")
+    with pytest.raises(dp.UsageError, match=r"has no column 'scores'; the nearest is 'score'"):
+        taken(tmp_path / "src", Recipe(sequence="acts", labels_from=f"{tmp_path}/scores.csv:id:scores"), tmp_path / "third")
+
+
+def test_keys_that_match_nothing_name_the_nearest(tmp_path: Path) -> None:
+    many(tmp_path / "src")
+    with pytest.raises(dp.UsageError, match=r"no key and no file called 'act'; the nearest is 'acts'"):
+        taken(tmp_path / "src", Recipe(sequence="act"))
+    with pytest.raises(dp.UsageError, match=r"has no key 'label', .*; there are y, acts"):
+        taken(tmp_path / "src", Recipe(sequence="acts", label="label"))
+    with pytest.raises(dp.UsageError, match=r"acts has records of the shape \(4, 3\), and --axes names 3"):
+        taken(tmp_path / "src", Recipe(sequence="acts", axes=("a", "b", "c"), layout="record-per-file"))
+
+
+def test_labels_that_are_texts_values_or_missing(tmp_path: Path) -> None:
+    values = f32(8, 3, 2)
+    np.savez(tmp_path / "a.npz", acts=values, y=np.array(["cat", "dog", "cat", "eel", "dog", "cat", "cat", "dog"]))
+    data, records = taken(tmp_path / "a.npz", Recipe(sequence="acts", label="y"), tmp_path / "1")
+    assert data.schema.labels.class_names == ("cat", "dog", "eel")
+    assert [records[f"a-{row}"].label for row in range(8)] == [0, 1, 0, 2, 1, 0, 0, 1]
+    for number, (labels, kind) in enumerate(
+        [
+            (np.arange(8.0), "class"),
+            (np.arange(8) - 0.5, "value"),
+            (rng.random((8, 3)), "value"),
+            (rng.random((8, 3)) > 0.5, "multilabel"),
+            (np.arange(8) > 3, "class"),
+        ]
+    ):
+        np.savez(tmp_path / "a.npz", acts=values, y=labels)
+        data, records = taken(tmp_path / "a.npz", Recipe(sequence="acts", label="y"), tmp_path / f"k{number}")
+        assert data.schema.labels.kind == kind
+        for row in range(8):
+            assert np.array_equal(records[f"a-{row}"].label, labels[row].astype(np.float32) if kind == "value" else labels[row])
+    np.savez(tmp_path / "a.npz", acts=values, y=np.array([0.5, np.nan] * 4))
+    with pytest.raises(dp.FormatError, match=r"a\.npz, record 'a-1' has the label nan, which is none"):
+        taken(tmp_path / "a.npz", Recipe(sequence="acts", label="y"), tmp_path / "nan")
+    data, _ = taken(tmp_path / "a.npz", Recipe(sequence="acts", label_kind="none"), tmp_path / "none")
+    assert data.schema.labels.kind == "none"
+
+
+def test_records_one_after_the_other(tmp_path: Path) -> None:
+    lengths = np.array([3, 1, 5, 2])
+    values, tokens = f32(11, 6), np.arange(11)
+    save_file(
+        {"h": torch.from_numpy(values), "n": torch.from_numpy(lengths), "t": torch.from_numpy(tokens)},
+        tmp_path / "a.safetensors",
+    )
+    recipe = Recipe(sequence="h", lengths="n", fields=(("step.t", "t"),), label_kind="none")
+    _, records = taken(tmp_path / "a.safetensors", recipe)
+    for row, (rows, ids) in enumerate(
+        zip(np.split(values, np.cumsum(lengths)[:-1]), np.split(tokens, np.cumsum(lengths)[:-1]), strict=True)
+    ):
+        equal(records[f"a-{row}"].sequence, rows)
+        equal(records[f"a-{row}"].fields["t"], ids)
+
+
+def test_one_array_per_file(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    values = [f32(3 + number, 4) for number in range(8)]
+    for number, rows in enumerate(values):
+        np.save(tmp_path / "src" / f"x_{number}.npy", rows)
+        np.save(tmp_path / "src" / f"label_{number}.npy", np.int64(number % 3))
+    recipe = Recipe(sequence="x_{n}", label="label_{n}", layout="record-per-file", axes=("time", "channel"))
+    data, records = taken(tmp_path / "src", recipe)
+    assert data.schema.steps == "time"
+    for number, rows in enumerate(values):
+        equal(records[f"x_{number}"].sequence, rows)
+        assert records[f"x_{number}"].label == number % 3
+
+
+RECIPE_YAML = """
+sequence: X
+label: y
+axes: [channel, time]
+field:
+  record.who: who
+labels_from: null
+"""
+
+
+def test_a_recipe_file(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE_YAML.replace("labels_from: null\n", "label-threshold: 0.5\n"))
+    recipe = read_recipe(path)
+    assert recipe == Recipe(
+        sequence="X", label="y", axes=("channel", "time"), fields=(("record.who", "who"),), label_threshold=0.5
+    )
+    assert Recipe(label_above=3).over(recipe) == Recipe(
+        sequence="X", label="y", axes=("channel", "time"), fields=(("record.who", "who"),), label_above=3
+    )
+    assert parse_fields(recipe.flags()[-1:] if "=" in recipe.flags()[-1] else ["record.who=who"]) == recipe.fields
+    (tmp_path / "labels.csv").write_text("label\n1\n")
+    path.write_text("labels-from: labels.csv::label\n")
+    assert read_recipe(path).labels_from == f"{tmp_path}/labels.csv::label"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("sequences: X", "unknown name 'sequences'; the nearest is 'sequence'"),
+        ("a: &a [x, x]\nb: *a", "anchors, aliases or tags"),
+        ("sequence: !!python/object/apply:os.system ['true']", "anchors, aliases or tags"),
+        ("sequence: [a, b]", "sequence is .*; expected one text"),
+        ("label-threshold: high", "label-threshold is 'high'; expected a number"),
+        ("- a", "holds no names and values"),
+        ("field: {token_ids: a}", "field 'token_ids' has no such level"),
+        ("layout: piled", "layout is 'piled'"),
+        ("sequence: {", "cannot be read as YAML"),
+        ("x" * 70_000, "larger than 64 KiB"),
+        ("[" * 20_000, "cannot be read as YAML"),
+    ],
+)
+def test_recipe_files_that_are_refused(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(dp.UsageError, match=words) as caught:
+        read_recipe(tmp_path / "recipe.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_restart_notices_another_recipe(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", acts=f32(5, 3, 2), y=np.linspace(0, 1, 5))
+    taken(tmp_path / "a.npz", Recipe(sequence="acts", label="y", label_above=0.5))
+    taken(tmp_path / "a.npz", Recipe(sequence="acts", label="y", label_above=0.5))
+    with pytest.raises(dp.UsageError, match="other files or settings"):
+        taken(tmp_path / "a.npz", Recipe(sequence="acts", label="y", label_above=0.6))

@@ -136,13 +136,20 @@ def filled(key: str, values: Mapping[str, str]) -> str:
 def stem_of(name: str) -> str:
     """Return a file name without the suffixes of its format: `a.ckpt.gz` is `a`, `a.b.npy` is `a.b`."""
     plain = name[: -len(GZIP)] if name.lower().endswith(GZIP) else name
-    suffix = Path(plain).suffix
-    return plain[: -len(suffix)] if suffix.lower() in SUFFIXES else plain
+    suffix = suffix_of(name)
+    return plain[: -len(suffix)] if suffix in SUFFIXES else plain
+
+
+def suffix_of(name: str) -> str:
+    """Return the suffix that tells a file's format, in lower case and without a final .gz."""
+    stem, dot, suffix = name.lower().removesuffix(GZIP).rpartition(".")
+    return f".{suffix}" if dot and stem and not stem.endswith("/") else ""
 
 
 def names_of(root: Path, path: Path) -> tuple[str, str, str, str]:
     """Return what a KEY may call a file: its stem, its name, and both with the folders below the source."""
-    relative = path.relative_to(root).as_posix() if path != root else path.name
+    text, folder = str(path), str(root)
+    relative = (text[len(folder) + 1 :] or path.name) if folder != "." else text
     return stem_of(path.name), path.name, stem_of(relative), relative
 
 

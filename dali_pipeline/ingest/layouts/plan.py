@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,11 @@ class Plan:
     ragged: bool = False
     notices: tuple[str, ...] = ()
     used: tuple[Path, ...] = ()
+
+    @cached_property
+    def has_beside(self) -> bool:
+        """Whether any part has files besides its own one."""
+        return any(len(part.places) > 0 and part.beside for part in self.parts.values())
 
     @property
     def facts(self) -> tuple[Any, ...]:

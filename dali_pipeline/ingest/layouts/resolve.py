@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dali_pipeline.errors import DataError, FormatError, UsageError
-from dali_pipeline.ingest.containers.base import OBJECT, TEXT, Leaf, is_container, open_container, suffix_of
+from dali_pipeline.ingest.containers.base import OBJECT, SUFFIXES, TEXT, Leaf, open_container
 from dali_pipeline.ingest.containers.raw import sidecar_of
 from dali_pipeline.ingest.layouts.labels import (
     LABEL_COLUMNS,
@@ -37,10 +37,12 @@ from dali_pipeline.ingest.layouts.parts import (
     layered_parts,
     names_of,
     stem_of,
+    suffix_of,
 )
 from dali_pipeline.ingest.layouts.plan import Plan, count_records, entries_of, open_part, record_axes
 from dali_pipeline.ingest.layouts.recipe import Recipe, nearest
 
+CHEAP_BYTES = 64 << 20  # a pickle of this size is read in a moment
 TRIED = 3  # files of a kind that are opened until one is not damaged
 SIDECARS = {"dataset_info.json", "dataset_dict.json", "state.json"}
 RAW = (".memmap", ".bin", ".dat", ".raw")
@@ -58,12 +60,12 @@ class Found:
 
 def candidates(root: Path, files: Iterable[Path]) -> list[Path]:
     """Return the files that may hold arrays, without hidden ones and those that only describe others."""
-    found = []
+    found, prefix = [], len(str(root))  # texts: a folder may have a hundred thousand files
     for path in files:
-        relative = path.relative_to(root).parts if path != root else (path.name,)
-        hidden = any(part.startswith(".") for part in relative)
-        cached = path.name.startswith("cache-") and path.suffix == ".arrow"
-        if is_container(path) and not hidden and not cached and path.name not in SIDECARS:
+        name = path.name
+        hidden = name.startswith(".") or "/." in str(path)[prefix:]
+        cached = name.startswith("cache-") and name.endswith(".arrow")
+        if suffix_of(name) in SUFFIXES and not hidden and not cached and name not in SIDECARS:
             found.append(path)
     return found
 
@@ -72,7 +74,7 @@ def by_suffix(files: Iterable[Path]) -> dict[str, list[Path]]:
     """Return files by suffix: the most numerous first, tables of text last."""
     groups: dict[str, list[Path]] = {}
     for path in files:
-        groups.setdefault(suffix_of(path), []).append(path)
+        groups.setdefault(suffix_of(path.name), []).append(path)
     return dict(sorted(groups.items(), key=lambda entry: (entry[0] in TABLES, -len(entry[1]))))
 
 
@@ -124,7 +126,7 @@ def make_plan(root: Path, files: Sequence[Path], recipe: Recipe, what: str = BY_
     found, recipe = _sequence_parts(root, usable, recipe)
     notices: list[str] = []
     parts, recipe, shared = _with_other_keys(root, usable, found, recipe, notices)
-    first = OpenPart(parts[0][0])
+    first = OpenPart(_reference(parts)[0])
     try:
         per_file, ragged = _one_per_file(recipe, first, found.layers, parts, table), False
         leaves = {name: first.leaf(name) for name in first.part.places}
@@ -178,7 +180,7 @@ def make_plan(root: Path, files: Sequence[Path], recipe: Recipe, what: str = BY_
 
 def _sidecars(parts: Sequence[tuple[Part, Any]]) -> list[Path]:
     """Return the files that say shape and type of raw files."""
-    raw = [part.path for part, _ in parts if suffix_of(part.path) in RAW]
+    raw = [part.path for part, _ in parts if suffix_of(part.path.name) in RAW]
     return [beside for path in raw if (beside := sidecar_of(path)) is not None]
 
 
@@ -252,7 +254,7 @@ def _guessed(root: Path, groups: Mapping[str, list[Path]], recipe: Recipe) -> tu
     key = widest[0].key
     if key == "":
         taken = {stem for name, stem in recipe.keys.items() if name != "sequence"}
-        paths = [path for path in paths if not taken & set(names_of(root, path))]
+        paths = [path for path in paths if not taken or not taken & set(names_of(root, path))]
         if not paths:
             raise UsageError(f"{root} holds no file besides {', '.join(sorted(taken))}; expected one of sequences")
     place = (Place(None, key),)
@@ -261,13 +263,36 @@ def _guessed(root: Path, groups: Mapping[str, list[Path]], recipe: Recipe) -> tu
     )
 
 
+def _reference(parts: Sequence[tuple[Part, dict[str, str]]]) -> tuple[Part, dict[str, str]]:
+    """Return the part by which the others are judged: the first, unless it cannot be opened or is unlike the next two."""
+    seen: list[tuple[int, Any]] = []
+    for number, (part, _) in enumerate(parts[:TRIED]):
+        opened = OpenPart(part)
+        try:
+            leaves = opened.leaves(part.places["sequence"][0].file).values()
+            key = part.places["sequence"][0].key
+            rows = [leaf.shape[1:] if leaf.key == key else leaf.dtype for leaf in leaves]
+            seen.append((number, (sorted(leaf.key for leaf in leaves), list(map(str, rows)))))
+        except FormatError:
+            continue
+        finally:
+            opened.close()
+        if len(parts) < TRIED or part.path.stat().st_size > CHEAP_BYTES:
+            break
+    if not seen:
+        return parts[0]
+    if len(seen) == TRIED and seen[0][1] != seen[1][1] == seen[2][1]:
+        return parts[1]
+    return parts[seen[0][0]]
+
+
 def _with_other_keys(
     root: Path, usable: Sequence[Path], found: Found, recipe: Recipe, notices: list[str]
 ) -> tuple[list[tuple[Part, dict[str, str]]], Recipe, Path | None]:
     """Return the parts with the places of all other KEYs, the recipe with the label that was found, and a file of all labels."""
     parts, shared = found.parts, None
     keys = {name: key for name, key in recipe.keys.items() if name != "sequence"}
-    first, values = parts[0]
+    first, values = _reference(parts)
     opened = OpenPart(first)
     try:
         own = opened.leaves(first.places["sequence"][0].file)
@@ -280,23 +305,26 @@ def _with_other_keys(
     if not keys:
         return parts, recipe, None
     index: dict[str, list[Path]] = {}
-    for path in usable:
-        for name in dict.fromkeys(names_of(root, path)):
-            index.setdefault(name, []).append(path)
+    if any(filled(key, values) not in own for key in keys.values()):
+        for path in usable:
+            for name in dict.fromkeys(names_of(root, path)):
+                index.setdefault(name, []).append(path)
     places: list[dict[str, tuple[Place, ...]]] = [dict(part.places) for part, _ in parts]
     for name, key in keys.items():
-        if filled(key, values) in own:
+        if filled(key, values) in own:  # in the file by which the others are judged
             for number, (_, part_values) in enumerate(parts):
                 places[number][name] = (Place(None, filled(key, part_values)),)
             continue
         partners = [_beside(part, filled(key, part_values), index) for part, part_values in parts]
-        if partners[0] is None:
-            known = [leaf or stem_of(first.path.name) for leaf in own] + [stem_of(path.name) for path in usable[:50]]
+        if all(partner is None for partner in partners):
+            taken = {part.path for part, _ in parts}
+            known = [leaf or stem_of(first.path.name) for leaf in own]
+            known += [stem_of(path.name) for path in usable if path not in taken][:50]
             raise UsageError(f"{first.path} has no key {key!r}, and no file beside it is called so; {nearest(key, known)}")
         for (part, part_values), partner in zip(parts, partners, strict=True):
             if partner is None:
-                raise FormatError(f"{part.path} has no {filled(key, part_values)!r} beside it, which the first file has")
-        single = _single_key(partners[0])
+                raise FormatError(f"{part.path} has no {filled(key, part_values)!r} beside it, which other files have")
+        single = _single_key(next(partner for partner in partners if partner is not None))
         if single is None:
             raise UsageError(f"{partners[0]} holds several arrays; expected one, or its column by --labels-from FILE::KEY")
         if len(set(partners)) < len(partners):
@@ -355,7 +383,7 @@ def _one_per_file(
         return False
     if table.rows is None:
         return len(table) == len(parts)
-    return all(stem_of(part.path.name) in table.rows for part, _ in parts[:TRIED])
+    return any(stem_of(part.path.name) in table.rows for part, _ in parts[:TRIED])
 
 
 def _squeezes_first(
