@@ -17,7 +17,7 @@ import xxhash
 
 from dali_pipeline.dataset.dataset import Dataset, default_cache, open_dataset
 from dali_pipeline.errors import DataError, FormatError, PipelineError, UsageError
-from dali_pipeline.format.encoding import BFLOAT16
+from dali_pipeline.format.encoding import BFLOAT16, holds
 from dali_pipeline.format.manifest import MANIFEST_NAME
 from dali_pipeline.format.record import Record
 from dali_pipeline.format.schema import Field
@@ -273,22 +273,10 @@ def _check_width(name: str, field_name: str, rows: Array | None, field: Field | 
     if rows is None or field is None or not rows.size or rows.dtype.kind not in "fiub" or field.scales:
         return
     dtype = BFLOAT16 if field_name in bfloat16 else rows.dtype.name
-    if not _holds(field.dtype, dtype):
+    if not holds(field.dtype, dtype):
         raise DataError(
             f"record {name!r}: {field_name} is {dtype}, and {field.dtype} in the first file; give --dtype float32 or float16"
         )
-
-
-def _holds(wide: str, narrow: str) -> bool:
-    """Return whether type `wide` can represent every value of type `narrow`."""
-    if wide == narrow:
-        return True
-    # bfloat16 has 8 bits of significand and the exponents of float32
-    if narrow == BFLOAT16:
-        return wide in ("float32", "float64")
-    if wide == BFLOAT16:
-        return narrow in ("bool", "int8", "uint8")
-    return np.can_cast(narrow, wide)
 
 
 def check_space(needed: int, dst: Path) -> None:

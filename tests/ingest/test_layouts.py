@@ -443,7 +443,7 @@ def test_dry_run_says_what_convert_does(
     out, _ = capsys.readouterr()
     assert "records: 20 in 20 files" in out
     assert "not taken: who" in out
-    assert "sequence: float32 [4] per step, axes time, channel" in out
+    assert "sequence: float32 [4] per time, axes time, channel" in out
     assert "labels: class (0: 10, 1: 10)" in out
     assert list(tmp_path.iterdir()) == [src]
     assert call(monkeypatch, *shlex.split(out.splitlines()[-1])[3:]) == 0
@@ -532,7 +532,10 @@ def test_labels_by_id(tmp_path: Path) -> None:
     with pytest.raises(dp.FormatError, match=r"r_0\.safetensors: record 'r_0' has no label in .*scores\.csv.*the nearest is"):
         taken(tmp_path / "src", recipe, tmp_path / "third")
     by_order = Recipe(sequence="acts", labels_from=f"{tmp_path}/scores.csv::score")
-    with pytest.raises(dp.DataError, match=r"scores\.csv has 11 labels, and .* 12 records; expected equal numbers, by order"):
+    with pytest.raises(
+        dp.DataError,
+        match=r"scores\.csv has 11 labels, and .* 48 records \(12 by --layout record-per-file\); expected equal numbers, by order",
+    ):
         taken(tmp_path / "src", by_order, tmp_path / "third")
     with pytest.raises(dp.UsageError, match=r"has no column 'scores'; the nearest is 'score'"):
         taken(tmp_path / "src", Recipe(sequence="acts", labels_from=f"{tmp_path}/scores.csv:id:scores"), tmp_path / "third")

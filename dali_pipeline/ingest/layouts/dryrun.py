@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import time
 from collections import Counter
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dali_pipeline.errors import PipelineError, UsageError
+from dali_pipeline.errors import FormatError, PipelineError, UsageError
+from dali_pipeline.format.encoding import holds
 from dali_pipeline.format.schema import SPLITS, Field, Schema
 from dali_pipeline.ingest.containers.base import Leaf, open_container
 from dali_pipeline.ingest.foreign import Block, list_files
 from dali_pipeline.ingest.job import Job, prepare
 from dali_pipeline.ingest.layouts.known import suggested
+from dali_pipeline.ingest.layouts.parts import OpenPart
 from dali_pipeline.ingest.layouts.recipe import Recipe
 from dali_pipeline.ingest.layouts.resolve import by_suffix, candidates
 from dali_pipeline.ingest.sources import Source
@@ -56,6 +59,11 @@ def dry_run(src: str, dst: str | None, config: ConvertConfig) -> tuple[list[str]
     try:
         source = Source.find(root, config.traces, None, config.recipe, skip_bad=config.skip_bad)
         job = prepare(source, config, range(len(source.files)))
+        unlike = list(_unlike(job))
+        if unlike and not config.skip_bad:
+            raise FormatError(
+                f"{unlike[0]}; expected one shape and type, or give --dtype, or --skip-bad to leave such files out"
+            )
         lines += ["", *_how_taken(job)]
     except PipelineError as error:
         lines += ["", f"would not be taken: {error}"]
@@ -63,15 +71,44 @@ def dry_run(src: str, dst: str | None, config: ConvertConfig) -> tuple[list[str]
         if usable:
             lines += ["try:", f"  {_command(src, dst, config, None)} {suggested(root, usable)}"]
         return lines, False
-    lines += ["", "left out:" if job.notices or job.unreadable else "left out: nothing"]
-    lines += [f"  {sentence}" for sentence in (*job.notices, *job.unreadable.values())]
+    left = (
+        [sentence for sentence in job.notices if not sentence.startswith("taken as ")] + list(job.unreadable.values()) + unlike
+    )
+    lines += ["", "notes, and what is left out:" if left else "left out: nothing", *(f"  {sentence}" for sentence in left)]
     return [*lines, "", "command:", f"  {_command(src, dst, config, source)}"], True
+
+
+def _unlike(job: Job) -> Iterator[str]:
+    """Yield a sentence for every file whose sequences have another shape than those of the first, or a wider type."""
+    plan, field = job.source.plan, job.schema.sequence
+    if plan is None or field is None:
+        return
+    retyped, names = "sequence" in job.config.dtypes, dict(zip(job.source.files, job.source.names, strict=True))
+    for path, part in itertools.islice(plan.parts.items(), COMPARED):
+        if names[path] in job.unreadable:
+            continue
+        opened = OpenPart(part)
+        try:
+            leaf = opened.leaf("sequence")
+            first = 0 if plan.per_file or plan.ragged or opened.container().records is not None else 1
+            shape = list(leaf.shape)
+            if plan.axes.layer is not None:
+                shape.insert(first + plan.axes.layer, len(plan.axes.layers))
+            rows = plan.axes.oriented(np.broadcast_to(np.zeros((), np.bool_), shape), first, f"{path}, {leaf.key}")
+            if rows.shape[first + 1 :] != plan.row_shape:
+                yield f"{path}, {leaf.key or 'its array'} has rows of {rows.shape[first + 1 :]}, and the first file {plan.row_shape}"
+            elif not retyped and not holds(field.dtype, leaf.dtype):
+                yield f"{path}, {leaf.key or 'its array'} is {leaf.dtype}, and {field.dtype} in the first file"
+        except FormatError as error:
+            yield str(error)
+        finally:
+            opened.close()
 
 
 def _what_lies(root: Path, files: Sequence[Path]) -> Iterator[str]:
     """Yield lines about the files: each kind, its number, and keys, shapes and types of the first and of odd ones."""
     nbytes = sum(path.stat().st_size for path in files if path.exists())
-    yield f"{root}: {len(files):,} files, {_size(nbytes)}"
+    yield f"{root}: {len(files):,} {'file' if len(files) == 1 else 'files'}, {_size(nbytes)}"
     usable = candidates(root, files)
     for suffix, paths in by_suffix(usable).items():
         yield f"  {len(paths):,} {suffix}"
@@ -131,7 +168,7 @@ def _how_taken(job: Job) -> Iterator[str]:
     schema, source = job.schema, job.source
     counts, labels, splits = _counted(job)
     yield f"would be taken as {source.reader.what}"
-    yield f"  records: {counts:,} in {len(source.files):,} files"
+    yield f"  records: {counts:,} in {len(source.files):,} {'file' if len(source.files) == 1 else 'files'}"
     for line in _fields(schema):
         yield f"  {line}"
     kind = schema.labels.kind
@@ -159,10 +196,9 @@ def _counted(job: Job) -> tuple[int, Counter[object], Counter[str]]:
 
 def _fields(schema: Schema) -> Iterator[str]:
     if schema.sequence is not None:
-        row = schema.sequence.axis_names or [str(size) for size in schema.sequence.shape]
-        axes = ", ".join([schema.steps, *row])
+        axes = ", ".join([schema.steps, *schema.sequence.axis_names])
         layers = f", layers {_ranged(schema.layers)}" if schema.layers else ""
-        yield f"sequence: {_field(schema.sequence)} per step, axes {axes}{layers}"
+        yield f"sequence: {_field(schema.sequence)} per {schema.steps}{f', axes {axes}' if schema.sequence.axis_names else ''}{layers}"
     for name, field in {**schema.of_graphs, **schema.step_fields, **schema.record_fields}.items():
         yield f"{name}: {_field(field)}"
 

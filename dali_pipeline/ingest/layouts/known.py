@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -11,10 +12,12 @@ from pathlib import Path
 from dali_pipeline.errors import FormatError, PipelineError, UsageError
 from dali_pipeline.ingest.containers.base import TEXT, Leaf, open_container
 from dali_pipeline.ingest.layouts.graphs import graph_files, graph_plan, is_graph
+from dali_pipeline.ingest.layouts.parts import stem_of, suffix_of
 from dali_pipeline.ingest.layouts.plan import Plan
 from dali_pipeline.ingest.layouts.recipe import Recipe
-from dali_pipeline.ingest.layouts.resolve import BY_FLAGS, by_suffix, candidates, first_leaves, make_plan
+from dali_pipeline.ingest.layouts.resolve import BY_FLAGS, TABLES, by_suffix, candidates, first_leaves, make_plan
 
+LABEL = re.compile(r"label|target|^y$|class|correct|score|accuracy", re.IGNORECASE)
 HOOK = re.compile(r"(blocks|model\.layers|layers)\.\d+\.[\w.]+")
 
 
@@ -89,9 +92,9 @@ def plan_for(root: Path, files: Sequence[Path], recipe: Recipe, *, skip_bad: boo
         return None
     graphs = None if recipe.sequence is not None else _graphs(root, usable)
     if graphs is not None:
-        plan = graph_plan(root, graphs, recipe, "graphs of PyG")
-        return replace(plan, notices=("taken as graphs of PyG, one per record", *plan.notices))
-    known = recognise(root, usable)
+        graphs_taken = graph_plan(root, graphs, recipe, "graphs of PyG")
+        return replace(graphs_taken, notices=("taken as graphs of PyG, one per record", *graphs_taken.notices))
+    known: Known | None = recognise(root, usable)
     if known is not None and recipe.sequence is not None and recipe.sequence not in (known.recipe.sequence, *known.others):
         known = None
     if known is None:
@@ -120,14 +123,14 @@ def _graphs(root: Path, usable: Sequence[Path]) -> list[Path] | None:
 def not_understood(root: Path, usable: Sequence[Path]) -> NotUnderstood:
     """Return the error for files of which no layout is recognised, with the nearest command to try."""
     return NotUnderstood(
-        f"{root} holds {len(usable):,} files of arrays in a layout that is not recognised; try: convert {root} DST "
-        f"{suggested(root, usable)}, or look at them with: convert {root} --dry-run"
+        f"{root} holds {len(usable):,} {'file' if len(usable) == 1 else 'files'} of arrays in a layout that is not recognised; "
+        f"try: convert {root} DST {suggested(root, usable)}, or see what lies there: convert {root} --dry-run"
     )
 
 
 def suggested(root: Path, usable: Sequence[Path]) -> str:
-    """Return flags to try, of keys that exist."""
-    suffix, files = next(iter(by_suffix(usable).items()))
+    """Return flags to try, of keys and files that exist."""
+    files = next(iter(by_suffix(usable).values()))
     try:
         path, leaves, records = first_leaves(files)
     except FormatError:
@@ -136,12 +139,42 @@ def suggested(root: Path, usable: Sequence[Path]) -> str:
     arrays = sorted((leaf for leaf in numbers if leaf.shape), key=lambda leaf: (-len(leaf.shape), "float" not in leaf.dtype))
     flags = []
     if arrays:
-        flags.append(f"--sequence {arrays[0].key or path.name.split('.')[0]!r}".replace("'", ""))
-    label = next((leaf for leaf in leaves if re.search(r"label|target|^y$|class|correct|score|accuracy", leaf.key)), None)
-    flags.append(f"--label {label.key}" if label is not None else "--label-kind none")
-    if len(files) > 1 and not records and (label is None or label.shape == ()):
-        flags.append("--layout record-per-file")
-    return " ".join(flags)
+        flags += ["--sequence", arrays[0].key or _numbered_name(path, files)]
+    label = next((leaf.key for leaf in leaves if leaf not in arrays[:1] and LABEL.search(leaf.key)), None)
+    flags += ["--label", label] if label is not None else _label_beside(usable)
+    scalar = any(leaf.key == label and leaf.shape == () for leaf in leaves)
+    if len(files) > 1 and not records and scalar:
+        flags += ["--layout", "record-per-file"]
+    return shlex.join(flags)
+
+
+def _numbered_name(path: Path, files: Sequence[Path]) -> str:
+    """Return the stem of a file, with {layer} and {row} for numbers in which other files of its folder differ."""
+    stem = stem_of(path.name)
+    others = [stem_of(other.name) for other in files if other != path]
+    parts = re.split(r"(\d+)", stem)
+    for number in range(1, len(parts), 2):
+        before, after = "".join(parts[:number]), "".join(parts[number + 1 :])
+        varying = re.compile(
+            re.sub(r"\\\{\w+\\\}|\d+", r"\\d+", re.escape(before)) + r"(\d+)" + re.sub(r"\d+", r"\\d+", re.escape(after))
+        )
+        found = {match[1] for other in others if (match := varying.fullmatch(other))} - {parts[number]}
+        is_layer = re.search(r"(layer|block)s?[._-]?$", before) is not None
+        name = "{layer}" if is_layer else "{row}"
+        if found and name not in before:
+            parts[number] = name
+    return "".join(parts)
+
+
+def _label_beside(usable: Sequence[Path]) -> list[str]:
+    """Return flags for the labels of a table of text, if there is one with such a column; otherwise for none."""
+    for path in (path for path in usable if suffix_of(path.name) in TABLES):
+        with suppress(FormatError):
+            _, leaves, _ = first_leaves([path])
+            column = next((leaf.key for leaf in leaves if LABEL.search(leaf.key)), None)
+            if column is not None:
+                return ["--labels-from", f"{path}::{column}"]
+    return ["--label-kind", "none"]
 
 
 def recognise(root: Path, usable: Sequence[Path]) -> Known | None:

@@ -441,8 +441,9 @@ def starts_of(
     assert counts is not None
     total = sum(counts)
     if total != len(table):
+        files = f" ({len(parts):,} by --layout record-per-file)" if len(parts) not in (1, total) else ""
         raise DataError(
-            f"{table.path} has {len(table):,} labels, and {root} {total:,} records; expected equal numbers, by order"
+            f"{table.path} has {len(table):,} labels, and {root} {total:,} records{files}; expected equal numbers, by order"
         )
     begins = np.cumsum([0, *counts])[:-1].tolist()
     return {part.path: begin for (part, _), begin in zip(parts, begins, strict=True)}
