@@ -17,7 +17,9 @@ from dali_pipeline.types import Array
 MOST_DEPTH = 32
 MOST_LEAVES = 200_000
 MOST_VISITS = 1_000_000  # values looked at for one list of leaves
-MOST_NUMBERS = 1 << 28  # in one list of Python numbers
+MOST_NUMBERS = (
+    1 << 20
+)  # in one list of Python numbers, if that is more than the file has bytes: a list may stand in many places
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test"})
 _NUMBERS = {bool: "bool", int: "int64", float: "float64"}
 
@@ -55,6 +57,7 @@ class ObjectContainer:
         content: The tree.
         interpret: Returns what an object that is none of Python's own types stands for; raises FormatError if it is damaged.
         describe: Returns a short description of such an object, for messages.
+        nbytes: Size of the file.
     """
 
     def __init__(
@@ -63,8 +66,9 @@ class ObjectContainer:
         content: Any,
         interpret: Interpret,
         describe: Callable[[Any], str] = lambda value: type(value).__name__,
+        nbytes: int = 0,
     ) -> None:
-        self.path, self._interpret, self._describe = path, interpret, describe
+        self.path, self._interpret, self._describe, self._nbytes = path, interpret, describe, nbytes
         self._top = content
         self.records: Sequence[str] | None = None
         self._records: Sequence[Any] = [content]
@@ -185,7 +189,7 @@ class ObjectContainer:
     def _numbers(self, value: Any) -> tuple[tuple[int, ...], str] | None:
         """Return shape and dtype of a number, or of a nested list of numbers of equal lengths; None for anything else."""
         about = _shape(value, self._scalar, MOST_DEPTH, {})
-        return about if about is not None and math.prod(about[0]) <= MOST_NUMBERS else None
+        return about if about is not None and math.prod(about[0]) <= max(MOST_NUMBERS, self._nbytes) else None
 
     def _scalar(self, value: Any) -> str | None:
         """Return the dtype of an object that stands for one number; None for anything else."""

@@ -23,6 +23,7 @@ from dali_pipeline.ingest.containers.unpickled import (
     Unpickler,
     attributes_of,
     describe,
+    refuse_large_memo,
 )
 from dali_pipeline.ingest.readers.inert import Bag
 from dali_pipeline.ingest.readers.tensors import Tensor
@@ -44,16 +45,18 @@ class PickleContainer(ObjectContainer):
             self._torch = TorchContent(self._source)
             content = self._torch.content
         elif head == OLD_TORCH:
+            refuse_large_memo(self._source, 5)
             self._torch = TorchContent(self._source)
             content = self._torch.content
         else:
+            refuse_large_memo(self._source, 1)
             with self._source.file() as file:
                 content = Unpickler(file, path).load()
                 if file.read(1):
                     raise FormatError(f"{path} holds more than one pickle; expected one")
         self.path = path
         sliced = self._sliced(content)
-        super().__init__(path, content if sliced is None else sliced, self._stands_for, describe)
+        super().__init__(path, content if sliced is None else sliced, self._stands_for, describe, self._source.size)
 
     def close(self) -> None:
         """Close the file, and forget its content."""
@@ -92,8 +95,13 @@ class PickleContainer(ObjectContainer):
             raise FormatError(f"{self.path}: found a tensor without its storage; the file is damaged")
         inner = self._storages.get(id(data))
         if inner is None:
-            inner = self._storages[id(data)] = TorchContent(Source(self.path, "the storage of a tensor", data))
+            inner = self._storages[id(data)] = self._storage(data)
         return inner.tensor(KNOWN[value.path](inner.content, *value.args[1:]))
+
+    def _storage(self, data: bytes) -> TorchContent:
+        source = Source(self.path, "the storage of a tensor", data)
+        refuse_large_memo(source, 5)
+        return TorchContent(source)
 
     def _sliced(self, content: Any) -> Lazy | None:
         """Return the records of (data, slices), what an InMemoryDataset of PyG saves; None for anything else."""

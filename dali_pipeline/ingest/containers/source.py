@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gzip
 import io
+import mmap
 import os
 import stat
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any, cast
@@ -89,6 +92,15 @@ class Source(Bytes):
             return io.BytesIO(self._memory)
         os.lseek(self._fd, 0, os.SEEK_SET)
         return open(self._fd, "rb", closefd=False)
+
+    @contextmanager
+    def mapped(self) -> Iterator[bytes | mmap.mmap]:
+        """Yield all bytes without reading them into memory."""
+        if self._memory is not None:
+            yield self._memory
+            return
+        with mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ) as data:
+            yield data
 
     def check(self, begin: int, nbytes: int) -> None:
         """Raise FormatError if the bytes do not lie in the file."""

@@ -38,6 +38,7 @@ class TableContainer:
         self.path = path
         self._files = [_open(file) for file in _files_of(path)]
         self._schema = self._files[0].schema
+        self._names = _names_of(self._files[0].path, self._schema)
         for file in self._files[1:]:
             if not file.schema.equals(self._schema):
                 raise FormatError(f"{file.path} has other columns than {self._files[0].path}; expected the same in each")
@@ -105,7 +106,7 @@ class TableContainer:
         if part is None or not part.first <= record < part.first + len(part):
             number = bisect.bisect_right(self._first_rows, record) - 1
             file, first = self._files[number], self._first_rows[number]
-            name = next(name for name in self._schema.names if key == name or key.startswith(f"{name}."))
+            name = next(name for name in self._names if key == name or key.startswith(f"{name}."))
             begin, array = file.part(name, record - first)
             part = _Part.of(f"{self.path}, {key}", first + begin, array, key[len(name) + 1 :].split(".") if key != name else [])
             self._parts[key] = part
@@ -207,6 +208,17 @@ class _ParquetFile:
 
 def _open(path: Path) -> _ArrowFile | _ParquetFile:
     return _ParquetFile(path) if path.name.lower().removesuffix(".gz").endswith(".parquet") else _ArrowFile(path)
+
+
+def _names_of(path: Path, schema: Any) -> list[str]:
+    """Return the names of the columns; raise FormatError if one is no text or stands twice."""
+    try:
+        names = [str(name) for name in schema.names]
+    except UnicodeDecodeError as error:
+        raise _unreadable(path, error) from None
+    if len(set(names)) < len(names):
+        raise FormatError(f"{path} has columns of one name; expected different names")
+    return names
 
 
 def _unreadable(path: Path, error: Exception) -> FormatError:

@@ -30,8 +30,9 @@ _TRUTH = {"true": True, "false": False}
 _JSON = msgspec.json.Decoder()
 
 
-def _nothing(value: Any) -> None:
-    """Return None: JSON and CSV hold no objects but Python's own types."""
+def _nothing(value: Any) -> Lazy | None:
+    """Return the records themselves: JSON and CSV hold no objects but Python's own types."""
+    return value if isinstance(value, Lazy) else None
 
 
 def parse(path: Path, text: bytes, where: str = "") -> Any:
@@ -54,7 +55,7 @@ class JsonContainer(ObjectContainer):
             raise FormatError(f"{path} has {source.size} bytes of JSON; expected at most {MOST_BYTES}, or JSON lines")
         content = parse(path, source.read(0, source.size))
         source.close()
-        super().__init__(path, content, _nothing)
+        super().__init__(path, content, _nothing, nbytes=source.size)
 
 
 class LinesContainer(ObjectContainer):
@@ -65,7 +66,7 @@ class LinesContainer(ObjectContainer):
         self._begins, self._ends = self._lines()
         self.path = path
         line = lru_cache(maxsize=8)(self._line)
-        super().__init__(path, Lazy(len(self._begins), line), lambda value: value if isinstance(value, Lazy) else None)
+        super().__init__(path, Lazy(len(self._begins), line), _nothing, nbytes=self._source.size)
 
     def _lines(self) -> tuple[list[int], list[int]]:
         """Return the first byte of each line that is not blank, and the byte after its last."""
@@ -110,7 +111,7 @@ class CsvContainer(ObjectContainer):
             name: column.tolist() if isinstance(column, np.ndarray) else column for name, column in self._columns.items()
         }
         records = Lazy(len(rows), lambda number: {name: column[number] for name, column in columns.items()})
-        super().__init__(path, records, lambda value: value if isinstance(value, Lazy) else None)
+        super().__init__(path, records, _nothing)
 
     def _column(self, key: str, begin: int, end: int | None) -> Array | list[str]:
         if key not in self._columns:

@@ -7,6 +7,9 @@ refused, because only a hostile file asks for them.
 
 from __future__ import annotations
 
+import io
+import pickletools
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,6 +31,7 @@ from dali_pipeline.types import Array
 OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how a file of torch.save before 1.6 begins
 ZIP = b"PK\x03\x04"
 EXPECTED = "tensors, arrays, lists, dicts, numbers, texts and plain objects"
+_LARGE_MEMO = re.compile(rb"r(?=([\x00-\xff]{3}[\x01-\xff]))|p(?=0*([1-9][0-9]{7,20})\n)")  # an object numbered 2**24 or more
 _WHAT = "a pickle"
 _MOST_CLASSES = 1000
 STORAGE = "torch.storage._load_from_bytes"
@@ -115,6 +119,37 @@ class Unpickler(InertUnpickler):
         return super().persistent_load(pid)
 
 
+def refuse_large_memo(source: Source, pickles: int) -> None:
+    """Raise FormatError if a pickle numbers an object beyond what its bytes can hold.
+
+    Python's unpickler would fill memory for twice as many objects as the number says, whatever the size of the file.
+
+    Args:
+        source: The bytes. Only a file with the pattern of such a number is parsed, which is slow.
+        pickles: Number of pickles from the first byte on.
+    """
+    with source.file() as file, source.mapped() as data:
+        limit = source.size
+        if not any(_memo_number(found) > limit for found in _LARGE_MEMO.finditer(data)):
+            return
+        try:
+            for _ in range(pickles):
+                for operation, argument, _ in pickletools.genops(file):
+                    if operation.name in ("LONG_BINPUT", "PUT") and int(argument or 0) > limit:
+                        raise FormatError(
+                            f"{source.path} was refused: it numbers an object {argument}; expected at most {limit}"
+                        )
+        except FormatError:
+            raise
+        except Exception as error:  # of a broken pickle, many kinds
+            reason = str(error).split("\n")[0][:99]
+            raise FormatError(f"{source.path} cannot be read as a pickle ({reason}): truncated, or something else") from None
+
+
+def _memo_number(found: re.Match[bytes]) -> int:
+    return int(found[2]) if found[1] is None else int.from_bytes(found[1], "little")
+
+
 class TorchContent(TorchFile):
     """A file of torch.save inside a source, which may be memory. Like `TorchFile`, with objects of any class."""
 
@@ -128,6 +163,8 @@ class TorchContent(TorchFile):
             raise FormatError(f"{self.path} cannot be read as a file of torch.save ({error}): truncated or damaged") from None
 
     def _unpickler(self, file: IO[bytes]) -> InertUnpickler:
+        if isinstance(file, io.BytesIO) and not file.tell() and self._bytes.read(0, 1) == ZIP[:1]:
+            refuse_large_memo(Source(self.path, "a pickle", file.getvalue()), 1)
         return Unpickler(file, self.path)
 
     def tensor(self, value: Any) -> Tensor:
