@@ -56,7 +56,7 @@ def convert_command(
     src: Annotated[
         str,
         typer.Argument(
-            help="Folder or URL of files: .safetensors, .npy, .npz, .pt, .ckpt, .pkl, .h5, .parquet, .arrow, .memmap; or one file.",
+            help="Folder or URL of .safetensors, .npy, .npz, .pt, .ckpt, .pkl, .h5, .parquet, .arrow or .memmap; or one file.",
             show_default=False,
         ),
     ],
@@ -68,15 +68,15 @@ def convert_command(
         bool,
         typer.Option(
             "--dry-run",
-            help="Write nothing; print what lies in SRC, how it would be taken and what is left out. Exits 0 if it would be taken.",
+            help="Write nothing; print what lies in SRC, how it would be taken, what is left out. Exits 0 if it would be taken.",
         ),
     ] = False,
     sequence: Annotated[
         str | None,
         typer.Option(
             metavar="KEY",
-            help="KEY of the sequences: a key (hidden_states), a dotted path (answer.embedding), [0] of a tuple, the stem of a .npy "
-            "file; {layer} in it stacks layers (blocks.{layer}.hook_resid_post), {row} orders files (layer_{layer}_{row}.pt).",
+            help="KEY of the sequences: a key (hidden_states), a dotted path (answer.embedding), [0] of a tuple, the stem of a "
+            ".npy file; {layer} in it stacks layers (blocks.{layer}.hook_resid_post), {row} orders files (layer_{layer}_{row}.pt).",
             show_default=False,
         ),
     ] = None,

@@ -186,7 +186,7 @@ def test_specforge(tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture
         samples[f"data_{number}"] = sample
         path = tmp_path / "src" / f"data_{number}{suffix}"
         with gzip.open(path, "wb") if suffix.endswith("gz") else path.open("wb") as file:
-            torch.save(sample, file)
+            torch.save(sample, file)  # type: ignore[arg-type]
     data, records = taken(tmp_path / "src")
     assert sequence_dtype(data) == "bfloat16"
     assert data.schema.steps == "token"

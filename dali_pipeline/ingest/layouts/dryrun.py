@@ -96,7 +96,7 @@ def _unlike(job: Job) -> Iterator[str]:
                 shape.insert(first + plan.axes.layer, len(plan.axes.layers))
             rows = plan.axes.oriented(np.broadcast_to(np.zeros((), np.bool_), shape), first, f"{path}, {leaf.key}")
             if rows.shape[first + 1 :] != plan.row_shape:
-                yield f"{path}, {leaf.key or 'its array'} has rows of {rows.shape[first + 1 :]}, and the first file {plan.row_shape}"
+                yield f"{path}, {leaf.key or 'its array'} has rows of {rows.shape[first + 1 :]}, and others {plan.row_shape}"
             elif not retyped and not holds(field.dtype, leaf.dtype):
                 yield f"{path}, {leaf.key or 'its array'} is {leaf.dtype}, and {field.dtype} in the first file"
         except FormatError as error:
@@ -120,42 +120,40 @@ def _what_lies(root: Path, files: Sequence[Path]) -> Iterator[str]:
 
 def _leaves_of(root: Path, paths: Sequence[Path]) -> Iterator[str]:
     first: dict[str, tuple[int, str]] | None = None
-    odd = 0
+    odd: list[str] = []
     for path in paths[:COMPARED]:
         name = path.relative_to(root).as_posix() if path != root else path.name
         try:
-            container = open_container(path)
+            leaves, records = _opened(path)
         except PipelineError as error:
-            odd += 1
-            if odd <= SHOWN_ODD:
-                yield f"    odd: {error}"
+            odd.append(str(error))
             continue
-        try:
-            leaves, records = container.leaves(), container.records
-        except PipelineError as error:
-            yield f"    odd: {error}"
-            continue
-        finally:
-            container.close()
         kinds = {leaf.key: (len(leaf.shape), leaf.dtype) for leaf in leaves}
         if first is None:
             first = kinds
-            held = "" if records is None else f", {len(records):,} records, of which the first has"
+            held = "" if records is None else f", {records:,} records, of which the first has"
             yield f"    {name}{held}"
             yield from (f"      {_described(leaf)}" for leaf in leaves[:SHOWN_KEYS])
             if len(leaves) > SHOWN_KEYS:
                 yield f"      and {len(leaves) - SHOWN_KEYS:,} more keys"
         elif kinds != first:
-            odd += 1
-            if odd <= SHOWN_ODD:
-                differing = [leaf for leaf in leaves if first.get(leaf.key) != kinds[leaf.key]]
-                missing = [key for key in first if key not in kinds]
-                words = [_described(leaf) for leaf in differing[:4]] + [f"no {key}" for key in missing[:4]]
-                yield f"    odd: {name} has {'; '.join(words)}"
-    if odd > SHOWN_ODD:
-        yield f"    and {odd - SHOWN_ODD:,} more that differ from the first"
+            words = [_described(leaf) for leaf in leaves if first.get(leaf.key) != kinds[leaf.key]][:4]
+            words += [f"no {key}" for key in first if key not in kinds][:4]
+            odd.append(f"{name} has {'; '.join(words)}")
+    yield from (f"    odd: {words}" for words in odd[:SHOWN_ODD])
+    if len(odd) > SHOWN_ODD:
+        yield f"    and {len(odd) - SHOWN_ODD:,} more that differ from the first"
     if len(paths) > COMPARED:
         yield f"    ({len(paths) - COMPARED:,} more were not compared)"
+
+
+def _opened(path: Path) -> tuple[list[Leaf], int | None]:
+    """Return the leaves of a file, and its number of records if it holds records."""
+    container = open_container(path)
+    try:
+        return container.leaves(), None if container.records is None else len(container.records)
+    finally:
+        container.close()
 
 
 def _described(leaf: Leaf) -> str:

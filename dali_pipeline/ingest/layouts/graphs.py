@@ -82,28 +82,14 @@ def graph_plan(root: Path, files: Sequence[Path], recipe: Recipe, what: str) -> 
         raise UsageError(f"{files[0]} has no key {recipe.label!r}; it has {', '.join(names)}")
     weight = next((name for name in WEIGHTS if name in names), None)
     used = {"x", "edge_index", weight, label, recipe.id, recipe.group, "num_nodes"}
-    levels, left = dict[str, str](), list[str]()
-    for name in names:
-        if name not in used:
-            level = _level(name, [sample[name] for sample in samples if name in sample], samples)
-            if level is None or any(name not in sample for sample in samples):
-                left.append(name)
-            else:
-                levels[name] = level
+    found = {name: _level(name, samples) for name in names if name not in used}
+    levels = {name: level for name, level in found.items() if level is not None}
+    left = [name for name, level in found.items() if level is None]
     table = None if recipe.labels_from is None else read_labels(recipe.labels_from)
     targets: Targets = "none"
     if recipe.label_kind != "none" and (table is not None or any(label in sample for sample in samples)):
         targets = "record" if table is not None else _targets(label, samples)
-    notices = [f"not taken: {', '.join(left)}, of neither one row per node, edge or graph, nor in each record"] if left else []
-    if targets == "none" and label in names and recipe.label_kind != "none":
-        notices.append(f"not taken: {label}, which is neither one per graph, nor per node or token of the response")
-    if targets in ("node", "response"):
-        masked = "; node.is_target tells the nodes that have one" if targets == "response" else ""
-        notices.append(
-            f"{label} is one per {targets} token or node: taken as the field node.target{masked}; records have no label"
-        )
-    if RESPONSE in left and targets == "response":
-        notices.append(f"{RESPONSE} is kept as node.is_target")
+    notices = _notices(recipe, label if label in names else None, targets, left)
     parts = {path: Part(path=path, places={}) for path in files}
     counts = [_count(path) for path in files] if table is not None and table.rows is None else None
     rule = NO_LABEL
@@ -129,6 +115,17 @@ def graph_plan(root: Path, files: Sequence[Path], recipe: Recipe, what: str) -> 
     )
 
 
+def _notices(recipe: Recipe, label: str | None, targets: Targets, left: Sequence[str]) -> list[str]:
+    """Return sentences about the attributes that are left out, and about labels that are no record's."""
+    notices = [f"not taken: {', '.join(left)}, as they have no row per node, edge or graph in every record"] if left else []
+    if targets == "none" and label is not None and recipe.label_kind != "none":
+        notices.append(f"not taken: {label}, which is neither one per graph, nor per node or token of the response")
+    if targets in ("node", "response"):
+        masked = f", and {RESPONSE} as node.is_target" if targets == "response" else ""
+        notices.append(f"{label} is one per node: taken as the field node.target{masked}; records have no label")
+    return notices
+
+
 def _samples(files: Sequence[Path]) -> list[dict[str, Leaf]]:
     """Return the leaves of some records, spread over the files; raise the first error if none can be read."""
     samples: list[dict[str, Leaf]] = []
@@ -140,8 +137,10 @@ def _samples(files: Sequence[Path]) -> list[dict[str, Leaf]]:
             error = error or caught
             continue
         count = 1 if container.records is None else len(container.records)
-        for record in range(0, count, max(1, count // SAMPLED)):
-            samples.append({leaf.key: leaf for leaf in container.leaves(record) if not leaf.why.startswith("it is None")})
+        samples += [
+            {leaf.key: leaf for leaf in container.leaves(record) if not leaf.why.startswith("it is None")}
+            for record in range(0, count, max(1, count // SAMPLED))
+        ]
         container.close()
         if len(samples) >= SAMPLED:
             break
@@ -154,16 +153,17 @@ def _sizes(sample: Mapping[str, Leaf]) -> tuple[int, int]:
     return sample["x"].shape[0], sample["edge_index"].shape[1]
 
 
-def _level(name: str, leaves: Sequence[Leaf], samples: Sequence[Mapping[str, Leaf]]) -> str | None:
+def _level(name: str, samples: Sequence[Mapping[str, Leaf]]) -> str | None:
     """Return the level at which all samples of an attribute fit; None if there is none."""
-    if any(leaf.dtype == OBJECT for leaf in leaves) or not name.isidentifier():
+    leaves = [sample[name] for sample in samples if name in sample]
+    if len(leaves) < len(samples) or any(leaf.dtype == OBJECT for leaf in leaves) or not name.isidentifier():
         return None
     if all(leaf.dtype == TEXT for leaf in leaves):
         return "text" if all(leaf.shape == () for leaf in leaves) else None
     rows = [leaf.shape[1:] for leaf in leaves]
     fits = {
-        "node": all(leaf.shape[:1] == (_sizes(sample)[0],) for leaf, sample in zip(leaves, samples, strict=False)),
-        "edge": all(leaf.shape[:1] == (_sizes(sample)[1],) for leaf, sample in zip(leaves, samples, strict=False)),
+        "node": all(leaf.shape[:1] == (_sizes(sample)[0],) for leaf, sample in zip(leaves, samples, strict=True)),
+        "edge": all(leaf.shape[:1] == (_sizes(sample)[1],) for leaf, sample in zip(leaves, samples, strict=True)),
         "record": all(leaf.shape[:1] in ((), (1,)) for leaf in leaves),
     }
     order = ("edge", "record", "node") if "edge" in name else ("record", "node", "edge")
@@ -278,22 +278,11 @@ def _record(plan: GraphPlan, path: Path, container: Container, record: int | Non
     if plan.weight is not None and (plan.weight in leaves or edges.shape[1]):
         attr = np.asarray(read(plan.weight))
         attr = attr[:, 0] if attr.ndim == 2 and attr.shape[1] == 1 else attr
-    fields: dict[str, Any] = {}
-    record_fields: dict[str, Any] = {}
-    narrow = {"x"} & {"x" for leaf in [leaves["x"]] if leaf.dtype == BFLOAT16}
-    if plan.weight in leaves and leaves[plan.weight].dtype == BFLOAT16:
-        narrow.add("edge_attr")
-    for name, level in plan.levels.items():
-        values, key = read(name), f"{'record' if level == 'text' else level}.{name}"
-        if level in ("node", "edge"):
-            fields[key] = np.asarray(values)
-        elif level == "text":
-            record_fields[key] = values
-        else:
-            array = np.asarray(values)
-            record_fields[key] = array[0] if array.ndim else array
-        if leaves[name].dtype == BFLOAT16:
-            narrow.add(key)
+    fields = {f"{level}.{name}": np.asarray(read(name)) for name, level in plan.levels.items() if level in ("node", "edge")}
+    others = [name for name, level in plan.levels.items() if level not in ("node", "edge")]
+    record_fields = {f"record.{name}": _one(read(name)) for name in others}
+    taken_as = {"x": "x", plan.weight: "edge_attr"} | {name: f"{level}.{name}" for name, level in plan.levels.items()}
+    narrow = [key for name, key in taken_as.items() if name in leaves and leaves[name].dtype == BFLOAT16]
     if plan.targets in ("node", "response"):
         fields |= _node_targets(plan, where, read, len(x))
     graphs = Graphs(
@@ -305,6 +294,14 @@ def _record(plan: GraphPlan, path: Path, container: Container, record: int | Non
         fields=fields,
     )
     return Values(None, graphs, tuple(narrow), record_fields)
+
+
+def _one(value: Any) -> Any:
+    """Return a text as it is, and a number or the only row of an array as an array."""
+    if isinstance(value, str):
+        return value
+    array = np.asarray(value)
+    return array[0] if array.ndim else array
 
 
 def _node_targets(plan: GraphPlan, where: str, read: Any, nodes: int) -> dict[str, Any]:

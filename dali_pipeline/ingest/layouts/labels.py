@@ -82,7 +82,7 @@ class LabelRule:
         number = values.reshape(-1)[0].item() if values.size == 1 else None
         if number is None or number != number // 1 or number < 0:
             raise FormatError(
-                f"{where} has the label {shown(values.tolist())}; expected a whole number of 0 or more, or give --label-kind value"
+                f"{where} has the label {shown(values.tolist())}; expected a whole number of 0 or more, or --label-kind value"
             )
         return int(number)
 

@@ -96,8 +96,8 @@ class OpenPart:
             odd = next(number for number, array in enumerate(arrays) if np.shape(array) != np.shape(arrays[0]))
             place = places[odd]
             raise FormatError(
-                f"{place.file or self.path}, {place.key or 'its array'} has the shape {np.shape(arrays[odd])}, and another layer "
-                f"{np.shape(arrays[0])}; expected equal shapes"
+                f"{place.file or self.path}, {place.key or 'its array'} has the shape {np.shape(arrays[odd])}, and another "
+                f"layer {np.shape(arrays[0])}; expected equal shapes"
             )
         return np.stack(arrays, axis=axis)
 
@@ -243,7 +243,8 @@ def check_rows(key: str, parts: Iterable[tuple[Part, dict[str, str]]], counts: I
             if same and step not in (1, before[2]):
                 missing = filled(key, values | {ROW: str(before[0].row + (1 if before[2] == 1 else before[2]))})
                 raise FormatError(
-                    f"{missing.replace('{layer}', '*')} is missing between {before[0].path.name} and {part.path.name}; expected no gap"
+                    f"{missing.replace('{layer}', '*')} is missing between {before[0].path.name} and {part.path.name}; expected "
+                    "no gap"
                 )
         before = part, values, count
 

@@ -67,19 +67,18 @@ class Recipe:
             if value is not None and not isinstance(value, str):
                 raise UsageError(f"{name} is {shown(value)}; expected a KEY as text")
         for entry, _ in self.fields:
-            level, _, name = entry.partition(".")
-            if level not in (*SEQUENCE_LEVELS, *LEVELS) or not name.isidentifier():
-                raise UsageError(
-                    f"field {entry!r} has no such level; expected {', '.join(SEQUENCE_LEVELS)}, {', '.join(LEVELS)}, a dot and a "
-                    "name, for example step.token_ids=token_ids"
-                )
+            _check_entry(entry)
         if not all(isinstance(axis, str) and axis.isidentifier() for axis in self.axes) or len(set(self.axes)) < len(self.axes):
             raise UsageError(
                 f"axes are {','.join(map(str, self.axes))!r}; expected different names such as token,layer,feature"
             )
-        for name, known in (("layout", get_args(Layout)), ("label_kind", get_args(LabelKind))):
-            if getattr(self, name) is not None:
-                one_of(name.replace("_", " "), getattr(self, name), known)
+        if self.layout is not None:
+            one_of("layout", self.layout, get_args(Layout))
+        if self.label_kind is not None:
+            one_of("label kind", self.label_kind, get_args(LabelKind))
+        self._check_labels()
+
+    def _check_labels(self) -> None:
         for name in ("label_threshold", "label_above"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, real(name, getattr(self, name), "a number"))
@@ -132,6 +131,16 @@ class Recipe:
         return Recipe(**given)
 
 
+def _check_entry(entry: str) -> None:
+    """Raise UsageError unless a field has a level and a name."""
+    level, _, name = entry.partition(".")
+    if level not in (*SEQUENCE_LEVELS, *LEVELS) or not name.isidentifier():
+        raise UsageError(
+            f"field {entry!r} has no such level; expected {', '.join((*SEQUENCE_LEVELS, *LEVELS))}, a dot and a name, "
+            "for example step.token_ids=token_ids"
+        )
+
+
 NAMES = {"field" if each.name == "fields" else each.name.replace("_", "-"): each.name for each in fields(Recipe)}
 
 
@@ -161,22 +170,7 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         UsageError: The file cannot be read, is larger than 64 KiB, uses aliases or tags, or has a name that is not known.
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(RECIPE_BYTES + 1)
-        if len(data) > RECIPE_BYTES:
-            raise UsageError(f"{path} is larger than {RECIPE_BYTES >> 10} KiB; expected a recipe of some lines")
-        text = data.decode()
-        if any(isinstance(token, yaml.AliasToken | yaml.AnchorToken | yaml.TagToken) for token in yaml.scan(text)):
-            raise UsageError(f"{path} uses anchors, aliases or tags of YAML; expected plain names and values")
-        content = yaml.load(text, Loader=yaml.BaseLoader)  # every scalar stays a text
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UsageError(
-            f"{path} cannot be read as YAML ({reason}); expected lines such as `sequence: hidden_states`"
-        ) from None
-    if not isinstance(content, Mapping):
-        raise UsageError(f"{path} holds no names and values; expected lines such as `sequence: hidden_states`")
+    content = _parsed(path)
     given: dict[str, Any] = {}
     for written, value in content.items():
         name = str(written).replace("_", "-")
@@ -195,6 +189,25 @@ def read_recipe(path: Path) -> Recipe:
         if file_name and not Path(file_name).is_absolute() and (path.parent / file_name).exists():
             recipe = replace(recipe, labels_from=str(path.parent / file_name) + recipe.labels_from[len(file_name) :])
     return recipe
+
+
+def _parsed(path: Path) -> Mapping[Any, Any]:
+    """Return the names and values of a YAML file, every scalar as text."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(RECIPE_BYTES + 1)
+        if len(data) > RECIPE_BYTES:
+            raise UsageError(f"{path} is larger than {RECIPE_BYTES >> 10} KiB; expected a recipe of some lines")
+        text = data.decode()
+        if any(isinstance(token, yaml.AliasToken | yaml.AnchorToken | yaml.TagToken) for token in yaml.scan(text)):
+            raise UsageError(f"{path} uses anchors, aliases or tags of YAML; expected plain names and values")
+        content = yaml.load(text, Loader=yaml.BaseLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:99]
+        raise UsageError(f"{path} cannot be read as YAML ({reason}); expected lines such as `sequence: acts`") from None
+    if not isinstance(content, Mapping):
+        raise UsageError(f"{path} holds no names and values; expected lines such as `sequence: acts`")
+    return content
 
 
 def _value(path: Path, name: str, value: Any) -> Any:

@@ -39,7 +39,7 @@ from dali_pipeline.ingest.layouts.parts import (
     stem_of,
     suffix_of,
 )
-from dali_pipeline.ingest.layouts.plan import Plan, count_records, entries_of, open_part, record_axes
+from dali_pipeline.ingest.layouts.plan import Plan, RecordAxes, count_records, entries_of, open_part, record_axes
 from dali_pipeline.ingest.layouts.recipe import Recipe, nearest
 
 CHEAP_BYTES = 64 << 20  # a pickle of this size is read in a moment
@@ -120,37 +120,23 @@ def make_plan(root: Path, files: Sequence[Path], recipe: Recipe, what: str = BY_
     table = None if recipe.labels_from is None or recipe.label_kind == "none" else read_labels(recipe.labels_from)
     usable = candidates(root, files)
     if table is not None:
-        usable = [path for path in usable if path.resolve() != table.path.resolve()]
+        usable = [path for path in usable if path.name != table.path.name or path.resolve() != table.path.resolve()]
     if not usable:
         raise UsageError(f"{root} holds no file of arrays; expected .safetensors, .npy, .npz, .pt, .parquet or the like")
     found, recipe = _sequence_parts(root, usable, recipe)
     notices: list[str] = []
     parts, recipe, shared = _with_other_keys(root, usable, found, recipe, notices)
+    if shared is not None and table is None:
+        table = read_labels(f"{shared}::")
     first = OpenPart(_reference(parts)[0])
     try:
-        per_file, ragged = _one_per_file(recipe, first, found.layers, parts, table), False
-        leaves = {name: first.leaf(name) for name in first.part.places}
-        records = first.container(first.part.places["sequence"][0].file).records is not None
-        sequence = leaves["sequence"]
-        if sequence.dtype in (TEXT, "bool"):
-            raise UsageError(f"{first.path}, {sequence.key!r} is {sequence.dtype}; expected numbers as a sequence")
-        if not per_file and not records and "lengths" in leaves and leaves["lengths"].shape[:1] != sequence.shape[:1]:
-            ragged = True
-        shape = sequence.shape if per_file or records or ragged else sequence.shape[1:]
-        squeeze = _squeezes_first(recipe, leaves, shape, parts, per_file)
-        place = f"{first.path}, {sequence.key or 'its array'}"
-        axes, row_shape = record_axes(recipe, shape, found.layers, squeeze, place)
-        if len(shape) == 1 and not recipe.axes and not found.layers:
-            notices.append(
-                "records have one axis, taken as steps of one number each; --axes feature takes a record as one step of features"
-            )
+        per_file = _one_per_file(recipe, first, found.layers, parts, table)
+        axes, row_shape, ragged = _axes_of(recipe, first, found.layers, parts, per_file, notices)
         _tell_left_out(first, notices)
     finally:
         first.close()
     recipe = replace(recipe, layout="record-per-file" if per_file else recipe.layout)
     counts: list[int] | None = None
-    if shared is not None and table is None:
-        table = read_labels(f"{shared}::")
     if (table is not None and table.rows is None) or any(part.row is not None for part, _ in parts):
         counts = [_count(part, per_file, ragged) for part, _ in parts]
         if found.parts[0][0].row is not None:
@@ -176,6 +162,30 @@ def make_plan(root: Path, files: Sequence[Path], recipe: Recipe, what: str = BY_
     if table is not None and table.rows is not None:
         _check_ids(root, plan, skip_bad)
     return plan
+
+
+def _axes_of(
+    recipe: Recipe,
+    first: OpenPart,
+    layers: tuple[int, ...],
+    parts: Sequence[tuple[Part, Any]],
+    per_file: bool,
+    notices: list[str],
+) -> tuple[RecordAxes, tuple[int, ...], bool]:
+    """Return how the axes of records become steps and rows, the shape of a row, and whether records lie one after the other."""
+    leaves = {name: first.leaf(name) for name in first.part.places}
+    records = first.container(first.part.places["sequence"][0].file).records is not None
+    sequence = leaves["sequence"]
+    if sequence.dtype in (TEXT, "bool"):
+        raise UsageError(f"{first.path}, {sequence.key!r} is {sequence.dtype}; expected numbers as a sequence")
+    padded = "lengths" not in leaves or leaves["lengths"].shape[:1] == sequence.shape[:1]
+    ragged = not per_file and not records and not padded
+    shape = sequence.shape if per_file or records or ragged else sequence.shape[1:]
+    squeeze = _squeezes_first(recipe, leaves, shape, parts, per_file)
+    axes, row_shape = record_axes(recipe, shape, layers, squeeze, f"{first.path}, {sequence.key or 'its array'}")
+    if len(shape) == 1 and not recipe.axes and not layers:
+        notices.append("records have one axis, taken as steps of one number; --axes feature takes each as one step of features")
+    return axes, row_shape, ragged
 
 
 def _sidecars(parts: Sequence[tuple[Part, Any]]) -> list[Path]:
@@ -289,56 +299,73 @@ def _reference(parts: Sequence[tuple[Part, dict[str, str]]]) -> tuple[Part, dict
 def _with_other_keys(
     root: Path, usable: Sequence[Path], found: Found, recipe: Recipe, notices: list[str]
 ) -> tuple[list[tuple[Part, dict[str, str]]], Recipe, Path | None]:
-    """Return the parts with the places of all other KEYs, the recipe with the label that was found, and a file of all labels."""
+    """Return the parts with the places of all other KEYs, the recipe with the label found, and a file of all labels."""
     parts, shared = found.parts, None
     keys = {name: key for name, key in recipe.keys.items() if name != "sequence"}
     first, values = _reference(parts)
-    opened = OpenPart(first)
-    try:
-        own = opened.leaves(first.places["sequence"][0].file)
-        no_label = "label" not in keys and recipe.labels_from is None and recipe.label_kind != "none"
-        if no_label and (name := next((name for name in LABEL_COLUMNS if name in own and own[name].dtype != OBJECT), None)):
-            keys["label"], recipe = name, replace(recipe, label=name)
-            notices.append(f"labels are taken from the key {name!r}; --label-kind none leaves them out")
-    finally:
-        opened.close()
-    if not keys:
-        return parts, recipe, None
-    index: dict[str, list[Path]] = {}
-    if any(filled(key, values) not in own for key in keys.values()):
-        for path in usable:
-            for name in dict.fromkeys(names_of(root, path)):
-                index.setdefault(name, []).append(path)
+    own = _leaves_of(first)
+    no_label = "label" not in keys and recipe.labels_from is None and recipe.label_kind != "none"
+    if no_label and (name := next((name for name in LABEL_COLUMNS if name in own and own[name].dtype != OBJECT), None)):
+        keys["label"], recipe = name, replace(recipe, label=name)
+        notices.append(f"labels are taken from the key {name!r}; --label-kind none leaves them out")
     places: list[dict[str, tuple[Place, ...]]] = [dict(part.places) for part, _ in parts]
+    index: dict[str, list[Path]] | None = None
     for name, key in keys.items():
-        if filled(key, values) in own:  # in the file by which the others are judged
+        if filled(key, values) in own:
             for number, (_, part_values) in enumerate(parts):
                 places[number][name] = (Place(None, filled(key, part_values)),)
             continue
-        partners = [_beside(part, filled(key, part_values), index) for part, part_values in parts]
-        if all(partner is None for partner in partners):
-            taken = {part.path for part, _ in parts}
-            known = [leaf or stem_of(first.path.name) for leaf in own]
-            known += [stem_of(path.name) for path in usable if path not in taken][:50]
-            raise UsageError(f"{first.path} has no key {key!r}, and no file beside it is called so; {nearest(key, known)}")
-        for (part, part_values), partner in zip(parts, partners, strict=True):
-            if partner is None:
-                raise FormatError(f"{part.path} has no {filled(key, part_values)!r} beside it, which other files have")
-        single = _single_key(next(partner for partner in partners if partner is not None))
+        index = index or _index(root, usable)
+        partners = _partners(parts, key, index, [leaf or stem_of(first.path.name) for leaf in own])
+        single = _single_key(partners[0])
         if single is None:
             raise UsageError(f"{partners[0]} holds several arrays; expected one, or its column by --labels-from FILE::KEY")
-        if len(set(partners)) < len(partners):
-            if name != "label":
-                raise UsageError(f"{partners[0]} lies beside {len(partners)} files as {name}; expected one for each of them")
+        if len(set(partners)) == len(partners):
+            for number, partner in enumerate(partners):
+                places[number][name] = (Place(partner, single),)
+        elif name == "label":
             shared = partners[0]
-            continue
-        for number, partner in enumerate(partners):
-            places[number][name] = (Place(partner, single),)
+        else:
+            raise UsageError(f"{partners[0]} lies beside {len(partners)} files as {name}; expected one for each of them")
     return (
         [(replace(part, places=own_places), values) for (part, values), own_places in zip(parts, places, strict=True)],
         recipe,
         shared,
     )
+
+
+def _leaves_of(part: Part) -> dict[str, Leaf]:
+    """Return the leaves of the file that holds a part's sequences."""
+    opened = OpenPart(part)
+    try:
+        return opened.leaves(part.places["sequence"][0].file)
+    finally:
+        opened.close()
+
+
+def _index(root: Path, usable: Sequence[Path]) -> dict[str, list[Path]]:
+    """Return the files by everything that a KEY may call them."""
+    index: dict[str, list[Path]] = {}
+    for path in usable:
+        for name in dict.fromkeys(names_of(root, path)):
+            index.setdefault(name, []).append(path)
+    return index
+
+
+def _partners(
+    parts: Sequence[tuple[Part, dict[str, str]]], key: str, index: Mapping[str, list[Path]], own: Sequence[str]
+) -> list[Path]:
+    """Return the file that a KEY calls for each part; raise an error if there is none for one, or for any."""
+    partners = [_beside(part, filled(key, values), index) for part, values in parts]
+    if not any(partners):
+        taken = {part.path for part, _ in parts}
+        others = [stem_of(path.name) for paths in index.values() for path in paths if path not in taken]
+        path = parts[0][0].path
+        raise UsageError(f"{path} has no key {key!r}, and no file beside it is called so; {nearest(key, [*own, *others[:50]])}")
+    for (part, values), partner in zip(parts, partners, strict=True):
+        if partner is None:
+            raise FormatError(f"{part.path} has no {filled(key, values)!r} beside it, which other files have")
+    return [partner for partner in partners if partner is not None]
 
 
 def _beside(part: Part, key: str, index: Mapping[str, list[Path]]) -> Path | None:
@@ -361,29 +388,29 @@ def _one_per_file(
     if len(shape) < 2:
         return True
     for name in ("label", "id", "group", "lengths"):
-        if name in places:
-            leaf = first.leaf(name)
-            if leaf.shape == () or (leaf.shape == (1,) and shape[0] != 1):
-                return True
-            if name != "lengths" and leaf.shape[0] == shape[0]:
-                return False
-            if name == "lengths":
-                return False
+        if name in places and (told := _told_by(name, first.leaf(name).shape, shape)) is not None:
+            return told
     if recipe.axes:
         named = len(recipe.axes) - bool(layers and LAYER in recipe.axes)
         if len(shape) in (named, named + 1):
             return len(shape) == named
-    for name in places:
-        leaf = first.leaf(name)
-        if name.startswith("step.") or name == "mask":
-            return len(leaf.shape) < 2 or leaf.shape[0] != shape[0] or (shape[0] == 1 and len(parts) > 1)
-        if name.startswith("record.") and leaf.shape == ():
-            return True
+    others = (_told_by(name, first.leaf(name).shape, shape) for name in places if "." in name or name == "mask")
+    if (told := next((told for told in others if told is not None), None)) is not None:
+        return told or (shape[0] == 1 and len(parts) > 1)
     if table is None or len(parts) < 2:
         return False
     if table.rows is None:
         return len(table) == len(parts)
     return any(stem_of(part.path.name) in table.rows for part, _ in parts[:TRIED])
+
+
+def _told_by(name: str, shape: tuple[int, ...], sequence: tuple[int, ...]) -> bool | None:
+    """Return whether the shape of another array says that a file holds one record; None if it says neither."""
+    if name.startswith("step.") or name == "mask":
+        return len(shape) < 2 or shape[0] != sequence[0]
+    if shape == () or (shape == (1,) and sequence[0] != 1):
+        return True
+    return False if name == "lengths" or shape[0] == sequence[0] else None
 
 
 def _squeezes_first(
