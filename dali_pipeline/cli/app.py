@@ -68,7 +68,7 @@ def convert_command(
         bool,
         typer.Option(
             "--dry-run",
-            help="Write nothing; print what lies in SRC, how it would be taken, what is left out. Exits 0 if it would be taken.",
+            help="Write nothing; print what lies in SRC, how it is taken, what is left out. Exits 0 if it would be, else 2.",
         ),
     ] = False,
     sequence: Annotated[
@@ -76,7 +76,7 @@ def convert_command(
         typer.Option(
             metavar="KEY",
             help="KEY of the sequences: a key (hidden_states), a dotted path (answer.embedding), [0] of a tuple, the stem of a "
-            ".npy file; {layer} in it stacks layers (blocks.{layer}.hook_resid_post), {row} orders files (layer_{layer}_{row}.pt).",
+            ".npy file; {layer} stacks layers (blocks.{layer}.hook_resid_post), {row} orders files (layer_{layer}_{row}.pt).",
             show_default=False,
         ),
     ] = None,
@@ -99,7 +99,7 @@ def convert_command(
         list[str] | None,
         typer.Option(
             metavar="LEVEL.NAME=KEY",
-            help="A further field, repeatable: step.token_ids=token_ids has a row per step, record.score=bleurt one per record.",
+            help="A further field, repeatable: step.token_ids=token_ids has a row per step, record.score=bleurt one in all.",
             show_default=False,
         ),
     ] = None,
@@ -115,7 +115,7 @@ def convert_command(
         str | None,
         typer.Option(
             metavar="A,B,C",
-            help="Axes of one record in the file's order, for example token,layer,feature or channel,time. The one named token, "
+            help="Axes of one record in the file's order, such as token,layer,feature or channel,time. The one named token, "
             "step or time becomes the steps, otherwise the first one.",
             show_default=False,
         ),
@@ -223,7 +223,7 @@ def convert_command(
       python -m dali_pipeline convert hidden_states --dry-run
       python -m dali_pipeline convert eeg data/eeg --sequence X --label y --axes channel,time
       python -m dali_pipeline convert acts data/acts --sequence 'layer_{layer}_{row}.pt' --labels-from cities.csv::label
-      python -m dali_pipeline convert states.npz data/states --sequence acts --labels-from scores.csv:id:bleurt --label-threshold 0.5
+      python -m dali_pipeline convert states.npz data/s --sequence acts --labels-from scores.csv:id:bleurt --label-threshold 0.5
       python -m dali_pipeline convert preprocessed_data data/traces --split 80/10/10
       python -m dali_pipeline convert raw_traces data/traces --scores scores.csv --score-column bleurt
       python -m dali_pipeline convert preprocessed_data s3://bucket/traces

@@ -194,9 +194,9 @@ def _counted(job: Job) -> tuple[int, Counter[object], Counter[str]]:
 
 def _fields(schema: Schema) -> Iterator[str]:
     if schema.sequence is not None:
-        axes = ", ".join([schema.steps, *schema.sequence.axis_names])
+        axes = f", axes {', '.join([schema.steps, *schema.sequence.axis_names])}" if schema.sequence.axis_names else ""
         layers = f", layers {_ranged(schema.layers)}" if schema.layers else ""
-        yield f"sequence: {_field(schema.sequence)} per {schema.steps}{f', axes {axes}' if schema.sequence.axis_names else ''}{layers}"
+        yield f"sequence: {_field(schema.sequence)} per {schema.steps}{axes}{layers}"
     for name, field in {**schema.of_graphs, **schema.step_fields, **schema.record_fields}.items():
         yield f"{name}: {_field(field)}"
 

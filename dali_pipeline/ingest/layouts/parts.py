@@ -242,10 +242,8 @@ def check_rows(key: str, parts: Iterable[tuple[Part, dict[str, str]]], counts: I
             step = part.row - before[0].row
             if same and step not in (1, before[2]):
                 missing = filled(key, values | {ROW: str(before[0].row + (1 if before[2] == 1 else before[2]))})
-                raise FormatError(
-                    f"{missing.replace('{layer}', '*')} is missing between {before[0].path.name} and {part.path.name}; expected "
-                    "no gap"
-                )
+                where = f"{before[0].path.name} and {part.path.name}"
+                raise FormatError(f"{missing.replace('{layer}', '*')} is missing between {where}; expected no gap")
         before = part, values, count
 
 

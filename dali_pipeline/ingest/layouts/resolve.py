@@ -397,8 +397,11 @@ def _one_per_file(
     others = (_told_by(name, first.leaf(name).shape, shape) for name in places if "." in name or name == "mask")
     if (told := next((told for told in others if told is not None), None)) is not None:
         return told or (shape[0] == 1 and len(parts) > 1)
-    if table is None or len(parts) < 2:
-        return False
+    return table is not None and len(parts) > 1 and _told_by_table(table, parts)
+
+
+def _told_by_table(table: LabelTable, parts: Sequence[Any]) -> bool:
+    """Return whether a table of labels has one for every file."""
     if table.rows is None:
         return len(table) == len(parts)
     return any(stem_of(part.path.name) in table.rows for part, _ in parts[:TRIED])
