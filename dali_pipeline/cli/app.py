@@ -295,6 +295,8 @@ def convert_command(
     source = data.manifest.source
     if source.get("in_one_half"):
         print(f"{source['in_one_half']:,} records are in one half alone")
+    if "labels" in source:
+        print(source["labels"])
     if "moved" in source:
         print(f"{source['moved']:,} groups are in files of several splits, and went with their first file")
     for reason in source.get("left_out", {}).values():

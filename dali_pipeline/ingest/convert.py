@@ -24,6 +24,8 @@ from dali_pipeline.format.schema import Field
 from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.foreign import Block, Values
 from dali_pipeline.ingest.job import Job, prepare
+from dali_pipeline.ingest.layouts.labels import scored
+from dali_pipeline.ingest.layouts.recipe import Recipe
 from dali_pipeline.ingest.onray import deal
 from dali_pipeline.ingest.own import OWN, opened
 from dali_pipeline.ingest.readers.traces import TRACES
@@ -72,8 +74,14 @@ def convert(src: Path, dst: Path, config: ConvertConfig | None = None, remote: R
     if config.engine == "ray":  # Ray workers have other working folders
         src, dst = src.absolute(), dst.absolute()
     source = Source.find(src, config.traces, remote, config.recipe, skip_bad=config.skip_bad)
+    if source.reader.what == TRACES and config.recipe:
+        config = replace(config, traces=scored(config.traces, config.recipe), recipe=Recipe())
+        source = Source.find(src, config.traces, remote)
     if config.traces.scores is not None and source.reader.what != TRACES:
-        raise UsageError(f"{src} holds {source.reader.what}, whose labels are their own; scores are for raw traces")
+        raise UsageError(
+            f"{src} holds {source.reader.what}, whose labels are their own; scores are for raw traces, and --labels-from with "
+            "--label-threshold for others"
+        )
     fingerprint = config.fingerprint(source)
     if (dst / MANIFEST_NAME).exists():
         source.check_older(dst / MANIFEST_NAME)
@@ -118,6 +126,8 @@ def _origin(job: Job) -> dict[str, Any]:
         origin = {name: value for name, value in before.items() if name not in ("left_out", "in_one_half", "moved", "torn")}
     if isinstance(job.dealer, FileSplit):
         origin["moved"] = job.dealer.moved
+    if job.source.plan is not None and job.source.plan.rule.describe():
+        origin["labels"] = job.source.plan.rule.describe()
     if job.torn:
         origin["torn"] = job.torn
     return origin | job.choice.kept_numbers

@@ -17,7 +17,7 @@ from dali_pipeline.ingest.layouts.recipe import Recipe
 from dali_pipeline.ingest.own import OWN
 from dali_pipeline.ingest.readers.npz import NPZ
 from dali_pipeline.ingest.readers.pt import PT
-from dali_pipeline.ingest.readers.traces import TraceOptions, traces_reader
+from dali_pipeline.ingest.readers.traces import TRACES, TraceOptions, traces_reader
 from dali_pipeline.ingest.remote import Fetched, Remote
 
 COMPANIONS = {"dataset_info.json", "dataset_dict.json", "state.json"}
@@ -84,13 +84,14 @@ class Source:
             formats = {reader.what: (reader, files) for reader in readers if (files := reader.find(root, all_files))}
         known = [reader.what for reader, files in formats.values() if remote is not None or is_of_today(reader.what, files[0])]
         plan: Plan | None = None
-        if remote is None and (recipe or not known):
+        of_traces = recipe is not None and known == [TRACES] and recipe.tells_labels_alone
+        if remote is None and not of_traces and (recipe or not known):
             if OWN.what in formats and recipe:
                 raise UsageError(
                     f"{root} is a data set, whose fields have their names; --sequence, --label and the like are not for it"
                 )
             plan = plan_for(root, all_files, recipe or Recipe(), skip_bad=skip_bad)
-        elif recipe:
+        elif recipe and not of_traces:
             raise UsageError(f"{root} lies in a store, where keys cannot be chosen; expected a folder: copy the files first")
         if plan is not None:
             reader = Reader(what=plan.what, find=files_named, open=plan.open)  # type: ignore[arg-type]

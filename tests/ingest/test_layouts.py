@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -663,3 +664,95 @@ def test_a_restart_notices_another_recipe(tmp_path: Path) -> None:
     taken(tmp_path / "a.npz", Recipe(sequence="acts", label="y", label_above=0.5))
     with pytest.raises(dp.UsageError, match="other files or settings"):
         taken(tmp_path / "a.npz", Recipe(sequence="acts", label="y", label_above=0.6))
+
+
+def test_records_with_keys_of_their_own(tmp_path: Path) -> None:
+    values = [f32(2 + number, 4) for number in range(11)]
+    labels = rng.integers(0, 3, 11)
+    arrays = {f"sample_{number}": torch.from_numpy(rows) for number, rows in enumerate(values)}
+    arrays |= {f"label_{number}": torch.tensor(labels[number]) for number in range(11)} | {"all": torch.from_numpy(labels)}
+    save_file(arrays, tmp_path / "a.safetensors")
+    for label in ("label_{row}", "all"):
+        recipe = Recipe(sequence="sample_{row}", label=label)
+        _, records = taken(tmp_path / "a.safetensors", recipe, tmp_path / label.strip("{}"))
+        for number, rows in enumerate(values):
+            equal(records[f"a-{number}"].sequence, rows)
+            assert records[f"a-{number}"].label == labels[number]
+    del arrays["sample_4"]
+    save_file(arrays, tmp_path / "a.safetensors")
+    with pytest.raises(dp.FormatError, match="has no row 4 between 3 and 5; expected no gap"):
+        taken(tmp_path / "a.safetensors", Recipe(sequence="sample_{row}"), tmp_path / "gap")
+    named = {f"{name}/layer{layer}": f32(6) for name in ("ann", "bob") for layer in (1, 2, 3)}
+    np.savez(tmp_path / "b.npz", **named)
+    data, records = taken(tmp_path / "b.npz", Recipe(sequence="{id}/layer{layer}"), tmp_path / "named")
+    assert data.schema.layers == (1, 2, 3)
+    for name in ("ann", "bob"):
+        equal(records[name].sequence, np.stack([named[f"{name}/layer{layer}"] for layer in (1, 2, 3)]))
+
+
+def test_a_tuple_and_folders_paired_by_stem(tmp_path: Path) -> None:
+    x, y = torch.randn(12, 5, 3), torch.randint(0, 2, (12,))
+    torch.save((x, y), tmp_path / "pair.pt")
+    _, records = taken(tmp_path / "pair.pt", Recipe(sequence="[0]", label="[1]"), tmp_path / "pairs")
+    for row in range(12):
+        equal(records[f"pair-{row}"].sequence, x[row].numpy())
+        assert records[f"pair-{row}"].label == int(y[row])
+    for folder in ("x", "y"):
+        (tmp_path / "src" / folder).mkdir(parents=True)
+    for row in range(12):
+        np.save(tmp_path / "src" / "x" / f"{row}.npy", x[row].numpy())
+        np.save(tmp_path / "src" / "y" / f"{row}.npy", y[row].numpy())
+    recipe = Recipe(sequence="x/{n}", label="y/{n}", layout="record-per-file")
+    _, records = taken(tmp_path / "src", recipe, tmp_path / "paired")
+    for row in range(12):
+        equal(records[f"x/{row}"].sequence, x[row].numpy())
+        assert records[f"x/{row}"].label == int(y[row])
+
+
+def test_tables_and_lines_by_any_column(tmp_path: Path) -> None:
+    values, ids = [f32(2 + row % 3, 4) for row in range(10)], [f"who{row}" for row in range(10)]
+    table = pa.table({"name": ids, "acts": [rows.tolist() for rows in values], "good": [row / 4 for row in range(10)]})
+    table = table.set_column(1, "acts", table["acts"].cast(pa.list_(pa.list_(pa.float32()))))
+    pq.write_table(table, tmp_path / "t.parquet")
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row) for row in table.to_pylist()))
+    for suffix in ("parquet", "jsonl"):
+        recipe = Recipe(sequence="acts", label="good", id="name")
+        data, records = taken(tmp_path / f"t.{suffix}", recipe, tmp_path / suffix)
+        assert data.schema.labels.kind == "value"
+        for row, rows in enumerate(values):
+            equal(np.asarray(records[ids[row]].sequence, np.float32), rows)
+            assert records[ids[row]].label == np.float32(row / 4)
+
+
+def test_hdf5_windows(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    (tmp_path / "src").mkdir()
+    windows = [f32(4, 9) for _ in range(6)]
+    for number, window in enumerate(windows):
+        with h5py.File(tmp_path / "src" / f"w{number}.h5", "w") as file:
+            file["X"], file["y"] = window, number % 2
+    _, records = taken(tmp_path / "src", Recipe(sequence="X", label="y", axes=("channel", "time")))
+    for number, window in enumerate(windows):
+        equal(records[f"w{number}"].sequence, window.T)
+        assert records[f"w{number}"].label == number % 2
+
+
+def test_raw_traces_take_their_scores_by_the_new_words(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    traces = [
+        {
+            "question_id": f"q{number}",
+            "hidden_states": [f32(3, 4)] * 2,
+            "attentions": [rng.random((2, 3, 3)).astype(np.float32)] * 2,
+        }
+        for number in range(6)
+    ]
+    (tmp_path / "src" / "a.pkl").write_bytes(pickle.dumps(traces))
+    (tmp_path / "s.csv").write_text("\n".join(["question_id,bleurt", *(f"q{number},{number / 5}" for number in range(6))]))
+    reference = f"{tmp_path}/s.csv:question_id:bleurt"
+    for name, recipe, one in (
+        ("below", Recipe(labels_from=reference, label_threshold=0.5), {0, 1, 2}),
+        ("above", Recipe(labels_from=reference, label_above=0.5), {3, 4, 5}),
+    ):
+        _, records = taken(tmp_path / "src", recipe, tmp_path / name)
+        assert {number for number in range(6) if records[f"q{number}"].label == 1} == one

@@ -95,8 +95,6 @@ def graph_plan(root: Path, files: Sequence[Path], recipe: Recipe, what: str) -> 
     rule = NO_LABEL
     if targets == "record":
         rule = label_rule(recipe, table.values if table is not None else _labels(files, label), f"{files[0]}, {label}")
-    if rule.describe():
-        notices.append(rule.describe())
     return GraphPlan(
         recipe=recipe,
         what=what,

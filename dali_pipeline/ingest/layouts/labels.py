@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import xxhash
 
@@ -17,6 +16,7 @@ from dali_pipeline.errors import DataError, FormatError, UsageError
 from dali_pipeline.format.label import Label, LabelKind
 from dali_pipeline.ingest.containers.base import Container, open_container
 from dali_pipeline.ingest.layouts.recipe import Recipe, nearest
+from dali_pipeline.ingest.readers.traces import TraceOptions
 from dali_pipeline.runtime.checks import shown
 from dali_pipeline.types import Array
 
@@ -318,6 +318,30 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def scored(options: TraceOptions, recipe: Recipe) -> TraceOptions:
+    """Return the options of raw traces with the labels that a recipe names: `--scores` by other words.
+
+    Raises:
+        UsageError: The table has no ids, a label is no number, or there are classes besides 0 and 1.
+    """
+    if recipe.labels_from is None or recipe.label_kind not in (None, "class"):
+        raise UsageError("raw traces have classes as labels; expected --labels-from FILE:question_id:COLUMN, or --scores")
+    table = read_labels(recipe.labels_from)
+    if table.rows is None:
+        raise UsageError(f"{table.path} has no ids; expected --labels-from {table.path.name}:question_id:COLUMN for raw traces")
+    try:
+        scores = {name: float(np.asarray(table.values[row]).reshape(())) for name, row in table.rows.items()}
+    except (TypeError, ValueError):
+        raise UsageError(f"{table.path} has labels that are no numbers; expected a score per question") from None
+    if recipe.label_above is not None:  # scores have label 1 below a threshold
+        return replace(options, scores={name: -score for name, score in scores.items()}, score_threshold=-recipe.label_above)
+    if recipe.label_threshold is not None:
+        return replace(options, scores=scores, score_threshold=recipe.label_threshold)
+    if set(scores.values()) - {0.0, 1.0}:
+        raise UsageError(f"{table.path} has scores besides 0 and 1; expected --label-threshold or --label-above with them")
+    return replace(options, scores={name: 1 - score for name, score in scores.items()}, score_threshold=0.5)
+
+
 def check_unused(table: LabelTable, names: Iterable[str]) -> None:
     """Raise DataError for an id of the table that no record has."""
     if table.rows is None:
@@ -327,8 +351,3 @@ def check_unused(table: LabelTable, names: Iterable[str]) -> None:
     unused = [name for name in table.rows if name not in known]
     if unused:
         raise DataError(f"{table.path} has labels of {len(unused):,} ids that no record has, such as {unused[0]!r}")
-
-
-def no_names(label: Label) -> bool:
-    """Return whether a label has no class names."""
-    return label.class_names is msgspec.UNSET

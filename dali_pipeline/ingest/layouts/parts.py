@@ -12,10 +12,10 @@ import numpy as np
 
 from dali_pipeline.errors import FormatError, UsageError
 from dali_pipeline.ingest.containers.base import GZIP, SUFFIXES, Container, Leaf, open_container
+from dali_pipeline.ingest.layouts.keyed import PLACEHOLDER, KeyedRecords
 from dali_pipeline.ingest.layouts.recipe import nearest
 from dali_pipeline.types import Array
 
-PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 NUMBERS = ("layer", "row")  # placeholders that stand for a whole number
 LAYER, ROW = NUMBERS
 
@@ -35,11 +35,13 @@ class Part:
         path: The part's own file, by which it is named.
         places: Places of each quantity, such as "sequence" or "step.token_ids"; several places are the layers, in order.
         row: Number that {row} stands for, or None.
+        keyed: KEY whose placeholders name the records of the file, or None.
     """
 
     path: Path
     places: Mapping[str, tuple[Place, ...]]
     row: int | None = None
+    keyed: str | None = None
 
     @property
     def beside(self) -> list[Path]:
@@ -60,7 +62,11 @@ class OpenPart:
         """Return one of the part's files, opened; by default its own."""
         path = self.path if file is None else file
         if path not in self._containers:
-            self._containers[path] = open_container(path)
+            container = open_container(path)
+            if self.part.keyed is not None and path == self.path:
+                templates = [place.key for places in self.part.places.values() for place in places if place.file is None]
+                container = KeyedRecords(container, pattern_of(self.part.keyed), templates)
+            self._containers[path] = container
         return self._containers[path]
 
     def leaves(self, file: Path | None = None) -> dict[str, Leaf]:

@@ -154,6 +154,8 @@ def open_part(plan: Plan, part: Part, name: str) -> ForeignFile:
             records = opened.container(part.places["sequence"][0].file).records
             if not texts:
                 own = [str(record) for record in records or ()]
+                if part.keyed is not None and all(text.isdecimal() for text in own):
+                    own = [f"{name}-{text}" for text in own]
                 named = own if own and own != [str(row) for row in range(len(own))] else None
                 texts["id"] = [name] if plan.per_file else named or [f"{name}-{row}" for row in range(count)]
             given = _entries(opened, "label", count, plan.per_file) if "label" in inside else [None] * count

@@ -98,6 +98,11 @@ class Recipe:
         """Return the value that separates the labels 0 and 1, or None."""
         return self.label_threshold if self.label_above is None else self.label_above
 
+    @property
+    def tells_labels_alone(self) -> bool:
+        """Whether nothing is said but where labels come from and what they mean."""
+        return self.facts().keys() <= {"labels_from", "label_kind", "label_threshold", "label_above"}
+
     def __bool__(self) -> bool:
         return self != Recipe()
 

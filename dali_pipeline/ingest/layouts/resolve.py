@@ -35,7 +35,9 @@ from dali_pipeline.ingest.layouts.parts import (
     has_placeholder,
     layer_places,
     layered_parts,
+    layers_of,
     names_of,
+    pattern_of,
     stem_of,
     suffix_of,
 )
@@ -143,8 +145,6 @@ def make_plan(root: Path, files: Sequence[Path], recipe: Recipe, what: str = BY_
             check_rows(recipe.sequence or "", parts, counts)
     starts = starts_of(root, parts, counts, table)
     rule = _rule(recipe, parts, table, per_file, notices)
-    if rule.describe():
-        notices.append(rule.describe())
     plan = Plan(
         recipe=recipe,
         what=what,
@@ -238,6 +238,11 @@ def _inside(root: Path, groups: Mapping[str, list[Path]], key: str) -> Found:
         known += [name or stem_of(path.name) for name in keys]
         if key in keys:
             return Found(parts=[(Part(path=path, places={"sequence": (Place(None, key),)}), {}) for path in paths])
+        if (keyed := _keyed(key, keys, str(path))) is not None:
+            first_places, layers = keyed
+            without_layers = filled(key, {LAYER: str(layers[0])}) if layers else key
+            part_of = [Part(path=path, places={"sequence": first_places}, keyed=without_layers) for path in paths]
+            return Found(parts=[(part, {}) for part in part_of], layers=layers)
         if has_placeholder(key) and set(PLACEHOLDER.findall(key)) <= {LAYER}:
             with suppress(FormatError):
                 places, layers = layer_places(key, keys, str(path))
@@ -248,6 +253,19 @@ def _inside(root: Path, groups: Mapping[str, list[Path]], key: str) -> Found:
         raise error
     known += [stem_of(path.name) for paths in groups.values() for path in paths[:5]]
     raise UsageError(f"{root} has no key and no file called {key!r}; {nearest(key, known)}")
+
+
+def _keyed(key: str, keys: Sequence[str], where: str) -> tuple[tuple[Place, ...], tuple[int, ...]] | None:
+    """Return the places of a KEY whose placeholders name records by their keys, and its layers; None for another KEY."""
+    names = set(PLACEHOLDER.findall(key))
+    pattern = pattern_of(key)
+    matches = [match.groupdict() for name in keys if (match := pattern.fullmatch(name))]
+    if not matches or not names - {LAYER}:
+        return None
+    if LAYER not in names:
+        return (Place(None, key),), ()
+    numbers = layers_of(key, (int(values[LAYER]) for values in matches), where)
+    return tuple(Place(None, filled(key, {LAYER: str(number)})) for number in numbers), numbers
 
 
 def _guessed(root: Path, groups: Mapping[str, list[Path]], recipe: Recipe) -> tuple[Found, Recipe]:
@@ -311,7 +329,7 @@ def _with_other_keys(
     places: list[dict[str, tuple[Place, ...]]] = [dict(part.places) for part, _ in parts]
     index: dict[str, list[Path]] | None = None
     for name, key in keys.items():
-        if filled(key, values) in own:
+        if filled(key, values) in own or (first.keyed is not None and _has_keyed(first, key)):
             for number, (_, part_values) in enumerate(parts):
                 places[number][name] = (Place(None, filled(key, part_values)),)
             continue
@@ -332,6 +350,11 @@ def _with_other_keys(
         recipe,
         shared,
     )
+
+
+def _has_keyed(part: Part, key: str) -> bool:
+    """Return whether a part whose records have keys of their own has a KEY, with their placeholders or without any."""
+    return key in _leaves_of(replace(part, places={**part.places, key: (Place(None, key),)}))
 
 
 def _leaves_of(part: Part) -> dict[str, Leaf]:
