@@ -16,7 +16,7 @@ from dali_pipeline.types import Array
 
 MOST_DEPTH = 32
 MOST_LEAVES = 200_000
-MOST_VISITS = 1_000_000  # values looked at for one list of leaves
+MOST_VISITS = 400_000  # values looked at for one list of leaves
 MOST_NUMBERS = (
     1 << 20
 )  # in one list of Python numbers, if that is more than the file has bytes: a list may stand in many places
@@ -84,7 +84,7 @@ class ObjectContainer:
         if self.records is not None and not len(self._records):
             return []
         check_record(self.path, self.records, None if self.records is None else record)
-        return list(self._walk("", self._records[record], MOST_DEPTH, [MOST_VISITS, MOST_LEAVES]))
+        return list(self._walk("", self._records[record], MOST_DEPTH, [MOST_VISITS, MOST_LEAVES], {}))
 
     def read(self, key: str, begin: int = 0, end: int | None = None, record: int | None = None) -> Array | list[str] | str:
         """Return rows of a leaf of a record; of rows begin to end of all records, stacked, if `record` is None."""
@@ -142,24 +142,34 @@ class ObjectContainer:
     def _only_splits(self, content: dict[Any, Any]) -> bool:
         return all(isinstance(key, str) and key.lower() in SPLITS for key in content)
 
-    def _walk(self, key: str, value: Any, depth: int, left: list[int]) -> Iterator[Leaf]:
-        """Yield the leaves under a value. left: how many values may still be visited, and how many leaves may follow."""
+    def _walk(self, key: str, value: Any, depth: int, left: list[int], known: dict[tuple[int, int], Any]) -> Iterator[Leaf]:
+        """Yield the leaves under a value.
+
+        Args:
+            key: Key of the value.
+            value: The value.
+            depth: Levels that may follow.
+            left: How many values may still be visited, and how many leaves may follow.
+            known: Like in `_shape`.
+        """
         left[0] -= 1
         if min(left) <= 0:
             if left[1] > -1:
                 left[1] = -1
                 yield Leaf(key, (), OBJECT, f"the file has more than {MOST_LEAVES} keys")
             return
-        leaf, children = self._leaf(key, value, depth)
+        leaf, children = self._leaf(key, value, depth, known)
         if leaf is not None:
             left[1] -= 1
             yield leaf
             return
         for name, child in children:
             if min(left) > -1:
-                yield from self._walk(name, child, depth - 1, left)
+                yield from self._walk(name, child, depth - 1, left, known)
 
-    def _leaf(self, key: str, value: Any, depth: int) -> tuple[Leaf | None, Iterator[tuple[str, Any]]]:
+    def _leaf(
+        self, key: str, value: Any, depth: int, known: dict[tuple[int, int], Any]
+    ) -> tuple[Leaf | None, Iterator[tuple[str, Any]]]:
         """Return the leaf that a value is, or None and the keys and values under it."""
         nothing: Iterator[tuple[str, Any]] = iter(())
         try:
@@ -173,7 +183,7 @@ class ObjectContainer:
         if seen is None:
             return Leaf(key, (), OBJECT, "it is None" if value is None else f"it is {self._describe(value)}"), nothing
         if isinstance(seen, bool | int | float):
-            about = self._numbers(seen)
+            about = self._numbers(seen, known)
             return (Leaf(key, (), OBJECT, "it is too large a number") if about is None else Leaf(key, *about)), nothing
         if depth <= 0:
             return Leaf(key, (), OBJECT, f"it is nested more than {MOST_DEPTH} levels deep"), nothing
@@ -181,14 +191,14 @@ class ObjectContainer:
             return None, ((joined(key, key_text(name)), child) for name, child in seen.items())
         if all(isinstance(entry, str) for entry in seen) and len(seen):
             return Leaf(key, (len(seen),), TEXT), nothing
-        about = self._numbers(seen)
+        about = self._numbers(seen, known)
         if about is not None:
             return Leaf(key, *about), nothing
         return None, ((f"{key}[{index}]", child) for index, child in enumerate(seen))
 
-    def _numbers(self, value: Any) -> tuple[tuple[int, ...], str] | None:
+    def _numbers(self, value: Any, known: dict[tuple[int, int], Any]) -> tuple[tuple[int, ...], str] | None:
         """Return shape and dtype of a number, or of a nested list of numbers of equal lengths; None for anything else."""
-        about = _shape(value, self._scalar, MOST_DEPTH, {})
+        about = _shape(value, self._scalar, MOST_DEPTH, known)
         return about if about is not None and math.prod(about[0]) <= max(MOST_NUMBERS, self._nbytes) else None
 
     def _scalar(self, value: Any) -> str | None:
@@ -222,7 +232,7 @@ class ObjectContainer:
         return _MISSING
 
     def _values(self, key: str, value: Any, begin: int, end: int | None, where: str) -> Array | list[str] | str:
-        leaf, children = self._leaf(key, value, MOST_DEPTH)
+        leaf, children = self._leaf(key, value, MOST_DEPTH, {})
         if leaf is None:
             under = [name for (name, _), _ in zip(children, range(3), strict=False)]
             raise FormatError(
@@ -310,14 +320,14 @@ def key_text(key: Any) -> str:
     return key if isinstance(key, str) else str(key) if isinstance(key, int | float) else reprlib.repr(key)
 
 
-def _shape(value: Any, scalar: Callable[[Any], str | None], depth: int, known: dict[int, Any]) -> Any:
+def _shape(value: Any, scalar: Callable[[Any], str | None], depth: int, known: dict[tuple[int, int], Any]) -> Any:
     """Return shape and dtype of a number or a nested list; None for anything else.
 
     Args:
         value: The number or list.
         scalar: Returns the dtype of an object that stands for one number, or None.
         depth: Levels of lists that are allowed.
-        known: Results so far by identity of the list, because one list may stand in many places.
+        known: Results so far by identity and depth of the list, because one list may stand in many places.
     """
     kind = type(value)
     if kind in _NUMBERS:
@@ -329,19 +339,20 @@ def _shape(value: Any, scalar: Callable[[Any], str | None], depth: int, known: d
         return (0,), "float64"
     if depth <= 0:
         return None
-    if id(value) in known:
-        return known[id(value)]
-    known[id(value)] = None  # what a list that holds itself finds
+    place = id(value), depth
+    if place in known:
+        return known[place]
+    known[place] = None
     kinds = set(map(type, value))
     if kinds <= _NUMBERS.keys():
         dtype = "float64" if float in kinds else "int64" if int in kinds else "bool"
         if dtype == "int64" and not (min(value) >= -(2**63) and max(value) < 2**63):
             return None
-        known[id(value)] = (len(value),), dtype
-        return known[id(value)]
+        known[place] = (len(value),), dtype
+        return known[place]
     parts = [_shape(entry, scalar, depth - 1, known) for entry in value]
     if None in parts or len({shape for shape, _ in parts}) > 1:
         return None
     dtypes = {dtype for shape, dtype in parts if 0 not in shape} or {"float64"}
-    known[id(value)] = (len(value), *parts[0][0]), np.result_type(*dtypes).name
-    return known[id(value)]
+    known[place] = (len(value), *parts[0][0]), np.result_type(*dtypes).name
+    return known[place]

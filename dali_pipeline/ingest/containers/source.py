@@ -52,12 +52,16 @@ class Source(Bytes):
         if stat.S_ISDIR(os.fstat(self._fd).st_mode):
             raise FormatError(f"{path} is a folder; expected {what}")
         if path.name.lower().endswith(".gz"):
-            self._unpack()
+            try:
+                self._unpack()
+            except FormatError:
+                self.close()
+                raise
 
     def _unpack(self) -> None:
         """Unpack a .gz file to memory or, if it is large, to a temporary file."""
         most = max(IN_MEMORY_BYTES, MOST_EXPANSION * self.size)
-        parts, total, spilled = list[bytes](), 0, None
+        parts, total = list[bytes](), 0
         try:
             with self.file() as packed, gzip.open(packed) as file:
                 while part := file.read(_CHUNK_BYTES):
@@ -66,25 +70,25 @@ class Source(Bytes):
                         raise FormatError(
                             f"{self.path} unpacks to more than {most} bytes; expected at most that, unpack it first"
                         )
-                    if total > IN_MEMORY_BYTES and spilled is None:
-                        spilled = TemporaryFile()  # noqa: SIM115 - open as long as the source
-                        spilled.writelines(parts)
+                    if total > IN_MEMORY_BYTES and self._spilled is None:
+                        self._spilled = TemporaryFile()  # noqa: SIM115 - open as long as the source
+                        self._spilled.writelines(parts)
                         parts = []
-                    if spilled is None:
+                    if self._spilled is None:
                         parts.append(part)
                     else:
-                        spilled.write(part)
+                        self._spilled.write(part)
         except (OSError, EOFError, zlib.error) as error:
             raise FormatError(f"{self.path} cannot be unpacked ({error}): truncated, or something else") from None
         if not total:
             raise FormatError(f"{self.path} is empty; expected {self.what}")
         del self._file
         self.size = total
-        if spilled is None:
+        if self._spilled is None:
             self._memory = b"".join(parts)
         else:
-            spilled.flush()
-            self._spilled, self._fd = spilled, spilled.fileno()
+            self._spilled.flush()
+            self._fd = self._spilled.fileno()
 
     def file(self) -> IO[bytes]:
         """Return an open file over all bytes, whose closing leaves the source open."""
