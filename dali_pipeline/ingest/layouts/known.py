@@ -141,6 +141,10 @@ def suggested(root: Path, usable: Sequence[Path]) -> str:
     if arrays:
         flags += ["--sequence", arrays[0].key or _numbered_name(path, files)]
     label = next((leaf.key for leaf in leaves if leaf not in arrays[:1] and LABEL.search(leaf.key)), None)
+    stem = next(
+        (stem_of(other.name) for other in files if arrays[:1] and not arrays[0].key and _is_label_file(path, other)), None
+    )
+    label = label or stem
     flags += ["--label", label] if label is not None else _label_beside(usable)
     scalar = any(leaf.key == label and leaf.shape == () for leaf in leaves)
     if len(files) > 1 and not records and scalar:
@@ -164,6 +168,11 @@ def _numbered_name(path: Path, files: Sequence[Path]) -> str:
         if found and name not in before:
             parts[number] = name
     return "".join(parts)
+
+
+def _is_label_file(path: Path, other: Path) -> bool:
+    """Return whether another file of the same format is called like labels, and the first one is not."""
+    return other != path and LABEL.search(stem_of(other.name)) is not None and LABEL.search(stem_of(path.name)) is None
 
 
 def _label_beside(usable: Sequence[Path]) -> list[str]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import xxhash
 from dali_pipeline.errors import DataError, FormatError, UsageError
 from dali_pipeline.format.label import Label, LabelKind
 from dali_pipeline.ingest.containers.base import Container, open_container
+from dali_pipeline.ingest.layouts.parts import stem_of
 from dali_pipeline.ingest.layouts.recipe import Recipe, nearest
 from dali_pipeline.ingest.readers.traces import TraceOptions
 from dali_pipeline.runtime.checks import shown
@@ -73,9 +75,7 @@ class LabelRule:
         if values.shape != self.label.shape and values.size == math.prod(self.label.shape):
             values = values.reshape(self.label.shape)
         if values.shape != self.label.shape:
-            raise FormatError(
-                f"{where} has a label of shape {values.shape}; expected {self.label.shape} as in the first record"
-            )
+            raise FormatError(f"{where} has a label of shape {values.shape}; expected {self.label.shape} as in the first")
         return values.astype(np.bool_) if kind == "multilabel" and np.isin(values, (0, 1)).all() else values
 
     def _class(self, where: str, values: Array) -> int:
@@ -210,13 +210,20 @@ class LabelTable:
     rows: dict[str, int] | None
     digest: str
 
+    @cached_property
+    def by_stem(self) -> dict[str, int]:
+        """Number of the label of each id that is the name of a file, without its suffix."""
+        return {stem_of(name): row for name, row in (self.rows or {}).items() if stem_of(name) != name}
+
     def __len__(self) -> int:
         return len(self.values)
 
     def of(self, where: str, name: str) -> Any:
         """Return the label of an id, or of its last part behind a slash; raise FormatError if there is none."""
         assert self.rows is not None
-        row = self.rows.get(name, self.rows.get(name.rpartition("/")[2]))
+        row = next((self.rows[key] for key in (name, name.rpartition("/")[2]) if key in self.rows), None)
+        if row is None and self.by_stem:
+            row = next((self.by_stem[key] for key in (name, name.rpartition("/")[2]) if key in self.by_stem), None)
         if row is None:
             raise FormatError(f"{where} has no label in {self.path}; expected its id there, and {nearest(name, self.rows)}")
         return self.values[row]
@@ -348,6 +355,6 @@ def check_unused(table: LabelTable, names: Iterable[str]) -> None:
         return
     known = set(names)
     known |= {name.rpartition("/")[2] for name in known}
-    unused = [name for name in table.rows if name not in known]
+    unused = [name for name in table.rows if name not in known and stem_of(name) not in known]
     if unused:
         raise DataError(f"{table.path} has labels of {len(unused):,} ids that no record has, such as {unused[0]!r}")

@@ -212,7 +212,8 @@ def layered_parts(
     """
     groups: dict[tuple[tuple[str, str], ...], dict[int, Path]] = {}
     for path, values in matches:
-        rest = tuple(sorted((name, text) for name, text in values.items() if name != LAYER))
+        folder = "" if "/" in key else str(path.parent)  # the same name in two folders is two parts
+        rest = (("", folder), *sorted((name, text) for name, text in values.items() if name != LAYER))
         layer = int(values.get(LAYER, "0"))
         other = groups.setdefault(rest, {}).setdefault(layer, path)
         if other != path:

@@ -13,6 +13,7 @@ import numpy as np
 from dali_pipeline.errors import DataError, FormatError, UsageError
 from dali_pipeline.ingest.containers.base import OBJECT, SUFFIXES, TEXT, Leaf, open_container
 from dali_pipeline.ingest.containers.raw import sidecar_of
+from dali_pipeline.ingest.layouts.keyed import PLACEHOLDER
 from dali_pipeline.ingest.layouts.labels import (
     LABEL_COLUMNS,
     NO_LABEL,
@@ -25,7 +26,6 @@ from dali_pipeline.ingest.layouts.labels import (
 )
 from dali_pipeline.ingest.layouts.parts import (
     LAYER,
-    PLACEHOLDER,
     OpenPart,
     Part,
     Place,
@@ -237,7 +237,8 @@ def _inside(root: Path, groups: Mapping[str, list[Path]], key: str) -> Found:
         keys = [leaf.key for leaf in leaves]
         known += [name or stem_of(path.name) for name in keys]
         if key in keys:
-            return Found(parts=[(Part(path=path, places={"sequence": (Place(None, key),)}), {}) for path in paths])
+            shared = {"sequence": (Place(None, key),)}
+            return Found(parts=[(Part(path=path, places=shared), {}) for path in paths])
         if (keyed := _keyed(key, keys, str(path))) is not None:
             first_places, layers = keyed
             without_layers = filled(key, {LAYER: str(layers[0])}) if layers else key
@@ -323,9 +324,15 @@ def _with_other_keys(
     first, values = _reference(parts)
     own = _leaves_of(first)
     no_label = "label" not in keys and recipe.labels_from is None and recipe.label_kind != "none"
-    if no_label and (name := next((name for name in LABEL_COLUMNS if name in own and own[name].dtype != OBJECT), None)):
+    sequence = own.get(first.places["sequence"][0].key)
+    free = [name for name in LABEL_COLUMNS if name in own and name not in keys.values()]
+    one_each = recipe.layout == "record-per-file" or _holds_records(first)
+    if no_label and (name := next((name for name in free if _is_label(own[name], sequence, one_each)), None)):
         keys["label"], recipe = name, replace(recipe, label=name)
         notices.append(f"labels are taken from the key {name!r}; --label-kind none leaves them out")
+    if first.keyed is None and not any(values for _, values in parts) and all(key in own for key in keys.values()):
+        common = {**first.places, **{name: (Place(None, key),) for name, key in keys.items()}}
+        return [(replace(part, places=common), values) for part, values in parts], recipe, None
     places: list[dict[str, tuple[Place, ...]]] = [dict(part.places) for part, _ in parts]
     index: dict[str, list[Path]] | None = None
     for name, key in keys.items():
@@ -350,6 +357,23 @@ def _with_other_keys(
         recipe,
         shared,
     )
+
+
+def _is_label(leaf: Leaf, sequence: Leaf | None, one_each: bool) -> bool:
+    """Return whether an array called like a label can be one. one_each: whether it belongs to one record."""
+    if leaf.dtype == OBJECT:
+        return False
+    if leaf.shape in ((), (1,)):
+        return True
+    return not one_each and sequence is not None and len(leaf.shape) <= 2 and leaf.shape[:1] == sequence.shape[:1]
+
+
+def _holds_records(part: Part) -> bool:
+    opened = OpenPart(part)
+    try:
+        return opened.container(part.places["sequence"][0].file).records is not None
+    finally:
+        opened.close()
 
 
 def _has_keyed(part: Part, key: str) -> bool:
@@ -427,7 +451,8 @@ def _told_by_table(table: LabelTable, parts: Sequence[Any]) -> bool:
     """Return whether a table of labels has one for every file."""
     if table.rows is None:
         return len(table) == len(parts)
-    return any(stem_of(part.path.name) in table.rows for part, _ in parts[:TRIED])
+    known = table.rows.keys() | table.by_stem.keys()
+    return any(stem_of(part.path.name) in known for part, _ in parts[:TRIED])
 
 
 def _told_by(name: str, shape: tuple[int, ...], sequence: tuple[int, ...]) -> bool | None:
