@@ -53,8 +53,111 @@ ShardSize = Annotated[
 
 @app.command("convert")
 def convert_command(
-    src: Annotated[str, typer.Argument(help="Folder or URL of .pt, .pkl, .npz, .parquet or .arrow files.", show_default=False)],
-    dst: Annotated[str, typer.Argument(help="Folder or URL of the data set, new or unfinished.", show_default=False)],
+    src: Annotated[
+        str,
+        typer.Argument(
+            help="Folder or URL of .safetensors, .npy, .npz, .pt, .ckpt, .pkl, .h5, .parquet, .arrow or .memmap; or one file.",
+            show_default=False,
+        ),
+    ],
+    dst: Annotated[
+        str | None,
+        typer.Argument(help="Folder or URL of the data set, new or unfinished; none with --dry-run.", show_default=False),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Write nothing; print what lies in SRC, how it is taken, what is left out. Exits 0 if it would be, else 2.",
+        ),
+    ] = False,
+    sequence: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            help="KEY of the sequences: a key (hidden_states), a dotted path (answer.embedding), [0] of a tuple, the stem of a "
+            ".npy file; {layer} stacks layers (blocks.{layer}.hook_resid_post), {row} orders files (layer_{layer}_{row}.pt).",
+            show_default=False,
+        ),
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(metavar="KEY", help="KEY of the labels, for example y or NAME_labels.", show_default=False)
+    ] = None,
+    id_: Annotated[
+        str | None,
+        typer.Option(
+            "--id", metavar="KEY", help="KEY of the ids. [default: the file's stem, with the row]", show_default=False
+        ),
+    ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY", help="KEY of groups, which stay in one split, for example question_id.", show_default=False
+        ),
+    ] = None,
+    field: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LEVEL.NAME=KEY",
+            help="A further field, repeatable: step.token_ids=token_ids has a row per step, record.score=bleurt one in all.",
+            show_default=False,
+        ),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="KEY of the number of real steps of each padded sequence.", show_default=False),
+    ] = None,
+    mask: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="KEY of a mask of real steps, for example attention_mask.", show_default=False),
+    ] = None,
+    axes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,C",
+            help="Axes of one record in the file's order, such as token,layer,feature or channel,time. The one named token, "
+            "step or time becomes the steps, otherwise the first one.",
+            show_default=False,
+        ),
+    ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            metavar="record-per-file|stacked",
+            help="Whether a file holds one record, or records along the first axis. [default: as the shapes say]",
+            show_default=False,
+        ),
+    ] = None,
+    labels_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE[:ID:LABEL]",
+            help="Labels in a CSV, JSONL, .npy or Parquet file: labels.csv:id:label by id, labels.csv::label by order.",
+            show_default=False,
+        ),
+    ] = None,
+    label_kind: Annotated[
+        str | None,
+        typer.Option(
+            metavar="class|multilabel|value|none",
+            help="Kind of label. [default: class for whole numbers and texts, otherwise value]",
+            show_default=False,
+        ),
+    ] = None,
+    label_threshold: Annotated[
+        float | None, typer.Option(metavar="X", help="Give label 1 below X, and 0 otherwise.", show_default=False)
+    ] = None,
+    label_above: Annotated[
+        float | None, typer.Option(metavar="X", help="Give label 1 above X, and 0 otherwise.", show_default=False)
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.yaml",
+            help="File with these flags by name, such as `sequence: hidden_states`; flags here win over it.",
+            show_default=False,
+        ),
+    ] = None,
     split: Annotated[
         str | None,
         typer.Option(
@@ -113,9 +216,14 @@ def convert_command(
     """Convert files to a data set. If it is stopped, the same command continues where it stopped.
 
     \b
-    Inputs: lstm_solo/*.pt and gnn/*.pt; traces in *.pkl or *.pkl.gz; *.npz; *.parquet, *.arrow and Hugging Face folders.
-    docs/your-data.md describes the layouts.
+    Recognised without flags: hidden states of vLLM, SpecForge, SAELens, honest_llama, HaloScope, dictionary_learning; PyG
+    graphs; lstm_solo/*.pt and gnn/*.pt; traces in *.pkl; *.npz and tables with the names in docs/your-data.md.
+    Everything else by KEYs; start with --dry-run, which names them.
     Examples:
+      python -m dali_pipeline convert hidden_states --dry-run
+      python -m dali_pipeline convert eeg data/eeg --sequence X --label y --axes channel,time
+      python -m dali_pipeline convert acts data/acts --sequence 'layer_{layer}_{row}.pt' --labels-from cities.csv::label
+      python -m dali_pipeline convert states.npz data/s --sequence acts --labels-from scores.csv:id:bleurt --label-threshold 0.5
       python -m dali_pipeline convert preprocessed_data data/traces --split 80/10/10
       python -m dali_pipeline convert raw_traces data/traces --scores scores.csv --score-column bleurt
       python -m dali_pipeline convert preprocessed_data s3://bucket/traces
@@ -125,11 +233,30 @@ def convert_command(
     from dali_pipeline.format.layers import parse_layers
     from dali_pipeline.ingest.config import ConvertConfig
     from dali_pipeline.ingest.convert import convert_to, gigabytes
+    from dali_pipeline.ingest.layouts.known import NotUnderstood
+    from dali_pipeline.ingest.layouts.recipe import Recipe, parse_axes, parse_fields, read_recipe
     from dali_pipeline.ingest.readers.traces import TraceOptions, read_scores
     from dali_pipeline.tools.describe import describe_rounding, summary
 
     if scores is None and score_column is not None:
         raise UsageError("--score-column names a column of --scores; give both")
+    if dst is None and not dry_run:
+        raise UsageError("Missing argument 'DST', the folder of the data set; --dry-run needs none")
+    keys = Recipe(
+        sequence=sequence,
+        label=label,
+        id=id_,
+        group=group,
+        fields=parse_fields(field or ()),
+        lengths=lengths,
+        mask=mask,
+        axes=parse_axes(axes),
+        layout=layout,  # type: ignore[arg-type]
+        labels_from=labels_from,
+        label_kind=label_kind,  # type: ignore[arg-type]
+        label_threshold=label_threshold,
+        label_above=label_above,
+    )
     config = ConvertConfig(
         split=None if split is None and split_seed is None else SplitRule.parse(split or str(SplitRule()), split_seed or 0),
         split_by=split_by,  # type: ignore[arg-type]
@@ -145,15 +272,31 @@ def convert_command(
             score_threshold=score_threshold,
             attention_threshold=attn_threshold,
         ),
+        recipe=keys if recipe is None else keys.over(read_recipe(recipe)),
     )
-    with _going_on():
-        data = convert_to(src, dst, config)
+    if dry_run:
+        from dali_pipeline.ingest.layouts.dryrun import dry_run as look
+
+        lines, is_taken = look(src, dst, config)
+        print("\n".join(lines))
+        raise typer.Exit(0 if is_taken else 2)
+    assert dst is not None
+    try:
+        with _going_on():
+            data = convert_to(src, dst, config)
+    except NotUnderstood as error:
+        from dali_pipeline.ingest.layouts.dryrun import dry_run as look
+
+        say("\n".join([f"dali_pipeline: {error}", *look(src, dst, config)[0]]))
+        raise typer.Exit(2) from None
     print(f"{data.root}: {summary(data)}, {gigabytes(data.nbytes)}")
     if rounding := describe_rounding(data):
         print(rounding)
     source = data.manifest.source
     if source.get("in_one_half"):
         print(f"{source['in_one_half']:,} records are in one half alone")
+    if "labels" in source:
+        print(source["labels"])
     if "moved" in source:
         print(f"{source['moved']:,} groups are in files of several splits, and went with their first file")
     for reason in source.get("left_out", {}).values():

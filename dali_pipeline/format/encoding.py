@@ -90,3 +90,15 @@ def scale_for(greatest: Array) -> Scale:
     unit = 10.0 ** (np.floor(np.log10(flat)) + 1 - _DIGITS)
     rounded = np.ceil(flat / unit - 1e-9) * unit  # rounded up, so that the greatest value fits
     return tuple(tuple(float(f"{number:.{_DIGITS - 1}e}") for number in row) for row in rounded.tolist())
+
+
+def holds(wide: str, narrow: str) -> bool:
+    """Return whether type `wide` can represent every value of type `narrow`."""
+    if wide == narrow:
+        return True
+    # bfloat16 has 8 bits of significand and the exponents of float32
+    if narrow == BFLOAT16:
+        return wide in ("float32", "float64")
+    if wide == BFLOAT16:
+        return narrow in ("bool", "int8", "uint8")
+    return np.can_cast(narrow, wide)

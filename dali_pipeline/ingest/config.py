@@ -12,6 +12,7 @@ from dali_pipeline.errors import UsageError
 from dali_pipeline.format.layers import Layers
 from dali_pipeline.format.schema import LEVELS, level_of
 from dali_pipeline.ingest.dealing import splits_in_names
+from dali_pipeline.ingest.layouts.recipe import Recipe
 from dali_pipeline.ingest.own import OWN
 from dali_pipeline.ingest.readers.traces import TraceOptions
 from dali_pipeline.ingest.workers import Engine, NumWorkers
@@ -45,6 +46,7 @@ class ConvertConfig:
         skip_bad: Whether to leave out a file that cannot be converted, instead of stopping.
         engine: "local", or "ray" for tasks of a Ray cluster whose nodes see both folders.
         traces: Options for reading traces.
+        recipe: Which keys of the files become what; an empty one infers it.
 
     Raises:
         UsageError: A value is not one of those above.
@@ -60,6 +62,7 @@ class ConvertConfig:
     skip_bad: bool = False
     engine: Engine = "local"
     traces: TraceOptions = field(default_factory=TraceOptions)
+    recipe: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
         for name, dtype in self.dtypes.items():
@@ -105,4 +108,7 @@ class ConvertConfig:
         more: tuple[str, ...] = ("by layer",) if self.by_layer else ()  # older conversions had no such setting
         if self.keeps_splits and (source.reader is OWN or splits_in_names(source.names, SplitRule())):
             more += ("own splits",)
-        return xxhash.xxh3_128_hexdigest(msgspec.json.encode((source.names, source.sizes, *done, *more), order="sorted"))
+        followed = () if source.plan is None else source.plan.facts
+        return xxhash.xxh3_128_hexdigest(
+            msgspec.json.encode((source.names, source.sizes, *done, *more, *followed), order="sorted")
+        )

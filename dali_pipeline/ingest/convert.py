@@ -17,13 +17,15 @@ import xxhash
 
 from dali_pipeline.dataset.dataset import Dataset, default_cache, open_dataset
 from dali_pipeline.errors import DataError, FormatError, PipelineError, UsageError
-from dali_pipeline.format.encoding import BFLOAT16
+from dali_pipeline.format.encoding import BFLOAT16, holds
 from dali_pipeline.format.manifest import MANIFEST_NAME
 from dali_pipeline.format.record import Record
 from dali_pipeline.format.schema import Field
 from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.foreign import Block, Values
 from dali_pipeline.ingest.job import Job, prepare
+from dali_pipeline.ingest.layouts.labels import scored
+from dali_pipeline.ingest.layouts.recipe import Recipe
 from dali_pipeline.ingest.onray import deal
 from dali_pipeline.ingest.own import OWN, opened
 from dali_pipeline.ingest.readers.traces import TRACES
@@ -71,9 +73,15 @@ def convert(src: Path, dst: Path, config: ConvertConfig | None = None, remote: R
     config = config or ConvertConfig()
     if config.engine == "ray":  # Ray workers have other working folders
         src, dst = src.absolute(), dst.absolute()
-    source = Source.find(src, config.traces, remote)
+    source = Source.find(src, config.traces, remote, config.recipe, skip_bad=config.skip_bad)
+    if source.reader.what == TRACES and config.recipe:
+        config = replace(config, traces=scored(config.traces, config.recipe), recipe=Recipe())
+        source = Source.find(src, config.traces, remote)
     if config.traces.scores is not None and source.reader.what != TRACES:
-        raise UsageError(f"{src} holds {source.reader.what}, whose labels are their own; scores are for raw traces")
+        raise UsageError(
+            f"{src} holds {source.reader.what}, whose labels are their own; scores are for raw traces, and --labels-from with "
+            "--label-threshold for others"
+        )
     fingerprint = config.fingerprint(source)
     if (dst / MANIFEST_NAME).exists():
         source.check_older(dst / MANIFEST_NAME)
@@ -118,6 +126,8 @@ def _origin(job: Job) -> dict[str, Any]:
         origin = {name: value for name, value in before.items() if name not in ("left_out", "in_one_half", "moved", "torn")}
     if isinstance(job.dealer, FileSplit):
         origin["moved"] = job.dealer.moved
+    if job.source.plan is not None and job.source.plan.rule.describe():
+        origin["labels"] = job.source.plan.rule.describe()
     if job.torn:
         origin["torn"] = job.torn
     return origin | job.choice.kept_numbers
@@ -273,22 +283,10 @@ def _check_width(name: str, field_name: str, rows: Array | None, field: Field | 
     if rows is None or field is None or not rows.size or rows.dtype.kind not in "fiub" or field.scales:
         return
     dtype = BFLOAT16 if field_name in bfloat16 else rows.dtype.name
-    if not _holds(field.dtype, dtype):
+    if not holds(field.dtype, dtype):
         raise DataError(
             f"record {name!r}: {field_name} is {dtype}, and {field.dtype} in the first file; give --dtype float32 or float16"
         )
-
-
-def _holds(wide: str, narrow: str) -> bool:
-    """Return whether type `wide` can represent every value of type `narrow`."""
-    if wide == narrow:
-        return True
-    # bfloat16 has 8 bits of significand and the exponents of float32
-    if narrow == BFLOAT16:
-        return wide in ("float32", "float64")
-    if wide == BFLOAT16:
-        return narrow in ("bool", "int8", "uint8")
-    return np.can_cast(narrow, wide)
 
 
 def check_space(needed: int, dst: Path) -> None:

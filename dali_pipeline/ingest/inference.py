@@ -80,13 +80,17 @@ def infer_schema(
         "sequences": 0 if sequence is None else len(sequence.values),
         "graphs": 0 if graphs is None else len(graphs.values.node_counts),
     }
-    choice = LayerChoice(layers=config.layers, numbers=_layer_numbers(source, counts, notices))
+    own_layers: dict[Kind, list[int]] = {}
+    if sequence is not None and sequence.file.layers:
+        own_layers = {"sequences": list(sequence.file.layers)}
+    choice = LayerChoice(layers=config.layers, numbers=own_layers or _layer_numbers(source, counts, notices))
     fields: dict[str, Field] = {}
     if sequence is not None:
         rows = sequence.values
         dtype = BFLOAT16 if "sequence" in sequence.bfloat16 else rows.dtype.name
         steps = len(choice.of("sequences", len(rows))) if config.by_layer else 0
-        fields["sequence"] = _field(sequence.file.path, "sequence", dtype, rows.shape[1:], config, steps)
+        row = _kept_row(rows.shape[1:], sequence.file.axes, choice)
+        fields["sequence"] = _field(sequence.file.path, "sequence", dtype, row, config, steps)
     if graphs is not None:
         arrays = {"x": graphs.values.x, "edge_attr": graphs.values.edge_attr, **graphs.values.fields}
         for name, array in arrays.items():
@@ -98,7 +102,15 @@ def infer_schema(
     for name, rows in firsts[0].fields.items():
         fields[name] = _further_field(firsts[0].file.path, name, rows, name in narrow, config)
     own: dict[str, Any] = {name: fields.pop(name, None) for name in FIELDS}
-    return _described(Schema(**own, fields=fields or msgspec.UNSET), firsts[0].file), choice
+    return _described(Schema(**own, fields=fields or msgspec.UNSET), firsts[0].file, choice), choice
+
+
+def _kept_row(shape: tuple[int, ...], axes: tuple[str, ...], choice: LayerChoice) -> tuple[int, ...]:
+    """Return the shape of a row with the layers that are kept, if one of its axes is named layer."""
+    if "layer" not in axes or choice.layers is None:
+        return shape
+    axis = axes.index("layer")
+    return (*shape[:axis], len(choice.of("sequences", shape[axis])), *shape[axis + 1 :])
 
 
 def _further_field(path: Path, name: str, rows: Array | str, narrow: bool, config: ConvertConfig) -> Field:
@@ -109,7 +121,7 @@ def _further_field(path: Path, name: str, rows: Array | str, narrow: bool, confi
     return _field(path, name, BFLOAT16 if narrow else rows.dtype.name, row, config)
 
 
-def _described(schema: Schema, file: ForeignFile) -> Schema:
+def _described(schema: Schema, file: ForeignFile, choice: LayerChoice) -> Schema:
     """Return the schema with the names of axes, the layer numbers and the kind of label that a file tells."""
     sequence = schema.sequence
     if sequence is not None and file.axes:
@@ -118,7 +130,7 @@ def _described(schema: Schema, file: ForeignFile) -> Schema:
         schema,
         sequence=sequence,
         step_axis=msgspec.UNSET if sequence is None else file.step_axis,
-        layers=file.layers or msgspec.UNSET,
+        layers=tuple(choice.kept_numbers["layers"]) if file.layers else msgspec.UNSET,
         label=msgspec.UNSET if file.label == Label() else file.label,
     )
 

@@ -118,7 +118,7 @@ def prepare(source: Source, config: ConvertConfig, numbers: Iterable[int]) -> Jo
 
 def _describe_not_taken(source: Source, not_taken: dict[str, list[str]]) -> list[str]:
     """Return sentences that name the files, and the parts of converted files, that are not converted."""
-    notices = []
+    notices = [] if source.plan is None else list(source.plan.notices)
     if source.not_taken:
         notices.append(f"not taken: {_some(source.not_taken)}; expected {source.reader.what}")
     for name, files in not_taken.items():

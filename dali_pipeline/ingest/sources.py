@@ -11,10 +11,13 @@ from pathlib import Path
 
 from dali_pipeline.errors import FormatError, PipelineError, UsageError, needs_extra
 from dali_pipeline.ingest.foreign import Block, ForeignFile, Reader, Values, files_named, list_files
+from dali_pipeline.ingest.layouts.known import is_of_today, plan_for
+from dali_pipeline.ingest.layouts.plan import Plan
+from dali_pipeline.ingest.layouts.recipe import Recipe
 from dali_pipeline.ingest.own import OWN
 from dali_pipeline.ingest.readers.npz import NPZ
 from dali_pipeline.ingest.readers.pt import PT
-from dali_pipeline.ingest.readers.traces import TraceOptions, traces_reader
+from dali_pipeline.ingest.readers.traces import TRACES, TraceOptions, traces_reader
 from dali_pipeline.ingest.remote import Fetched, Remote
 
 COMPANIONS = {"dataset_info.json", "dataset_dict.json", "state.json"}
@@ -33,6 +36,7 @@ class Source:
         times: Time of the last change of each file in ns; -1 if unknown.
         remote: Store of the files, or None.
         not_taken: Names of other files in the folder, whose format no reader knows.
+        plan: What a recipe makes of the files; None for a layout with a reader of its own.
     """
 
     root: Path
@@ -42,10 +46,31 @@ class Source:
     times: list[int]
     remote: Remote | None = None
     not_taken: tuple[str, ...] = ()
+    plan: Plan | None = None
 
     @classmethod
-    def find(cls, root: Path, traces: TraceOptions | None = None, remote: Remote | None = None) -> Source:
-        """Recognise the format, and list the files; raise UsageError if the folder holds no known format, or several."""
+    def find(
+        cls,
+        root: Path,
+        traces: TraceOptions | None = None,
+        remote: Remote | None = None,
+        recipe: Recipe | None = None,
+        *,
+        skip_bad: bool = False,
+    ) -> Source:
+        """Recognise the format, and list the files.
+
+        Args:
+            root: The folder, or one file.
+            traces: Options for reading traces.
+            remote: Store of the files, or None.
+            recipe: What the flags say about keys; an empty one leaves today's formats to their own readers.
+            skip_bad: Whether a label without a record is left out instead of raised.
+
+        Raises:
+            UsageError: The folder holds no known format, or several, or nothing that the recipe names.
+            FormatError, DataError: Files and labels do not follow the recipe.
+        """
         readers = _readers(traces or TraceOptions())
         with nullcontext() if remote is None else remote.placed():
             if not root.exists():
@@ -57,6 +82,20 @@ class Source:
                     f"{error.filename} cannot be listed ({error.strerror}); expected folders that can be read"
                 ) from None
             formats = {reader.what: (reader, files) for reader in readers if (files := reader.find(root, all_files))}
+        known = [reader.what for reader, files in formats.values() if remote is not None or is_of_today(reader.what, files[0])]
+        plan: Plan | None = None
+        of_traces = recipe is not None and known == [TRACES] and recipe.tells_labels_alone
+        if remote is None and not of_traces and (recipe or not known):
+            if OWN.what in formats and recipe:
+                raise UsageError(
+                    f"{root} is a data set, whose fields have their names; --sequence, --label and the like are not for it"
+                )
+            plan = plan_for(root, all_files, recipe or Recipe(), skip_bad=skip_bad)
+        elif recipe and not of_traces:
+            raise UsageError(f"{root} lies in a store, where keys cannot be chosen; expected a folder: copy the files first")
+        if plan is not None:
+            reader = Reader(what=plan.what, find=files_named, open=plan.open)  # type: ignore[arg-type]
+            formats = {reader.what: (reader, list(plan.parts))}
         if not formats:
             raise UsageError(
                 f"{root} holds no {' nor '.join(reader.what for reader in readers)}; expected at least one such file"
@@ -64,14 +103,16 @@ class Source:
         if len(formats) > 1:
             raise UsageError(f"{root} holds {' and '.join(formats)}; expected one format, so convert each folder alone")
         ((reader, files),) = formats.values()
-        stats = [_stat(path) if remote is None else remote.listed[path.relative_to(root).as_posix()] for path in files]
+        stats = [_state(path, plan) if remote is None else remote.listed[path.relative_to(root).as_posix()] for path in files]
         sizes, times = [size for size, _ in stats], [time for _, time in stats]
         not_taken: tuple[str, ...] = ()
         if root.is_dir() and reader is not OWN:
-            taken = {path.relative_to(root) for path in files}
-            names = [path.relative_to(root) for path in (*all_files, *repeated)]
-            not_taken = tuple(str(name) for name in names if name not in taken and not _is_companion(name))
-        return cls(root=root, reader=reader, files=files, sizes=sizes, times=times, remote=remote, not_taken=not_taken)
+            taken = {str(path) for path in (*files, *_beside(plan))}
+            names = [path.relative_to(root) for path in (*all_files, *repeated) if str(path) not in taken]
+            not_taken = tuple(str(name) for name in names if not _is_companion(name))
+        return cls(
+            root=root, reader=reader, files=files, sizes=sizes, times=times, remote=remote, not_taken=not_taken, plan=plan
+        )
 
     @property
     def nbytes(self) -> int:
@@ -86,7 +127,8 @@ class Source:
     @cached_property  # used for every file
     def names(self) -> list[str]:
         """Paths of the files within the folder."""
-        names = (path.relative_to(self.root).as_posix() if path != self.root else path.name for path in self.files)
+        begin = len(self.root.as_posix().rstrip("/")) + 1 if self.root != Path() else 0
+        names = (path.as_posix()[begin:] or path.name for path in self.files)
         return [name.encode("utf-8", "backslashreplace").decode() for name in names]
 
     @cached_property
@@ -135,14 +177,14 @@ class Source:
 
     def check_file(self, number: int) -> None:
         """Raise FormatError if a file has another size or date than when it was listed, for example on another machine."""
-        if self.remote is None and _stat(self.files[number]) != (self.sizes[number], self.times[number]):
+        if self.remote is None and _state(self.files[number], self.plan) != (self.sizes[number], self.times[number]):
             raise FormatError(f"{self.files[number]} has another size or date on {socket.gethostname()}; convert again")
 
     def check_unchanged(self) -> None:
         """Raise FormatError if a file changed since it was listed."""
         listed = None if self.remote is None else self.remote.store.listed()
         for path, size, time in zip(self.files, self.sizes, self.times, strict=True):
-            now = _stat(path) if listed is None else listed.get(path.relative_to(self.root).as_posix())
+            now = _state(path, self.plan) if listed is None else listed.get(path.relative_to(self.root).as_posix())
             if now != (size, time):
                 raise FormatError(f"{path} changed while it was converted; convert again")
 
@@ -159,6 +201,23 @@ def _stat(path: Path) -> tuple[int, int]:
     except OSError:  # gone, or a broken link; opening the file raises the error
         return -1, -1
     return stat.st_size, stat.st_mtime_ns
+
+
+def _state(path: Path, plan: Plan | None) -> tuple[int, int]:
+    """Return the bytes and the last change of a file and of those that are read with it; -1 if one is gone."""
+    if plan is None or not plan.has_beside:
+        return _stat(path)
+    stats = [_stat(path), *map(_stat, plan.parts[path].beside)]
+    if (-1, -1) in stats:
+        return -1, -1
+    return sum(size for size, _ in stats), max(time for _, time in stats)
+
+
+def _beside(plan: Plan | None) -> list[Path]:
+    """Return the files that a plan reads besides those that name its parts."""
+    if plan is None:
+        return []
+    return [*plan.used, *(path for part in plan.parts.values() if plan.has_beside for path in part.beside)]
 
 
 @contextmanager
