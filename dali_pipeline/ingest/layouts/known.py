@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dali_pipeline.errors import FormatError, PipelineError, UsageError
-from dali_pipeline.ingest.containers.base import TEXT, Leaf, open_container
+from dali_pipeline.ingest.containers.base import TEXT, Leaf
 from dali_pipeline.ingest.layouts.graphs import graph_files, graph_plan, is_graph
+from dali_pipeline.ingest.layouts.opening import opened
 from dali_pipeline.ingest.layouts.parts import stem_of, suffix_of
 from dali_pipeline.ingest.layouts.plan import Plan
 from dali_pipeline.ingest.layouts.recipe import Recipe
@@ -60,7 +61,7 @@ def is_of_today(what: str, path: Path) -> bool:
     if suffix not in ("npz", "parquet", "arrow", "pkl") or "lstm_solo" in what:
         return True
     try:
-        container = open_container(path)
+        container = opened(path)
     except (PipelineError, ImportError):
         return True
     try:
