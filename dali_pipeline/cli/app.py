@@ -217,7 +217,7 @@ def convert_command(
 
     \b
     Recognised without flags: hidden states of vLLM, SpecForge, SAELens, honest_llama, HaloScope, dictionary_learning; PyG
-    graphs; lstm_solo/*.pt and gnn/*.pt; traces in *.pkl; *.npz and tables with the names in docs/migrate.md.
+    graphs; lstm_solo/*.pt and gnn/*.pt; traces in *.pkl; *.npz and tables with the names in docs/your-data.md.
     Everything else by KEYs; start with --dry-run, which names them.
     Examples:
       python -m dali_pipeline convert hidden_states --dry-run
