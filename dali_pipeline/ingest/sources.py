@@ -104,7 +104,8 @@ class Source:
             formats = {reader.what: (reader, list(plan.parts))}
         if not formats:
             raise UsageError(
-                f"{root} holds no {' nor '.join(reader.what for reader in readers)}; expected at least one such file"
+                f"{root} holds no {' nor '.join(reader.what for reader in readers)}, nor any other file of arrays, such as "
+                ".safetensors, .npy or .h5; expected at least one"
             )
         if len(formats) > 1:
             raise UsageError(f"{root} holds {' and '.join(formats)}; expected one format, so convert each folder alone")

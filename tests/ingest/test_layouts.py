@@ -81,6 +81,9 @@ def test_vllm_hidden_states(tmp_path: Path) -> None:
         equal(record.sequence, states[name])
         equal(record.fields["token_ids"], ids[name])
         assert record.label is None
+    (tmp_path / "labels.csv").write_text("\n".join(["id,label", *(f"{name},{len(name) % 2}" for name in states)]))
+    _, records = taken(tmp_path / "src", Recipe(labels_from=f"{tmp_path}/labels.csv"), tmp_path / "labelled")
+    assert {name: record.label for name, record in records.items()} == {name: len(name) % 2 for name in states}
     data, records = taken(tmp_path / "src", dst=tmp_path / "few", layers=[0, 2])
     for name, record in records.items():
         equal(record.sequence, states[name][:, [0, 2]])

@@ -272,7 +272,7 @@ def _states_and_scores(look: Look) -> Known | None:
     shapes: dict[str, tuple[int, ...]] = {}
     for path in look.files:
         _, leaves, _ = first_leaves([path])
-        if len(leaves) == 1:
+        if len(leaves) == 1 and (len(leaves[0].shape) > 2 or "float" in leaves[0].dtype):
             shapes[path.name.removesuffix(".npy")] = leaves[0].shape
     states = [name for name, shape in shapes.items() if len(shape) in (2, 3) and shape[-1] > 1]
     flat = [name for name, shape in shapes.items() if len(shape) == 1 or (len(shape) == 2 and shape[1] == 1)]
