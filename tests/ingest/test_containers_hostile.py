@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import resource
 import struct
 import subprocess
@@ -27,6 +28,7 @@ from torch_geometric.data import Data, InMemoryDataset
 
 from dali_pipeline.errors import FormatError
 from dali_pipeline.ingest.containers.base import open_container
+from dali_pipeline.ingest.containers.unpickled import _largest_memo
 
 VALUES = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
 PREFIXES = 60  # cut files per format
@@ -320,6 +322,15 @@ def test_a_small_pickle_takes_little_memory(tmp_path: Path, case: str) -> None:
     done = limited(tmp_path / "a.pkl", 400)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("refused") or case == "lists"
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_numbers_of_objects_are_found_like_by_pickletools(protocol: int) -> None:
+    content = [{"x": torch.ones(3), "y": [1, 2.5, "a" * 300, b"q" * 300, 10**30, None, True]}, {f"k{i}": i for i in range(600)}]
+    data = pickle.dumps(content, protocol)
+    numbers = [str(arg) for operation, arg, _ in pickletools.genops(data) if operation.name in ("LONG_BINPUT", "PUT")]
+    assert _largest_memo(data, 1) == max(map(int, numbers), default=0)
+    assert _largest_memo(data + data, 2) == max(map(int, numbers), default=0)
 
 
 def test_a_zip_and_a_gz_that_unpack_to_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
