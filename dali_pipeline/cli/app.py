@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -295,7 +295,11 @@ def convert_command(
     print(f"{data.root}: {summary(data)}, {gigabytes(data.nbytes)}")
     if rounding := describe_rounding(data):
         print(rounding)
-    source = data.manifest.source
+    _print_facts(data.manifest.source)
+
+
+def _print_facts(source: Mapping[str, Any]) -> None:
+    """Print what a manifest's `source` says about labels, splits and files that were left out."""
     if source.get("in_one_half"):
         print(f"{source['in_one_half']:,} records are in one half alone")
     if "labels" in source:
