@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -236,6 +236,7 @@ def convert_command(
     from dali_pipeline.ingest.layouts.known import NotUnderstood
     from dali_pipeline.ingest.layouts.recipe import Recipe, parse_axes, parse_fields, read_recipe
     from dali_pipeline.ingest.readers.traces import TraceOptions, read_scores
+    from dali_pipeline.storage.stores import is_url
     from dali_pipeline.tools.describe import describe_rounding, summary
 
     if scores is None and score_column is not None:
@@ -285,6 +286,8 @@ def convert_command(
         with _going_on():
             data = convert_to(src, dst, config)
     except NotUnderstood as error:
+        if is_url(src):
+            raise
         from dali_pipeline.ingest.layouts.dryrun import dry_run as look
 
         say("\n".join([f"dali_pipeline: {error}", *look(src, dst, config)[0]]))
@@ -292,7 +295,11 @@ def convert_command(
     print(f"{data.root}: {summary(data)}, {gigabytes(data.nbytes)}")
     if rounding := describe_rounding(data):
         print(rounding)
-    source = data.manifest.source
+    _print_facts(data.manifest.source)
+
+
+def _print_facts(source: Mapping[str, Any]) -> None:
+    """Print what a manifest's `source` says about labels, splits and files that were left out."""
     if source.get("in_one_half"):
         print(f"{source['in_one_half']:,} records are in one half alone")
     if "labels" in source:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dali_pipeline.errors import FormatError, PipelineError, UsageError, needs_extra
 from dali_pipeline.ingest.foreign import Block, ForeignFile, Reader, Values, files_named, list_files
-from dali_pipeline.ingest.layouts.known import is_of_today, plan_for
-from dali_pipeline.ingest.layouts.plan import Plan
+from dali_pipeline.ingest.layouts.opening import fetching
 from dali_pipeline.ingest.layouts.recipe import Recipe
 from dali_pipeline.ingest.own import OWN
 from dali_pipeline.ingest.readers.npz import NPZ
@@ -20,7 +21,11 @@ from dali_pipeline.ingest.readers.pt import PT
 from dali_pipeline.ingest.readers.traces import TRACES, TraceOptions, traces_reader
 from dali_pipeline.ingest.remote import Fetched, Remote
 
+if TYPE_CHECKING:
+    from dali_pipeline.ingest.layouts.plan import Plan
+
 COMPANIONS = {"dataset_info.json", "dataset_dict.json", "state.json"}
+FETCHED = 8  # files of a store that are here at a time while a layout is recognised
 CHUNK_BYTES = 512 << 20  # bytes of source files per chunk: one worker converts a chunk, and it becomes final as a whole
 
 
@@ -71,6 +76,8 @@ class Source:
             UsageError: The folder holds no known format, or several, or nothing that the recipe names.
             FormatError, DataError: Files and labels do not follow the recipe.
         """
+        from dali_pipeline.ingest.layouts.known import is_of_today, plan_for  # each format imports its own modules
+
         readers = _readers(traces or TraceOptions())
         with nullcontext() if remote is None else remote.placed():
             if not root.exists():
@@ -82,23 +89,23 @@ class Source:
                     f"{error.filename} cannot be listed ({error.strerror}); expected folders that can be read"
                 ) from None
             formats = {reader.what: (reader, files) for reader in readers if (files := reader.find(root, all_files))}
-        known = [reader.what for reader, files in formats.values() if remote is not None or is_of_today(reader.what, files[0])]
-        plan: Plan | None = None
-        of_traces = recipe is not None and known == [TRACES] and recipe.tells_labels_alone
-        if remote is None and not of_traces and (recipe or not known):
-            if OWN.what in formats and recipe:
-                raise UsageError(
-                    f"{root} is a data set, whose fields have their names; --sequence, --label and the like are not for it"
-                )
-            plan = plan_for(root, all_files, recipe or Recipe(), skip_bad=skip_bad)
-        elif recipe and not of_traces:
-            raise UsageError(f"{root} lies in a store, where keys cannot be chosen; expected a folder: copy the files first")
+            known = [what for what, (_, files) in formats.items() if remote is not None or is_of_today(what, files[0])]
+            plan: Plan | None = None
+            of_traces = recipe is not None and known == [TRACES] and recipe.tells_labels_alone
+            if not of_traces and (recipe or not known):
+                if OWN.what in formats and recipe:
+                    raise UsageError(
+                        f"{root} is a data set, whose fields have names; --sequence, --label and the like are not for it"
+                    )
+                with _fetching(root, remote):
+                    plan = plan_for(root, all_files, recipe or Recipe(), skip_bad=skip_bad)
         if plan is not None:
             reader = Reader(what=plan.what, find=files_named, open=plan.open)  # type: ignore[arg-type]
             formats = {reader.what: (reader, list(plan.parts))}
         if not formats:
             raise UsageError(
-                f"{root} holds no {' nor '.join(reader.what for reader in readers)}; expected at least one such file"
+                f"{root} holds no {' nor '.join(reader.what for reader in readers)}, nor any other file of arrays, such as "
+                ".safetensors, .npy or .h5; expected at least one"
             )
         if len(formats) > 1:
             raise UsageError(f"{root} holds {' and '.join(formats)}; expected one format, so convert each folder alone")
@@ -147,7 +154,11 @@ class Source:
         path, name, fetched = self.files[number], self.names[number], self._fetched(number)
         local_path = path if fetched is None else fetched.path
         with _named(path, local_path):
-            file = self.reader.open(local_path, name.removesuffix("".join(path.suffixes[-1:])))
+            own_name = name.removesuffix("".join(path.suffixes[-1:]))
+            if self.plan is not None and fetched is not None:
+                file = self.plan.open(path, own_name, local_path)
+            else:
+                file = self.reader.open(local_path, own_name)
         return replace(file, path=path, values=partial(_named_values, path, local_path, file.values, fetched))
 
     def _fetched(self, number: int) -> Fetched | None:
@@ -201,6 +212,28 @@ def _stat(path: Path) -> tuple[int, int]:
     except OSError:  # gone, or a broken link; opening the file raises the error
         return -1, -1
     return stat.st_size, stat.st_mtime_ns
+
+
+@contextmanager
+def _fetching(root: Path, remote: Remote | None) -> Iterator[None]:
+    """Fetch the files that are opened within the block, if they are in a store; errors name them by their path in it."""
+    if remote is None:
+        yield
+        return
+    held: dict[Path, Fetched] = {}
+
+    def fetch(path: Path) -> Path:
+        if path not in held:
+            while len(held) >= FETCHED:
+                del held[next(iter(held))]
+            held[path] = remote.fetch(path.relative_to(root).as_posix(), None, None)
+        return held[path].path
+
+    try:
+        with fetching(fetch):
+            yield
+    except PipelineError as error:
+        raise type(error)(str(error).replace(f"{root}/{os.getpid()}/", f"{root}/")) from None
 
 
 def _state(path: Path, plan: Plan | None) -> tuple[int, int]:

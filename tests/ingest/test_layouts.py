@@ -81,6 +81,9 @@ def test_vllm_hidden_states(tmp_path: Path) -> None:
         equal(record.sequence, states[name])
         equal(record.fields["token_ids"], ids[name])
         assert record.label is None
+    (tmp_path / "labels.csv").write_text("\n".join(["id,label", *(f"{name},{len(name) % 2}" for name in states)]))
+    _, records = taken(tmp_path / "src", Recipe(labels_from=f"{tmp_path}/labels.csv"), tmp_path / "labelled")
+    assert {name: record.label for name, record in records.items()} == {name: len(name) % 2 for name in states}
     data, records = taken(tmp_path / "src", dst=tmp_path / "few", layers=[0, 2])
     for name, record in records.items():
         equal(record.sequence, states[name][:, [0, 2]])
@@ -338,9 +341,10 @@ def test_layers_in_keys(tmp_path: Path) -> None:
     for row in range(10):
         equal(records[f"a-{row}"].sequence, np.stack([states[layer][row] for layer in range(12)]))
         assert records[f"a-{row}"].label == np.float32(np.linspace(0, 1, 10)[row])
-    del arrays["blocks.7.hook_resid_post"]
+    for layer in (2, *range(4, 12)):
+        del arrays[f"blocks.{layer}.hook_resid_post"]
     np.savez(tmp_path / "src" / "a.npz", **arrays)
-    with pytest.raises(dp.FormatError, match=r"has no blocks\.7\.hook_resid_post"):
+    with pytest.raises(dp.FormatError, match=r"has no blocks\.2\.hook_resid_post"):
         taken(tmp_path / "src", Recipe(sequence="blocks.{layer}.hook_resid_post"), tmp_path / "gap")
 
 

@@ -10,12 +10,14 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import dali_pipeline as dp
 from dali_pipeline.cli.app import app, run
 from dali_pipeline.ingest import remote, sources
 from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.convert import convert, convert_to
+from dali_pipeline.ingest.layouts.recipe import Recipe
 from dali_pipeline.storage import stores
 from tests.helpers.folders import make_folder
 
@@ -177,3 +179,42 @@ def test_what_cannot_be_converted_is_one_sentence(
         memory.store[name] = memory.store["/raw/src/notes.txt"]
         assert "which no file can have" in said()
         del memory.store[name]
+
+
+def test_layouts_and_keys_in_a_store(tmp_path: Path, memory: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """What is recognised, and what flags name, is fetched file by file: the same bytes as from a folder."""
+    src = tmp_path / "src"
+    src.mkdir()
+    for number in range(5):
+        states = np.random.default_rng(number).random((2 + number, 3, 4)).astype(np.float32)
+        save_file({"hidden_states": states, "token_ids": np.arange(2 + number)}, src / f"hs_{number}.safetensors")
+    put(memory, src)
+    there = convert_to(URL, str(tmp_path / "there"), ConvertConfig(num_workers=1))
+    here = convert(src, tmp_path / "here", ConvertConfig(num_workers=1))
+    assert there.digest != ""
+    assert [here.table(split, "sequences").digests for split in here.splits] == [
+        there.table(split, "sequences").digests for split in there.splits
+    ]
+    for path in src.iterdir():
+        path.unlink()
+    memory.rm("raw", recursive=True)
+    for number in range(5):
+        np.savez(src / f"w_{number}.npz", X=np.full((2, 6), number, np.float32), y=number % 2)
+    put(memory, src)
+    keys = Recipe(sequence="X", label="y", axes=("channel", "time"))
+    data = convert_to(URL, str(tmp_path / "keys"), ConvertConfig(num_workers=1, recipe=keys))
+    assert (
+        data.num_records("train", "sequences") + data.num_records("val", "sequences") + data.num_records("test", "sequences")
+        == 5
+    )
+    assert data.record("train", 0).sequence.shape == (6, 2)
+    with pytest.raises(dp.UsageError, match=rf"{URL} has no key and no file called 'Z'"):
+        convert_to(URL, str(tmp_path / "none"), ConvertConfig(num_workers=1, recipe=Recipe(sequence="Z")))
+    memory.rm("raw", recursive=True)
+    np.save(src / "x.npy", np.ones((4, 2, 3)))
+    np.save(src / "y.npy", np.arange(4) % 2)
+    put(memory, src)
+    memory.rm("raw/src/w_0.npz")
+    with pytest.raises(dp.FormatError, match=r"x\.npy is read with y\.npy; expected files that are here: copy them first"):
+        convert_to(URL, str(tmp_path / "two"), ConvertConfig(num_workers=1, recipe=Recipe(sequence="x", label="y")))
+    assert downloads(tmp_path) == []

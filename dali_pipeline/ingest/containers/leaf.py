@@ -45,7 +45,7 @@ def missing_key(path: Path, key: str, keys: Iterable[str], where: str = "") -> F
     return FormatError(f"{path}{where} has no key {reprlib.repr(key)}; it has {listed}{more}")
 
 
-def not_taken(path: Path, leaf: Leaf) -> FormatError:
+def not_taken(path: Path | str, leaf: Leaf) -> FormatError:
     """Return the error for a leaf that cannot be taken."""
     return FormatError(f"{path}, {leaf.key or 'its content'} cannot be taken: {leaf.why}; expected numbers or texts")
 
@@ -63,11 +63,11 @@ def check_record(path: Path, records: Sequence[str] | None, record: int | None) 
     return record
 
 
-def row_range(path: Path, key: str, shape: tuple[int, ...], begin: int, end: int | None) -> tuple[int, int]:
+def row_range(path: Path | str, key: str, shape: tuple[int, ...], begin: int, end: int | None) -> tuple[int, int]:
     """Return first row and row after the last; raise FormatError if the leaf does not have these rows.
 
     Args:
-        path: The file, for messages.
+        path: The file, or the record of it, for messages.
         key: Key of the leaf, for messages.
         shape: Its shape. A scalar counts as one row.
         begin: First row.

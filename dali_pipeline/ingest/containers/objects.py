@@ -239,8 +239,8 @@ class ObjectContainer:
                 f"{self.path}{where}, {key or 'its content'} is no array; it holds {', '.join(under) or 'nothing'}"
             )
         if leaf.dtype == OBJECT:
-            raise not_taken(Path(f"{self.path}{where}"), leaf)
-        begin, end = row_range(Path(f"{self.path}{where}"), key, leaf.shape, begin, end)
+            raise not_taken(f"{self.path}{where}", leaf)
+        begin, end = row_range(f"{self.path}{where}", key, leaf.shape, begin, end)
         seen = self._seen(value)
         if isinstance(seen, View):
             return seen.rows(begin, end)
@@ -288,12 +288,15 @@ class Lazy(Sequence[Any]):
 
     def __init__(self, count: int, make: Callable[[int], Any]) -> None:
         self._count, self._make = count, make
+        self._last: tuple[int, Any] = (-1, None)  # all keys of a record are mostly read before the next
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, index: Any) -> Any:
-        return self._make(index)
+        if self._last[0] != index:
+            self._last = index, self._make(index)
+        return self._last[1]
 
 
 _MISSING: Any = object()

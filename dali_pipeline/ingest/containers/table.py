@@ -358,7 +358,7 @@ class _Part:
     def value(self, row: int, begin: int = 0, end: int | None = None) -> Array | list[str] | str:
         """Return rows of the value of a record."""
         first, last, shape = self._range(row)
-        begin, end = row_range(Path(self.what), "", shape, begin, end)
+        begin, end = row_range(self.what, "", shape, begin, end)
         if isinstance(self.values, np.ndarray):
             whole = self.values[first:last].reshape(shape)
             return whole[begin:end] if shape else whole

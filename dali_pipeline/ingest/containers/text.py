@@ -7,7 +7,6 @@ import io
 import json
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -65,8 +64,7 @@ class LinesContainer(ObjectContainer):
         self._source = Source(path, "JSON lines")
         self._begins, self._ends = self._lines()
         self.path = path
-        line = lru_cache(maxsize=8)(self._line)
-        super().__init__(path, Lazy(len(self._begins), line), _nothing, nbytes=self._source.size)
+        super().__init__(path, Lazy(len(self._begins), self._line), _nothing, nbytes=self._source.size)
 
     def _lines(self) -> tuple[list[int], list[int]]:
         """Return the first byte of each line that is not blank, and the byte after its last."""

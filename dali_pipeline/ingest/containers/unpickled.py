@@ -8,6 +8,7 @@ refused, because only a hostile file asks for them.
 from __future__ import annotations
 
 import io
+import mmap
 import pickletools
 import re
 import sys
@@ -32,6 +33,15 @@ OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how a file of torch.s
 ZIP = b"PK\x03\x04"
 EXPECTED = "tensors, arrays, lists, dicts, numbers, texts and plain objects"
 _LARGE_MEMO = re.compile(rb"r(?=([\x00-\xff]{3}[\x01-\xff]))|p(?=0*([1-9][0-9]{7,20})\n)")  # an object numbered 2**24 or more
+_STOP, _LONG_BINPUT, _PUT = b".rp"
+_ARGUMENTS = {ord(operation.code): operation.arg.n if operation.arg else 0 for operation in pickletools.opcodes}
+_LENGTHS = {
+    pickletools.TAKEN_FROM_ARGUMENT1: 1,
+    pickletools.TAKEN_FROM_ARGUMENT4: 4,
+    pickletools.TAKEN_FROM_ARGUMENT4U: 4,
+    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
+}  # bytes of the length before an argument
+_LINES = dict.fromkeys(b"ci", 2)  # operations whose argument is of two lines
 _WHAT = "a pickle"
 _MOST_CLASSES = 1000
 STORAGE = "torch.storage._load_from_bytes"
@@ -125,25 +135,44 @@ def refuse_large_memo(source: Source, pickles: int) -> None:
     Python's unpickler would fill memory for twice as many objects as the number says, whatever the size of the file.
 
     Args:
-        source: The bytes. Only a file with the pattern of such a number is parsed, which is slow.
+        source: The bytes. Their operations are followed only if they hold the pattern of such a number.
         pickles: Number of pickles from the first byte on.
     """
-    with source.file() as file, source.mapped() as data:
-        limit = source.size
-        if not any(_memo_number(found) > limit for found in _LARGE_MEMO.finditer(data)):
+    with source.mapped() as data:
+        if not any(_memo_number(found) > source.size for found in _LARGE_MEMO.finditer(data)):
             return
         try:
-            for _ in range(pickles):
-                for operation, argument, _ in pickletools.genops(file):
-                    if operation.name in ("LONG_BINPUT", "PUT") and int(argument or 0) > limit:
-                        raise FormatError(
-                            f"{source.path} was refused: it numbers an object {argument}; expected at most {limit}"
-                        )
-        except FormatError:
-            raise
-        except Exception as error:  # of a broken pickle, many kinds
-            reason = str(error).split("\n")[0][:99]
-            raise FormatError(f"{source.path} cannot be read as a pickle ({reason}): truncated, or something else") from None
+            number = _largest_memo(data, pickles)
+        except (IndexError, KeyError, ValueError):
+            raise FormatError(f"{source.path} cannot be read as a pickle: truncated, or something else") from None
+        if number > source.size:
+            raise FormatError(f"{source.path} was refused: it numbers an object {number}; expected at most {source.size}")
+
+
+def _largest_memo(data: bytes | mmap.mmap, pickles: int) -> int:
+    """Return the largest number that pickles give an object; raise IndexError, KeyError or ValueError for a broken one."""
+    position, largest = 0, 0
+    for _ in range(pickles):
+        operation = 0
+        while operation != _STOP:
+            operation = data[position]
+            position += 1
+            nbytes = _ARGUMENTS[operation]
+            if nbytes >= 0:
+                if operation == _LONG_BINPUT:
+                    largest = max(largest, int.from_bytes(data[position : position + 4], "little"))
+                position += nbytes
+            elif nbytes in _LENGTHS:
+                begin = position + _LENGTHS[nbytes]
+                position = begin + int.from_bytes(data[position:begin], "little")
+            else:
+                for _ in range(_LINES.get(operation, 1)):
+                    begin, position = position, data.find(b"\n", position) + 1
+                    if not position:
+                        raise ValueError("no end of a line")
+                if operation == _PUT:
+                    largest = max(largest, int(data[begin : position - 1]))
+    return largest
 
 
 def _memo_number(found: re.Match[bytes]) -> int:

@@ -24,6 +24,7 @@ from dali_pipeline.ingest.layouts.recipe import Recipe
 from dali_pipeline.ingest.layouts.resolve import by_suffix, candidates
 from dali_pipeline.ingest.sources import Source
 from dali_pipeline.storage.stores import is_url
+from dali_pipeline.types import Kind
 from dali_pipeline.writing.split import SplitRule
 
 if TYPE_CHECKING:
@@ -166,7 +167,9 @@ def _how_taken(job: Job) -> Iterator[str]:
     schema, source = job.schema, job.source
     counts, labels, splits = _counted(job)
     yield f"would be taken as {source.reader.what}"
-    yield f"  records: {counts:,} in {len(source.files):,} {'file' if len(source.files) == 1 else 'files'}"
+    told_counts = " and ".join(f"{count:,} {kind}" for kind, count in counts.items())
+    counted = f"{counts[schema.kinds[0]]:,}" if len(counts) == 1 else told_counts
+    yield f"  records: {counted} in {len(source.files):,} {'file' if len(source.files) == 1 else 'files'}"
     for line in _fields(schema):
         yield f"  {line}"
     kind = schema.labels.kind
@@ -180,18 +183,22 @@ def _how_taken(job: Job) -> Iterator[str]:
     yield f"  bytes: about {_size(job.written_bytes)}, in about {_seconds(job)}"
 
 
-def _counted(job: Job) -> tuple[int, Counter[object], Counter[str]]:
-    """Return the number of records, and how many have each class and go to each split."""
+def _counted(job: Job) -> tuple[Counter[Kind], Counter[object], Counter[str]]:
+    """Return the number of records of each kind, and how many of the first kind have each class and go to each split."""
+    kinds: Counter[Kind] = Counter()
     labels: Counter[object] = Counter()
     splits: Counter[str] = Counter()
     for number, name in enumerate(job.source.names):
         if name in job.unreadable or not job.counts[number]:
             continue
         file, dealer = job.source.open(number), job.dealer_of(number)
+        kinds.update({kind: len(file) for kind in file.kinds})
+        if job.schema.kinds[0] not in file.kinds:
+            continue
         splits.update(dealer.of(group) for group in file.groups)
         if job.schema.labels.kind == "class":
             labels.update(file.labels)
-    return sum(job.counts), labels, splits
+    return kinds, labels, splits
 
 
 def _fields(schema: Schema) -> Iterator[str]:

@@ -16,9 +16,10 @@ import numpy as np
 from dali_pipeline.errors import FormatError, UsageError
 from dali_pipeline.format.record import Graphs
 from dali_pipeline.format.schema import TAKEN, TAKEN_PARTS
-from dali_pipeline.ingest.containers.base import BFLOAT16, OBJECT, TEXT, Container, Leaf, open_container
+from dali_pipeline.ingest.containers.base import BFLOAT16, OBJECT, TEXT, Container, Leaf
 from dali_pipeline.ingest.foreign import ForeignFile, Values, as_text
 from dali_pipeline.ingest.layouts.labels import NO_LABEL, LabelRule, label_rule, read_labels, record_entries
+from dali_pipeline.ingest.layouts.opening import opened
 from dali_pipeline.ingest.layouts.parts import Part
 from dali_pipeline.ingest.layouts.plan import Plan, RecordAxes, from_table, own_name
 from dali_pipeline.ingest.layouts.recipe import Recipe
@@ -45,9 +46,9 @@ class GraphPlan(Plan):
     weight: str | None
     targets: Targets
 
-    def open(self, path: Path, name: str) -> ForeignFile:
+    def open(self, path: Path, name: str, local: Path | None = None) -> ForeignFile:
         """Read names and labels of a file; raise FormatError if it does not follow the plan."""
-        return _open(self, self.parts[path], own_name(path, name))
+        return _open(self, self.part(path, local), own_name(path, name))
 
 
 def is_graph(leaves: Mapping[str, Leaf]) -> bool:
@@ -130,7 +131,7 @@ def _samples(files: Sequence[Path]) -> list[dict[str, Leaf]]:
     error: FormatError | None = None
     for path in files[:: max(1, len(files) // SAMPLED)]:
         try:
-            container = open_container(path)
+            container = opened(path)
         except FormatError as caught:
             error = error or caught
             continue
@@ -189,7 +190,7 @@ def _labels(files: Sequence[Path], label: str) -> list[Any]:
     values: list[Any] = []
     for path in files:
         try:
-            container = open_container(path)
+            container = opened(path)
         except FormatError:
             continue
         try:
@@ -209,7 +210,7 @@ def _column(container: Container, key: str) -> list[Any]:
 
 
 def _count(path: Path) -> int:
-    container = open_container(path)
+    container = opened(path)
     try:
         return 1 if container.records is None else len(container.records)
     finally:
@@ -217,7 +218,7 @@ def _count(path: Path) -> int:
 
 
 def _open(plan: GraphPlan, part: Part, name: str) -> ForeignFile:
-    container = open_container(part.path)
+    container = opened(part.path)
     try:
         count = 1 if container.records is None else len(container.records)
         recipe = plan.recipe
@@ -251,7 +252,7 @@ def _texts(path: Path, container: Container, key: str) -> list[str]:
 
 
 def _values(plan: GraphPlan, path: Path) -> Iterator[Values]:
-    container = open_container(path)
+    container = opened(path)
     try:
         for record in range(1 if container.records is None else len(container.records)):
             number = None if container.records is None else record

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dali_pipeline.errors import FormatError, PipelineError, UsageError
-from dali_pipeline.ingest.containers.base import TEXT, Leaf, open_container
+from dali_pipeline.ingest.containers.base import TEXT, Leaf
 from dali_pipeline.ingest.layouts.graphs import graph_files, graph_plan, is_graph
+from dali_pipeline.ingest.layouts.opening import opened
 from dali_pipeline.ingest.layouts.parts import stem_of, suffix_of
 from dali_pipeline.ingest.layouts.plan import Plan
 from dali_pipeline.ingest.layouts.recipe import Recipe
@@ -60,7 +61,7 @@ def is_of_today(what: str, path: Path) -> bool:
     if suffix not in ("npz", "parquet", "arrow", "pkl") or "lstm_solo" in what:
         return True
     try:
-        container = open_container(path)
+        container = opened(path)
     except (PipelineError, ImportError):
         return True
     try:
@@ -271,7 +272,7 @@ def _states_and_scores(look: Look) -> Known | None:
     shapes: dict[str, tuple[int, ...]] = {}
     for path in look.files:
         _, leaves, _ = first_leaves([path])
-        if len(leaves) == 1:
+        if len(leaves) == 1 and (len(leaves[0].shape) > 2 or "float" in leaves[0].dtype):
             shapes[path.name.removesuffix(".npy")] = leaves[0].shape
     states = [name for name, shape in shapes.items() if len(shape) in (2, 3) and shape[-1] > 1]
     flat = [name for name, shape in shapes.items() if len(shape) == 1 or (len(shape) == 2 and shape[1] == 1)]

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dali_pipeline.errors import FormatError, UsageError
-from dali_pipeline.ingest.containers.base import GZIP, SUFFIXES, Container, Leaf, open_container
+from dali_pipeline.ingest.containers.base import GZIP, SUFFIXES, Container, Leaf
 from dali_pipeline.ingest.layouts.keyed import PLACEHOLDER, KeyedRecords
+from dali_pipeline.ingest.layouts.opening import opened
 from dali_pipeline.ingest.layouts.recipe import nearest
 from dali_pipeline.types import Array
 
@@ -35,6 +36,7 @@ class Part:
         path: The part's own file, by which it is named.
         places: Places of each quantity, such as "sequence" or "step.token_ids"; several places are the layers, in order.
         row: Number that {row} stands for, or None.
+        listed: Path by which the source lists a file that was fetched; None if it is `path`.
         keyed: KEY whose placeholders name the records of the file, or None.
     """
 
@@ -42,12 +44,21 @@ class Part:
     places: Mapping[str, tuple[Place, ...]]
     row: int | None = None
     keyed: str | None = None
+    listed: Path | None = None
 
     @property
     def beside(self) -> list[Path]:
         """The files besides the part's own one, each once."""
         files = [place.file for places in self.places.values() for place in places if place.file is not None]
         return [path for path in dict.fromkeys(files) if path != self.path]
+
+
+def moved(part: Part, local: Path) -> Part:
+    """Return a part whose own file was fetched to another path; raise FormatError if it has files beside it."""
+    if part.beside:
+        raise FormatError(f"{part.path} is read with {part.beside[0].name}; expected files that are here: copy them first")
+    places = {name: tuple(Place(None, place.key) for place in found) for name, found in part.places.items()}
+    return Part(path=local, places=places, row=part.row, keyed=part.keyed, listed=part.path)
 
 
 class OpenPart:
@@ -62,7 +73,7 @@ class OpenPart:
         """Return one of the part's files, opened; by default its own."""
         path = self.path if file is None else file
         if path not in self._containers:
-            container = open_container(path)
+            container = opened(path)
             if self.part.keyed is not None and path == self.path:
                 templates = [place.key for places in self.part.places.values() for place in places if place.file is None]
                 container = KeyedRecords(container, pattern_of(self.part.keyed), templates)
@@ -174,8 +185,8 @@ def layers_of(key: str, found: Iterable[int], where: str) -> tuple[int, ...]:
     """Return layer numbers in order; raise FormatError for a number that is missing among consecutive ones."""
     numbers = sorted(set(found))
     steps = np.diff(numbers)
-    if len(steps) and np.median(steps) == 1 and steps.max() > 1:
-        missing = numbers[int(steps.argmax())] + 1
+    if len(steps) and steps.min() == 1 < steps.max():  # 3, 9, 12 are a choice; 3, 4, 6 lack a file
+        missing = numbers[int((steps > 1).argmax())] + 1
         raise FormatError(
             f"{where} has no {filled(key, {LAYER: str(missing)})}, but the layers {_listed(numbers)}; expected no gap"
         )

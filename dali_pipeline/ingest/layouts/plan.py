@@ -25,7 +25,7 @@ from dali_pipeline.ingest.foreign import (
     without_padding,
 )
 from dali_pipeline.ingest.layouts.labels import LabelRule, LabelTable, per_record, record_entries
-from dali_pipeline.ingest.layouts.parts import OpenPart, Part, Place, stem_of
+from dali_pipeline.ingest.layouts.parts import OpenPart, Part, Place, moved, stem_of
 from dali_pipeline.ingest.layouts.recipe import Recipe
 from dali_pipeline.types import Array
 
@@ -114,9 +114,13 @@ class Plan:
         """What a restart compares: the recipe, and the contents of the table of labels."""
         return self.recipe.facts(), "" if self.table is None else self.table.digest
 
-    def open(self, path: Path, name: str) -> ForeignFile:
+    def part(self, path: Path, local: Path | None) -> Part:
+        """Return the part of a file; `local` is where the file was fetched to, or None."""
+        return self.parts[path] if local is None else moved(self.parts[path], local)
+
+    def open(self, path: Path, name: str, local: Path | None = None) -> ForeignFile:
         """Read names and labels of a part; raise FormatError if it does not follow the recipe."""
-        return open_part(self, self.parts[path], own_name(path, name))
+        return open_part(self, self.part(path, local), own_name(path, name))
 
 
 def own_name(path: Path, name: str) -> str:
@@ -185,7 +189,7 @@ def from_table(plan: Plan, part: Part, names: Sequence[str]) -> list[Any]:
     assert plan.table is not None
     if plan.table.rows is not None:
         return [plan.table.of(f"{part.path}: record {name!r}", name) for name in names]
-    begin = plan.starts[part.path]
+    begin = plan.starts[part.listed or part.path]
     return plan.table.values[begin : begin + len(names)]
 
 

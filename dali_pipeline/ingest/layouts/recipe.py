@@ -130,6 +130,8 @@ class Recipe:
         mine = self.facts()
         given = other.facts() | mine
         given["fields"] = tuple((dict(other.fields) | dict(self.fields)).items())
+        if {"label", "labels_from", "label_threshold", "label_above"} & mine.keys():
+            given["label_kind"] = self.label_kind  # whoever names labels wants some
         for names in (("label", "labels_from"), ("label_threshold", "label_above")):
             if any(name in mine for name in names):
                 given |= {name: mine.get(name) for name in names}
@@ -184,7 +186,8 @@ def read_recipe(path: Path) -> Recipe:
         if name not in NAMES:
             near = difflib.get_close_matches(name, NAMES, 1, 0.0)[0]
             raise UsageError(f"{path} has the unknown name {written!r}; the nearest is {near!r}, of {', '.join(sorted(NAMES))}")
-        given[NAMES[name]] = _value(path, name, value)
+        if value not in ("", "null", "~"):
+            given[NAMES[name]] = _value(path, name, value)
     try:
         recipe = Recipe(**given)
     except UsageError as error:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dali_pipeline.errors import DataError, FormatError, UsageError
-from dali_pipeline.ingest.containers.base import OBJECT, SUFFIXES, TEXT, Leaf, open_container
+from dali_pipeline.ingest.containers.base import OBJECT, SUFFIXES, TEXT, Leaf
 from dali_pipeline.ingest.containers.raw import sidecar_of
 from dali_pipeline.ingest.layouts.keyed import PLACEHOLDER
 from dali_pipeline.ingest.layouts.labels import (
@@ -24,6 +24,7 @@ from dali_pipeline.ingest.layouts.labels import (
     label_rule,
     read_labels,
 )
+from dali_pipeline.ingest.layouts.opening import opened
 from dali_pipeline.ingest.layouts.parts import (
     LAYER,
     OpenPart,
@@ -85,7 +86,7 @@ def first_leaves(files: Sequence[Path]) -> tuple[Path, list[Leaf], bool]:
     error: FormatError | None = None
     for path in files[:TRIED]:
         try:
-            container = open_container(path)
+            container = opened(path)
         except FormatError as caught:
             error = error or caught
             continue
