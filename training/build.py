@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from dali_pipeline import Dataset, GraphBatch, GraphLoader, Schema, SequenceBatch, SequenceLoader
-from dali_pipeline.format.layers import parse_layers
+from dali_pipeline.format.layers import parse_layers, to_positions
 from dali_pipeline.loaders.loader import Loader
 from dali_pipeline.loaders.options import NumWorkers, OnNan
 from dali_pipeline.loaders.sidestream import to_device
@@ -53,11 +53,20 @@ def make_loader(
     return SequenceLoader(data, **common) if name == "lstm" else GraphLoader(data, **common)
 
 
+def step_features(schema: Schema, config: TrainConfig) -> int:
+    """Return the number of features of a step as the model sees it, with the chosen layers if an axis of it is named layer."""
+    assert schema.sequence is not None
+    shape = list(schema.sequence.shape)
+    if schema.layer_axis is not None:
+        numbers = schema.layers or range(shape[schema.layer_axis])
+        shape[schema.layer_axis] = len(to_positions(parse_layers(config.layers), numbers))
+    return int(np.prod(shape))
+
+
 def build_model(name: ModelName, schema: Schema, classes: int, config: TrainConfig) -> nn.Module:
     """Return the detector for a schema and a number of classes."""
     if name == "lstm":
-        assert schema.sequence is not None
-        return LSTMDetector(int(np.prod(schema.sequence.shape)), classes, dropout=config.dropout)
+        return LSTMDetector(step_features(schema, config), classes, dropout=config.dropout)
     assert schema.x is not None
     features = int(np.prod(schema.x.shape))
     edges = int(np.prod(schema.edge_attr.shape)) if schema.edge_attr is not None else 1

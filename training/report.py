@@ -34,7 +34,8 @@ def prediction_table(
 ) -> pa.Table:
     """Return a table with the columns id, group, label, score, split; for C classes score_0 … instead of score."""
     columns = {"id": pa.array(ids, pa.string()), "group": pa.array([group.decode() for group in groups], pa.string())}
-    columns["label"] = pa.array(np.asarray(labels), pa.int64())
+    classes = np.asarray(labels)
+    columns["label"] = pa.array(classes, pa.int64(), mask=classes < 0)  # null without classes
     if scores.ndim == 1:
         columns["score"] = pa.array(scores)
     else:

@@ -23,7 +23,7 @@ class Scored:
         ids: R texts.
         positions: (R,) int64.
         logits: (R, K) float32.
-        labels: (R,) int64.
+        labels: (R,) int64; -1 for records of a data set without classes.
         losses: (R,) float32; NaN if they were not asked for.
     """
 
@@ -79,10 +79,17 @@ def score_batches(model: nn.Module, loader: Loader[Any], precision: str, *, with
         yield coming()
 
 
+def _classes(batch: Batch) -> torch.Tensor:
+    """Return the classes of a batch, (B,) int64; -1 for records of a data set without classes."""
+    if batch.labels is None or batch.labels.dtype != torch.int64:
+        return torch.full(batch.valid.shape, -1, dtype=torch.int64, device=batch.valid.device)
+    return batch.labels
+
+
 def _on_the_way(batch: Batch, logits_BK: torch.Tensor, losses_B: torch.Tensor) -> Callable[[], Scored]:
     """Begin to copy a batch's results to the CPU; return a function that waits for the copies and returns the scores."""
     ids, positions = batch.ids, batch.positions
-    copies = [values.to("cpu", non_blocking=True) for values in (batch.valid, batch.labels, logits_BK, losses_B)]
+    copies = [values.to("cpu", non_blocking=True) for values in (batch.valid, _classes(batch), logits_BK, losses_B)]
     copied = torch.cuda.current_stream(logits_BK.device).record_event() if logits_BK.is_cuda else None
 
     def scored() -> Scored:

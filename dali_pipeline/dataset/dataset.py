@@ -256,6 +256,10 @@ class Dataset:
         if kind == "sequences" and self.schema.layers:
             return list(self.schema.layers)
         numbers = self.manifest.source.get("layers" if kind == "sequences" else "graph_layers")
+        if numbers is None and kind == "graphs" and self.schema.layers:
+            count = len(self.schema.layers)
+            bounds = self.select(self.splits[0], kind).bounds("graph")
+            return list(self.schema.layers) if bounds == (count, count) else None
         known = isinstance(numbers, list) and bool(numbers) and all(type(number) is int and number >= 0 for number in numbers)
         return list(numbers) if known and numbers is not None else None
 

@@ -62,7 +62,9 @@ def mix(datasets: Sequence[Dataset], weights: Sequence[float] | None = None) -> 
         split: {kind: _sum([data.label_counts(split, kind) for data in sets]) for kind in kinds}
         for split, kinds in selections.items()
     }
-    return View(sets[0].root, replace(sets[0].manifest, statistics=None), digest, selections, counts, mixed=True)
+    return View(
+        sets[0].root, replace(sets[0].manifest, statistics=None, node_statistics=None), digest, selections, counts, mixed=True
+    )
 
 
 def _checked(datasets: Sequence[Dataset], weights: Sequence[float] | None) -> tuple[list[Dataset], list[float]]:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dali_pipeline.errors import UsageError
-from dali_pipeline.format.encoding import BFLOAT16, TEXT, Scale, decode, scale_for, storage
+from dali_pipeline.format.encoding import BFLOAT16, TEXT, Scale, decode, encode, scale_for, storage
 from dali_pipeline.format.label import Label
 from dali_pipeline.format.layout import ByLayer
 from dali_pipeline.runtime.checks import MOST, real, shown, whole
@@ -135,8 +135,9 @@ class Field:
 
     def _check_pad(self) -> None:
         real_type = self.dtype.startswith(("float", "bfloat"))
-        pad = real("pad", self.pad, "a number", finite=False)
-        if self.dtype == TEXT or (not real_type and not np.array_equal(np.array(pad).astype(self.storage), pad)):
+        given = int(self.pad) if isinstance(self.pad, bool) and self.dtype == "bool" else self.pad
+        pad = real("pad", given, "a finite number")
+        if self.dtype == TEXT or (encode(np.array([pad]), self.dtype, None)[1] if self.dtype != TEXT else True):
             raise UsageError(f"pad is {shown(self.pad)} for {self.dtype}; expected a value of that type")
         object.__setattr__(self, "pad", pad if real_type else int(pad))
 

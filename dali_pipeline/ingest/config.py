@@ -10,7 +10,7 @@ import xxhash
 
 from dali_pipeline.errors import UsageError
 from dali_pipeline.format.layers import Layers
-from dali_pipeline.format.schema import LEVELS, level_of
+from dali_pipeline.format.schema import LEVELS, SEQUENCE_LEVELS, level_of
 from dali_pipeline.ingest.dealing import splits_in_names
 from dali_pipeline.ingest.layouts.recipe import Recipe
 from dali_pipeline.ingest.own import OWN
@@ -67,7 +67,7 @@ class ConvertConfig:
     def __post_init__(self) -> None:
         for name, dtype in self.dtypes.items():
             known = DTYPES if name == "sequence" else DTYPES[:-1]
-            if dtype not in known or not (name in FIELDS or level_of(name) in LEVELS):
+            if dtype not in known or not (name in FIELDS or level_of(name) in (*LEVELS, *SEQUENCE_LEVELS)):
                 raise UsageError(
                     f"dtype is {self.dtype!r}; expected {', '.join(DTYPES)}, or by field, of "
                     f"{', '.join(FIELDS)} or a further field, such as sequence=int8,x=float16; int8 for sequences alone"

@@ -181,10 +181,15 @@ def _own_schema(data: Dataset, config: ConvertConfig) -> tuple[Schema, LayerChoi
     numbers = {kind: layer_numbers for kind in data.schema.kinds if (layer_numbers := data.layer_numbers(kind)) is not None}
     choice = LayerChoice(layers=config.layers, numbers=numbers)
     retyped = {
-        name: field if name not in config.dtypes else Field(dtype=config.dtypes[name], shape=field.shape)
+        name: field if name not in config.dtypes else replace(field, dtype=config.dtypes[name])
         for name, field in {**data.schema.of_graphs, **data.schema.step_fields, **data.schema.record_fields}.items()
     }
     sequence = data.schema.sequence
+    has_layers = data.schema.layer_axis is not None or data.schema.steps == "layer" or data.manifest.version == 1
+    if sequence is not None and config.layers is not None and not has_layers:
+        raise UsageError(f"{data.root} has no axis named layer: its steps are named {data.schema.steps!r}; leave --layers out")
+    if sequence is not None and config.by_layer and data.schema.layer_axis is not None:
+        raise UsageError(f"{data.root} has an axis named layer, so its layers lie apart already; leave --by-layer out")
     if sequence is not None:
         lengths = [table.rows["step"] for split in data.splits if len(table := data.table(split, "sequences"))]
         steps = max((longest for _, longest in lengths), default=0)

@@ -160,13 +160,15 @@ class Collator:
     def _values(self, array: Array, field: Field, *, activations: bool) -> torch.Tensor:
         """Return stored rows of a field on the device.
 
-        Activations become `dtype`. Other real numbers become `dtype` or stay wider; whole numbers become int64.
+        Activations become `dtype`. Other real numbers become `dtype` or stay wider; whole numbers become int64, bools stay.
         """
         bits = field.dtype == BFLOAT16
         stored = self._move(array.view("int16")).view(torch.bfloat16) if bits else self._move(array)
         dtype = self._dtype
-        if not activations:
-            dtype = torch.promote_types(stored.dtype, dtype) if stored.is_floating_point() else torch.int64
+        if not activations and stored.is_floating_point():
+            dtype = torch.promote_types(stored.dtype, dtype)
+        elif not activations:
+            dtype = torch.bool if stored.dtype == torch.bool else torch.int64
         unchanged = stored.dtype == dtype and not self._copies
         if self._device.type != "cpu" or unchanged or not stored.numel():
             return stored.to(dtype)

@@ -413,7 +413,7 @@ class SequenceSource(BatchSource):
     def _padded_rows(field: Field, lengths: Ints, sizes: Ints, starts: Ints) -> Array:
         """Return memory for a step field, (sum of sizes, *row), with the padding of records shorter than their size."""
         out = np.empty((int(sizes.sum()), *field.shape), field.storage)
-        pad = 0 if field.pad is msgspec.UNSET else encode(np.array(field.pad), field.dtype, None)[0]
+        pad = 0 if field.pad is msgspec.UNSET else encode(np.array([field.pad]), field.dtype, None)[0][0]
         for record in np.flatnonzero(lengths < sizes).tolist():
             out[starts[record] + lengths[record] : starts[record] + sizes[record]] = pad
         return out

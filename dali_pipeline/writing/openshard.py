@@ -48,6 +48,7 @@ class Stack(NamedTuple):
         """Return the sequences in the schema's type; raise DataError that names the first record that does not fit."""
         if schema.sequence is None:
             raise DataError(f"record {self.ids[0]!r} has a sequence, and the schema none; expected {' or '.join(schema.kinds)}")
+        check_layers(self.ids[0], self.sequences.shape[1], schema)
         head = Record(id=self.ids[0], label=self.labels[0], sequence=self.sequences[0])
         if sequence_rows(head, schema.sequence) is head.sequence:
             return self.sequences  # all have the schema's type and shape
@@ -184,6 +185,7 @@ def record_arrays(record: Record, schema: Schema, kind: Kind) -> tuple[dict[str,
     if kind == "sequences":
         assert schema.sequence is not None
         rows = sequence_rows(record, schema.sequence)
+        check_layers(record.id, len(rows), schema)
         own = {"sequence": rows, "sequence.counts": np.array([len(rows)])}
         return own | named_rows(record, schema, kind, len(rows)), {"step": len(rows)}
     graphs = graph_rows(record, schema)
@@ -199,6 +201,15 @@ def record_arrays(record: Record, schema: Schema, kind: Kind) -> tuple[dict[str,
         arrays["edge_attr"] = graphs.edge_attr
     arrays |= {**graphs.fields, **named_rows(record, schema, kind, 0)}
     return arrays, {"graph": len(graphs.node_counts), "node": len(graphs.x), "edge": graphs.edge_index.shape[1]}
+
+
+def check_layers(record_id: str, steps: int, schema: Schema) -> None:
+    """Raise DataError if the steps of a sequence are layers with numbers, and there are more or fewer than these."""
+    if schema.steps == "layer" and schema.layers and steps != len(schema.layers):
+        numbers = len(schema.layers)
+        raise DataError(
+            f"record {record_id!r}, sequence has {steps} steps; expected {numbers}, as layers has {numbers} numbers"
+        )
 
 
 def _offsets(counts: Array) -> Array:

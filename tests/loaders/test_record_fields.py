@@ -372,7 +372,11 @@ def test_schemas_that_make_no_sense(options: dict[str, Any], words: str) -> None
         ({"axes": ("a", "a"), "shape": (2, 2)}, "all different"),
         ({"axes": "ab", "shape": (2, 2)}, "expected names such as"),
         ({"pad": 1.5}, "pad is 1.5 for int8; expected a value of that type"),
-        ({"pad": "x"}, "pad is 'x'; expected a number"),
+        ({"pad": "x"}, "pad is 'x'; expected a finite number"),
+        ({"pad": float("-inf"), "dtype": "float32"}, "pad is -inf; expected a finite number"),
+        ({"pad": 1e9, "dtype": "float16"}, "for float16; expected a value of that type"),
+        ({"pad": 1e300, "dtype": "bfloat16"}, "for bfloat16; expected a value of that type"),
+        ({"pad": 300}, "pad is 300 for int8; expected a value of that type"),
         ({"dtype": "text", "shape": (2,)}, "one text per record"),
     ],
 )
@@ -520,3 +524,73 @@ def test_nodes_have_statistics_with_their_number(tmp_path: Path) -> None:
     assert statistics.count == (240, 240)
     assert data.manifest.statistics is not None
     assert set(data.manifest.statistics.count) == {sum(1 + n % 7 for n in range(60))}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "pad"), [("bfloat16", 1.5), ("float16", -2), ("bool", True), ("uint32", 7), ("float64", 0.1)]
+)
+def test_padding_has_the_value_asked_for(tmp_path: Path, dtype: str, pad: Any) -> None:
+    fields = {"step.a": dp.Field(dtype=dtype, shape=(2,), pad=pad), "step.long": dp.Field(dtype=dtype, shape=(40,), pad=pad)}
+    schema = dp.Schema(sequence=dp.Field(dtype="float32", shape=(1,)), fields=fields)
+    with dp.ShardWriter(tmp_path / "set", schema, split=ALL) as writer:
+        for number in range(4):
+            rows = {"step.a": np.zeros((number + 1, 2)), "step.long": np.zeros((number + 1, 40))}
+            writer.write({"id": number, "label": 0, "sequence": np.ones((number + 1, 1)), "fields": rows})
+    for batch in dp.SequenceLoader(dp.open_dataset(tmp_path / "set"), batch_size=4, on_nan="raise"):
+        for row, length in enumerate(batch.lengths.tolist()):
+            for name in ("a", "long"):
+                assert not batch.fields[name][row, :length].any()
+                assert (batch.fields[name][row, length:] == torch.tensor(pad, dtype=batch.fields[name].dtype)).all()
+
+
+def test_layers_with_numbers_are_as_many_in_every_record(tmp_path: Path) -> None:
+    schema = dp.Schema(sequence=dp.Field(dtype="float32", shape=(1,)), step_axis="layer", layers=(1, 2, 3))
+    writer = dp.ShardWriter(tmp_path / "set", schema, split=ALL)
+    with pytest.raises(dp.DataError, match="record 'r4', sequence has 4 steps; expected 3, as layers has 3 numbers"):
+        writer.write({"id": "r4", "label": 0, "sequence": np.ones((4, 1))})
+
+
+def test_layers_mean_the_same_in_graphs(tmp_path: Path) -> None:
+    field = dp.Field(dtype="float32", shape=(3, 1), axes=("layer", "feature"))
+    schema = dp.Schema(
+        sequence=field,
+        x=dp.Field(dtype="float32", shape=(1,)),
+        step_axis="token",
+        layers=(1, 2, 4),
+        fields={"node.masked": dp.Field(dtype="bool")},
+    )
+    with dp.ShardWriter(tmp_path / "set", schema, split=ALL) as writer:
+        for number in range(6):
+            graphs = dp.Graphs(
+                x=np.array([[1.0], [2.0], [4.0]]),
+                edge_index=np.zeros((2, 0), np.int64),
+                edge_attr=None,
+                node_counts=np.ones(3, np.int64),
+                edge_counts=np.zeros(3, np.int64),
+                fields={"node.masked": np.array([True, False, True])},
+            )
+            rows = np.tile(np.array([1.0, 2.0, 4.0])[:, None], (2, 1, 1))
+            writer.write({"id": number, "label": 0, "sequence": rows, "graphs": graphs})
+    data = dp.open_dataset(tmp_path / "set")
+    for layer in (1, 2, 4):
+        assert all((batch.sequences == layer).all() for batch in dp.SequenceLoader(data, layers=[layer], batch_size=2))
+        for batch in dp.GraphLoader(data, layers=[layer], batch_size=2):
+            assert (batch.graphs.x == layer).all()
+            assert batch.graphs.masked.dtype == torch.bool
+            assert (batch.graphs.masked == (layer != 2)).all()
+    assert dp.mix([data]).manifest.node_statistics is None
+
+
+def test_what_convert_cannot_do_with_axes_is_said(tmp_path: Path) -> None:
+    tokens = written(tmp_path / "tokens", layered=False, count=5)
+    with pytest.raises(dp.UsageError, match="has no axis named layer: its steps are named 'token'; leave --layers out"):
+        convert(tokens.folder, tmp_path / "a", ConvertConfig(num_workers=1, layers=[0]))
+    layers = written(tmp_path / "layers", layered=True, count=5)
+    with pytest.raises(dp.UsageError, match="its layers lie apart already; leave --by-layer out"):
+        convert(layers.folder, tmp_path / "b", ConvertConfig(num_workers=1, by_layer=True))
+    narrow = convert(layers.folder, tmp_path / "c", ConvertConfig(num_workers=1, dtype="record.score=bfloat16", layers=[1, 3]))
+    assert narrow.schema.record_fields["record.score"].dtype == "bfloat16"
+    assert narrow.schema.sequence is not None
+    assert narrow.schema.sequence.shape == (2, 3)
+    expected = make_record(int(narrow.record("train", 0).id[1:]), layered=True)["sequence"][:, [1, 3]]
+    np.testing.assert_array_equal(narrow.record("train", 0).sequence, expected)
