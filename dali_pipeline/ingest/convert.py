@@ -112,7 +112,8 @@ def convert(src: Path, dst: Path, config: ConvertConfig | None = None, remote: R
                 for number, (part, contents, left_out) in results:
                     writer.adopt(part, contents, number + 1, left_out)
         source.check_unchanged()
-        if job.schema.step_axis == "layer" and not job.schema.layers and writer.steps[0] != writer.steps[1]:
+        named_by_us = source.reader is not OWN and job.schema.step_axis == "layer" and not job.schema.layers
+        if named_by_us and writer.steps[0] != writer.steps[1]:
             writer.schema = replace(job.schema, step_axis="step")  # sequences of different lengths lie along no layers
         writer.rule = job.rule
     return open_dataset(dst)
