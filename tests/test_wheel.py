@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from dali_pipeline.cli.versions import TRIED
+
 ROOT = Path(__file__).parent.parent
 PINS = [line for path in ROOT.glob("requirements*.txt") for line in path.read_text().splitlines()]
 LOOP = """
@@ -60,6 +62,13 @@ def test_the_ranges_hold_what_the_tests_run_with() -> None:
             checked += 1
     assert checked > 12
     assert "matplotlib" not in str(project["dependencies"])
+
+
+def test_versions_names_what_the_tests_run_with() -> None:
+    pins = dict(re.findall(r"^([A-Za-z0-9_-]+)==(\S+)", "\n".join(PINS), re.MULTILINE))
+    for name, version in TRIED.items():
+        packages = ("nvidia-dali-cuda120", "nvidia-dali-cuda130") if name == "nvidia-dali" else (name,)
+        assert {pins[package] for package in packages if package in pins} == {version}, name
 
 
 @pytest.mark.slow

@@ -58,6 +58,7 @@ class LoaderOptions:
         one_of("on_nan", self.on_nan, get_args(OnNan))
         plain = {name: truth(name, getattr(self, name)) for name in TRUTHS}
         object.__setattr__(self, "batch_size", whole("batch_size", self.batch_size, 1))
+        object.__setattr__(self, "window_bytes", whole("window_bytes", self.window_bytes, 1, 2**62))
         if not (isinstance(self.num_workers, str) and self.num_workers == "auto"):
             expected = "'auto' or a whole number of at least 0"
             object.__setattr__(self, "num_workers", whole("num_workers", self.num_workers, expected=expected))

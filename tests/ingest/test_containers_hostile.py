@@ -316,6 +316,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BOMBS)
 def test_a_small_pickle_takes_little_memory(tmp_path: Path, case: str) -> None:
     (tmp_path / "a.pkl").write_bytes(BOMBS[case])
