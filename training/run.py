@@ -65,6 +65,8 @@ def train(job: Job, name: ModelName, earlier: Mapping[str, Sequence[HistoryRow]]
     checkpoint = job.processes.first(lambda: find_checkpoint(job.resume, job.folder, name))
     if checkpoint is not None:
         trainer.restore(checkpoint)
+        if first and not trainer.finished:
+            print(f"{name}: continues from {checkpoint} in epoch {trainer.epoch + 1} of {epochs}", flush=True)
     else:
         trainer.measure_threads()
         if first and job.conduct.threads == "auto":

@@ -266,7 +266,7 @@ def test_sigterm_and_sigkill_from_outside(
         ) as process:
             assert process.stdout is not None
             for line in process.stdout:
-                if "epoch" in line:
+                if "training loss" in line:
                     break
             time.sleep(0.3)
             began = time.monotonic()
@@ -286,6 +286,23 @@ def test_sigterm_and_sigkill_from_outside(
     assert len(curve(tmp_path / "whole")) == 6
     one, other = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("torn", "whole"))
     assert one == other
+
+
+def test_a_run_that_goes_on_says_from_where(
+    make: Callable[..., dp.Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--data", make(60).root, "--model", "lstm", "--epochs", 2, "--output-dir", tmp_path / "out")
+
+    def fails(_board: Any, _row: Any, trainer: Trainer) -> None:
+        trainer.writer.wait()
+        raise dp.DataError("the disk is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("training.run.note", fails)
+        assert call(patched, *arguments) == 2
+    assert "continues" not in capsys.readouterr().out
+    assert call(monkeypatch, *arguments) == 0
+    assert f"lstm: continues from {tmp_path / 'out' / 'lstm-last.pt'} in epoch 2 of 2\n" in capsys.readouterr().out
 
 
 def test_resume_takes_a_path_and_never_begins_anew(
