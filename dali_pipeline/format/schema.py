@@ -28,6 +28,7 @@ TAKEN = {"x", "edge_attr", "ptr", "face", "num_nodes", "num_edges", "num_graphs"
 TAKEN_PARTS = ("index", "batch", "adj")
 NAMED_DTYPES = ("bool", TEXT)  # of further fields alone; text of records alone
 FIELD_DTYPES = ("float16", BFLOAT16, "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
+_CLASS = Label()  # one for every record that is written
 
 
 def _is_free(name: str) -> bool:
@@ -302,7 +303,7 @@ class Schema:
     @property
     def labels(self) -> Label:
         """What a record's label is."""
-        return self.label or Label()
+        return self.label or _CLASS
 
     @property
     def steps(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 import reprlib
@@ -125,7 +126,9 @@ def list_files(root: Path) -> tuple[list[Path], list[Path]]:
 
 def files_named(root: Path, files: Iterable[Path], patterns: Sequence[str], skip: str = "(?!)") -> list[Path]:
     """Return the files whose names match one of the patterns, and do not match the regular expression `skip`."""
-    return [path for path in files if any(path.match(pattern) for pattern in patterns) and not re.match(skip, path.name)]
+    named = re.compile("|".join(fnmatch.translate(pattern) for pattern in patterns))
+    names = ((path, path.name) for path in files)
+    return [path for path, name in names if named.match(name) and not re.match(skip, name)]
 
 
 def in_natural_order(root: Path, paths: Iterable[Path]) -> list[Path]:

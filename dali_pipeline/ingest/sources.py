@@ -154,7 +154,7 @@ class Source:
         path, name, fetched = self.files[number], self.names[number], self._fetched(number)
         local_path = path if fetched is None else fetched.path
         with _named(path, local_path):
-            own_name = name.removesuffix("".join(path.suffixes[-1:]))
+            own_name = name.removesuffix(path.suffix)
             if self.plan is not None and fetched is not None:
                 file = self.plan.open(path, own_name, local_path)
             else:

@@ -80,15 +80,15 @@ class Container(Protocol):
         ...
 
 
-def suffix_of(path: Path) -> str:
-    """Return the suffix that decides on the family, without a final .gz, in lower case."""
-    name = path.name.lower()
-    return Path(name.removesuffix(GZIP)).suffix
+def suffix_of(name: str) -> str:
+    """Return the suffix of a file name that decides on the family, in lower case and without a final .gz."""
+    stem, dot, suffix = name.lower().removesuffix(GZIP).rpartition(".")
+    return f".{suffix}" if dot and stem and not stem.endswith("/") else ""
 
 
 def is_container(path: Path) -> bool:
     """Return whether the name is one that `open_container` knows; reads nothing."""
-    return suffix_of(path) in _FAMILIES
+    return suffix_of(path.name) in _FAMILIES
 
 
 def open_container(path: Path) -> Container:
@@ -101,7 +101,7 @@ def open_container(path: Path) -> Container:
         FormatError: The name has no suffix that is known, or the file is damaged or not what its name says.
         UsageError: The format needs an extra that is not installed.
     """
-    suffix = suffix_of(path)
+    suffix = suffix_of(path.name)
     if suffix in _FAMILIES:
         module, name = _FAMILIES[suffix]
         if module == "raw" and _is_torch(path):

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dali_pipeline.errors import FormatError, PipelineError, UsageError
-from dali_pipeline.ingest.containers.base import TEXT, Leaf
+from dali_pipeline.ingest.containers.base import TEXT, Leaf, suffix_of
 from dali_pipeline.ingest.layouts.graphs import graph_files, graph_plan, is_graph
 from dali_pipeline.ingest.layouts.opening import opened
-from dali_pipeline.ingest.layouts.parts import stem_of, suffix_of
+from dali_pipeline.ingest.layouts.parts import stem_of
 from dali_pipeline.ingest.layouts.plan import Plan
 from dali_pipeline.ingest.layouts.recipe import Recipe
 from dali_pipeline.ingest.layouts.resolve import BY_FLAGS, TABLES, by_suffix, candidates, first_leaves, make_plan

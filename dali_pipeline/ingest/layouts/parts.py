@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dali_pipeline.errors import FormatError, UsageError
-from dali_pipeline.ingest.containers.base import GZIP, SUFFIXES, Container, Leaf
+from dali_pipeline.ingest.containers.base import GZIP, SUFFIXES, Container, Leaf, suffix_of
 from dali_pipeline.ingest.layouts.keyed import PLACEHOLDER, KeyedRecords
 from dali_pipeline.ingest.layouts.opening import opened
 from dali_pipeline.ingest.layouts.recipe import nearest
@@ -155,12 +155,6 @@ def stem_of(name: str) -> str:
     plain = name[: -len(GZIP)] if name.lower().endswith(GZIP) else name
     suffix = suffix_of(name)
     return plain[: -len(suffix)] if suffix in SUFFIXES else plain
-
-
-def suffix_of(name: str) -> str:
-    """Return the suffix that tells a file's format, in lower case and without a final .gz."""
-    stem, dot, suffix = name.lower().removesuffix(GZIP).rpartition(".")
-    return f".{suffix}" if dot and stem and not stem.endswith("/") else ""
 
 
 def names_of(root: Path, path: Path) -> tuple[str, str, str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dali_pipeline.errors import DataError, FormatError, UsageError
-from dali_pipeline.ingest.containers.base import OBJECT, SUFFIXES, TEXT, Leaf
+from dali_pipeline.ingest.containers.base import OBJECT, SUFFIXES, TEXT, Leaf, suffix_of
 from dali_pipeline.ingest.containers.raw import sidecar_of
 from dali_pipeline.ingest.layouts.keyed import PLACEHOLDER
 from dali_pipeline.ingest.layouts.labels import (
@@ -40,7 +40,6 @@ from dali_pipeline.ingest.layouts.parts import (
     names_of,
     pattern_of,
     stem_of,
-    suffix_of,
 )
 from dali_pipeline.ingest.layouts.plan import Plan, RecordAxes, count_records, entries_of, open_part, record_axes
 from dali_pipeline.ingest.layouts.recipe import Recipe, nearest
