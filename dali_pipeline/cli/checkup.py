@@ -15,8 +15,7 @@ from rich.table import Table
 
 from dali_pipeline.cli.arguments import CacheBytes, CacheDir, SetArgument, parse_cache_bytes, parse_num_workers
 from dali_pipeline.errors import DataError, PipelineError, UsageError
-from dali_pipeline.runtime.progress import progress_bar
-from dali_pipeline.tools.describe import plain_console
+from dali_pipeline.runtime.progress import plain_console, progress_bar
 from dali_pipeline.types import Kind
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ import numpy as np
 import typer
 
 from dali_pipeline.errors import PipelineError
-from dali_pipeline.loaders.dali import check_dali, describe_dali, not_imported
 from dali_pipeline.runtime.machine import unusable_gpu
 from dali_pipeline.types import Array
 
@@ -70,10 +69,14 @@ def versions(names: tuple[str, ...] = FRAMEWORKS) -> Iterator[tuple[str, str, st
 
 
 def _installed(name: str) -> str:
+    from dali_pipeline.loaders.dali import describe_dali  # so that --help need not wait for the loaders
+
     return describe_dali() if name == "nvidia-dali" else str(_imported(name.replace("-", "_")).__version__)
 
 
 def _imported(name: str) -> Any:
+    from dali_pipeline.loaders.dali import not_imported
+
     try:
         return import_module(name)
     except Exception as error:  # a library that is built for other versions may raise anything
@@ -82,6 +85,8 @@ def _imported(name: str) -> Any:
 
 def check_fit() -> None:
     """Raise PipelineError if DALI and torch are built for different versions of CUDA, or torch cannot use the GPU."""
+    from dali_pipeline.loaders.dali import check_dali
+
     check_dali()
     if why := unusable_gpu():
         raise PipelineError(why)

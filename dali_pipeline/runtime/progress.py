@@ -1,4 +1,4 @@
-"""One progress bar for every long job: done of total, rate, time left. Silent if standard error is not a terminal."""
+"""What rich draws: one progress bar for every long job, silent if standard error is not a terminal; a console for tables."""
 
 from __future__ import annotations
 
@@ -46,3 +46,9 @@ def progress_bar(*extra: ProgressColumn) -> Progress:
         console=Console(stderr=True),
         disable=not sys.stderr.isatty(),
     )
+
+
+def plain_console() -> Console:
+    """Return standard output for tables; if it is piped, it is neither wrapped nor coloured."""
+    console = Console(highlight=False, markup=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=200)

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from dali_pipeline.dataset.dataset import Dataset
@@ -16,6 +15,7 @@ from dali_pipeline.reading.graphsource import GraphSource
 from dali_pipeline.reading.rows import SequenceRows
 from dali_pipeline.reading.source import SequenceSource
 from dali_pipeline.runtime.outside import readable
+from dali_pipeline.runtime.progress import plain_console
 from dali_pipeline.storage.files import Files
 from dali_pipeline.types import Array, Kind
 
@@ -253,12 +253,6 @@ def _labels_of(report: dict[str, Any], split: str) -> str:
     several = report["label"]["kind"] == "multilabel"
     total = max(1, max(report["splits"][split].values()) if several else sum(report["labels"][split].values()))
     return ", ".join(f"{label}: {count:,} ({count / total:.0%})" for label, count in report["labels"][split].items())
-
-
-def plain_console() -> Console:
-    """Return standard output for tables; if it is piped, it is neither wrapped nor coloured."""
-    console = Console(highlight=False, markup=False)
-    return console if console.is_terminal else Console(highlight=False, markup=False, width=200)
 
 
 def sparkline(counts: list[int]) -> str:

@@ -13,8 +13,8 @@ from dali_pipeline.dataset.dataset import Dataset
 from dali_pipeline.errors import DataError
 from dali_pipeline.format.manifest import ShardTable
 from dali_pipeline.runtime.outside import readable
+from dali_pipeline.runtime.progress import plain_console
 from dali_pipeline.sampling.order import WINDOW_BYTES
-from dali_pipeline.tools.describe import plain_console
 from dali_pipeline.tools.shufflequality import WINDOW_SHARES, Quality, measure
 from dali_pipeline.types import Kind
 
