@@ -210,6 +210,9 @@ class RecordsOnDisk(OnDiskDataset):  # type: ignore[misc]
             },
         )
 
+    def __del__(self) -> None:
+        self.close()
+
     def serialize(self, record: dict[str, Any]) -> dict[str, Any]:
         graphs = record["graphs"]
         return {
