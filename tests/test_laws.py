@@ -76,6 +76,7 @@ def budget(*, slow: bool = False, **options: Any) -> Asked:
         "refusals": [
             ({"max_nodes": 80}, "max_nodes 80; this loader has 60"),
             ({"max_edges": None}, "max_edges None; this loader has 70"),
+            ({"layers": [2, 0]}, "filled by the graphs 2,0; this loader fills them by the graphs that a record has"),
             ({"seed": 3}, "seed 3"),
             ({"num_partitions": 2}, "partitions 2"),
         ],
@@ -96,12 +97,19 @@ def steps(**options: Any) -> Asked:
         "refusals": [
             ({"max_steps": 50}, "max_steps 50; this loader has 40"),
             ({"count_padding": False}, "count_padding False; this loader has True"),
+            ({"steps": slice(0, -1)}, "filled by the steps 0:-1:1; this loader fills them by the steps that a record has"),
             ({"seed": 3}, "seed 3"),
             ({"num_partitions": 2}, "partitions 2"),
         ],
         "budget": True,
     }
     return Asked(options={"max_steps": 40, "window_bytes": 6000, **options}, case=case)
+
+
+def bucketed() -> Asked:
+    asked = sequences(engine="torch", bucket_by_length=True, window_bytes=10**6)
+    refusals = (*REFUSALS, ({"steps": [0, 1]}, "filled by the steps 0,1; this loader"))
+    return replace(asked, case={**asked.case, "refusals": refusals})
 
 
 def mixed(data: dp.Dataset, other: dp.Dataset) -> dp.Dataset:
@@ -153,7 +161,7 @@ KINDS: dict[str, Asked] = {
     "dali, no thread": replace(sequences(engine="dali", num_workers=0), only=FEW),
     "torch": sequences(engine="torch"),
     "torch, threads": replace(sequences(engine="torch", num_workers=3), only=FEW),
-    "bucket_by_length": sequences(engine="torch", bucket_by_length=True, window_bytes=10**6),
+    "bucket_by_length": bucketed(),
     "graphs": graphs(),
     "graphs, no thread": replace(graphs(num_workers=0), slow=True),
     "graphs, processes": graphs(num_workers=2, slow=True),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
+import xxhash
+
 from dali_pipeline.errors import DataError, UsageError
 
 Layers: TypeAlias = "slice | Sequence[int] | None"
@@ -68,6 +70,16 @@ def _asked(layers: Layers) -> str:
     if isinstance(layers, slice):
         return f"{layers.start or 0}:{'' if layers.stop is None else layers.stop}"
     return str(layers)
+
+
+def described(layers: Layers) -> str:
+    """Return the chosen layers as a text under 100 characters, equal for equal choices; empty for all."""
+    if layers is None or layers == slice(None):
+        return ""
+    if isinstance(layers, slice):
+        return ":".join("" if bound is None else str(bound) for bound in (layers.start, layers.stop, layers.step or 1))
+    text = ",".join(map(str, layers))
+    return text if len(text) < 60 else f"{len(layers)} of them, {xxhash.xxh3_64_hexdigest(text.encode())}"
 
 
 def parse_layers(text: str | None) -> Layers:

@@ -126,6 +126,7 @@ class GraphLoader(Loader[GraphBatch]):
         )
         super().__init__(data, options)
         layers = self._positions(options.layers, "graph")
+        self._fill_by(layers)
         if min_weight is not None:
             min_weight = _check_weight(min_weight, data.schema)
         self._source = source = GraphSource(

@@ -14,7 +14,7 @@ from dali_pipeline.dataset.dataset import Dataset
 from dali_pipeline.dataset.mix import reweighed
 from dali_pipeline.errors import DataError, PipelineError, UsageError
 from dali_pipeline.format.digest import Delivered, EpochDigest
-from dali_pipeline.format.layers import Layers, to_positions
+from dali_pipeline.format.layers import Layers, described, to_positions
 from dali_pipeline.loaders.device import resolve_device
 from dali_pipeline.loaders.options import LoaderOptions
 from dali_pipeline.loaders.state import LoaderState, StateError
@@ -100,6 +100,7 @@ class Loader(IterableDataset[Batch]):
         self._next = Position(0, 0)  # start of the next iterator
         self._len_epoch = 0  # the epoch whose steps `len` returns: chosen, in progress, or ended last
         self._loaded = False  # whether a loaded state waits for its iterator
+        self._counted = ""  # what of each record fills batches; `_fill_by`
         self._newest_iterator: object = None  # token of the iterator that began last
         self._delivered = Delivered(drawn=bool(self.selection.draws))  # records that the newest iterator delivered
         self.left_out: list[str] = []
@@ -130,6 +131,10 @@ class Loader(IterableDataset[Batch]):
         for name in names or ():
             if name not in known:
                 raise UsageError(f"fields has {name!r}; expected some of {', '.join(known) or 'none, as there are none'}")
+
+    def _fill_by(self, chosen: Layers) -> None:
+        """Keep in the state which steps, or graphs, of each record are read, if batches depend on their number."""
+        self._counted = described(chosen) if self.budgeted or self.order.bucket_by_length else ""
 
     def _positions(self, layers: Layers, axis: str) -> Layers:
         """Return the positions of the layers asked for, if the data set records the numbers of its layers; else `layers`."""
@@ -319,7 +324,8 @@ class Loader(IterableDataset[Batch]):
         to that epoch: a loader that loads it yields an empty rest of the epoch, then the next epoch.
         """
         epoch, step, cursors = self._position
-        return LoaderState(kind=self.kind, order=self.order, epoch=epoch, step=step, cursors=cursors).to_dict()
+        state = LoaderState(kind=self.kind, order=self.order, epoch=epoch, step=step, counted=self._counted, cursors=cursors)
+        return state.to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next iterator continue at a position that `state_dict` returned.
@@ -331,7 +337,7 @@ class Loader(IterableDataset[Batch]):
             StateError: The state does not fit this loader; the loader is unchanged.
         """
         loaded = LoaderState.from_dict(state)
-        loaded.check_fits(self.kind, self.order)
+        loaded.check_fits(self.kind, self.order, self._counted)
         self._check_position(loaded)
         self._len_epoch = loaded.epoch
         self._position = self._next = Position(loaded.epoch, loaded.step, loaded.cursors)

@@ -235,6 +235,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         if on_gpu:
             check_dali()
         layers, row_layers = self._chosen(options.layers, plain_selection("steps", steps))
+        self._fill_by(layers)
         self.engine, self.packed = engine, truth("packed", packed)
         if field_scales_by_step(data.schema) and self.packed:
             raise UsageError("packed=True for int8 with a scale for every step, which needs them apart; expected packed=False")

@@ -29,6 +29,7 @@ class LoaderState:
         order: Everything that the order of records depends on.
         epoch: Number of the epoch, from 0.
         step: Number of batches delivered in the epoch.
+        counted: The steps, or graphs, of each record that are read, if batches are filled by their number; empty for all.
         cursors: Records delivered of each partition over all ranks, with a budget; otherwise empty.
         version: Version of this state's format.
     """
@@ -37,6 +38,7 @@ class LoaderState:
     order: Order
     epoch: int
     step: int
+    counted: str = ""
     cursors: tuple[int, ...] = ()
     version: int = VERSION
 
@@ -61,8 +63,8 @@ class LoaderState:
             raise StateError(f"the state is at epoch {loaded.epoch}, step {loaded.step}; expected 0 or more")
         return loaded
 
-    def check_fits(self, kind: Kind, order: Order) -> None:
-        """Raise StateError, which names the first difference and both values, unless the state has this kind and order."""
+    def check_fits(self, kind: Kind, order: Order, counted: str) -> None:
+        """Raise StateError, which names the first difference and both values, unless these are the state's own."""
         if self.kind != kind:
             raise StateError(f"the state is of a loader of {self.kind}; this one loads {kind}")
         for field in dataclasses.fields(Order):
@@ -70,3 +72,9 @@ class LoaderState:
             if theirs != ours:
                 name = "data set digest" if field.name == "digest" else field.name
                 raise StateError(f"the state has {name} {theirs!r}; this loader has {ours!r}")
+        if self.counted != counted:
+            what = "steps" if kind == "sequences" else "graphs"
+            theirs, ours = self.counted or "that a record has", counted or "that a record has"
+            raise StateError(
+                f"the state is of batches filled by the {what} {theirs}; this loader fills them by the {what} {ours}"
+            )
