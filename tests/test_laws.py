@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dali_pipeline as dp
-from tests.helpers.records import make_records, write
+from tests.helpers.records import FIELDS, SCHEMA, make_records, with_fields, write
 from tests.laws import LAWS, LOOPS, REFUSALS, Case
 
 Worlds = tuple[tuple[dict[str, Any], tuple[int, ...]], ...]
@@ -177,7 +177,7 @@ KINDS: dict[str, Asked] = {
 
 
 @pytest.fixture(scope="module")
-def sets(data: dp.Dataset, tmp_path_factory: pytest.TempPathFactory) -> Sets:
+def sets(records: dict[str, dp.Record], tmp_path_factory: pytest.TempPathFactory) -> Sets:
     root = tmp_path_factory.mktemp("sets")
     others = [
         dp.Record(id=f"other-{one.id}", group=f"other-{one.group}", label=one.label, sequence=one.sequence, graphs=one.graphs)
@@ -187,9 +187,11 @@ def sets(data: dp.Dataset, tmp_path_factory: pytest.TempPathFactory) -> Sets:
         dp.Record(id=f"r{at}", group=f"g{at // 2}", label=int(at % 10 == 0), sequence=one.sequence, graphs=one.graphs)
         for at, one in enumerate(make_records(200))
     ]
+    schema = replace(SCHEMA, fields=FIELDS)
+    usual = [with_fields(record, number) for number, record in enumerate(records.values())]
     return Sets(
-        usual=data,
-        other=write(root / "other", others),
+        usual=write(root / "usual", usual, schema=schema),
+        other=write(root / "other", [with_fields(one, 10**6 + at) for at, one in enumerate(others)], schema=schema),
         skewed=write(root / "skewed", skewed, shares="100/0/0"),
         short_and_long=(
             write(root / "short", make_records(200), shares="100/0/0"),

@@ -9,6 +9,7 @@ import torch
 import xxhash
 
 import dali_pipeline as dp
+from tests.helpers.records import NAMED
 
 
 def content(batch: Any) -> dict[str, Any]:
@@ -22,8 +23,11 @@ def content(batch: Any) -> dict[str, Any]:
             "layer_index": batch.layer_index,
             "last_node": batch.last_node,
         }
+        tensors |= {name: values for name, values in batch.graphs.to_dict().items() if name in NAMED}
+    texts = {f"fields.{name}": values for name, values in batch.fields.items() if isinstance(values, list)}
+    tensors |= {f"fields.{name}": values for name, values in batch.fields.items() if f"fields.{name}" not in texts}
     tensors |= {"labels": batch.labels, "valid": batch.valid, "positions": batch.positions}
-    return {"ids": list(batch.ids), **{name: tensor.clone() for name, tensor in tensors.items()}}
+    return {"ids": list(batch.ids), **texts, **{name: tensor.clone() for name, tensor in tensors.items()}}
 
 
 def fingerprint(batches: Iterable[Any]) -> str:
@@ -41,7 +45,10 @@ def assert_same(ours: Iterable[Any], theirs: Iterable[Any]) -> None:
     one, other = ([batch if isinstance(batch, dict) else content(batch) for batch in batches] for batches in (ours, theirs))
     assert len(one) == len(other) > 0
     for a, b in zip(one, other, strict=True):
-        assert a["ids"] == b["ids"]
-        for name in a.keys() - {"ids"}:
+        assert a.keys() == b.keys()
+        for name in a:
+            if isinstance(a[name], list):
+                assert a[name] == b[name], name
+                continue
             assert a[name].dtype == b[name].dtype, name
             assert torch.equal(a[name], b[name]), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,37 @@ SCHEMA = dp.Schema(
     edge_attr=dp.Field(dtype="float16"),
     step_axis="layer",
 )
+
+
+FIELDS = {  # one or two of every level
+    "step.token": dp.Field(dtype="int32", pad=-1),
+    "step.mask": dp.Field(dtype="bool"),
+    "record.score": dp.Field(dtype="float32", shape=(2,)),
+    "record.prompt": dp.Field(dtype="text"),
+    "node.charge": dp.Field(dtype="float32"),
+    "edge.kind": dp.Field(dtype="int8"),
+    "graph.energy": dp.Field(dtype="float64"),
+}
+NAMED = ("charge", "kind", "energy")  # what PyG calls the last three
+
+
+def with_fields(record: dp.Record, seed: int) -> dp.Record:
+    """A record with values of FIELDS, which no other record has."""
+    rng = np.random.default_rng(seed)
+    steps, nodes = len(record.sequence), len(record.graphs.x)
+    graphs, edges = len(record.graphs.node_counts), record.graphs.edge_index.shape[1]
+    own = {
+        "step.token": rng.integers(0, 50_000, steps).astype(np.int32),
+        "step.mask": rng.random(steps) < 0.5,
+        "record.score": rng.random(2).astype(np.float32),
+        "record.prompt": f"why {record.id}? " * int(rng.integers(3)),
+    }
+    rows = {
+        "node.charge": rng.random(nodes).astype(np.float32),
+        "edge.kind": rng.integers(-9, 9, edges).astype(np.int8),
+        "graph.energy": rng.random(graphs),
+    }
+    return replace(record, fields=own, graphs=replace(record.graphs, fields=rows))
 
 
 def make_records(count: int, *, ragged: bool = True, seed: int = 0, classes: int = 2) -> list[dp.Record]:
@@ -67,8 +99,10 @@ def write_shard(path: Path, kind: Kind, records: int, arrays: Mapping[str, Array
     return file.close(records, rest)
 
 
-def write(root: Path, records: list[dp.Record], *, shard_bytes: int = 2048, shares: str = "70/15/15") -> dp.Dataset:
-    with dp.ShardWriter(root, SCHEMA, shard_bytes=shard_bytes, split=dp.SplitRule.parse(shares)) as writer:
+def write(
+    root: Path, records: list[dp.Record], *, shard_bytes: int = 2048, shares: str = "70/15/15", schema: dp.Schema = SCHEMA
+) -> dp.Dataset:
+    with dp.ShardWriter(root, schema, shard_bytes=shard_bytes, split=dp.SplitRule.parse(shares)) as writer:
         for record in records:
             writer.write(record)
     return dp.open_dataset(root)
