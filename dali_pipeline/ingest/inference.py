@@ -262,12 +262,16 @@ def _share(source: Source, number: int, schema: Schema, choice: LayerChoice, kin
         sequence = values.sequences[0] if isinstance(values, Block) else values.sequence
         graphs = None if isinstance(values, Block) else values.graphs
         if kind == "sequences" and sequence is not None and schema.sequence is not None:
-            written += count * (len(choice.of(kind, len(sequence))) * schema.sequence.row_bytes + NAME_BYTES)
+            row_bytes = schema.sequence.row_bytes + sum(field.row_bytes for field in schema.step_fields.values())
+            written += count * (len(choice.of(kind, len(sequence))) * row_bytes + NAME_BYTES)
         if kind == "graphs" and graphs is not None:
             kept = graphs if choice.layers is None else graphs.select(choice.of(kind, len(graphs.node_counts)))
             rows = {"node": len(kept.x), "edge": kept.edge_index.shape[1], "graph": len(kept.node_counts)}
             written += sum(field.row_bytes * rows[level_of(name)] for name, field in schema.of_graphs.items())
             written += 4 * rows["edge"] + 16 * rows["graph"] + NAME_BYTES
+        for name, field in schema.record_fields.items():
+            texts = values.fields.get(name, "") if field.dtype == TEXT else ""
+            written += len("".join(texts).encode()) if field.dtype == TEXT else count * field.row_bytes
         records += count
         if records >= MEASURED_RECORDS or written >= MEASURED_BYTES:
             break

@@ -760,3 +760,21 @@ def test_raw_traces_take_their_scores_by_the_new_words(tmp_path: Path) -> None:
     ):
         _, records = taken(tmp_path / "src", recipe, tmp_path / name)
         assert {number for number in range(6) if records[f"q{number}"].label == 1} == one
+
+
+def test_the_estimate_of_the_space_counts_further_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    src, rng, estimates = tmp_path / "src", np.random.default_rng(0), list[int]()
+    src.mkdir()
+    np.savez(
+        src / "all.npz",
+        states=rng.standard_normal((400, 20, 8)).astype(np.float16),
+        tokens=rng.integers(0, 9, (400, 20)),
+        score=rng.random((400, 64)),
+        question=np.array(["why is it so? " * 9] * 400),
+        label=rng.integers(0, 2, 400),
+    )
+    monkeypatch.setattr("dali_pipeline.ingest.convert.check_space", lambda needed, _dst: estimates.append(needed))
+    fields = (("step.tokens", "tokens"), ("record.score", "score"), ("record.question", "question"))
+    data, _ = taken(src, Recipe(sequence="states", label="label", fields=fields))
+    written = sum(path.stat().st_size for path in data.folder.glob("*/*.safetensors"))
+    assert 0.85 * written < estimates[0] < 1.05 * written
