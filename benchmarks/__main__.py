@@ -51,9 +51,9 @@ THEMES = {
     "stores": Sizes(some="--megabytes 100 --window 16", quick="--repeats 1 --megabytes 20 --window 4"),
     "training": Sizes(some="--megabytes 8 --seconds 0.3", quick="--repeats 1 --megabytes 4 --seconds 0.1"),
     "convert": Sizes(
-        some="--gigabytes 0.3 --memory-gigabytes 0 --repeats 3",
+        some="--gigabytes 0.3 --memory-gigabytes 0 --repeats 3 --files 5000",
         full="--gigabytes 1 --memory-gigabytes 0 --repeats 5",
-        quick="--gigabytes 0.02 --memory-gigabytes 0 --repeats 1",
+        quick="--gigabytes 0.02 --memory-gigabytes 0 --repeats 1 --files 200",
     ),
 }
 app = new_app()

@@ -1,7 +1,7 @@
 """Measure the speed and memory of converting and verifying files, each with a reference in the same run.
 
     python -m benchmarks.convert                     # 2 GB of each kind: some 10 minutes on two cores
-    python -m benchmarks.convert --gigabytes 0.2 --memory-gigabytes 0      # a quick look
+    python -m benchmarks.convert --gigabytes 0.2 --memory-gigabytes 0 --files 2000     # a quick look
 
 References: `cp --reflink=never` and `sync` of the same files; `torch.load(weights_only=True)` of the same files in one
 process, times the workers; a sequential direct read of the same files; XXH3 in memory; a double loop over tokens.
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import typer
 import xxhash
+from safetensors.numpy import save_file
 from torch_geometric.data import Data
 from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
 from torch_geometric.data.storage import GlobalStorage
@@ -35,6 +36,13 @@ from dali_pipeline.tools.verify import verify
 LAYERS, HIDDEN = 33, 1024  # of sequences: 67,584 bytes a record in float16
 GRAPH_LAYERS, GRAPH_HIDDEN = 30, 576
 RECORDS_A_FILE, GRAPHS_A_FILE = 1500, 250
+ONE_RECORD = (32, 1024)  # of files with one record each: 64 KiB in float16
+STACKED = {  # by the suffix: scenario, and flags for convert
+    "pt": ("stacked .pt", ()),
+    "npz": (".npz", ()),
+    "npy": ("stacked .npy", ("--sequence", "states_{row}", "--label", "labels_{row}")),
+    "safetensors": ("stacked .safetensors", ("--sequence", "hidden_states", "--label", "labels")),
+}
 app = new_app()
 
 
@@ -47,10 +55,33 @@ def write_sequences(root: Path, nbytes: float, rng: np.random.Generator, suffix:
         labels = rng.integers(0, 2, RECORDS_A_FILE)
         names = [f"question-{number}-{row}" for row in range(RECORDS_A_FILE)]
         path = folder / f"batch_{number}.{suffix}"
-        if suffix == "pt":
+        if suffix == "safetensors":
+            save_file({"hidden_states": values, "labels": labels}, path)
+        elif suffix == "npy":
+            np.save(folder / f"states_{number}.npy", values)
+            np.save(folder / f"labels_{number}.npy", labels)
+        elif suffix == "pt":
             torch.save({"sequences": torch.from_numpy(values), "labels": labels.tolist(), "question_ids": names}, path)
         else:
             np.savez(path, sequences=values, labels=labels, ids=np.array(names))
+    return total_bytes(root)
+
+
+def write_small_files(root: Path, files: int, rng: np.random.Generator, suffix: str) -> int:
+    """Write files of one record of 64 KiB each, and a table of their labels; return their bytes."""
+    root.mkdir()
+    values = rng.standard_normal((64, *ONE_RECORD), np.float32).astype(np.float16)
+    for number in range(files):
+        record, path = values[number % len(values)], root / f"r{number:06d}.{suffix}"
+        if suffix == "safetensors":
+            save_file({"hidden_states": record}, path)
+        elif suffix == "npy":
+            np.save(path, record)
+        else:
+            torch.save({"hidden_states": torch.from_numpy(record.copy())}, path)
+    labels = rng.integers(0, 2, files)
+    lines = [f"r{number:06d},{label}\n" for number, label in enumerate(labels.tolist())]
+    (root / "labels.csv").write_text("id,label\n" + "".join(lines))
     return total_bytes(root)
 
 
@@ -87,10 +118,10 @@ def total_bytes(root: Path) -> int:
     return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
 
 
-def convert(src: Path, dst: Path, *, workers: int) -> None:
+def convert(src: Path, dst: Path, *, workers: int, flags: tuple[str, ...] = ()) -> None:
     """Convert in a new process, like a user."""
-    command = [sys.executable, "-m", "dali_pipeline", "convert", str(src), str(dst), "--num-workers", str(workers)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "dali_pipeline", "convert", str(src), str(dst), "--num-workers", str(workers), *flags]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def copy(src: Path, dst: Path) -> None:
@@ -99,21 +130,21 @@ def copy(src: Path, dst: Path) -> None:
     subprocess.run(["sync", "-f", str(dst)], check=True)
 
 
-def rates(work: Callable[[Path], object], nbytes: int, scratch: Path, repeats: int) -> list[float]:
-    """Return the MB/s of several runs, each into a new folder, after waiting for the disk."""
+def rates(work: Callable[[Path], object], amount: float, scratch: Path, repeats: int) -> list[float]:
+    """Return the amount per second of several runs, each into a new folder, after waiting for the disk."""
     samples = []
     for _ in range(repeats):
         os.sync()
-        samples.append(nbytes / 1e6 / seconds(lambda: work(scratch / "out")))
+        samples.append(amount / seconds(lambda: work(scratch / "out")))
         shutil.rmtree(scratch / "out")
     return samples
 
 
 def alternately(
-    one: Callable[[Path], object], other: Callable[[Path], object], nbytes: int, scratch: Path, repeats: int
+    one: Callable[[Path], object], other: Callable[[Path], object], amount: float, scratch: Path, repeats: int
 ) -> tuple[list[float], list[float]]:
     """Return the rates of two ways, measured in turn, so that both see the same disk."""
-    pairs = [(rates(one, nbytes, scratch, 1)[0], rates(other, nbytes, scratch, 1)[0]) for _ in range(repeats)]
+    pairs = [(rates(one, amount, scratch, 1)[0], rates(other, amount, scratch, 1)[0]) for _ in range(repeats)]
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
@@ -138,6 +169,7 @@ def main(
     memory_gigabytes: Annotated[
         float, typer.Option(help="Size in GB of the larger input whose peak memory is measured; 0 for none.")
     ] = 8.0,
+    files: Annotated[int, typer.Option(help="Number of files with one record of 64 KiB each; 0 for none.")] = 20_000,
     repeats: Annotated[int, typer.Option(help="Number of repetitions of each measurement.")] = 3,
     folder: Annotated[Path | None, typer.Option(help="Folder to write in. [default: a temporary folder]")] = None,
 ) -> None:
@@ -147,20 +179,38 @@ def main(
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         root = Path(scratch)
-        for suffix, scenario in (("pt", "stacked .pt"), ("npz", ".npz")):
+        reference = "cp --reflink=never; sync"
+        for suffix, (scenario, flags) in STACKED.items():
             src = root / suffix
             nbytes = write_sequences(src, gigabytes * 1e9, rng, suffix)
-            ours, theirs = alternately(partial(convert, src, workers=workers), partial(copy, src), nbytes, root, repeats)
-            reference = "cp --reflink=never; sync"
+            ours, theirs = alternately(
+                partial(convert, src, workers=workers, flags=flags), partial(copy, src), nbytes / 1e6, root, repeats
+            )
             results.add(scenario, f"convert, {workers} workers", "MB/s", ours, reference, theirs, cache="warm")
-            if suffix == "npz":
+            if suffix != "pt":
                 shutil.rmtree(src)
+        for suffix in ("npy", "safetensors", "pt") if files else ():
+            measure_small_files(results, root, files, rng, suffix, workers, repeats)
         measure_verify(results, root, repeats)
         shutil.rmtree(root / "pt")
         measure_graphs(results, root, gigabytes, rng, workers, repeats)
         measure_edges(results, rng, repeats)
         for size in [1.0, memory_gigabytes] if memory_gigabytes else []:
             measure_memory(results, root, size, rng, workers)
+
+
+def measure_small_files(
+    results: Results, root: Path, files: int, rng: np.random.Generator, suffix: str, workers: int, repeats: int
+) -> None:
+    """Measure files of one record each, in files per second, against a copy of the same files."""
+    src = root / "small"
+    write_small_files(src, files, rng, suffix)
+    keys = () if suffix == "npy" else ("--sequence", "hidden_states")
+    work = partial(convert, src, workers=workers, flags=(*keys, "--labels-from", "labels.csv"))
+    ours, theirs = alternately(work, partial(copy, src), files, root, repeats)
+    scenario = f"{files:,} files .{suffix} of 64 KiB"
+    results.add(scenario, f"convert, {workers} workers", "files/s", ours, "cp --reflink=never; sync", theirs, cache="warm")
+    shutil.rmtree(src)
 
 
 def measure_verify(results: Results, root: Path, repeats: int) -> None:
@@ -199,7 +249,7 @@ def measure_graphs(
                 torch.load(path, weights_only=True, mmap=True)
 
     loads = [workers * nbytes / 1e6 / seconds(load) for _ in range(repeats)]
-    ours = rates(partial(convert, root / "graphs", workers=workers), nbytes, root, repeats)
+    ours = rates(partial(convert, root / "graphs", workers=workers), nbytes / 1e6, root, repeats)
     reference = f"torch.load(weights_only=True) x {workers}"
     results.add("graphs .pt", f"convert, {workers} workers", "MB/s", ours, reference, loads, cache="warm")
     shutil.rmtree(root / "graphs")

@@ -24,6 +24,7 @@ from dali_pipeline.format.schema import Field
 from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.foreign import Block, Values
 from dali_pipeline.ingest.job import Job, prepare
+from dali_pipeline.ingest.layouts.alike import Pattern, pattern_of_files
 from dali_pipeline.ingest.layouts.labels import scored
 from dali_pipeline.ingest.layouts.recipe import Recipe
 from dali_pipeline.ingest.onray import deal
@@ -43,6 +44,7 @@ from dali_pipeline.writing.openshard import Stack
 from dali_pipeline.writing.split import FileSplit
 from dali_pipeline.writing.writer import ShardWriter
 
+MOST_MISSES = 3  # times that neighbouring files of a chunk are not alike, until they are no longer tried together
 TELL_EVERY = 50  # records between two updates of the progress bar, and between two checks whether to stop
 
 
@@ -186,32 +188,65 @@ def write_chunk(job: Job, chunk: range, root: Path, advance: Advance) -> tuple[C
     """
     filler = ShardFiller(root, job.schema, job.config.shard_bytes, job.dealer_of(chunk.start), Contents())
     left_out: dict[str, str] = {}
+    pattern = pattern_of_files(job.source.plan, job.source.files[chunk.start])
+    misses, tried, written = 0, chunk.start, chunk.start  # files before `tried` were tried together, those before `written` are
     for number in chunk:
+        if number < written:
+            continue
         name, filler.dealer = job.source.names[number], job.dealer_of(number)
-        if name in job.unreadable:
-            left_out[name] = job.unreadable[name]
-            continue
-        try:
-            if job.config.skip_bad:
-                for record in _records(job, number):
-                    filler.check(record)
-        except (FormatError, DataError) as error:
-            left_out[name] = job.source.without_root(_with_path(job, number, error))
-            advance(job.counts[number])
-            continue
-        unreported = 0
-        try:
-            for record in _records(job, number):
-                filler.write(record)
-                unreported += len(record.ids) if isinstance(record, Stack) else 1
-                if unreported >= TELL_EVERY:
-                    advance(unreported)
-                    unreported = 0
-        except (FormatError, DataError) as error:
-            raise _with_path(job, number, error) from None
-        advance(unreported)
+        if pattern is not None and misses < MOST_MISSES and number >= tried:
+            together = chunk[number - chunk.start :][: pattern.files_at_once]
+            tried = together.stop
+            if _write_alike(job, filler, pattern, together):
+                written = tried
+                advance(len(together))
+                continue
+            misses += 1
+        reason = job.unreadable.get(name) or _write_file(job, filler, number, advance)
+        if reason is not None:
+            left_out[name] = reason
     filler.flush()
     return filler.contents, left_out
+
+
+def _write_file(job: Job, filler: ShardFiller, number: int, advance: Advance) -> str | None:
+    """Write the records of a file; return the reason if it is left out."""
+    if job.config.skip_bad:
+        try:
+            for record in _records(job, number):
+                filler.check(record)
+        except (FormatError, DataError) as error:
+            advance(job.counts[number])
+            return job.source.without_root(_with_path(job, number, error))
+    unreported = 0
+    try:
+        for record in _records(job, number):
+            filler.write(record)
+            unreported += len(record.ids) if isinstance(record, Stack) else 1
+            if unreported >= TELL_EVERY:
+                advance(unreported)
+                unreported = 0
+    except (FormatError, DataError) as error:
+        raise _with_path(job, number, error) from None
+    advance(unreported)
+    return None
+
+
+def _write_alike(job: Job, filler: ShardFiller, pattern: Pattern, numbers: range) -> bool:
+    """Write the records of files that differ in nothing but values; return False, and write nothing, if not all are so."""
+    source = job.source
+    assert source.plan is not None
+    if any(source.names[number] in job.unreadable or job.dealer_of(number) != filler.dealer for number in numbers):
+        return False
+    try:
+        block = pattern.read(source.plan, [source.files[number] for number in numbers])
+        if block is None:
+            return False
+        names, labels = zip(*map(source.outside, numbers), strict=True)
+        filler.write(_stack(job, Stack(list(names), list(names), labels, block.sequences), block.bfloat16))
+    except (FormatError, DataError):  # whoever reads the files one by one says which it is
+        return False
+    return True
 
 
 def _with_path(job: Job, number: int, error: PipelineError) -> PipelineError:

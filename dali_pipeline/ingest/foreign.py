@@ -133,7 +133,8 @@ def files_named(root: Path, files: Iterable[Path], patterns: Sequence[str], skip
 
 def in_natural_order(root: Path, paths: Iterable[Path]) -> list[Path]:
     """Sort files under `root`: batch_2 before batch_10."""
-    names = {path.relative_to(root).as_posix(): path for path in paths}
+    folder = len(str(root)) + 1  # texts: a folder may have a hundred thousand files
+    names = {str(path)[folder:] if root != Path() else str(path): path for path in paths}
     return [names[name] for name in sorted(names, key=lambda name: (natural(name), name))]
 
 

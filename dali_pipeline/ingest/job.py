@@ -73,6 +73,9 @@ def prepare(source: Source, config: ConvertConfig, numbers: Iterable[int]) -> Jo
     not_taken: dict[str, list[str]] = {}  # name of a part that is not converted, and the files that have it
     for number in numbers:
         try:
+            if source.is_named_outside:
+                file_names.append(FileNames.of_one(("sequences",), *source.outside(number)))
+                continue
             file = source.open(number)
             file_names.append(FileNames.of(file))
             for name in file.not_taken:

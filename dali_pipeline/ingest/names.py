@@ -45,6 +45,14 @@ class FileNames:
         return cls(kinds=(), explicit=False, texts=none, groups=none, labels=none.astype(np.int64), numbered=[])
 
     @classmethod
+    def of_one(cls, kinds: tuple[Kind, ...], name: str, label: Any) -> FileNames:
+        """Return the names of a file with one record, which has this id."""
+        hashed = np.array([xxhash.xxh3_64_intdigest(name.encode())], np.uint64)
+        match = _NUMBERED.fullmatch(name) if "#" in name else None
+        numbered = [] if match is None else [(0, xxhash.xxh3_64_intdigest(match[1].encode()), int(match[2]))]
+        return cls(kinds=kinds, explicit=True, texts=hashed, groups=hashed, labels=_label_keys([label]), numbered=numbered)
+
+    @classmethod
     def of(cls, file: ForeignFile) -> FileNames:
         """Return the hashes of a file's names."""
         groups = hash_texts(text.encode() for text in file.groups)
@@ -86,12 +94,14 @@ class Names:
     """
 
     def __init__(self, files: Sequence[FileNames]) -> None:
-        self._numbers: dict[int, Ints] = {}  # k of the records of each file; -1 if the question is unique
+        self._numbers: dict[int, Ints] = {}  # k of the records of each file without ids; -1 if the question is unique
         sides = [_Side(files, kind) for kind in KINDS if any(kind in file.kinds for file in files)]
         recurring = np.concatenate([side.distinct[side.counts > 1] for side in sides]) if sides else np.zeros(0, np.uint64)
         for side in sides:
             numbers = np.where(np.isin(side.texts, recurring), side.k, -1)
-            self._numbers |= dict(zip(side.chosen, np.split(numbers, side.ends[:-1]), strict=True))
+            for number, begin, end in zip(side.chosen, [0, *side.ends[:-1].tolist()], side.ends.tolist(), strict=True):
+                if not files[number].explicit:
+                    self._numbers[number] = numbers[begin:end]
         if len(sides) == 2:
             _compare(*sides)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dali_pipeline.errors import FormatError, PipelineError, UsageError, needs_extra
 from dali_pipeline.ingest.foreign import Block, ForeignFile, Reader, Values, files_named, list_files
@@ -121,6 +121,12 @@ class Source:
             root=root, reader=reader, files=files, sizes=sizes, times=times, remote=remote, not_taken=not_taken, plan=plan
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "files": list(map(str, self.files))}  # paths cost ten times as much
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, files=list(map(Path, state["files"])))
+
     @property
     def nbytes(self) -> int:
         """Size of all files in bytes."""
@@ -160,6 +166,17 @@ class Source:
             else:
                 file = self.reader.open(local_path, own_name)
         return replace(file, path=path, values=partial(_named_values, path, local_path, file.values, fetched))
+
+    @property
+    def is_named_outside(self) -> bool:
+        """Whether every file is one record that is named by the file, and whose label lies elsewhere."""
+        return self.plan is not None and self.remote is None and self.plan.is_named_outside
+
+    def outside(self, number: int) -> tuple[str, Any]:
+        """Return the name and the label of a file's one record, without opening the file; raise FormatError for no label."""
+        assert self.plan is not None
+        path = self.files[number]
+        return self.plan.outside(path, self.names[number].removesuffix(path.suffix))
 
     def _fetched(self, number: int) -> Fetched | None:
         """Fetch a file from the store, if there is one, and start to fetch the next file of its chunk.

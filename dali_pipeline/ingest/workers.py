@@ -51,7 +51,8 @@ def in_order(
         yield from ((number, work(number, advance)) for number in numbers)
         return
     try:
-        crew = start_workers(count, _serve, lambda: (work,))
+        task = pickle.dumps(work, protocol=5)  # once for all: it may name a million files
+        crew = start_workers(count, _serve, lambda: (task,))
     except OSError as error:
         raise PipelineError(f"{count} worker processes cannot be started ({error.strerror}); use fewer --num-workers") from None
     try:
@@ -121,8 +122,9 @@ def _undisturbed() -> Iterator[None]:
             signal.signal(signal.SIGINT, handler)
 
 
-def _serve(pipe: Connection, work: Work[Any]) -> None:
+def _serve(pipe: Connection, task: bytes) -> None:
     """Work in a worker process: for each number received, send the advances as ints, then (number, result, error)."""
+    work: Work[Any] = pickle.loads(task)
     while True:
         number = pipe.recv()
         try:

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from dali_pipeline.errors import FormatError, needs_extra
 from dali_pipeline.ingest.containers.leaf import BFLOAT16, OBJECT, TEXT, Leaf
 from dali_pipeline.types import Array
 
-__all__ = ["BFLOAT16", "OBJECT", "TEXT", "Container", "Leaf", "is_container", "open_container"]
+if TYPE_CHECKING:
+    from dali_pipeline.ingest.containers.source import Extent
+
+__all__ = ["BFLOAT16", "OBJECT", "TEXT", "Container", "Leaf", "extent_of", "is_container", "open_container"]
 
 _HERE = __name__.rpartition(".")[0]
 _FAMILIES = {  # suffix: module and class
@@ -78,6 +81,12 @@ class Container(Protocol):
     def close(self) -> None:
         """Close the file; no rows can be read afterwards."""
         ...
+
+
+def extent_of(container: Container, key: str) -> Extent | None:
+    """Return where a leaf lies in the file as it lies in memory; None if it does not, as in every pickled or packed file."""
+    family = getattr(container, "extent", None)  # families whose files never hold plain arrays have none
+    return None if family is None else cast("Extent | None", family(key))
 
 
 def suffix_of(name: str) -> str:

@@ -26,7 +26,7 @@ from dali_pipeline.ingest.containers.leaf import (
     row_range,
     texts_of,
 )
-from dali_pipeline.ingest.containers.source import Source, Stored
+from dali_pipeline.ingest.containers.source import Extent, Source, Stored
 from dali_pipeline.ingest.readers.storedzip import StoredZip
 from dali_pipeline.types import Array
 
@@ -59,6 +59,10 @@ class NpyContainer:
         if key:
             raise missing_key(self.path, key, [""])
         return _values(self.path, self._leaf, self._stored, begin, end)
+
+    def extent(self, key: str) -> Extent | None:
+        """Return where the array lies in the file."""
+        return None if key or self._leaf.dtype in (OBJECT, TEXT) else self._stored.extent
 
     def close(self) -> None:
         """Close the file."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from dali_pipeline.errors import FormatError
 from dali_pipeline.ingest.containers.leaf import BFLOAT16, Leaf, check_record, missing_key
-from dali_pipeline.ingest.containers.source import Source, Stored, dtype_named
+from dali_pipeline.ingest.containers.source import Extent, Source, Stored, dtype_named
 from dali_pipeline.types import Array
 
 _MOST_SIDECAR_BYTES = 1 << 20
@@ -76,6 +76,10 @@ class RawContainer:
         if key:
             raise missing_key(self.path, key, [""])
         return self._stored.rows(begin, end)
+
+    def extent(self, key: str) -> Extent | None:
+        """Return where the array lies in the file."""
+        return None if key else self._stored.extent
 
     def close(self) -> None:
         """Close the file."""

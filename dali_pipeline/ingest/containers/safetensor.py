@@ -12,7 +12,7 @@ import numpy as np
 
 from dali_pipeline.errors import FormatError
 from dali_pipeline.ingest.containers.leaf import BFLOAT16, OBJECT, Leaf, check_record, missing_key, not_taken
-from dali_pipeline.ingest.containers.source import Source, Stored
+from dali_pipeline.ingest.containers.source import Extent, Source, Stored
 from dali_pipeline.types import Array
 
 _MAX_HEADER_BYTES = 100 << 20  # limit of the safetensors library
@@ -91,6 +91,9 @@ class SafetensorsContainer:
     def read(self, key: str, begin: int = 0, end: int | None = None, record: int | None = None) -> Array:
         """Return rows of a tensor; bfloat16 as float32."""
         check_record(self.path, None, record)
+        return self._stored(key).rows(begin, end)
+
+    def _stored(self, key: str) -> Stored:
         entry = self._entries.get(key)
         if entry is None:
             raise missing_key(self.path, key, self._entries)
@@ -98,7 +101,11 @@ class SafetensorsContainer:
         if leaf.dtype == OBJECT:
             raise not_taken(self.path, leaf)
         dtype: np.dtype[Any] | str = BFLOAT16 if leaf.dtype == BFLOAT16 else _NUMPY[entry.dtype]
-        return Stored(self._source, key, self._first + entry.data_offsets[0], entry.shape, dtype).rows(begin, end)
+        return Stored(self._source, key, self._first + entry.data_offsets[0], entry.shape, dtype)
+
+    def extent(self, key: str) -> Extent | None:
+        """Return where a tensor lies in the file."""
+        return self._stored(key).extent if key in self._entries else None
 
     def close(self) -> None:
         """Close the file."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import math
 import mmap
 import os
 import stat
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -90,6 +91,11 @@ class Source(Bytes):
             self._spilled.flush()
             self._fd = self._spilled.fileno()
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the bytes are those of the file itself, not unpacked."""
+        return self._memory is None and self._spilled is None
+
     def file(self) -> IO[bytes]:
         """Return an open file over all bytes, whose closing leaves the source open."""
         if self._memory is not None:
@@ -148,6 +154,25 @@ class Source(Bytes):
             del self._file
 
 
+class Extent(NamedTuple):
+    """Where an array lies in a file in one piece, as it lies in memory: little-endian, in C order, not packed.
+
+    Attributes:
+        begin: Its first byte in the file.
+        shape: Its shape.
+        dtype: NumPy's name, or "bfloat16".
+    """
+
+    begin: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * (2 if self.dtype == BFLOAT16 else np.dtype(self.dtype).itemsize)
+
+
 class Stored:
     """An array that lies in one piece in a source.
 
@@ -168,6 +193,15 @@ class Stored:
         self._source, self._key, self._begin, self._shape = source, key, begin, shape
         self._dtype, self._fortran = dtype, fortran and len(shape) > 1
         self._whole: Array | None = None
+
+    @property
+    def extent(self) -> Extent | None:
+        """Where the array lies in the file; None if it is unpacked first, in Fortran order or big-endian."""
+        dtype = self._dtype if isinstance(self._dtype, str) else self._dtype.name
+        swapped = not isinstance(self._dtype, str) and not self._dtype.isnative
+        if self._fortran or swapped or not self._source.is_plain:
+            return None
+        return Extent(self._begin, self._shape, dtype)
 
     def rows(self, begin: int = 0, end: int | None = None) -> Array:
         """Return rows of the array, in native byte order; bfloat16 as float32."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +51,39 @@ class Part:
         """The files besides the part's own one, each once."""
         files = [place.file for places in self.places.values() for place in places if place.file is not None]
         return [path for path in dict.fromkeys(files) if path != self.path]
+
+
+class SameParts(Mapping[Path, Part]):
+    """Parts that differ in nothing but their own file; each is made when it is asked for.
+
+    Args:
+        first: One of them.
+        files: Their files, in order.
+    """
+
+    def __init__(self, first: Part, files: Iterable[Path | str]) -> None:
+        self._first, self._files = first, [file if isinstance(file, Path) else Path(file) for file in files]
+
+    def __reduce__(self) -> tuple[type[SameParts], tuple[Part, list[str]]]:
+        return SameParts, (self._first, list(map(str, self._files)))
+
+    def __getitem__(self, path: Path) -> Part:
+        first = self._first
+        return Part(path=path, places=first.places, row=first.row, keyed=first.keyed)
+
+    def __iter__(self) -> Iterator[Path]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def by_path(parts: Sequence[Part]) -> Mapping[Path, Part]:
+    """Return parts by their own files."""
+    first = parts[0]
+    plain = all(place.file is None for places in first.places.values() for place in places)
+    same = ((part.places, part.row, part.keyed) == (first.places, None, first.keyed) for part in parts)
+    return SameParts(first, [part.path for part in parts]) if plain and all(same) else {part.path: part for part in parts}
 
 
 def moved(part: Part, local: Path) -> Part:

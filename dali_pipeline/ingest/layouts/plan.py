@@ -25,7 +25,7 @@ from dali_pipeline.ingest.foreign import (
     without_padding,
 )
 from dali_pipeline.ingest.layouts.labels import LabelRule, LabelTable, per_record, record_entries
-from dali_pipeline.ingest.layouts.parts import OpenPart, Part, Place, moved, stem_of
+from dali_pipeline.ingest.layouts.parts import OpenPart, Part, Place, SameParts, moved, stem_of
 from dali_pipeline.ingest.layouts.recipe import Recipe
 from dali_pipeline.types import Array
 
@@ -107,7 +107,21 @@ class Plan:
     @cached_property
     def has_beside(self) -> bool:
         """Whether any part has files besides its own one."""
-        return any(len(part.places) > 0 and part.beside for part in self.parts.values())
+        return not isinstance(self.parts, SameParts) and any(part.beside for part in self.parts.values())
+
+    @cached_property
+    def is_named_outside(self) -> bool:
+        """Whether names and labels of the records lie in no part: a file is one record, named by itself."""
+        same = isinstance(self.parts, SameParts)
+        parts = itertools.islice(self.parts.values(), 1 if same else None)
+        places = (part.places.keys() for part in parts)
+        return self.per_file and all("sequence" in names and not names & {"label", "id", "group"} for names in places)
+
+    def outside(self, path: Path, name: str) -> tuple[str, Any]:
+        """Return the name and the label of the one record of a part, without opening it; raise FormatError for no label."""
+        own = own_name(path, name)
+        given = None if self.table is None else from_table(self, self.parts[path], [own])[0]
+        return own, self.rule.of(str(path), given)
 
     @property
     def facts(self) -> tuple[Any, ...]:
@@ -251,13 +265,11 @@ def _narrow(leaves: Mapping[str, Leaf]) -> tuple[str, ...]:
     return tuple(name for name, leaf in leaves.items() if leaf.dtype == BFLOAT16)
 
 
-def _check_row(plan: Plan, part: OpenPart, rows: Array, first: int) -> None:
+def check_row(plan: Plan, where: str, rows: Array, first: int) -> None:
     """Raise FormatError if the rows of a record have another shape than those of the first record of the source."""
     if rows.shape[first + 1 :] != plan.row_shape:
-        place = part.part.places["sequence"][0]
         raise FormatError(
-            f"{place.file or part.path}, {place.key or 'its array'} has rows of the shape {rows.shape[first + 1 :]}; expected "
-            f"{plan.row_shape} as in the first file"
+            f"{where} has rows of the shape {rows.shape[first + 1 :]}; expected {plan.row_shape} as in the first file"
         )
 
 
@@ -280,7 +292,7 @@ def _blocks(plan: Plan, part: OpenPart, leaves: Mapping[str, Leaf], count: int) 
         end = min(begin + step, count)
         rows = part.read("sequence", begin, end, axis=1 + (layer or 0))
         rows = plan.axes.oriented(rows, 1, _where(part, "sequence"))
-        _check_row(plan, part, rows, 1)
+        check_row(plan, _where(part, "sequence"), rows, 1)
         fields = {name: part.read(name, begin, end) for name in _fields(part.part)}
         yield Block(rows, narrow, {name: _stacked_field(plan, name, values) for name, values in fields.items()})
 
@@ -308,7 +320,7 @@ def _record(plan: Plan, part: OpenPart, record: int | None) -> Values:
     where = _where(part, "sequence") if record is None else f"{_where(part, 'sequence')}, record {record}"
     rows = np.asarray(part.read("sequence", record=record, axis=plan.axes.layer or 0))
     rows = plan.axes.oriented(rows, 0, where)
-    _check_row(plan, part, rows, 0)
+    check_row(plan, _where(part, "sequence"), rows, 0)
     fields: dict[str, Any] = {}
     for name in _fields(part.part):
         values = part.read(name, record=record)
@@ -340,7 +352,7 @@ def _ragged(plan: Plan, part: OpenPart, leaves: Mapping[str, Leaf], count: int) 
     narrow = _narrow(leaves)
     for row, (begin, end) in enumerate(itertools.pairwise([0, *np.cumsum(lengths).tolist()])):
         rows = plan.axes.oriented(part.read("sequence", begin, end), 0, _where(part, "sequence"))
-        _check_row(plan, part, rows, 0)
+        check_row(plan, _where(part, "sequence"), rows, 0)
         fields = {
             name: part.read(name, begin, end) if name.startswith("step.") else part.read(name, row, row + 1)[0]
             for name in _fields(part.part)

@@ -30,6 +30,7 @@ from dali_pipeline.ingest.layouts.parts import (
     OpenPart,
     Part,
     Place,
+    by_path,
     check_rows,
     files_matching,
     filled,
@@ -41,7 +42,7 @@ from dali_pipeline.ingest.layouts.parts import (
     pattern_of,
     stem_of,
 )
-from dali_pipeline.ingest.layouts.plan import Plan, RecordAxes, count_records, entries_of, open_part, record_axes
+from dali_pipeline.ingest.layouts.plan import Plan, RecordAxes, count_records, entries_of, open_part, own_name, record_axes
 from dali_pipeline.ingest.layouts.recipe import Recipe, nearest
 
 CHEAP_BYTES = 64 << 20  # a pickle of this size is read in a moment
@@ -148,7 +149,7 @@ def make_plan(root: Path, files: Sequence[Path], recipe: Recipe, what: str = BY_
     plan = Plan(
         recipe=recipe,
         what=what,
-        parts={part.path: part for part, _ in parts},
+        parts=by_path([part for part, _ in parts]),
         per_file=per_file,
         axes=axes,
         rule=rule,
@@ -564,10 +565,12 @@ def _check_ids(root: Path, plan: Plan, skip_bad: bool) -> None:
     unlabelled = replace(plan, table=None, rule=NO_LABEL)
     names: list[str] = []
     for part in plan.parts.values():
+        name = names_of(root, part.path)[2]
+        if plan.is_named_outside:
+            names.append(own_name(part.path, name))
+            continue
         with suppress(FormatError):
-            file = open_part(
-                unlabelled, part, stem_of(part.path.relative_to(root).as_posix() if part.path != root else root.name)
-            )
+            file = open_part(unlabelled, part, name)
             names += file.ids or file.groups
     try:
         check_unused(plan.table, names)

@@ -51,7 +51,9 @@ def find_files(root: Path, files: list[Path]) -> list[Path]:
         return [root]
     paths = []
     for folder in FOLDERS:
-        paths += files_named(root, [path for path in files if path.parent == root / folder], PATTERNS)
+        prefix = f"{root / folder}/"
+        below = [path for path in files if str(path).startswith(prefix) and path.parent == root / folder]
+        paths += files_named(root, below, PATTERNS)
     return paths
 
 
