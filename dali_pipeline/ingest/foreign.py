@@ -19,6 +19,9 @@ from dali_pipeline.format.record import Graphs
 from dali_pipeline.types import Array, Kind
 
 
+_NUMBER = re.compile("[0-9]+")
+
+
 class Values(NamedTuple):
     """Values of one record; None for a kind that the file does not have.
 
@@ -99,7 +102,7 @@ def list_files(root: Path) -> tuple[list[Path], list[Path]]:
     if not root.is_dir():
         return ([root] if root.exists() else []), []
     files, again, linked_files, linked_folders = list[Path](), list[Path](), list[Path](), [root]
-    seen: set[tuple[int, int]] = set()  # device and number of every folder and file
+    visited, seen = 0, set[tuple[int, int]]()  # device and number of every folder and file
     while linked_folders:
         folders = [linked_folders.pop(0)]
         while folders:
@@ -108,7 +111,8 @@ def list_files(root: Path) -> tuple[list[Path], list[Path]]:
             if (about.st_dev, about.st_ino) in seen:
                 continue
             seen.add((about.st_dev, about.st_ino))
-            for entry in sorted(os.scandir(folder), key=lambda entry: natural(entry.name)):
+            visited += 1
+            for entry in sorted(os.scandir(folder), key=lambda entry: (natural(entry.name), entry.name)):
                 path = folder / entry.name
                 if entry.is_symlink():
                     (linked_folders if path.is_dir() else linked_files if path.exists() else files).append(path)
@@ -121,7 +125,7 @@ def list_files(root: Path) -> tuple[list[Path], list[Path]]:
         about = path.stat()
         (again if (about.st_dev, about.st_ino) in seen else files).append(path)
         seen.add((about.st_dev, about.st_ino))
-    return in_natural_order(root, files), again
+    return (files if visited == 1 and not linked_files else in_natural_order(root, files)), again
 
 
 def files_named(root: Path, files: Iterable[Path], patterns: Sequence[str], skip: str = "(?!)") -> list[Path]:
@@ -138,9 +142,14 @@ def in_natural_order(root: Path, paths: Iterable[Path]) -> list[Path]:
     return [names[name] for name in sorted(names, key=lambda name: (natural(name), name))]
 
 
-def natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> str:
     """Return a sort key that sorts numbers in a name by their value."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]
+    return _NUMBER.sub(_as_key, name)
+
+
+def _as_key(number: re.Match[str]) -> str:
+    digits = number[0].lstrip("0")
+    return f"\0{len(digits):04}{digits}"  # a text ends before its first number; of two numbers the longer one is greater
 
 
 def as_text(path: Path, name: str, value: Any) -> str:
