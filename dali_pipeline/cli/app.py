@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dali_pipeline.cli.arguments import SetArgument, parse_blocks, parse_num_workers, parse_size
+from dali_pipeline.cli.arguments import FilesRoot, SetArgument, parse_blocks, parse_num_workers, parse_size
 from dali_pipeline.cli.checkup import doctor_command
 from dali_pipeline.cli.inspection import inspect_command
 from dali_pipeline.cli.versions import versions_command
@@ -150,6 +150,14 @@ def convert_command(
     label_above: Annotated[
         float | None, typer.Option(metavar="X", help="Give label 1 above X, and 0 otherwise.", show_default=False)
     ] = None,
+    in_place: Annotated[
+        bool,
+        typer.Option(
+            "--in-place",
+            help="Leave the values where they lie, in .safetensors, .npy or raw files; the data set refers to them.",
+        ),
+    ] = False,
+    files_root: FilesRoot = None,
     recipe: Annotated[
         Path | None,
         typer.Option(
@@ -173,7 +181,14 @@ def convert_command(
         str,
         typer.Option(metavar="group|file", help="Unit that is assigned to a split as a whole: a group of records, or a file."),
     ] = "group",
-    shard_size: ShardSize = "256MiB",
+    shard_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Maximum size of a shard, for example 64MiB. [default: 256MiB, or with --in-place 4GiB of values]",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -224,6 +239,7 @@ def convert_command(
       python -m dali_pipeline convert eeg data/eeg --sequence X --label y --axes channel,time
       python -m dali_pipeline convert acts data/acts --sequence 'layer_{layer}_{row}.pt' --labels-from cities.csv::label
       python -m dali_pipeline convert states.npz data/s --sequence acts --labels-from scores.csv:id:bleurt --label-threshold 0.5
+      python -m dali_pipeline convert vllm_hidden_states data/vllm --in-place
       python -m dali_pipeline convert preprocessed_data data/traces --split 80/10/10
       python -m dali_pipeline convert raw_traces data/traces --scores scores.csv --score-column bleurt
       python -m dali_pipeline convert preprocessed_data s3://bucket/traces
@@ -261,7 +277,7 @@ def convert_command(
     config = ConvertConfig(
         split=None if split is None and split_seed is None else SplitRule.parse(split or str(SplitRule()), split_seed or 0),
         split_by=split_by,  # type: ignore[arg-type]
-        shard_bytes=parse_size(shard_size),
+        shard_bytes=parse_size(shard_size or ("4GiB" if in_place else "256MiB")),
         dtype=dtype,
         by_layer=by_layer,
         layers=parse_layers(layers),
@@ -274,6 +290,8 @@ def convert_command(
             attention_threshold=attn_threshold,
         ),
         recipe=keys if recipe is None else keys.over(read_recipe(recipe)),
+        in_place=in_place,
+        files_root=files_root,
     )
     if dry_run:
         from dali_pipeline.ingest.layouts.dryrun import dry_run as look

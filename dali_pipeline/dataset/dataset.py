@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import xxhash
@@ -34,10 +35,12 @@ class Dataset:
     Attributes:
         root: Folder of the data set, a `Path`; or its place in a store.
         manifest: Everything that is known of it without opening a shard.
+        files_root: Folder, or place in a store, of the files that hold its values, if it was made in place; otherwise None.
     """
 
     root: Place
     manifest: Manifest
+    files_root: Place | None = field(default=None, kw_only=True)
 
     @property
     def folder(self) -> Path:
@@ -67,8 +70,8 @@ class Dataset:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all shards."""
-        return sum(sum(table.bytes) for tables in self.manifest.splits.values() for table in tables.values())
+        """Bytes of all shards, and of the values that they refer to in other files."""
+        return sum(sum(table.nbytes) for tables in self.manifest.splits.values() for table in tables.values())
 
     @property
     def num_classes(self) -> int:
@@ -121,7 +124,23 @@ class Dataset:
             UsageError: An unknown split.
             DataError: The data set has no records of this kind.
         """
-        return Selection.whole(Shards(root=self.root, split=split, kind=kind, table=self.table(split, kind)), self.digest)
+        return Selection.whole(self.shards(split, kind), self.digest)
+
+    def shards(self, split: str, kind: Kind) -> Shards:
+        """Return the shards of a split and kind, which open one by one.
+
+        Args:
+            split: Name of the split.
+            kind: "sequences" or "graphs".
+
+        Returns:
+            The `Shards`.
+
+        Raises:
+            UsageError: An unknown split.
+            DataError: The data set has no records of this kind.
+        """
+        return Shards(root=self.root, split=split, kind=kind, table=self.table(split, kind), files_root=self.files_root)
 
     def num_records(self, split: str, kind: Kind) -> int:
         """Return the number of records.
@@ -230,7 +249,7 @@ class Dataset:
             raise UsageError("a mix has no subset, as its training split is draws; mix subsets instead")
         selections[split] = {kind: self.select(split, kind).take(rows, digest) for kind, rows in chosen.items()}
         counts[split] = {kind: self._count(selection) for kind, selection in selections[split].items()}
-        return View(self.root, self.manifest, digest, selections, counts)
+        return View(self.root, self.manifest, digest, selections, counts, files_root=self.files_root)
 
     def _count(self, selection: Selection) -> dict[int, int]:
         """Count the records of each class; reads the labels."""
@@ -316,7 +335,7 @@ class Dataset:
             if "test" in self.splits:
                 selections["test"] = {kind: self.select("test", kind) for kind in pools}
                 counts["test"] = {kind: self.label_counts("test", kind) for kind in pools}
-            views.append(View(self.root, self.manifest, digest, selections, counts))
+            views.append(View(self.root, self.manifest, digest, selections, counts, files_root=self.files_root))
         return views
 
 
@@ -389,8 +408,16 @@ def default_cache() -> Path:
         ) from None
 
 
+def _cache(cache_dir: str | os.PathLike[str] | None, cache_bytes: int | None) -> Cache:
+    folder = default_cache() if cache_dir is None else Path(path("cache_dir", cache_dir))
+    return Cache(folder, CACHE_BYTES if cache_bytes is None else cache_bytes)
+
+
 def open_dataset(
-    root: str | os.PathLike[str] | RemotePath, cache_dir: str | os.PathLike[str] | None = None, cache_bytes: int | None = None
+    root: str | os.PathLike[str] | RemotePath,
+    cache_dir: str | os.PathLike[str] | None = None,
+    cache_bytes: int | None = None,
+    files_root: str | os.PathLike[str] | None = None,
 ) -> Dataset:
     """Open the data set in a folder, or at a URL that fsspec knows (s3, gs, az, http and so on).
 
@@ -401,14 +428,17 @@ def open_dataset(
         root: Folder or URL.
         cache_dir: Directory for cached remote blocks. Default: `dali_pipeline` in the user's cache folder.
         cache_bytes: Maximum size of the cache in bytes. Default: 32 GiB.
+        files_root: Folder or URL of the files that hold the values of a data set made in place. Default: where they lay, seen
+            from the data set, when it was made.
 
     Returns:
         A `Dataset`.
 
     Raises:
-        FormatError: There is no data set, or its manifest is unreadable or damaged.
+        FormatError: There is no data set, its manifest is unreadable or damaged, or the folder of its values is not there.
         DataError: The store cannot be reached.
-        UsageError: The URL or the cache cannot be used.
+        UsageError: The URL or the cache cannot be used, or `files_root` is no folder, or given for a data set that holds its
+            values itself.
 
     Costs a read of `manifest.json` alone.
 
@@ -419,11 +449,43 @@ def open_dataset(
     if not isinstance(root, RemotePath):
         root = path("the data set", root)
     if not isinstance(root, RemotePath) and is_url(root):
-        folder = default_cache() if cache_dir is None else Path(path("cache_dir", cache_dir))
-        root = RemotePath(Store(os.fspath(root)), Cache(folder, CACHE_BYTES if cache_bytes is None else cache_bytes))
+        root = RemotePath(Store(os.fspath(root)), _cache(cache_dir, cache_bytes))
     if isinstance(root, RemotePath):
-        return Dataset(root=root, manifest=Manifest.load(root))
+        manifest = Manifest.load(root)
+        return Dataset(root=root, manifest=manifest, files_root=_files_root(root, manifest, files_root, cache_dir, cache_bytes))
     local_folder = Path(root)
     if not local_folder.is_dir():
         raise FormatError(f"{local_folder} is not a folder; expected a data set, as `convert` or `extract` writes it")
-    return Dataset(root=local_folder, manifest=Manifest.load(local_folder))
+    manifest = Manifest.load(local_folder)
+    values = _files_root(local_folder, manifest, files_root, cache_dir, cache_bytes)
+    return Dataset(root=local_folder, manifest=manifest, files_root=values)
+
+
+def _files_root(
+    root: Place,
+    manifest: Manifest,
+    given: str | os.PathLike[str] | None,
+    cache_dir: str | os.PathLike[str] | None,
+    cache_bytes: int | None,
+) -> Place | None:
+    """Return the folder of the files that hold the values of a data set in place; None for any other data set."""
+    if manifest.files is msgspec.UNSET:
+        if given is not None:
+            raise UsageError(f"{root} holds its values itself, and files_root is {shown(given)}; leave it out")
+        return None
+    if given is not None:
+        given = path("files_root", given)
+        if is_url(given):
+            return RemotePath(Store(os.fspath(given)), _cache(cache_dir, cache_bytes))
+        if not Path(given).is_dir():
+            raise UsageError(f"files_root is {given}, which is not a folder; expected the one with the files of {root}")
+        return Path(given)
+    if isinstance(root, RemotePath):
+        return RemotePath(root.store.beside(manifest.files), root.cache)
+    folder = Path(os.path.normpath(root.resolve() / manifest.files))
+    if not folder.is_dir():
+        raise FormatError(
+            f"the values of {root} lie in files below {folder}, which is not there; name their folder by files_root "
+            "(--files-root), and in a container mount it too"
+        )
+    return folder

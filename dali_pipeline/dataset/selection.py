@@ -29,17 +29,19 @@ class Shards:
         split: Name of the split.
         kind: Kind of record.
         table: Columns with one entry per shard.
+        files_root: Folder of the files of others that hold values; None if there are none.
     """
 
     root: Place
     split: str
     kind: Kind
     table: ShardTable
+    files_root: Place | None = None
 
     def open(self, number: int, files: Files, sound: SoundMap | None = None) -> Shard:
         """Open one shard; raise FormatError if it is not what the manifest says."""
         path = shard_path(self.root, self.split, self.kind, number)
-        shard, records = self.table.open(path, number, files, sound), self.table.records[number]
+        shard, records = self.table.open(path, number, files, sound, self.files_root), self.table.records[number]
         if (shard.kind, shard.records) != (self.kind, records):
             raise FormatError(f"{path} has {shard.records} {shard.kind}; expected {records} {self.kind} as in the manifest")
         return shard
@@ -82,7 +84,7 @@ class Selection:
             table=np.zeros(len(table), np.int64),
             number=np.arange(len(table)),
             records=np.array(table.records, np.int64),
-            nbytes=np.array(table.bytes, np.int64),
+            nbytes=np.array(table.nbytes, np.int64),
             digest=digest,
         )
 

@@ -101,8 +101,10 @@ def sequence_at(shard: Shard, schema: Schema, row: int) -> Array:
     assert field is not None
     begin, end = shard.read("sequence.offsets", row, row + 2).tolist()
     if schema.layer_axis is not None:
-        layers = field.shape[schema.layer_axis]
+        layers = schema.stored_layers
         stored = shard.read("sequence", begin * layers, end * layers)  # layer by layer
+        if field.step_major:
+            return field.values(stored.reshape(end - begin, layers, *stored.shape[1:]))
         by_layer = stored.reshape(layers, end - begin, *stored.shape[1:])
         return field.values(np.moveaxis(by_layer, 0, 1 + schema.layer_axis))
     if field.layout is None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from dali_pipeline.errors import FormatError
 from dali_pipeline.format.encoding import BFLOAT16, storage
+from dali_pipeline.format.references import FILES, HASHES, NUMBERS, PLACES, SIZES
 from dali_pipeline.types import BLOCK_BYTES, Array
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Layout:
         nbytes: Its bytes.
         first_block: Number of its first block among the blocks of the shard.
         block_bytes: Bytes of one of its blocks.
+        referenced: Whether the bytes lie in files of others; then `begin` means nothing, and blocks are those of each record.
     """
 
     dtype: np.dtype[Any]
@@ -45,6 +47,7 @@ class Layout:
     nbytes: int
     first_block: int
     block_bytes: int
+    referenced: bool = False
 
 
 def parse_header(path: Place, header: bytes, size: int) -> tuple[str, int, dict[str, Layout], Array]:
@@ -71,6 +74,8 @@ def parse_header(path: Place, header: bytes, size: int) -> tuple[str, int, dict[
         hash_texts = [meta["hashes"][name] for _, _, name, _, _ in entries]
         hashes = np.frombuffer(bytes.fromhex("".join(hash_texts)), ">u8").astype(np.uint64)
         records = _size(meta["records"])
+        others = meta.get("referenced", {}).items()
+        foreign = {name: (storage(DTYPES[dtype]), tuple(map(_size, shape))) for name, (dtype, shape) in others}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{path}: the header is not one of a dali_pipeline shard ({type(error).__name__}: {error})") from None
     if meta.get("version") not in BLOCKS_OF_VERSION:
@@ -93,7 +98,25 @@ def parse_header(path: Place, header: bytes, size: int) -> tuple[str, int, dict[
         raise FormatError(
             f"{path}: arrays end at byte {len(header) + array_end} of {size}; arrays must fill the file without gaps"
         )
+    for name, (dtype, shape) in foreign.items():
+        _check_referenced(path, name, layouts, records)
+        layouts[name] = Layout(dtype, shape, 0, math.prod(shape) * dtype.itemsize, next_block, block_bytes, referenced=True)
+        next_block += layouts[name + HASHES].shape[0]
     return str(meta.get("kind")), records, layouts, hashes
+
+
+def _check_referenced(path: Place, name: str, layouts: dict[str, Layout], records: int) -> None:
+    """Raise FormatError unless the arrays are there that say where an array lies in files of others."""
+    needed = {FILES: "uint8", FILES + ".offsets": "int64", SIZES: "int64"}
+    needed |= {name + NUMBERS: "uint32", name + PLACES: "int64", name + HASHES: "int64"}
+    for key, dtype in needed.items():
+        found = layouts.get(key)
+        if found is None or found.dtype != dtype or len(found.shape) != 1 or found.referenced:
+            raise FormatError(f"{path}: {name} lies in other files, and {key} does not say where; expected {dtype} in one axis")
+        if key in (name + NUMBERS, name + PLACES) and found.shape != (records,):
+            raise FormatError(f"{path}, {key}: {found.shape[0]} entries for {records} records; expected one per record")
+    if name in layouts:
+        raise FormatError(f"{path}, {name} lies in the shard and in other files; expected one of the two")
 
 
 def _size(value: Any) -> int:

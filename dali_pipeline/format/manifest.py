@@ -44,6 +44,7 @@ class ShardTable:
         rows: Fewest and most rows of a record, per axis: `step`, or `graph`, `node` and `edge`.
         ids: Sum of the XXH3-64 of all ids modulo 2**64, 16 hexadecimal digits; empty if unknown, in data sets older than this
             field.
+        referenced: Bytes of values in files of others per shard. Default: unset, the shards hold all values.
     """
 
     records: list[int] = field(default_factory=list)
@@ -54,6 +55,7 @@ class ShardTable:
     labels: dict[str, int] = field(default_factory=dict)
     rows: dict[str, tuple[int, int]] = field(default_factory=dict)
     ids: str = ""
+    referenced: list[int] | msgspec.UnsetType = msgspec.UNSET
 
     def __len__(self) -> int:
         return len(self.records)
@@ -66,6 +68,7 @@ class ShardTable:
         self.blocks.append(info.blocks)
         self.steps.append(info.steps)
         self.digests += info.digest
+        self._refer([info.referenced], 1)
 
     def extend(self, other: ShardTable) -> None:
         """Append the shards of another table."""
@@ -76,9 +79,21 @@ class ShardTable:
         self.blocks += other.blocks
         self.steps += other.steps
         self.digests += other.digests
+        self._refer(list(other.referenced or ()), len(other))
         for label, count in other.labels.items():
             self.labels[label] = self.labels.get(label, 0) + count
         self._widen(other.rows)
+
+    @property
+    def nbytes(self) -> list[int]:
+        """Bytes of the records of each shard, those in files of others included."""
+        return [own + other for own, other in zip(self.bytes, self.referenced or [0] * len(self), strict=True)]
+
+    def _refer(self, referenced: list[int], shards: int) -> None:
+        """Append the bytes in files of others of the last shards, which are in the other columns already."""
+        if self.referenced or any(referenced):
+            before = list(self.referenced or [0] * (len(self) - shards))
+            self.referenced = before + (referenced or [0] * shards)
 
     def _add_ids(self, ids: str) -> None:
         known = ids and (self.ids or not len(self))
@@ -94,12 +109,15 @@ class ShardTable:
         """Return the header digest of one shard."""
         return self.digests[32 * shard : 32 * shard + 32]
 
-    def open(self, path: Place, shard: int, files: Files, sound: SoundMap | None = None) -> Shard:
-        """Open one shard, and check it against the table."""
+    def open(
+        self, path: Place, shard: int, files: Files, sound: SoundMap | None = None, files_root: Place | None = None
+    ) -> Shard:
+        """Open one shard, and check it against the table. files_root: folder of files that its values lie in, or None."""
         sound = bytearray(self.blocks[shard]) if sound is None else sound
         if isinstance(path, RemotePath):
             path = dataclasses.replace(path, digest=self.digest(shard), nbytes=self.bytes[shard], blocks=self.blocks[shard])
-        return Shard(path, nbytes=self.bytes[shard], digest=self.digest(shard), sound=sound, files=files)
+        digest, nbytes = self.digest(shard), self.bytes[shard]
+        return Shard(path, nbytes=nbytes, digest=digest, sound=sound, files=files, files_root=files_root)
 
     def count(self, classes: Iterable[int], rows: dict[str, int], times: int = 1) -> None:
         """Add the classes and row counts of one record, or of `times` equal ones, to `labels` and `rows`."""
@@ -135,6 +153,7 @@ class Manifest:
         source: Where the data came from, for people (model, threshold, files left out). It contains no path, because a data set
             may be moved.
         split: The rule that dealt the splits: `shares` and `seed`, or the owner's own `names`. Empty if not known.
+        files: Path from the data set to the folder of the files that hold its values, with `/`. Default: unset, its shards do.
         format: Name of the format.
         version: Version of the format.
         digest: 32 hexadecimal digits over all the rest; the order of every epoch depends on it.
@@ -146,6 +165,7 @@ class Manifest:
     node_statistics: FeatureStatistics | None = None
     source: dict[str, Any] = field(default_factory=dict)
     split: dict[str, Any] = field(default_factory=dict)
+    files: str | msgspec.UnsetType = msgspec.UNSET
     format: str = FORMAT_NAME
     version: int = FORMAT_VERSION
     digest: str = ""
@@ -203,7 +223,9 @@ class Manifest:
         for split, tables in manifest.splits.items():
             for kind, table in tables.items():
                 steps = len(table.steps) if manifest.version > 1 else len(table.records)
-                if not len(table.records) == len(table.bytes) == len(table.blocks) == steps == len(table.digests) / 32:
+                others = len(table.records) if table.referenced is msgspec.UNSET else len(table.referenced)
+                columns = {len(table.records), len(table.bytes), len(table.blocks), steps, others, len(table.digests) / 32}
+                if len(columns) > 1:
                     raise FormatError(f"{path}, {split}/{kind}: columns of unequal length")
                 if not re.fullmatch("([0-9a-f]{16})?", table.ids):
                     raise FormatError(f"{path}, {split}/{kind}: ids are {table.ids!r}; expected 16 hex digits")

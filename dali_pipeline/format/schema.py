@@ -59,6 +59,8 @@ class Field:
         by_layer: Layout of rows that are stored layer by layer. Default: none, stored record by record.
         axes: Names of the row's axes, such as ("layer", "feature"). Default: none.
         pad: Value behind the end of a shorter record, of step fields. Default: 0.
+        step_major: Whether the layers of one step lie together, although an axis is named layer; only of values that were left
+            in place. Default: no, the steps of one layer do.
 
     Raises:
         UsageError: The type is none of these, a size is below 1, or the scale does not fit type and shape.
@@ -70,6 +72,7 @@ class Field:
     by_layer: ByLayer | msgspec.UnsetType = msgspec.UNSET
     axes: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
     pad: int | float | msgspec.UnsetType = msgspec.UNSET
+    step_major: bool | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         if not isinstance(self.dtype, str) or self.dtype not in (*FIELD_DTYPES, *NAMED_DTYPES):
@@ -85,6 +88,8 @@ class Field:
         if self.by_layer and min(self.by_layer.steps, self.by_layer.records) < 1:
             raise UsageError(f"{self.by_layer}; expected at least 1 of each")
         self._check_scale()
+        if self.step_major and not (self.axes and self.axes[0] == "layer"):
+            raise UsageError(f"step_major with the axes {shown(self.axis_names)}; expected layer as the first axis of a row")
 
     def _check_names(self) -> None:
         if self.dtype == TEXT and self.shape:
@@ -316,6 +321,18 @@ class Schema:
         """Which axis of a sequence's row is named layer; None if none is."""
         names = () if self.sequence is None else self.sequence.axis_names
         return names.index("layer") if "layer" in names else None
+
+    @property
+    def stored_layers(self) -> int:
+        """Number of stored rows per step of a sequence: the layers, if one of its axes is named so, otherwise 1."""
+        axis = self.layer_axis
+        return 1 if axis is None or self.sequence is None else self.sequence.shape[axis]
+
+    @property
+    def stored_sequence(self) -> Field:
+        """The field of a stored row of a sequence: of one layer of a step, if an axis is named layer."""
+        assert self.sequence is not None
+        return self.sequence if self.layer_axis is None else unit_field(self.sequence, self.layer_axis)
 
     @property
     def named(self) -> dict[str, Field]:

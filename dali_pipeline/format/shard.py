@@ -10,7 +10,8 @@ import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -19,6 +20,8 @@ import xxhash
 
 from dali_pipeline.errors import DataError, FormatError
 from dali_pipeline.format.header import Layout, parse_header
+from dali_pipeline.format.references import FILES, HASHES, NUMBERS, PLACES, SIZES, Extent, References
+from dali_pipeline.format.schema import level_of
 from dali_pipeline.storage.cache import FIRST_STAMP
 from dali_pipeline.storage.openfile import OpenFile, Piece, kind_of
 from dali_pipeline.storage.reads import prefetch
@@ -44,6 +47,7 @@ class ShardInfo:
         digest: Digest of the header.
         ids: Sum of the XXH3-64 of the shard's ids modulo 2**64.
         steps: Number of rows of all sequences, or of nodes of all graphs.
+        referenced: Bytes of values that lie in files of others.
     """
 
     records: int
@@ -52,6 +56,7 @@ class ShardInfo:
     digest: str
     ids: int
     steps: int = 0
+    referenced: int = 0
 
 
 def hash_texts(texts: Iterable[bytes], seed: int = 0) -> Hashes:
@@ -69,13 +74,19 @@ class Shard:
         sound: One byte per block, set to 1 once the block's hash was right. In shared memory, workers share it, so no block is
             hashed twice.
         files: Open files.
+        files_root: Folder of the files of others that hold values; None if there are none.
 
     Raises:
         FormatError: The file or its header is not what the manifest says.
     """
 
-    def __init__(self, path: Place, *, nbytes: int, digest: str, sound: SoundMap, files: Files) -> None:
+    def __init__(
+        self, path: Place, *, nbytes: int, digest: str, sound: SoundMap, files: Files, files_root: Place | None = None
+    ) -> None:
         self.path = path
+        self._digest, self._files_root = digest, files_root
+        self._references: dict[str, References] = {}
+        self._identities: dict[int, tuple[int, ...]] = {}  # of the files of others that were opened
         self._files = files
         self._sound = sound
         file = files.get(path)
@@ -86,15 +97,16 @@ class Shard:
         if xxhash.xxh3_128_hexdigest(header) != digest:
             raise FormatError(f"{path}: the header does not have the digest that the manifest names: damaged or replaced")
         self.kind, self.records, self.arrays, self._hashes = parse_header(path, header, file.size)
-        if len(self._hashes) != len(sound):
-            raise FormatError(f"{path} has {len(self._hashes)} block hashes; expected {len(sound)} as in the manifest")
+        blocks = len(self._hashes) + sum(self.arrays[name + HASHES].shape[0] for name in self.referenced)
+        if blocks != len(sound):
+            raise FormatError(f"{path} has {blocks} block hashes; expected {len(sound)} as in the manifest")
         if file.stamps is not None:  # names, labels and offsets are neighbours: one request
             file.prefetch(
                 [
                     piece
                     for name, array in self.arrays.items()
-                    if array.nbytes <= array.block_bytes
-                    for piece in self.pieces(name)
+                    if array.nbytes <= array.block_bytes and not array.referenced
+                    for _, piece in self.pieces(name)
                 ]
             )
 
@@ -104,26 +116,79 @@ class Shard:
             raise FormatError(f"{self.path} has no array {name!r}; docs/format.md lists what a shard must hold")
         return self.arrays[name]
 
+    @property
+    def referenced(self) -> list[str]:
+        """Names of the arrays that lie in files of others."""
+        return [name for name, layout in self.arrays.items() if layout.referenced]
+
+    def references(self, name: str) -> References:
+        """Return where an array lies in files of others; reads the index of it, once."""
+        if name in self._references:
+            return self._references[name]
+        layout = self.array(name)
+        if level_of(name) == "record":
+            begins = np.arange(self.records + 1, dtype=np.int64)
+        else:
+            begins = self.read("sequence.offsets").astype(np.int64)
+        per_row = layout.nbytes // max(1, int(begins[-1]))
+        references = References(
+            begins=begins * per_row,
+            places=self.read(name + PLACES),
+            numbers=self.read(name + NUMBERS).astype(np.int64),
+            hashes=self.read(name + HASHES).view(np.uint64),
+            names=[_checked_name(self.path, text) for text in self.texts(FILES)],
+            sizes=self.read(SIZES),
+        )
+        self._check(name, layout, references)
+        self._references[name] = references
+        return references
+
+    def _check(self, name: str, layout: Layout, references: References) -> None:
+        """Raise FormatError unless the pieces of an array fit it, its hashes and the files."""
+        files, ends = len(references.names), references.places + np.diff(references.begins)
+        fits = len(references.begins) == self.records + 1 and references.begins[-1] == layout.nbytes
+        fits = fits and len(references.sizes) == files and int(references.numbers.max(initial=-1)) < files
+        fits = fits and bool((np.diff(references.begins) >= 0).all()) and int(references.places.min(initial=0)) >= 0
+        if not fits or (ends > references.sizes[references.numbers]).any() or references.blocks[-1] != len(references.hashes):
+            raise FormatError(f"{self.path}, {name}: the pieces in other files do not fit its {self.records} records")
+
+    def extents(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Extent]:
+        """Yield the spans of bytes that lie together in one file, of bytes `start` to `stop` of an array, by default all."""
+        layout = self.array(name)
+        if layout.referenced:
+            stop = layout.nbytes if stop is None else stop
+            yield from self.references(name).extents(start, stop, layout.first_block)
+        else:
+            yield Extent(-1, layout.begin, 0, layout.nbytes, layout.first_block, layout.first_block)
+
     def read_into(self, name: str, start: int, out: memoryview) -> None:
         """Read bytes `start` to `start + len(out)` of an array into `out`; raise FormatError for damage or a short file."""
-        layout, sound, stop = self.array(name), self._sound, start + len(out)
+        layout, stop = self.array(name), start + len(out)
         if not 0 <= start <= stop <= layout.nbytes:
             raise FormatError(f"{self.path}, {name}: bytes {start} to {stop} asked of {layout.nbytes}; offsets do not fit")
         if start == stop:
             return
-        first, last = layout.first_block + start // layout.block_bytes, layout.first_block + (stop - 1) // layout.block_bytes
+        for extent in self.extents(name, start, stop):
+            begin, end = max(start, extent.start), min(stop, extent.stop)
+            self._read_extent(name, extent, begin, out[begin - start : end - start])
+
+    def _read_extent(self, name: str, extent: Extent, start: int, out: memoryview) -> None:
+        """Read bytes of an array that lie in one extent."""
+        size, sound, stop = self.array(name).block_bytes, self._sound, start + len(out)
+        blocks = extent.blocks(start, stop, size)
+        first, last = extent.block + blocks.start, extent.block + blocks.stop - 1
         if sound[first] and sound[last] and (last < first + 2 or all(sound[first + 1 : last])):
-            self._pread(name, start, out)
+            self._pread(name, extent, start, out)
             return
-        blocks = range(first - layout.first_block, last - layout.first_block + 1)
         for block in blocks:  # copy the part of `out` that lies in each
-            begin, end = max(start, block * layout.block_bytes), min(stop, (block + 1) * layout.block_bytes)
+            block_begin, block_end = extent.block_span(block, size)
+            begin, end = max(start, block_begin), min(stop, block_end)
             part = out[begin - start : end - start]
-            if self._sound[layout.first_block + block]:
-                self._pread(name, begin, part)
+            if sound[extent.block + block]:
+                self._pread(name, extent, begin, part)
             else:
-                data = self._checked_block(name, layout, block)
-                part[:] = data[begin - block * layout.block_bytes : end - block * layout.block_bytes]
+                data = self._checked_block(name, extent, block)
+                part[:] = data[begin - block_begin : end - block_begin]
 
     def prefetch(self, name: str, begin: int, end: int) -> bool:
         """Prefetch bytes `begin` to `end` of an array; return whether any were absent.
@@ -131,24 +196,39 @@ class Shard:
         They go to the system's page cache, and blocks never read before are read and hashed here. Blocks of a shard in a store
         are downloaded to the local cache. Raises FormatError for damage.
         """
-        layout, file = self.array(name), self.opened()
+        layout = self.array(name)
         if not 0 <= begin < end <= layout.nbytes:
             return False
-        blocks = range(begin // layout.block_bytes, (end - 1) // layout.block_bytes + 1)
-        if file.stamps is not None:
-            return file.prefetch(self.pieces(name, blocks), wait=False)
-        unchecked = [block for block in blocks if not self._sound[layout.first_block + block]]
-        for block in unchecked:
-            self._checked_block(name, layout, block)
-        return bool(unchecked) or prefetch(file.fd, layout.begin + begin, end - begin)
+        return sum(self._prefetch(name, extent, begin, end) for extent in self.extents(name, begin, end)) > 0
 
-    def pieces(self, name: str, blocks: Iterable[int] | None = None) -> list[Piece]:
-        """Return the blocks of an array, by default all, in the form that a cache takes."""
-        layout, pieces = self.array(name), []
-        for block in range(-(-layout.nbytes // layout.block_bytes)) if blocks is None else blocks:
-            nbytes, number = min(layout.block_bytes, layout.nbytes - block * layout.block_bytes), layout.first_block + block
-            pieces.append(Piece(1 + number, layout.begin + block * layout.block_bytes, nbytes, int(self._hashes[number])))
-        return pieces
+    def _prefetch(self, name: str, extent: Extent, begin: int, end: int) -> bool:
+        layout, file = self.array(name), self.opened(name, extent)
+        blocks = extent.blocks(begin, end, layout.block_bytes)
+        if file.stamps is not None:
+            return file.prefetch([self._piece(name, extent, block) for block in blocks], wait=False)
+        unchecked = [block for block in blocks if not self._sound[extent.block + block]]
+        for block in unchecked:
+            self._checked_block(name, extent, block)
+        begin, end = max(begin, extent.start), min(end, extent.stop)
+        return bool(unchecked) or prefetch(file.fd, extent.begin + begin - extent.start, end - begin)
+
+    def pieces(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[Extent, Piece]]:
+        """Yield the blocks that bytes of an array lie in, by default all, in the form that a cache takes."""
+        layout = self.array(name)
+        stop = layout.nbytes if stop is None else stop
+        for extent in self.extents(name, start, stop):
+            for block in extent.blocks(start, stop, layout.block_bytes):
+                yield extent, self._piece(name, extent, block)
+
+    def _piece(self, name: str, extent: Extent, block: int) -> Piece:
+        layout = self.array(name)
+        begin, end = extent.block_span(block, layout.block_bytes)
+        number = extent.block + block
+        if layout.referenced:
+            hashed = int(self.references(name).hashes[number - layout.first_block])
+        else:
+            hashed = int(self._hashes[number])
+        return Piece(1 + extent.slot + block, extent.begin + begin - extent.start, end - begin, hashed)
 
     def note_need(self, name: str, begin: int, end: int, need: float) -> None:
         """Tell the cache when bytes `begin` to `end` of an array are needed next.
@@ -156,8 +236,10 @@ class Shard:
         The time is the epoch plus the fraction of it that is over.
         """
         if begin < end:
-            block_bytes = self.array(name).block_bytes
-            self.opened().note_need(self.pieces(name, range(begin // block_bytes, (end - 1) // block_bytes + 1)), need)
+            layout = self.array(name)
+            for extent in self.extents(name, begin, end):
+                blocks = extent.blocks(begin, end, layout.block_bytes)
+                self.opened(name, extent).note_need([self._piece(name, extent, block) for block in blocks], need)
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> Array:
         """Read rows `begin` to `end` of an array, by default all, checked."""
@@ -174,72 +256,139 @@ class Shard:
         """Yield each block of an array: first byte, bytes (valid until the next block), and whether its hash is right."""
         layout = self.array(name)
         buffer = np.empty(layout.block_bytes, np.uint8)
-        for number, start in enumerate(range(0, layout.nbytes, layout.block_bytes)):
-            data = buffer[: min(layout.block_bytes, layout.nbytes - start)]
-            try:
-                self._pread(name, start, data.data)
-                sound = xxhash.xxh3_64_intdigest(data.data) == self._hashes[layout.first_block + number]
-            except FormatError:
-                if self.opened().stamps is None:
-                    raise
-                sound = False  # the block is damaged in the store
-            yield start, data, sound
+        for extent in self.extents(name):
+            for block in extent.blocks(extent.start, extent.stop, layout.block_bytes):
+                start, end = extent.block_span(block, layout.block_bytes)
+                data = buffer[: end - start]
+                try:
+                    self._pread(name, extent, start, data.data)
+                    sound = xxhash.xxh3_64_intdigest(data.data) == self._piece(name, extent, block).hash
+                except FormatError:
+                    if self.opened(name, extent).stamps is None:
+                        raise
+                    sound = False  # the block is damaged in the store
+                yield start, data, sound
 
     def texts(self, name: str) -> list[bytes]:
         """Return the texts of `ids` or `groups`, in UTF-8."""
         data, offsets = self.read(name).tobytes(), self.read(f"{name}.offsets").tolist()
         return [data[begin:end] for begin, end in itertools.pairwise(offsets)]
 
-    def _checked_block(self, name: str, layout: Layout, block: int) -> memoryview:
-        start = block * layout.block_bytes
-        data = np.empty(min(layout.block_bytes, layout.nbytes - start), np.uint8).data
-        self._pread(name, start, data)
-        piece = self.pieces(name, [block])[0]
+    def _checked_block(self, name: str, extent: Extent, block: int) -> memoryview:
+        piece, start = self._piece(name, extent, block), extent.block_span(block, self.array(name).block_bytes)[0]
+        data = np.empty(piece.nbytes, np.uint8).data
+        self._pread(name, extent, start, data)
         sound = xxhash.xxh3_64_intdigest(data) == piece.hash
-        if not sound and self.opened().forget(piece):  # the copy in the local cache was damaged
-            self._pread(name, start, data)
+        if not sound and self.opened(name, extent).forget(piece):  # the copy in the local cache was damaged
+            self._pread(name, extent, start, data)
             sound = xxhash.xxh3_64_intdigest(data) == piece.hash
+        if not sound and extent.file >= 0:
+            raise FormatError(
+                f"{self.file_of(name, extent)}: bytes {piece.begin} to {piece.begin + piece.nbytes} are not those that "
+                f"{self.path} refers to (wrong hash): the file changed since; restore it or convert again"
+            )
         if not sound:
             raise FormatError(
                 f"{self.path}, {name}: bytes {start} to {start + len(data)} are damaged (wrong hash); "
                 "restore the file or convert again"
             )
-        self._sound[layout.first_block + block] = 1
+        self._sound[extent.block + block] = 1
         return data
 
-    def opened(self) -> OpenFile:
-        """Return the shard's file, open while the caller holds it; raise FormatError if it is gone or was replaced."""
+    def file_of(self, name: str, extent: Extent) -> Place:
+        """Return the file that an extent lies in."""
+        if extent.file < 0:
+            return self.path
+        references = self.references(name)
+        if self._files_root is None:
+            raise FormatError(f"{self.path} refers to other files; expected the folder they lie in, by files_root")
+        place = self._files_root / references.names[extent.file]
+        if isinstance(place, Path):
+            return place
+        digest = xxhash.xxh3_128_hexdigest(f"{self._digest}\n{name}\n{extent.file}".encode())
+        blocks = int(references.blocks_per_file[extent.file])
+        return replace(place, digest=digest, nbytes=int(references.sizes[extent.file]), blocks=blocks)
+
+    def opened(self, name: str = "", extent: Extent | None = None) -> OpenFile:
+        """Return the file of an extent, by default the shard's, open while the caller holds it.
+
+        Raises FormatError if it is gone, was replaced, or has another size than it had.
+        """
+        if extent is not None and extent.file >= 0:
+            return self._opened_reference(name, extent)
         file = self._files.get(self.path)
         if file.identity != self._identity:
             raise FormatError(f"{self.path} was replaced while in use; open the data set again")
         return file
 
-    def _pread(self, name: str, start: int, out: memoryview) -> None:
+    def _opened_reference(self, name: str, extent: Extent) -> OpenFile:
+        path, expected = self.file_of(name, extent), int(self.references(name).sizes[extent.file])
+        try:
+            file = self._files.get(path)
+        except FormatError:
+            raise FormatError(
+                f"{path} is gone, and {self.path} refers to it; restore it, or name the folder of the files by files_root "
+                "(--files-root)"
+            ) from None
+        if file.size != expected:
+            raise FormatError(
+                f"{path} has {file.size} bytes; expected {expected} as when {self.path} was made: it changed since"
+            )
+        if self._identities.setdefault(extent.file, file.identity) != file.identity:
+            raise FormatError(f"{path} was replaced while in use; open the data set again")
+        return file
+
+    def _pread(self, name: str, extent: Extent, start: int, out: memoryview) -> None:
         """Read bytes of an array from `start` on, unchecked.
 
-        For a shard in a store, retry until no block was evicted from the cache during the read.
+        For a file in a store, retry until no block was evicted from the cache during the read.
         """
-        file, layout = self.opened(), self.array(name)
+        file, layout = self.opened(name, extent), self.array(name)
+        offset = extent.begin + start - extent.start
         if file.stamps is None:
-            return self._pread_file(file, name, layout.begin + start, out)
-        blocks = range(start // layout.block_bytes, (start + len(out) - 1) // layout.block_bytes + 1)
-        stamps = file.stamps[layout.first_block + blocks.start : layout.first_block + blocks.stop]
+            return self._pread_file(file, name, extent, offset, out)
+        blocks = extent.blocks(start, start + len(out), layout.block_bytes)
+        stamps = file.stamps[extent.slot + blocks.start : extent.slot + blocks.stop]
         for _ in range(TRIES):
-            file.prefetch(self.pieces(name, blocks))
+            file.prefetch([self._piece(name, extent, block) for block in blocks])
             before = stamps.copy()
-            self._pread_file(file, name, layout.begin + start, out)
+            self._pread_file(file, name, extent, offset, out)
             if (before >= FIRST_STAMP).all() and (before == stamps).all():
                 return None
         raise DataError(f"{self.path}, {name}: the cache is too small for what is read at once; give more cache_bytes")
 
-    def _pread_file(self, file: OpenFile, name: str, offset: int, out: memoryview) -> None:
+    def _pread_file(self, file: OpenFile, name: str, extent: Extent, offset: int, out: memoryview) -> None:
         done = 0
         while done < len(out):
             try:
                 nbytes = os.preadv(file.fd, [out[done:] if done else out], offset + done)
             except OSError as error:
                 why = f"byte {offset + done} cannot be read ({error.strerror})"
-                raise kind_of(error)(f"{self.path}, {name}: {why}") from error
+                raise kind_of(error)(f"{self._where(name, extent)}: {why}") from error
             if nbytes == 0:
-                raise FormatError(f"{self.path}, {name}: the file ends at byte {offset + done}; it was cut while in use")
+                raise FormatError(
+                    f"{self._where(name, extent)}: the file ends at byte {offset + done}; it was cut while in use"
+                )
             done += nbytes
+
+    def _where(self, name: str, extent: Extent) -> str:
+        return f"{self.path}, {name}" if extent.file < 0 else str(self.file_of(name, extent))
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of memory, approximately, that the places of values in other files take once they are read."""
+        names = self.referenced
+        files = self.arrays[FILES].nbytes + 110 * self.arrays[SIZES].shape[0] if names else 0
+        return sum(files + 60 * self.records + self.arrays[name + HASHES].nbytes for name in names)
+
+
+def _checked_name(path: Place, text: bytes) -> str:
+    """Return the name of a file of others; raise FormatError for one that does not lie below their folder."""
+    try:
+        name = text.decode()
+    except UnicodeDecodeError:
+        name = ""
+    parts = name.split("/")
+    if not name or "\0" in name or any(part in ("", ".", "..") for part in parts):
+        raise FormatError(f"{path}, {FILES}: {text[:99]!r} is no name below the folder of files")
+    return name

@@ -15,6 +15,7 @@ import xxhash
 from dali_pipeline.errors import PipelineError
 from dali_pipeline.format.encoding import storage
 from dali_pipeline.format.header import DTYPES, METADATA_KEY, VERSION
+from dali_pipeline.format.references import HASHES
 from dali_pipeline.format.shard import ShardInfo
 from dali_pipeline.storage.whole import sync_folder
 from dali_pipeline.types import BLOCK_BYTES, Array, Kind
@@ -37,7 +38,7 @@ class ShardFile:
     Args:
         path: The shard.
         kind: Kind of its records.
-        name: Array that is streamed.
+        name: Array that is streamed; None if it lies in files of others.
         dtype: Its stored type.
         shape: Shape of one row.
         expected_bytes: Expected size of the file, from which the space for the header is computed.
@@ -51,7 +52,7 @@ class ShardFile:
         self,
         path: Path,
         kind: Kind,
-        name: str,
+        name: str | None,
         dtype: str,
         shape: tuple[int, ...],
         *,
@@ -84,16 +85,31 @@ class ShardFile:
             if self._filled == len(self._buffer):
                 self._spill()
 
-    def close(self, records: int, arrays: Mapping[str, Array], ids: int = 0) -> ShardInfo:
-        """Write the other arrays and the header; the shard exists, synced to the disk, on return. `ids` goes to the info."""
+    def close(
+        self,
+        records: int,
+        arrays: Mapping[str, Array],
+        ids: int = 0,
+        referenced: Mapping[str, tuple[str, tuple[int, ...]]] | None = None,
+    ) -> ShardInfo:
+        """Write the other arrays and the header; the shard exists, synced to the disk, on return.
+
+        Args:
+            records: Number of records.
+            arrays: The arrays that were not streamed.
+            ids: Sum of the hashes of the ids, for the info.
+            referenced: Stored type and shape of each array that lies in files of others.
+        """
         try:
             self._spill()
             if self._hashed:
                 self._hashes.append(self._hash.hexdigest())
             array_end = self._rows * self._buffer[:1].nbytes
             shape = (self._rows, *self._buffer.shape[1:])
-            table = {self._name: _entry(self._dtype, shape, 0, array_end)}
-            hashes = {self._name: "".join(self._hashes)}
+            table, hashes = dict[str, object](), dict[str, str]()
+            if self._name is not None:
+                table[self._name] = _entry(self._dtype, shape, 0, array_end)
+                hashes[self._name] = "".join(self._hashes)
             wide_first = sorted(arrays.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
             padding_bytes = -array_end % 8
             remaining = [("padding", np.zeros(padding_bytes, np.uint8)), *wide_first] if padding_bytes else wide_first
@@ -103,7 +119,10 @@ class ShardFile:
                 table[name] = _entry(array.dtype.name, array.shape, array_end, array_end + len(data))
                 hashes[name] = block_hashes(data)
                 array_end += len(data)
-            meta = {"kind": self._kind, "records": records, "block_bytes": BLOCK_BYTES, "hashes": hashes, "version": VERSION}
+            meta: dict[str, object] = {"kind": self._kind, "records": records, "block_bytes": BLOCK_BYTES}
+            meta |= {"hashes": hashes, "version": VERSION}
+            if referenced:
+                meta["referenced"] = {name: [_NAMES[dtype], list(shape)] for name, (dtype, shape) in referenced.items()}
             header = json.dumps({"__metadata__": {METADATA_KEY: _canonical(meta)}, **table}, separators=(",", ":")).encode()
             if len(header) > self._header_bytes:
                 self._enlarge_header(len(header), array_end)
@@ -117,6 +136,7 @@ class ShardFile:
             raise self._failed(error) from error
         self._close()
         blocks = sum(len(text) // 16 for text in hashes.values())
+        blocks += sum(len(arrays[name + HASHES]) for name in referenced or {})
         digest = xxhash.xxh3_128_hexdigest(head)
         return ShardInfo(
             records=records, bytes=8 + self._header_bytes + array_end, blocks=blocks, digest=digest, ids=ids, steps=self._rows

@@ -47,6 +47,8 @@ class ConvertConfig:
         engine: "local", or "ray" for tasks of a Ray cluster whose nodes see both folders.
         traces: Options for reading traces.
         recipe: Which keys of the files become what; an empty one infers it.
+        in_place: Whether the values stay in the files, to which the data set then refers.
+        files_root: Folder of the values of the source, if that is a data set in place; None for where they lay.
 
     Raises:
         UsageError: A value is not one of those above.
@@ -63,6 +65,8 @@ class ConvertConfig:
     engine: Engine = "local"
     traces: TraceOptions = field(default_factory=TraceOptions)
     recipe: Recipe = field(default_factory=Recipe)
+    in_place: bool = False
+    files_root: str | None = None
 
     def __post_init__(self) -> None:
         for name, dtype in self.dtypes.items():
@@ -78,6 +82,8 @@ class ConvertConfig:
             raise UsageError(f"engine is {self.engine!r}; expected {' or '.join(get_args(Engine))}")
         if self.num_workers != "auto" and self.num_workers < 1:
             raise UsageError(f"num_workers is {self.num_workers}; expected at least 1")
+        if self.in_place and (self.dtype is not None or self.by_layer or self.layers is not None):
+            raise UsageError("values that stay in place are not changed; leave --dtype, --by-layer and --layers out")
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -108,6 +114,7 @@ class ConvertConfig:
         more: tuple[str, ...] = ("by layer",) if self.by_layer else ()  # older conversions had no such setting
         if self.keeps_splits and (source.reader is OWN or splits_in_names(source.names, SplitRule())):
             more += ("own splits",)
+        more += ("in place",) if self.in_place else ()
         followed = () if source.plan is None else source.plan.facts
         return xxhash.xxh3_128_hexdigest(
             msgspec.json.encode((source.names, source.sizes, *done, *more, *followed), order="sorted")

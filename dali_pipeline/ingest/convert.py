@@ -26,6 +26,7 @@ from dali_pipeline.ingest.foreign import Block, Values
 from dali_pipeline.ingest.job import Job, prepare
 from dali_pipeline.ingest.layouts.alike import Pattern, pattern_of_files
 from dali_pipeline.ingest.layouts.labels import scored
+from dali_pipeline.ingest.layouts.placed import path_to, placed_records
 from dali_pipeline.ingest.layouts.recipe import Recipe
 from dali_pipeline.ingest.onray import deal
 from dali_pipeline.ingest.own import OWN, opened
@@ -41,6 +42,7 @@ from dali_pipeline.types import Array
 from dali_pipeline.writing.filler import Contents, ShardFiller
 from dali_pipeline.writing.journal import remove_leftovers
 from dali_pipeline.writing.openshard import Stack
+from dali_pipeline.writing.places import PlacedRecord
 from dali_pipeline.writing.split import FileSplit
 from dali_pipeline.writing.writer import ShardWriter
 
@@ -75,15 +77,7 @@ def convert(src: Path, dst: Path, config: ConvertConfig | None = None, remote: R
     config = config or ConvertConfig()
     if config.engine == "ray":  # Ray workers have other working folders
         src, dst = src.absolute(), dst.absolute()
-    source = Source.find(src, config.traces, remote, config.recipe, skip_bad=config.skip_bad)
-    if source.reader.what == TRACES and config.recipe:
-        config = replace(config, traces=scored(config.traces, config.recipe), recipe=Recipe())
-        source = Source.find(src, config.traces, remote)
-    if config.traces.scores is not None and source.reader.what != TRACES:
-        raise UsageError(
-            f"{src} holds {source.reader.what}, whose labels are their own; scores are for raw traces, and --labels-from with "
-            "--label-threshold for others"
-        )
+    source, config = _found(src, config, remote)
     fingerprint = config.fingerprint(source)
     if (dst / MANIFEST_NAME).exists():
         source.check_older(dst / MANIFEST_NAME)
@@ -118,7 +112,27 @@ def convert(src: Path, dst: Path, config: ConvertConfig | None = None, remote: R
         if named_by_us and writer.steps[0] != writer.steps[1]:
             writer.schema = replace(job.schema, step_axis="step")  # sequences of different lengths lie along no layers
         writer.rule = job.rule
+        if job.placement is not None:
+            writer.files = path_to(job.placement.root, dst)
     return open_dataset(dst)
+
+
+def _found(src: Path, config: ConvertConfig, remote: Remote | None) -> tuple[Source, ConvertConfig]:
+    """Return the files of a source, and the settings that are for them."""
+    source = Source.find(src, config.traces, remote, config.recipe, skip_bad=config.skip_bad)
+    if source.reader.what == TRACES and config.recipe:
+        config = replace(config, traces=scored(config.traces, config.recipe), recipe=Recipe())
+        source = Source.find(src, config.traces, remote)
+    if config.traces.scores is not None and source.reader.what != TRACES:
+        raise UsageError(
+            f"{src} holds {source.reader.what}, whose labels are their own; scores are for raw traces, and --labels-from with "
+            "--label-threshold for others"
+        )
+    if config.in_place:
+        if remote is not None:
+            raise UsageError(f"{source.root} is a URL; --in-place takes files in a folder, which are read where they lie")
+        source = replace(source, chunk_bytes=max(source.chunk_bytes, config.shard_bytes))
+    return source, config
 
 
 def _origin(job: Job) -> dict[str, Any]:
@@ -163,6 +177,8 @@ def convert_to(src: str | Path, dst: str, config: ConvertConfig | None = None) -
 def _convert_to(src: Path, dst: str, config: ConvertConfig | None, remote: Remote | None) -> Dataset:
     if not is_url(dst):
         return convert(src, Path(dst), config, remote)
+    if config is not None and config.in_place:
+        raise UsageError(f"{Store(dst)} is a URL; --in-place writes into a folder, from which set and files can be uploaded")
     store = Store(dst)
     finished(store)  # if the store refuses access, fail now and not after the conversion
     staging = default_cache() / "uploads" / xxhash.xxh3_64_hexdigest(str(store).encode())
@@ -188,7 +204,7 @@ def write_chunk(job: Job, chunk: range, root: Path, advance: Advance) -> tuple[C
     """
     filler = ShardFiller(root, job.schema, job.config.shard_bytes, job.dealer_of(chunk.start), Contents())
     left_out: dict[str, str] = {}
-    pattern = pattern_of_files(job.source.plan, job.source.files[chunk.start])
+    pattern = None if job.placement else pattern_of_files(job.source.plan, job.source.files[chunk.start])
     misses, tried, written = 0, chunk.start, chunk.start  # files before `tried` were tried together, those before `written` are
     for number in chunk:
         if number < written:
@@ -214,14 +230,20 @@ def _write_file(job: Job, filler: ShardFiller, number: int, advance: Advance) ->
     if job.config.skip_bad:
         try:
             for record in _records(job, number):
-                filler.check(record)
+                if isinstance(record, PlacedRecord):
+                    filler.check_placed(record)
+                else:
+                    filler.check(record)
         except (FormatError, DataError) as error:
             advance(job.counts[number])
             return job.source.without_root(_with_path(job, number, error))
     unreported = 0
     try:
         for record in _records(job, number):
-            filler.write(record)
+            if isinstance(record, PlacedRecord):
+                filler.write_placed(record)
+            else:
+                filler.write(record)
             unreported += len(record.ids) if isinstance(record, Stack) else 1
             if unreported >= TELL_EVERY:
                 advance(unreported)
@@ -254,12 +276,15 @@ def _with_path(job: Job, number: int, error: PipelineError) -> PipelineError:
     return error if str(path) in str(error) else type(error)(f"{path}: {error}")
 
 
-def _records(job: Job, number: int) -> Iterator[Record | Stack]:
+def _records(job: Job, number: int) -> Iterator[Record | Stack | PlacedRecord]:
     """Yield the records of one file, one by one, or stacked if the file stacks them."""
     file, end = job.source.open(number), 0
     if len(file) != job.counts[number]:
         raise FormatError(f"{file.path} has {len(file)} records, and had {job.counts[number]}; it changed while it was read")
     ids = job.names.ids(number, file)
+    if job.placement is not None and job.source.plan is not None:
+        yield from placed_records(job.source.plan, job.source.files[number], job.placement, job.schema, file, ids)
+        return
     for values in file.values():
         begin, end = end, end + (len(values.sequences) if isinstance(values, Block) else 1)
         if end > len(file):

@@ -18,7 +18,6 @@ from dali_pipeline.format.label import Label
 from dali_pipeline.format.record import Graphs
 from dali_pipeline.types import Array, Kind
 
-
 _NUMBER = re.compile("[0-9]+")
 
 

@@ -10,6 +10,7 @@ from dali_pipeline.errors import DataError, FormatError
 from dali_pipeline.format.schema import Field, Schema
 from dali_pipeline.ingest.dealing import OwnSplits, splits_in_names
 from dali_pipeline.ingest.inference import LayerChoice, infer_schema, written_bytes
+from dali_pipeline.ingest.layouts.placed import Placement, placement_of
 from dali_pipeline.ingest.names import Disagreement, FileNames, Names
 from dali_pipeline.ingest.own import OWN
 from dali_pipeline.ingest.readers.pt import FOLDERS
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from dali_pipeline.ingest.config import ConvertConfig
     from dali_pipeline.ingest.sources import Source
 
+IN_PLACE_BYTES = 256  # per record, about what is written of one that stays in place
 NAMED = 5  # maximum number of files that a message names
 
 
@@ -41,6 +43,7 @@ class Job:
         written_bytes: Estimated size of the data set in bytes.
         torn: Number of groups that are in several splits.
         notices: Sentences for the user about what is kept and left out.
+        placement: What stays in place; None if everything is copied.
     """
 
     source: Source
@@ -54,6 +57,7 @@ class Job:
     written_bytes: int
     torn: int
     notices: list[str]
+    placement: Placement | None = None
 
     def dealer_of(self, number: int) -> Dealer:
         """Return the rule that assigns the groups of a file to splits."""
@@ -101,9 +105,7 @@ def prepare(source: Source, config: ConvertConfig, numbers: Iterable[int]) -> Jo
     dealer, torn = _dealer(source, file_names, config, notices)
     counts = [len(names_of_file.labels) for names_of_file in file_names]
     schema, choice = infer_schema(source, file_names, config, notices)
-    if schema.sequence is not None and config.dtypes.get("sequence") == "int8":
-        scaled = _scaled(source, file_names, config, choice)
-        schema = replace(schema, sequence=replace(scaled, by_layer=schema.sequence.by_layer, axes=schema.sequence.axes))
+    placement, schema = _stored(source, file_names, config, schema, choice, notices)
     return Job(
         source=source,
         config=config,
@@ -113,10 +115,30 @@ def prepare(source: Source, config: ConvertConfig, numbers: Iterable[int]) -> Jo
         schema=schema,
         choice=choice,
         unreadable=unreadable,
-        written_bytes=written_bytes(source, file_names, schema, choice),
+        written_bytes=IN_PLACE_BYTES * sum(counts) if placement else written_bytes(source, file_names, schema, choice),
         torn=torn,
         notices=notices,
+        placement=placement,
     )
+
+
+def _stored(
+    source: Source,
+    file_names: Sequence[FileNames],
+    config: ConvertConfig,
+    schema: Schema,
+    choice: LayerChoice,
+    notices: list[str],
+) -> tuple[Placement | None, Schema]:
+    """Return what stays in place, and the schema as it is stored: with the scales of int8, or the order of the files."""
+    placement: Placement | None = None
+    if config.in_place:
+        placement, schema, told = placement_of(source.plan, source.root, source.reader.what, schema)
+        notices += told
+    if schema.sequence is not None and config.dtypes.get("sequence") == "int8":
+        scaled = _scaled(source, file_names, config, choice)
+        schema = replace(schema, sequence=replace(scaled, by_layer=schema.sequence.by_layer, axes=schema.sequence.axes))
+    return placement, schema
 
 
 def _describe_not_taken(source: Source, not_taken: dict[str, list[str]]) -> list[str]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 COMPANIONS = {"dataset_info.json", "dataset_dict.json", "state.json"}
 FETCHED = 8  # files of a store that are here at a time while a layout is recognised
-CHUNK_BYTES = 512 << 20  # bytes of source files per chunk: one worker converts a chunk, and it becomes final as a whole
+CHUNK_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class Source:
         remote: Store of the files, or None.
         not_taken: Names of other files in the folder, whose format no reader knows.
         plan: What a recipe makes of the files; None for a layout with a reader of its own.
+        chunk_bytes: Bytes of source files per chunk: one worker converts a chunk, and it becomes final as a whole.
     """
 
     root: Path
@@ -52,6 +53,7 @@ class Source:
     remote: Remote | None = None
     not_taken: tuple[str, ...] = ()
     plan: Plan | None = None
+    chunk_bytes: int = CHUNK_BYTES
 
     @classmethod
     def find(
@@ -146,10 +148,10 @@ class Source:
 
     @cached_property
     def chunks(self) -> list[range]:
-        """Ranges of consecutive file numbers, each of at most CHUNK_BYTES or of one file."""
+        """Ranges of consecutive file numbers, each of at most `chunk_bytes` or of one file."""
         cuts, nbytes = [0], 0
         for number, size in enumerate(self.sizes):
-            if nbytes and nbytes + size > CHUNK_BYTES:
+            if nbytes and nbytes + size > self.chunk_bytes:
                 cuts.append(number)
                 nbytes = 0
             nbytes += max(size, 0)

@@ -313,7 +313,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         """Return the gathered rows of one batch, each record padded to `steps` steps, as (B, steps, *row)."""
         axis, parts = self.data.schema.layer_axis, self._source.parts_per_record
         records = len(values) // max(1, steps * parts)
-        if axis is None:
+        if axis is None or not self._source.layered:
             return values.view(records, steps, *values.shape[1:])
         return values.view(records, parts, steps, *values.shape[1:]).movedim(1, 2 + axis)
 

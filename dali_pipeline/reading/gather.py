@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,63 +34,118 @@ def gather(locations: Locations, name: str, records: Ints, begins: Ints, ends: I
         out_begins: (n,) first row of each read in `out`.
     """
     which = locations.which[records]
+    width = out.dtype.itemsize * math.prod(out.shape[1:])
+    elsewhere = np.array([part.shard.array(name).referenced for part in locations.parts])
     for first in range(0, len(locations.parts), locations.files_at_once):
         parts = locations.parts[first : first + locations.files_at_once]
-        chosen = np.flatnonzero((first <= which) & (which < first + len(parts)))
-        _gather(
-            locations,
-            parts,
-            which[chosen] - first,
-            name,
-            records[chosen],
-            begins[chosen],
-            ends[chosen],
-            out,
-            out_begins[chosen],
+        chosen = np.flatnonzero((first <= which) & (which < first + len(parts)) & ~elsewhere[which])
+        if len(chosen):
+            table = [_own_extent(part, name, out) for part in parts]
+            files, own = [file for file, _ in table], np.array([numbers for _, numbers in table], np.int64)
+            extents = own[which[chosen] - first]
+            reads = _Reads(name, records[chosen], begins[chosen], ends[chosen], out, out_begins[chosen], width)
+            _gather(locations, files, which[chosen] - first, extents, reads, begins[chosen] * width)
+    if elsewhere.any():
+        chosen = np.flatnonzero(elsewhere[which] & (begins < ends))
+        reads = _Reads(name, records[chosen], begins[chosen], ends[chosen], out, out_begins[chosen], width)
+        _gather_referenced(locations, reads, which[chosen])
+
+
+class _Reads(NamedTuple):
+    """Reads of rows of one array: as in `gather`, with the bytes of a row."""
+
+    name: str
+    records: Ints
+    begins: Ints
+    ends: Ints
+    out: Array
+    out_begins: Ints
+    width: int
+
+    def taken(self, chosen: Ints) -> _Reads:
+        """Return some of the reads."""
+        return self._replace(
+            records=self.records[chosen],
+            begins=self.begins[chosen],
+            ends=self.ends[chosen],
+            out_begins=self.out_begins[chosen],
         )
 
 
-def _gather(
-    locations: Locations,
-    parts: list[IndexPart],
-    which: Ints,
-    name: str,
-    records: Ints,
-    begins: Ints,
-    ends: Ints,
-    out: Array,
-    out_begins: Ints,
-) -> None:
-    width = out.dtype.itemsize * math.prod(out.shape[1:])
-    files: list[OpenFile] = []  # kept open until the reads are done
-    # (parts, 6): file descriptor, whether the stored type is that of `out`; first byte, size, first block and bytes of a block
-    # of the array
-    table = np.empty((len(parts), 6), np.int64)
-    for number, part in enumerate(parts):
-        layout, alike = part.shard.array(name), _agrees(part.shard, name, out)
-        files.append(part.shard.opened())
-        first_block = part.first_block + layout.first_block
-        table[number] = files[-1].fd, alike, layout.begin, layout.nbytes, first_block, layout.block_bytes
-    fds, alike, begin, nbytes, block, block_bytes = table[which].T
-    starts, stops, sound = begins * width, ends * width, locations.sound
+def _own_extent(part: IndexPart, name: str, out: Array) -> tuple[OpenFile, tuple[int, ...]]:
+    """Return the file of a shard, and the row of `_gather`'s extents for an array that it holds itself."""
+    layout, alike = part.shard.array(name), _agrees(part.shard, name, out)
+    first_block = part.first_block + layout.first_block
+    return part.shard.opened(), (alike, layout.begin, layout.nbytes, first_block, layout.block_bytes, layout.first_block)
+
+
+def _gather_referenced(locations: Locations, reads: _Reads, which: Ints) -> None:
+    """Read rows that lie in files of others, with as many of them open at a time as the limit allows."""
+    name, starts = reads.name, reads.begins * reads.width
+    extents, numbers = np.empty((len(which), 6), np.int64), np.empty(len(which), np.int64)
+    for number, part in enumerate(locations.parts):
+        chosen = np.flatnonzero(which == number)
+        if not len(chosen):
+            continue
+        layout, references = part.shard.array(name), part.shard.references(name)
+        rows = locations.rows[reads.records[chosen]]
+        pieces = references.begins[rows]
+        starts[chosen] -= pieces
+        numbers[chosen] = references.numbers[rows]
+        extents[chosen, 0] = _agrees(part.shard, name, reads.out)
+        extents[chosen, 1] = references.places[rows]
+        extents[chosen, 2] = references.begins[rows + 1] - pieces
+        extents[chosen, 3] = part.first_block + layout.first_block + references.blocks[rows]
+        extents[chosen, 4] = layout.block_bytes
+        extents[chosen, 5] = references.slots[rows]
+    pairs, inverse = np.unique(which * (1 + int(numbers.max(initial=0))) + numbers, return_index=True, return_inverse=True)[1:]
+    for first in range(0, len(pairs), locations.files_at_once):
+        files: list[OpenFile] = []
+        for read in pairs[first : first + locations.files_at_once].tolist():
+            try:
+                begin, end = (int(bound[read]) * reads.width for bound in (reads.begins, reads.ends))
+                shard = locations.parts[int(which[read])].shard
+                files.append(shard.opened(name, next(shard.extents(name, begin, end))))
+            except FormatError as error:
+                raise _met(error, locations, int(reads.records[read])) from error
+        chosen = np.flatnonzero((first <= inverse) & (inverse < first + len(files)))
+        _gather(locations, files, inverse[chosen] - first, extents[chosen], reads.taken(chosen), starts[chosen])
+
+
+def _gather(locations: Locations, files: list[OpenFile], number: Ints, extents: Array, reads: _Reads, starts: Ints) -> None:
+    """Read rows of which each lies in one extent: consecutive bytes of a file.
+
+    Args:
+        locations: Locations of the records.
+        files: Open files.
+        number: (n,) number of each read's file.
+        extents: (n, 6): whether the stored type is that of the output; first byte in the file, size, first block among all
+            blocks of the index, bytes of a block, and first block among those of the file.
+        reads: The reads.
+        starts: (n,) first byte of each read, counted from the begin of its extent.
+    """
+    fds = np.array([file.fd for file in files], np.int64)[number]
+    alike, begin, nbytes, block, block_bytes, slot = extents.T
+    out, width = reads.out, reads.width
+    stops, sound = starts + (reads.ends - reads.begins) * width, locations.sound
     # as in Shard.read_into: inside the array, and in sound blocks
     direct = (alike > 0) & (starts >= 0) & (starts < stops) & (stops <= nbytes)
-    first, last = block + starts // block_bytes, block + (stops - 1) // block_bytes
+    first_inner, last_inner = starts // block_bytes, (stops - 1) // block_bytes
+    first, last = block + first_inner, block + last_inner
     cached = any(file.stamps is not None for file in files)
     direct &= last < first + (2 if cached else MOST_BLOCKS)
     direct[direct] = (sound[first[direct]] & sound[last[direct]]) > 0
     for inner in range(1, int((last - first)[direct].max(initial=0))):
         direct[direct] = sound[np.minimum(first + inner, last)[direct]] > 0
     if cached:  # Blocks of a store's cache may be evicted at any time. An unchanged stamp proves that they were not.
-        shard_begins = np.array([part.first_block for part in parts])[which]  # first block of each shard
-        own_blocks = first - shard_begins, last - shard_begins
-        stamps = _stamps(files, which, *own_blocks)
+        own_blocks = slot + first_inner, slot + last_inner
+        stamps = _stamps(files, number, *own_blocks)
         direct &= (stamps >= FIRST_STAMP).all(axis=0)
     direct_reads = np.flatnonzero(direct)
     sizes, offsets, addresses = (
         (stops - starts)[direct_reads],
         (begin + starts)[direct_reads],
-        out.ctypes.data + out_begins[direct_reads] * width,
+        out.ctypes.data + reads.out_begins[direct_reads] * width,
     )
     fds = fds[direct_reads]
     is_head = np.ones(len(direct_reads), bool)  # False if a read continues the one before, in the file and in memory
@@ -99,10 +155,10 @@ def _gather(
     complete = read_many(fds[heads], offsets[heads], addresses[heads], expected) == expected
     direct[direct_reads] = np.repeat(complete, np.diff(np.append(heads, len(direct_reads))))
     if cached:
-        direct &= (_stamps(files, which, *own_blocks) == stamps).all(axis=0)
+        direct &= (_stamps(files, number, *own_blocks) == stamps).all(axis=0)
     # The others one by one: to hash a block, to widen, to complete a short read, or to report what is wrong.
     for read in np.flatnonzero(~direct & (starts != stops)).tolist():
-        _gather_one(locations, name, int(records[read]), int(begins[read]), int(ends[read]), out, int(out_begins[read]))
+        _gather_one(locations, reads, read)
 
 
 def _stamps(files: list[OpenFile], which: Ints, first: Ints, last: Ints) -> Array:
@@ -115,11 +171,16 @@ def _stamps(files: list[OpenFile], which: Ints, first: Ints, last: Ints) -> Arra
     return stamps
 
 
-def _gather_one(locations: Locations, name: str, record: int, begin: int, end: int, out: Array, out_begin: int) -> None:
+def _gather_one(locations: Locations, reads: _Reads, read: int) -> None:
+    record, begin, end, out_begin = (int(array[read]) for array in (reads.records, reads.begins, reads.ends, reads.out_begins))
     try:
-        read_rows(locations.shard(record), name, begin, end, out[out_begin : out_begin + end - begin])
+        read_rows(locations.shard(record), reads.name, begin, end, reads.out[out_begin : out_begin + end - begin])
     except FormatError as error:
-        raise FormatError(f"{error} (met in record {locations.ids[record]!r})") from error
+        raise _met(error, locations, record) from error
+
+
+def _met(error: FormatError, locations: Locations, record: int) -> FormatError:
+    return FormatError(f"{error} (met in record {locations.ids[record]!r})")
 
 
 def read_rows(shard: Shard, name: str, begin: int, end: int, out: Array) -> None:

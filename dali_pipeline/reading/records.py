@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 INDEX_ROWS = 1024  # records of an index part
 LEAST_INDEX_BYTES = 64 << 20
 MAX_SHARDS = 1024  # parsed headers kept
+_UNIT_BYTES = 64 << 10  # of the index of values in other files, which count as one more of them
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -247,7 +248,7 @@ class RecordIndex:
             table = bisect.bisect_right(self._first_shards, number) - 1
             sound = memoryview(self._memory)[self._block_ends[number] : self._block_ends[number + 1]]
             shard = self._selection.shards[table].open(number - self._first_shards[table], self._files, sound)
-            shard = self._shards.put(number, shard)
+            shard = self._shards.put(number, shard, 1 + shard.index_bytes // _UNIT_BYTES)
         return shard
 
     def _read_part(self, number: int, first: int) -> IndexPart:

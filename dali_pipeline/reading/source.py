@@ -14,10 +14,10 @@ import numpy as np
 from dali_pipeline.errors import DataError
 from dali_pipeline.format.encoding import TEXT, all_finite, encode
 from dali_pipeline.format.layers import Layers, select
-from dali_pipeline.format.schema import Field, Schema, unit_field
+from dali_pipeline.format.schema import Field, Schema
 from dali_pipeline.format.shard import Shard
 from dali_pipeline.reading.gather import gather
-from dali_pipeline.reading.records import Locations, RecordIndex
+from dali_pipeline.reading.records import Locations, RecordIndex, spread
 from dali_pipeline.reading.rows import FieldRows, SequenceRows
 from dali_pipeline.runtime.memory import Buffers
 from dali_pipeline.sampling.order import WINDOW_BYTES
@@ -261,24 +261,22 @@ class SequenceSource(BatchSource):
         assert schema.sequence is not None
         self.streamed = ("sequence", *(name for name, field in self.step_fields.items() if field.row_bytes > SHORT_ROW_BYTES))
         # A sequence with a layer axis is stored as one part per layer, (layers, steps, *rest). `unit` is one step of a part.
-        self.unit = schema.sequence
-        self.stored_layers, self._parts_read = 1, np.zeros(1, np.int64)
-        if schema.layer_axis is not None:
-            self.unit = unit_field(schema.sequence, schema.layer_axis)
-            self.stored_layers = schema.sequence.shape[schema.layer_axis]
+        # If the layers of a step lie together, some of them are read row by row, and all as if there were no such axis.
+        self.stored_layers, self._parts_read = schema.stored_layers, np.zeros(1, np.int64)
+        self._step_major = bool(schema.sequence.step_major)
+        self.layered = schema.layer_axis is not None
+        if self.layered:
             self._parts_read = np.arange(self.stored_layers)
             if wanted.row_layers is not None:
                 self._parts_read = np.array(wanted.row_layers, np.int64)
+        if self._step_major and np.array_equal(self._parts_read, np.arange(self.stored_layers)):
+            self.layered, self._parts_read = False, np.zeros(1, np.int64)
+        self.unit = schema.stored_sequence if self.layered else schema.sequence
 
     @property
     def parts_per_record(self) -> int:
         """Number of layers of each record that are read, if the rows have a layer axis; otherwise 1."""
         return len(self._parts_read)
-
-    @property
-    def layered(self) -> bool:
-        """Whether an axis of the rows is named layer, so that each layer of a record is stored on its own."""
-        return self._schema.layer_axis is not None
 
     @property
     def row_bytes(self) -> int:
@@ -385,7 +383,13 @@ class SequenceSource(BatchSource):
         records, begins, ends, lengths = reads.records, reads.begins, reads.ends, reads.lengths
         out_begins = bases[records] + reads.offsets()
         first = int(begins[0])
-        if self.layered:
+        if self.layered and self._step_major:
+            counts = ends - begins
+            owners, steps, inner = np.repeat(records, counts), spread(begins, counts), spread(reads.offsets(), counts)
+            begins = (steps[:, None] * self.stored_layers + self._parts_read).reshape(-1)
+            out_begins = (bases[owners] + inner)[:, None] + strides[owners][:, None] * np.arange(parts)
+            records, ends, out_begins = np.repeat(owners, parts), begins + 1, out_begins.reshape(-1)
+        elif self.layered:
             counts, stored = ends - begins, locations.ends - locations.begins
             first_steps = locations.begins[records]
             records, counts, inner = (np.repeat(array, parts) for array in (records, counts, begins - first_steps))
@@ -406,7 +410,11 @@ class SequenceSource(BatchSource):
             totals = np.array([part.shard.array("sequence").shape[0] for part in locations.parts])[locations.which[records]]
             begins = field.layout.stored(np.repeat(begins, counts) + offsets, totals)
             ends = begins + 1
-        gather(locations, "sequence", records, begins, ends, values, out_begins)
+        if self._step_major and not self.layered:
+            rows, layers = values.reshape(-1, *self._schema.stored_sequence.shape), self.stored_layers
+            gather(locations, "sequence", records, begins * layers, ends * layers, rows, out_begins * layers)
+        else:
+            gather(locations, "sequence", records, begins, ends, values, out_begins)
         return values
 
     @staticmethod
@@ -419,7 +427,7 @@ class SequenceSource(BatchSource):
         return out
 
     def _extents(self, shard: Shard, name: str, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        if name != "sequence" or self.parts_per_record == self.stored_layers:
+        if name != "sequence" or self._step_major or self.parts_per_record == self.stored_layers:
             yield from super()._extents(shard, name, begin, end)
             return
         width, offsets = self.unit.row_bytes, shard.read("sequence.offsets", begin, end + 1).tolist()

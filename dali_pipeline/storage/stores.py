@@ -63,6 +63,19 @@ class Store:
     def __str__(self) -> str:
         return self._shown
 
+    def beside(self, relative: str) -> Store:
+        """Return the store at a path relative to this one, such as `../raw`; raise UsageError if it leaves the URL's host."""
+        parts, steps = self._parts, list[str]()
+        for step in [*parts.path.split("/"), *relative.split("/")]:
+            if step == ".." and not steps:
+                raise UsageError(f"{self} refers to files at {relative!r}, beyond its bucket; name their URL by files_root")
+            if step == "..":
+                steps.pop()
+            elif step not in ("", "."):
+                steps.append(step)
+        path = "".join(f"/{step}" for step in steps)
+        return Store(urlunsplit((parts.scheme, parts.netloc, path, parts.query, "")))
+
     def _connect(self) -> Any:
         process, files = self._connection
         if process == os.getpid():

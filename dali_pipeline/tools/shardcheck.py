@@ -11,10 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dali_pipeline.dataset.dataset import Dataset
-from dali_pipeline.dataset.selection import Shards
 from dali_pipeline.errors import FormatError
 from dali_pipeline.format.encoding import BFLOAT16, TEXT, decode
-from dali_pipeline.format.schema import Field, a_or_an, level_of, unit_field
+from dali_pipeline.format.schema import Field, a_or_an, level_of
 from dali_pipeline.format.shard import Hashes, Shard, hash_texts
 from dali_pipeline.storage.files import Files
 from dali_pipeline.types import Array, Kind
@@ -71,8 +70,8 @@ class ShardCheck:
 
     def open(self) -> Shard:
         """Open the shard; raise FormatError if it does not fit the manifest."""
-        table = self.data.table(self.split, self.kind)
-        return Shards(root=self.data.root, split=self.split, kind=self.kind, table=table).open(self.number, Files(1))
+        shards = self.data.shards(self.split, self.kind)
+        return shards.open(self.number, Files(2))
 
     def run(self, quick: bool, advance: Callable[[int], None]) -> None:
         """Check the whole shard, or with `quick` everything but its values. advance: called with the bytes that were read."""
@@ -106,9 +105,7 @@ class ShardCheck:
         schema = self.data.schema
         if self.kind == "graphs":
             return schema.of_graphs | schema.record_fields
-        assert schema.sequence is not None
-        sequence = schema.sequence if schema.layer_axis is None else unit_field(schema.sequence, schema.layer_axis)
-        return {"sequence": sequence, **schema.step_fields, **schema.record_fields}
+        return {"sequence": schema.stored_sequence, **schema.step_fields, **schema.record_fields}
 
     def _check_field(self, shard: Shard, name: str, field: Field, quick: bool, advance: Callable[[int], None]) -> None:
         if field.dtype == TEXT:
@@ -193,10 +190,7 @@ class ShardCheck:
 
     def _layers(self, name: str) -> int:
         """Return how many rows an array has per step: the layers, if a sequence has an axis named layer."""
-        schema = self.data.schema
-        if name != "sequence" or schema.sequence is None or schema.layer_axis is None:
-            return 1
-        return schema.sequence.shape[schema.layer_axis]
+        return self.data.schema.stored_layers if name == "sequence" else 1
 
     def _check_values(self, shard: Shard, name: str, advance: Callable[[int], None], field: Field | None = None) -> None:
         """Check the hash of every block, and, if `field` is given, that its numbers are finite."""
@@ -237,7 +231,9 @@ class ShardCheck:
             owners = np.searchsorted(inner, rows, side="right") - 1  # the record or graph of each row
             layers = rows - inner[owners]
             if self._layers(name) > 1:
-                layers //= np.diff(inner)[owners] // self._layers(name)
+                sequence = self.data.schema.sequence
+                within = layers // (np.diff(inner)[owners] // self._layers(name))
+                layers = layers % self._layers(name) if sequence is not None and sequence.step_major else within
             if outer is not None:
                 layers = owners - outer[np.searchsorted(outer, owners, side="right") - 1]
             distinct, counts = np.unique(layers, return_counts=True)

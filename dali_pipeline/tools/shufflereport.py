@@ -45,7 +45,7 @@ def describe_shuffle(
         kind: [
             measure(
                 np.array(table.records, np.int64),
-                np.array(table.bytes, np.int64),
+                np.array(table.nbytes, np.int64),
                 window_bytes=window,
                 batch_size=batch_size,
                 epochs=epochs,
@@ -71,7 +71,7 @@ def describe_shuffle(
 
 def usual_windows(table: ShardTable) -> list[int]:
     """Return 1 %, 5 % and 20 % of the shards' bytes, and the default window of the loaders, ascending."""
-    return sorted({*(max(1, round(share * sum(table.bytes))) for share in WINDOW_SHARES), WINDOW_BYTES})
+    return sorted({*(max(1, round(share * sum(table.nbytes))) for share in WINDOW_SHARES), WINDOW_BYTES})
 
 
 def print_shuffle(report: dict[str, Any], measured: dict[Kind, list[Quality]]) -> None:

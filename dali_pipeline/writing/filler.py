@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import numpy as np
 
 from dali_pipeline.errors import DataError
 from dali_pipeline.format.manifest import ShardTable, empty_splits, shard_path
-from dali_pipeline.format.record import Record
+from dali_pipeline.format.record import Record, named_rows
 from dali_pipeline.format.schema import Schema
 from dali_pipeline.types import KINDS, Array, Kind
 from dali_pipeline.writing.moments import Moments
-from dali_pipeline.writing.openshard import STREAMED, OpenShard, Stack, as_bytes, record_arrays
+from dali_pipeline.writing.openshard import STREAMED, OpenShard, Stack, as_bytes, check_layers, record_arrays
+from dali_pipeline.writing.places import PlacedRecord
 
 
 class Dealer(Protocol):
@@ -135,12 +137,32 @@ class ShardFiller:
                     counts,
                 )
 
-    def _shard_for(self, split: str, kind: Kind, nbytes: int) -> OpenShard:
+    def write_placed(self, record: PlacedRecord) -> None:
+        """Add a record with a sequence whose values stay in a file of others; raise DataError if it does not fit."""
+        arrays, label, split = self.check_placed(record)
+        kind = KINDS[0]
+        self._shard_for(split, kind, record.nbytes, in_place=True).add_placed(record, label, arrays)
+        self.contents.splits[split][kind].count(self.schema.labels.counted(label), {"step": record.steps})
+
+    def check_placed(self, record: PlacedRecord) -> tuple[dict[str, Array], Array | None, str]:
+        """Return the arrays of such a record that are copied, its label and split; raise DataError if it does not fit."""
+        fields = self.schema.fields or {}
+        copied = {name: field for name, field in fields.items() if name not in record.pieces}
+        given = Record(id=record.id, group=record.group, label=record.label, fields=record.fields)
+        check_layers(record.id, record.steps, self.schema)
+        arrays = named_rows(given, replace(self.schema, fields=copied or msgspec.UNSET), KINDS[0], record.steps)
+        arrays["sequence.counts"] = np.array([record.steps])
+        for name in ("id", "group"):
+            as_bytes(given, name, getattr(record, name))
+        return arrays, self.schema.labels.stored(record.id, record.label), self.dealer.of(record.group)
+
+    def _shard_for(self, split: str, kind: Kind, nbytes: int, *, in_place: bool = False) -> OpenShard:
         """Return the open shard that a record of `nbytes` bytes goes to."""
         shard = self._open_shards.get((split, kind))
         if shard is None or shard.nbytes + nbytes > self.shard_bytes:
             self._flush(split, kind)
-            shard = self._open_shards[split, kind] = self._begin(split, kind, max(nbytes, self.shard_bytes))
+            expected = 0 if in_place else max(nbytes, self.shard_bytes)
+            shard = self._open_shards[split, kind] = self._begin(split, kind, expected, in_place)
         return shard
 
     def flush(self) -> None:
@@ -154,7 +176,7 @@ class ShardFiller:
             shard.discard()
         self._open_shards.clear()
 
-    def _begin(self, split: str, kind: Kind, expected_bytes: int) -> OpenShard:
+    def _begin(self, split: str, kind: Kind, expected_bytes: int, in_place: bool) -> OpenShard:
         path = shard_path(self.root, split, kind, len(self.contents.splits[split][kind]))
         path.parent.mkdir(parents=True, exist_ok=True)
         field = self.schema.sequence if kind == "sequences" else self.schema.x
@@ -167,7 +189,8 @@ class ShardFiller:
             moments.update(values(rows, rows_seen))
             rows_seen += len(rows)
 
-        return OpenShard(path, kind, self.schema, expected_bytes, update_moments if split == "train" else None)
+        on_rows = update_moments if split == "train" else None
+        return OpenShard(path, kind, self.schema, expected_bytes, on_rows, in_place=in_place)
 
     def _flush(self, split: str, kind: Kind) -> None:
         shard = self._open_shards.pop((split, kind), None)

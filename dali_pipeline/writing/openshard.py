@@ -12,10 +12,11 @@ import numpy as np
 from dali_pipeline.errors import DataError
 from dali_pipeline.format.digest import EpochDigest
 from dali_pipeline.format.record import Record, graph_rows, named_rows, sequence_rows
-from dali_pipeline.format.schema import Schema, unit_field
+from dali_pipeline.format.schema import Schema
 from dali_pipeline.format.shard import ShardInfo
-from dali_pipeline.format.shardfile import ShardFile
+from dali_pipeline.format.shardfile import BUFFER_BYTES, ShardFile
 from dali_pipeline.types import Array, Kind
+from dali_pipeline.writing.places import PlacedRecord, Places
 
 STREAMED: dict[Kind, str] = {"sequences": "sequence", "graphs": "x"}  # written to the disk at once; the rest is small
 
@@ -82,12 +83,27 @@ class _Joined:
 class OpenShard:
     """The open shard of one split and kind, which records are appended to.
 
+    Args:
+        path: The shard.
+        kind: Kind of its records.
+        schema: Fields of the data set.
+        expected_bytes: Expected size of the file.
+        on_rows: Called with the values, some thousand rows at a time. Default: None.
+        in_place: Whether the values stay in files of others; then records are added by `add_placed`. Default: False.
+
     Attributes:
         nbytes: Bytes of the records' arrays so far, without names and labels.
     """
 
     def __init__(
-        self, path: Path, kind: Kind, schema: Schema, expected_bytes: int, on_rows: Callable[[Array], None] | None = None
+        self,
+        path: Path,
+        kind: Kind,
+        schema: Schema,
+        expected_bytes: int,
+        on_rows: Callable[[Array], None] | None = None,
+        *,
+        in_place: bool = False,
     ) -> None:
         streamed = schema.sequence if kind == "sequences" else schema.x
         assert streamed is not None
@@ -95,13 +111,12 @@ class OpenShard:
         self._layer_axis = schema.layer_axis if kind == "sequences" else None
         self._rows_per_step = 1
         if self._layer_axis is not None:  # the layers of a record are stored one after the other
-            self._rows_per_step = streamed.shape[self._layer_axis]
-            streamed = unit_field(streamed, self._layer_axis)
+            self._rows_per_step, streamed = schema.stored_layers, schema.stored_sequence
         self._waiting: list[Array] = []  # records of the next block of a layout by layer
         self._file = ShardFile(
             path,
             kind,
-            STREAMED[kind],
+            None if in_place else STREAMED[kind],
             streamed.dtype,
             streamed.shape,
             expected_bytes=expected_bytes,
@@ -112,6 +127,9 @@ class OpenShard:
         self._labels: list[Array | None] = []
         self._label = schema.labels
         self._parts: dict[str, _Joined] = {}
+        self._schema = schema
+        self._places = Places()
+        self._unseen, self._unseen_bytes = list[Array](), 0  # values for `on_rows`
         self.nbytes = 0
 
     def add(
@@ -140,6 +158,27 @@ class OpenShard:
         for name, array in arrays.items():
             self._parts.setdefault(name, _Joined()).add(array)
             self.nbytes += array.nbytes
+
+    def add_placed(self, record: PlacedRecord, label: Array | None, arrays: Mapping[str, Array]) -> None:
+        """Append a record whose values stay where they are, with the arrays that are copied."""
+        self._ids.append(record.id.encode())
+        self._groups.append(record.group.encode())
+        self._labels.append(label)
+        self._places.add(record.pieces)
+        self.nbytes += record.nbytes
+        for name, array in arrays.items():
+            self._parts.setdefault(name, _Joined()).add(array)
+        if self._on_rows is not None:
+            self._unseen.append(record.values)
+            self._unseen_bytes += record.values.nbytes
+            if self._unseen_bytes >= BUFFER_BYTES:
+                self._see()
+
+    def _see(self) -> None:
+        """Hand the values of the last records to `on_rows`."""
+        if self._on_rows is not None and self._unseen:
+            self._on_rows(np.concatenate(self._unseen) if len(self._unseen) > 1 else self._unseen[0])
+        self._unseen, self._unseen_bytes = [], 0
 
     def _append_layers(self, rows: Array) -> None:
         """Append one record (T, *row) as (layers, T, *rest)."""
@@ -172,8 +211,19 @@ class OpenShard:
                 arrays[name.removesuffix("counts") + "offsets"] = _offsets(parts.whole)
             else:
                 arrays[name] = parts.whole  # edge_index: the widest of its records' types
-        info = self._file.close(len(self._labels), arrays, EpochDigest.of(self._ids).total)
-        return replace(info, steps=info.steps // self._rows_per_step)
+        total = EpochDigest.of(self._ids).total
+        if not self._places.nbytes:
+            info = self._file.close(len(self._labels), arrays, total)
+            return replace(info, steps=info.steps // self._rows_per_step)
+        self._see()
+        fields = {"sequence": self._schema.stored_sequence, **self._schema.step_fields, **self._schema.record_fields}
+        referenced = {}
+        for name in self._places.names:
+            field = fields[name]
+            referenced[name] = field.dtype, (self._places.rows(name, field.row_bytes), *field.shape)
+        arrays |= self._places.arrays()
+        info = self._file.close(len(self._labels), arrays, total, referenced)
+        return replace(info, steps=int(arrays["sequence.offsets"][-1]), referenced=self._places.nbytes)
 
     def discard(self) -> None:
         """Remove what was written."""

@@ -98,6 +98,7 @@ class ShardWriter:
         )
         self._closed = False
         rule = SplitRule() if split is None else split
+        self.files: str | msgspec.UnsetType = msgspec.UNSET  # where the values lie, seen from the data set, if in place
         self.rule: dict[str, Any] = {"shares": list(rule.shares), "seed": rule.seed} if isinstance(rule, SplitRule) else {}
 
     @property
@@ -207,6 +208,7 @@ class ShardWriter:
             node_statistics=contents.node_moments.statistics(),
             source=source,
             split=self.rule,
+            files=self.files,
         ).save(self.root)
         self._closed = True
         self._folder.finish()

@@ -125,10 +125,10 @@ def test_a_layers_bytes_alone_are_read(tmp_path: Path, monkeypatch: pytest.Monke
         read += int(sizes.sum())
         return read_many(fds, offsets, addresses, sizes)
 
-    def counted_one(self: Any, name: str, offset: int, out: memoryview) -> None:
+    def counted_one(self: Any, name: str, extent: Any, offset: int, out: memoryview) -> None:
         nonlocal read
         read += len(out) if name == "sequence" else 0
-        pread(self, name, offset, out)
+        pread(self, name, extent, offset, out)
 
     monkeypatch.setattr(gather_module, "read_many", counted)
     monkeypatch.setattr(shard_module.Shard, "_pread", counted_one)
