@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from dali_pipeline.cli.app import new_app, run
-from dali_pipeline.cli.arguments import CacheBytes, CacheDir, parse_cache_bytes
+from dali_pipeline.cli.arguments import CacheBytes, CacheDir, FilesRoot, parse_cache_bytes
 from dali_pipeline.errors import UsageError
 from dali_pipeline.runtime.threads import wait_passively
 
@@ -44,6 +44,7 @@ def command_line(
     ] = "raise",
     cache_dir: CacheDir = None,
     cache_bytes: CacheBytes = None,
+    files_root: FilesRoot = None,
 ) -> None:
     """Score every record of a data set with a trained detector, once each, however large it is.
 
@@ -62,7 +63,7 @@ def command_line(
         raise UsageError("name the data set to score, once: predict.py --checkpoint FILE.pt --data SET")
     if checkpoint is None:
         raise UsageError("name a checkpoint that train.py kept: --checkpoint runs/one/lstm-best.pt")
-    opened = open_dataset(data or place or "", cache_dir, parse_cache_bytes(cache_bytes))
+    opened = open_dataset(data or place or "", cache_dir, parse_cache_bytes(cache_bytes), files_root)
     make_current(device)
     counts = write_scores(checkpoint, opened, output, split, batch_size, device, on_nan)
     left_out = f", {counts.left_out:,} left out for NaN" if counts.left_out else ""

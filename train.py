@@ -25,7 +25,7 @@ import typer
 from dali_pipeline import Dataset, World
 from dali_pipeline.cli.app import new_app
 from dali_pipeline.cli.app import run as run_command_line
-from dali_pipeline.cli.arguments import CACHE_BYTES, CACHE_DIR, parse_cache_bytes, parse_num_workers
+from dali_pipeline.cli.arguments import CACHE_BYTES, CACHE_DIR, FILES_ROOT, parse_cache_bytes, parse_num_workers
 from dali_pipeline.runtime.threads import parse_threads
 from dali_pipeline.storage.cachedfile import Place
 from training.commandline import GroupedCommand, flag, print_config, take_config
@@ -46,6 +46,7 @@ class Prepared:
     models: tuple[ModelName, ...]
     folder: Path
     finished: bool
+    files_root: Place | None
 
 
 def main(options: Options, config: TrainConfig) -> None:
@@ -62,7 +63,7 @@ def main(options: Options, config: TrainConfig) -> None:
             return
         interrupts = Interrupts(processes)
         prepared = processes.first(lambda: prepare(options, config, processes.world_size, lock))
-        data = open_same(prepared.root, prepared.digest)
+        data = open_same(prepared.root, prepared.digest, prepared.files_root)
         config = replace(config, models=prepared.models)
         if not prepared.finished:
             train_runs(data, config, prepared.folder, options, interrupts, processes)
@@ -82,7 +83,14 @@ def prepare(options: Options, config: TrainConfig, world_size: int, lock: Folder
         check_settings(data, config, folder, options, world_size)
         (lock or FolderLock()).take(folder)
         claim_folder(folder, described, replace=anew)
-    return Prepared(root=data.root, digest=data.digest, models=config.models, folder=folder, finished=finished)
+    return Prepared(
+        root=data.root,
+        digest=data.digest,
+        models=config.models,
+        folder=folder,
+        finished=finished,
+        files_root=data.files_root,
+    )
 
 
 def train_runs(
@@ -134,6 +142,7 @@ def command_line(
     ] = None,
     cache_dir: Annotated[Path | None, flag("Data", CACHE_DIR, "--cache-dir /local/cache", metavar="FOLDER")] = None,
     cache_bytes: Annotated[str | None, flag("Data", CACHE_BYTES, "--cache-bytes 500GiB", metavar="SIZE")] = None,
+    files_root: Annotated[str | None, flag("Data", FILES_ROOT, "--files-root /mnt/vllm", metavar="FOLDER")] = None,
     preprocessed_dir: Annotated[
         Path | None,
         flag(
@@ -306,6 +315,7 @@ def command_line(
         data=data,
         cache_dir=cache_dir,
         cache_bytes=parse_cache_bytes(cache_bytes),
+        files_root=files_root,
         preprocessed_dir=preprocessed_dir,
         converted_dir=converted_dir,
         output_dir=output_dir,

@@ -37,6 +37,7 @@ class Options:
     trace: Path | None = None
     cache_dir: Path | None = None
     cache_bytes: int | None = None
+    files_root: str | None = None
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -47,6 +48,8 @@ class Options:
             raise UsageError("--seeds and --folds exclude each other; give one")
         if self.as_json and not self.doctor:
             raise UsageError("--json prints what --doctor finds; give both")
+        if self.files_root is not None and not self.data:
+            raise UsageError("--files-root belongs to a data set made in place; name that by --data")
         if self.data and self.preprocessed_dir:
             raise UsageError("--data and --preprocessed-dir exclude each other; give one")
 
@@ -59,7 +62,7 @@ class Options:
 def find_data(options: Options) -> Dataset:
     """Open the data set that --data names, or convert that of --preprocessed-dir, or make the demonstration's."""
     if options.data:
-        return open_dataset(options.data, options.cache_dir, options.cache_bytes)
+        return open_dataset(options.data, options.cache_dir, options.cache_bytes, options.files_root)
     if options.preprocessed_dir:
         return _converted(options.preprocessed_dir, options.converted_dir)
     from dali_pipeline.ingest.extract.demo import demo_dataset
@@ -69,9 +72,9 @@ def find_data(options: Options) -> Dataset:
     return demo_dataset(DATA_FOLDER)
 
 
-def open_same(root: Place, digest: str) -> Dataset:
+def open_same(root: Place, digest: str, files_root: Place | None = None) -> Dataset:
     """Open the data set in each process; raise UsageError if a machine has another data set under this name."""
-    data = open_dataset(root)
+    data = open_dataset(root, files_root=files_root)
     if data.digest != digest:
         raise UsageError(f"{data.root} here has the digest {data.digest}; the first process opened {digest}")
     return data

@@ -332,6 +332,7 @@ def _print_facts(source: Mapping[str, Any]) -> None:
 def verify_command(
     dst: SetArgument,
     quick: Annotated[bool, typer.Option("--quick", help="Check only the structure: headers, offsets, names, labels.")] = False,
+    files_root: FilesRoot = None,
 ) -> None:
     """Check every byte of a data set. Exits 0 if it is sound, 1 if it is damaged, 2 if there is no data set.
 
@@ -343,7 +344,7 @@ def verify_command(
     """
     from dali_pipeline.tools.verify import verify
 
-    report = verify(dst, quick=quick)
+    report = verify(dst, quick=quick, files_root=files_root)
     for damage in report.damages:
         print(damage)
     print(report.summary)

@@ -12,6 +12,7 @@ from dali_pipeline.errors import UsageError
 
 CACHE_DIR = "Directory for cached remote blocks. [default: dali_pipeline in the user's cache folder]"
 CACHE_BYTES = "Maximum size of the cache. [default: 32GiB]"
+FILES_ROOT = "Folder or URL of the files that hold the values of a data set made in place. [default: where they lay]"
 SetArgument = Annotated[str, typer.Argument(help="Folder or URL of a data set.", show_default=False)]
 CacheDir = Annotated[Path | None, typer.Option("--cache-dir", metavar="FOLDER", help=CACHE_DIR, show_default=False)]
 FilesRoot = Annotated[
@@ -19,7 +20,7 @@ FilesRoot = Annotated[
     typer.Option(
         "--files-root",
         metavar="FOLDER",
-        help="Folder or URL of the files that hold the values of a data set made in place. [default: where they lay]",
+        help=FILES_ROOT,
         show_default=False,
     ),
 ]

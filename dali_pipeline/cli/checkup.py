@@ -13,7 +13,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from dali_pipeline.cli.arguments import CacheBytes, CacheDir, SetArgument, parse_cache_bytes, parse_num_workers
+from dali_pipeline.cli.arguments import CacheBytes, CacheDir, FilesRoot, SetArgument, parse_cache_bytes, parse_num_workers
 from dali_pipeline.errors import DataError, PipelineError, UsageError
 from dali_pipeline.runtime.progress import plain_console, progress_bar
 from dali_pipeline.types import Kind
@@ -62,6 +62,7 @@ def doctor_command(
     ] = None,
     cache_dir: CacheDir = None,
     cache_bytes: CacheBytes = None,
+    files_root: FilesRoot = None,
 ) -> None:
     """Measure which stage limits a loader, and say what to change; with --step, also whether training waits for data.
 
@@ -81,7 +82,7 @@ def doctor_command(
 
     check_picture(plot)
     make_step = None if step is None else named_function(step)
-    opened = open_dataset(data, cache_dir, parse_cache_bytes(cache_bytes))
+    opened = open_dataset(data, cache_dir, parse_cache_bytes(cache_bytes), files_root)
     kind: Kind = records or opened.schema.kinds[0]
     if kind not in opened.schema.kinds:
         raise DataError(f"{opened.root} holds no {kind}; it has {' and '.join(opened.schema.kinds)}")

@@ -10,7 +10,7 @@ from typing import Annotated
 import msgspec
 import typer
 
-from dali_pipeline.cli.arguments import CacheBytes, CacheDir, SetArgument, parse_cache_bytes, parse_sizes
+from dali_pipeline.cli.arguments import CacheBytes, CacheDir, FilesRoot, SetArgument, parse_cache_bytes, parse_sizes
 
 
 def inspect_command(
@@ -32,6 +32,7 @@ def inspect_command(
     split: Annotated[str, typer.Option(help="Split that --shuffle measures.")] = "train",
     cache_dir: CacheDir = None,
     cache_bytes: CacheBytes = None,
+    files_root: FilesRoot = None,
 ) -> None:
     """Print what a data set holds: records, labels, lengths, nodes and edges, bytes, types, a sample.
 
@@ -48,7 +49,7 @@ def inspect_command(
     from dali_pipeline.tools.shufflereport import describe_shuffle, print_shuffle
 
     check_picture(plot)
-    data = open_dataset(dst, cache_dir, parse_cache_bytes(cache_bytes))
+    data = open_dataset(dst, cache_dir, parse_cache_bytes(cache_bytes), files_root)
     if shuffle:
         description, measured = describe_shuffle(data, split, parse_sizes(window), batch_size)
         show, draw = partial(print_shuffle, description, measured), partial(draw_shuffle, description, measured)

@@ -140,7 +140,9 @@ class Dataset:
             UsageError: An unknown split.
             DataError: The data set has no records of this kind.
         """
-        return Shards(root=self.root, split=split, kind=kind, table=self.table(split, kind), files_root=self.files_root)
+        table, files = self.table(split, kind), self.manifest.files
+        arrays = () if files is msgspec.UNSET else files.arrays
+        return Shards(root=self.root, split=split, kind=kind, table=table, files_root=self.files_root, referenced=arrays)
 
     def num_records(self, split: str, kind: Kind) -> int:
         """Return the number of records.
@@ -417,7 +419,7 @@ def open_dataset(
     root: str | os.PathLike[str] | RemotePath,
     cache_dir: str | os.PathLike[str] | None = None,
     cache_bytes: int | None = None,
-    files_root: str | os.PathLike[str] | None = None,
+    files_root: str | os.PathLike[str] | RemotePath | None = None,
 ) -> Dataset:
     """Open the data set in a folder, or at a URL that fsspec knows (s3, gs, az, http and so on).
 
@@ -464,7 +466,7 @@ def open_dataset(
 def _files_root(
     root: Place,
     manifest: Manifest,
-    given: str | os.PathLike[str] | None,
+    given: str | os.PathLike[str] | RemotePath | None,
     cache_dir: str | os.PathLike[str] | None,
     cache_bytes: int | None,
 ) -> Place | None:
@@ -473,6 +475,8 @@ def _files_root(
         if given is not None:
             raise UsageError(f"{root} holds its values itself, and files_root is {shown(given)}; leave it out")
         return None
+    if isinstance(given, RemotePath):
+        return given
     if given is not None:
         given = path("files_root", given)
         if is_url(given):
@@ -481,8 +485,8 @@ def _files_root(
             raise UsageError(f"files_root is {given}, which is not a folder; expected the one with the files of {root}")
         return Path(given)
     if isinstance(root, RemotePath):
-        return RemotePath(root.store.beside(manifest.files), root.cache)
-    folder = Path(os.path.normpath(root.resolve() / manifest.files))
+        return RemotePath(root.store.beside(manifest.files.path), root.cache)
+    folder = Path(os.path.normpath(root.resolve() / manifest.files.path))
     if not folder.is_dir():
         raise FormatError(
             f"the values of {root} lie in files below {folder}, which is not there; name their folder by files_root "

@@ -30,6 +30,7 @@ class Shards:
         kind: Kind of record.
         table: Columns with one entry per shard.
         files_root: Folder of the files of others that hold values; None if there are none.
+        referenced: Names of the arrays that lie in them.
     """
 
     root: Place
@@ -37,6 +38,7 @@ class Shards:
     kind: Kind
     table: ShardTable
     files_root: Place | None = None
+    referenced: tuple[str, ...] = ()
 
     def open(self, number: int, files: Files, sound: SoundMap | None = None) -> Shard:
         """Open one shard; raise FormatError if it is not what the manifest says."""

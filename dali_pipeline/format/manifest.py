@@ -142,6 +142,19 @@ class FeatureStatistics:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ForeignFiles:
+    """The files of others that hold values of a data set in place.
+
+    Attributes:
+        path: Path from the data set to the folder of the files, with `/`.
+        arrays: Names of the arrays that lie in them.
+    """
+
+    path: str
+    arrays: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything that is known of a data set without opening a shard.
 
@@ -153,7 +166,7 @@ class Manifest:
         source: Where the data came from, for people (model, threshold, files left out). It contains no path, because a data set
             may be moved.
         split: The rule that dealt the splits: `shares` and `seed`, or the owner's own `names`. Empty if not known.
-        files: Path from the data set to the folder of the files that hold its values, with `/`. Default: unset, its shards do.
+        files: Where the values lie that its shards refer to. Default: unset, the shards hold all values.
         format: Name of the format.
         version: Version of the format.
         digest: 32 hexadecimal digits over all the rest; the order of every epoch depends on it.
@@ -165,7 +178,7 @@ class Manifest:
     node_statistics: FeatureStatistics | None = None
     source: dict[str, Any] = field(default_factory=dict)
     split: dict[str, Any] = field(default_factory=dict)
-    files: str | msgspec.UnsetType = msgspec.UNSET
+    files: ForeignFiles | msgspec.UnsetType = msgspec.UNSET
     format: str = FORMAT_NAME
     version: int = FORMAT_VERSION
     digest: str = ""

@@ -86,7 +86,7 @@ class Shard:
         self.path = path
         self._digest, self._files_root = digest, files_root
         self._references: dict[str, References] = {}
-        self._identities: dict[int, tuple[int, ...]] = {}  # of the files of others that were opened
+        self._identities: dict[tuple[str, int], tuple[int, ...]] = {}  # of the files of others that were opened
         self._files = files
         self._sound = sound
         file = files.get(path)
@@ -252,8 +252,8 @@ class Shard:
         self.read_into(name, begin * row_bytes, array.reshape(-1).view(np.uint8).data)
         return array
 
-    def blocks(self, name: str) -> Iterator[tuple[int, Array, bool]]:
-        """Yield each block of an array: first byte, bytes (valid until the next block), and whether its hash is right."""
+    def blocks(self, name: str) -> Iterator[tuple[int, Array, str]]:
+        """Yield each block of an array: first byte, bytes (valid until the next block), and what is wrong, "" if nothing is."""
         layout = self.array(name)
         buffer = np.empty(layout.block_bytes, np.uint8)
         for extent in self.extents(name):
@@ -263,11 +263,12 @@ class Shard:
                 try:
                     self._pread(name, extent, start, data.data)
                     sound = xxhash.xxh3_64_intdigest(data.data) == self._piece(name, extent, block).hash
-                except FormatError:
-                    if self.opened(name, extent).stamps is None:
+                    wrong = "" if sound else self._changed(name, extent, block)
+                except FormatError as error:
+                    if extent.file < 0 and self.opened(name, extent).stamps is None:
                         raise
-                    sound = False  # the block is damaged in the store
-                yield start, data, sound
+                    wrong = str(error)  # a file of others, or the block is damaged in the store
+                yield start, data, wrong
 
     def texts(self, name: str) -> list[bytes]:
         """Return the texts of `ids` or `groups`, in UTF-8."""
@@ -282,18 +283,22 @@ class Shard:
         if not sound and self.opened(name, extent).forget(piece):  # the copy in the local cache was damaged
             self._pread(name, extent, start, data)
             sound = xxhash.xxh3_64_intdigest(data) == piece.hash
-        if not sound and extent.file >= 0:
-            raise FormatError(
-                f"{self.file_of(name, extent)}: bytes {piece.begin} to {piece.begin + piece.nbytes} are not those that "
-                f"{self.path} refers to (wrong hash): the file changed since; restore it or convert again"
-            )
         if not sound:
-            raise FormatError(
-                f"{self.path}, {name}: bytes {start} to {start + len(data)} are damaged (wrong hash); "
-                "restore the file or convert again"
-            )
+            raise FormatError(self._changed(name, extent, block))
         self._sound[extent.block + block] = 1
         return data
+
+    def _changed(self, name: str, extent: Extent, block: int) -> str:
+        """Return a sentence about a block whose hash is wrong."""
+        piece = self._piece(name, extent, block)
+        start, end = extent.block_span(block, self.array(name).block_bytes)
+        if extent.file < 0:
+            where = f"{self.path}, {name}: bytes {start} to {end} are damaged (wrong hash)"
+            return f"{where}; restore the file or convert again"
+        return (
+            f"{self.file_of(name, extent)}: bytes {piece.begin} to {piece.begin + piece.nbytes} are not those that {self.path} "
+            "refers to (wrong hash): the file changed since; restore it or convert again"
+        )
 
     def file_of(self, name: str, extent: Extent) -> Place:
         """Return the file that an extent lies in."""
@@ -334,7 +339,7 @@ class Shard:
             raise FormatError(
                 f"{path} has {file.size} bytes; expected {expected} as when {self.path} was made: it changed since"
             )
-        if self._identities.setdefault(extent.file, file.identity) != file.identity:
+        if self._identities.setdefault((name, extent.file), file.identity) != file.identity:
             raise FormatError(f"{path} was replaced while in use; open the data set again")
         return file
 

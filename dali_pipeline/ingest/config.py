@@ -112,7 +112,7 @@ class ConvertConfig:
             *([True] if self.by_layer else []),
         )
         more: tuple[str, ...] = ("by layer",) if self.by_layer else ()  # older conversions had no such setting
-        if self.keeps_splits and (source.reader is OWN or splits_in_names(source.names, SplitRule())):
+        if self.keeps_splits and (source.reader.what == OWN or splits_in_names(source.names, SplitRule())):
             more += ("own splits",)
         more += ("in place",) if self.in_place else ()
         followed = () if source.plan is None else source.plan.facts

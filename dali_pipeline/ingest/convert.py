@@ -18,7 +18,7 @@ import xxhash
 from dali_pipeline.dataset.dataset import Dataset, default_cache, open_dataset
 from dali_pipeline.errors import DataError, FormatError, PipelineError, UsageError
 from dali_pipeline.format.encoding import BFLOAT16, holds
-from dali_pipeline.format.manifest import MANIFEST_NAME
+from dali_pipeline.format.manifest import MANIFEST_NAME, ForeignFiles
 from dali_pipeline.format.record import Record
 from dali_pipeline.format.schema import Field
 from dali_pipeline.ingest.config import ConvertConfig
@@ -29,7 +29,6 @@ from dali_pipeline.ingest.layouts.labels import scored
 from dali_pipeline.ingest.layouts.placed import path_to, placed_records
 from dali_pipeline.ingest.layouts.recipe import Recipe
 from dali_pipeline.ingest.onray import deal
-from dali_pipeline.ingest.own import OWN, opened
 from dali_pipeline.ingest.readers.traces import TRACES
 from dali_pipeline.ingest.remote import Remote, raw_files
 from dali_pipeline.ingest.sources import Source
@@ -108,18 +107,19 @@ def convert(src: Path, dst: Path, config: ConvertConfig | None = None, remote: R
                 for number, (part, contents, left_out) in results:
                     writer.adopt(part, contents, number + 1, left_out)
         source.check_unchanged()
-        named_by_us = source.reader is not OWN and job.schema.step_axis == "layer" and not job.schema.layers
+        named_by_us = source.own is None and job.schema.step_axis == "layer" and not job.schema.layers
         if named_by_us and writer.steps[0] != writer.steps[1]:
             writer.schema = replace(job.schema, step_axis="step")  # sequences of different lengths lie along no layers
         writer.rule = job.rule
         if job.placement is not None:
-            writer.files = path_to(job.placement.root, dst)
+            path = path_to(job.placement.root, dst)
+            writer.files = ForeignFiles(path=path, arrays=job.placement.names)
     return open_dataset(dst)
 
 
 def _found(src: Path, config: ConvertConfig, remote: Remote | None) -> tuple[Source, ConvertConfig]:
     """Return the files of a source, and the settings that are for them."""
-    source = Source.find(src, config.traces, remote, config.recipe, skip_bad=config.skip_bad)
+    source = Source.find(src, config.traces, remote, config.recipe, skip_bad=config.skip_bad, files_root=config.files_root)
     if source.reader.what == TRACES and config.recipe:
         config = replace(config, traces=scored(config.traces, config.recipe), recipe=Recipe())
         source = Source.find(src, config.traces, remote)
@@ -128,6 +128,8 @@ def _found(src: Path, config: ConvertConfig, remote: Remote | None) -> tuple[Sou
             f"{src} holds {source.reader.what}, whose labels are their own; scores are for raw traces, and --labels-from with "
             "--label-threshold for others"
         )
+    if config.files_root is not None and source.own is None:
+        raise UsageError(f"{source.root} holds {source.reader.what}; --files-root is for a data set made in place")
     if config.in_place:
         if remote is not None:
             raise UsageError(f"{source.root} is a URL; --in-place takes files in a folder, which are read where they lie")
@@ -138,8 +140,8 @@ def _found(src: Path, config: ConvertConfig, remote: Remote | None) -> tuple[Sou
 def _origin(job: Job) -> dict[str, Any]:
     """Return the manifest's `source`; if the source is a data set of ours, start with the facts there that still hold."""
     origin: dict[str, Any] = {}
-    if job.source.reader is OWN:
-        before = opened(job.source.root).manifest.source
+    if job.source.own is not None:
+        before = job.source.own.manifest.source
         origin = {name: value for name, value in before.items() if name not in ("left_out", "in_one_half", "moved", "torn")}
     if isinstance(job.dealer, FileSplit):
         origin["moved"] = job.dealer.moved

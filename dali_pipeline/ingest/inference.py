@@ -22,7 +22,6 @@ from dali_pipeline.format.schema import Field, Schema, level_of
 from dali_pipeline.ingest.config import FIELDS, ConvertConfig
 from dali_pipeline.ingest.foreign import Block, ForeignFile, Values
 from dali_pipeline.ingest.names import FileNames
-from dali_pipeline.ingest.own import OWN, opened
 from dali_pipeline.ingest.readers.traces import TRACES
 from dali_pipeline.types import Array, Kind
 
@@ -71,8 +70,8 @@ def infer_schema(
     If the source is a data set of ours, its schema stays, except for what the settings change. Appends sentences for the user
     to `notices`.
     """
-    if source.reader is OWN:
-        return _own_schema(opened(source.root), config)
+    if source.own is not None:
+        return _own_schema(source.own, config)
     sequence, graphs = _first_records(source, file_names, config)
     if sequence is None and graphs is None:
         raise DataError(f"{source.root} holds no records that can be taken in; expected at least one")

@@ -12,7 +12,6 @@ from dali_pipeline.ingest.dealing import OwnSplits, splits_in_names
 from dali_pipeline.ingest.inference import LayerChoice, infer_schema, written_bytes
 from dali_pipeline.ingest.layouts.placed import Placement, placement_of
 from dali_pipeline.ingest.names import Disagreement, FileNames, Names
-from dali_pipeline.ingest.own import OWN
 from dali_pipeline.ingest.readers.pt import FOLDERS
 from dali_pipeline.ingest.scales import greatest_values
 from dali_pipeline.runtime.progress import progress_bar, shown
@@ -167,7 +166,7 @@ def _dealer(
         return FileSplit(split, [_dealt_as(name) for name in source.names], groups), 0
     if not config.keeps_splits:
         return split, 0
-    if source.reader is OWN:
+    if source.own is not None:
         own = OwnSplits(homes=[path.parent.name for path in source.files], split=None)
     elif (named := splits_in_names(source.names, split)) is not None:
         own = named[0]

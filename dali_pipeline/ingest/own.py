@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from dali_pipeline.dataset.dataset import Dataset, open_dataset
-from dali_pipeline.dataset.selection import Shards
 from dali_pipeline.dataset.single import fields_at, graphs_between, sequence_at
 from dali_pipeline.format.encoding import BFLOAT16
 from dali_pipeline.format.label import Label
@@ -22,24 +21,28 @@ from dali_pipeline.ingest.foreign import Block, ForeignFile, Reader, Values, row
 from dali_pipeline.storage.files import Files
 from dali_pipeline.types import KINDS
 
-_open_once = lru_cache(maxsize=1)(open_dataset)
+
+@lru_cache(maxsize=1)
+def opened(root: Path, files_root: str | None = None) -> Dataset:
+    """Return the data set that is the source."""
+    return open_dataset(root, files_root=files_root)
 
 
-def _find(root: Path, _: list[Path]) -> list[Path]:
+def _find(files_root: str | None, root: Path, _: list[Path]) -> list[Path]:
     """Return the shards, sequences first, split by split."""
     if not (root / MANIFEST_NAME).is_file():
         return []
-    _open_once.cache_clear()  # the folder may hold another data set than at the last call
-    data = open_dataset(root)
+    opened.cache_clear()  # the folder may hold another data set than at the last call
+    data = opened(root, files_root)
     kinds = [(split, kind) for kind in data.schema.kinds for split in data.splits]
     return [data.shard_path(split, kind, number) for split, kind in kinds for number in range(len(data.table(split, kind)))]
 
 
-def _open(path: Path, _: str) -> ForeignFile:
-    data, split = _open_once(path.parent.parent), path.parent.name
+def _open(files_root: str | None, path: Path, _: str) -> ForeignFile:
+    data, split = opened(path.parent.parent, files_root), path.parent.name
     kind = next(kind for kind in KINDS if path.name.startswith(kind))
     number = int(path.stem.removeprefix(f"{kind}-"))
-    shard = Shards(root=data.root, split=split, kind=kind, table=data.table(split, kind)).open(number, Files(1))
+    shard = data.shards(split, kind).open(number, Files(2))
     return ForeignFile(
         path=path,
         kinds=(kind,),
@@ -96,9 +99,9 @@ def _narrow(fields: Mapping[str, Field]) -> tuple[str, ...]:
     return tuple(name for name, field in fields.items() if field.dtype == BFLOAT16)
 
 
-OWN = Reader(what=f"data set ({MANIFEST_NAME})", find=_find, open=_open)
+OWN = f"data set ({MANIFEST_NAME})"
 
 
-def opened(root: Path) -> Dataset:
-    """Return the data set that is the source."""
-    return _open_once(root)
+def own_reader(files_root: str | None) -> Reader:
+    """Return the reader of data sets. files_root: where the values of one in place lie; None for where they lay."""
+    return Reader(what=OWN, find=partial(_find, files_root), open=partial(_open, files_root))

@@ -15,13 +15,14 @@ from dali_pipeline.errors import FormatError, PipelineError, UsageError, needs_e
 from dali_pipeline.ingest.foreign import Block, ForeignFile, Reader, Values, files_named, list_files
 from dali_pipeline.ingest.layouts.opening import fetching
 from dali_pipeline.ingest.layouts.recipe import Recipe
-from dali_pipeline.ingest.own import OWN
+from dali_pipeline.ingest.own import OWN, opened, own_reader
 from dali_pipeline.ingest.readers.npz import NPZ
 from dali_pipeline.ingest.readers.pt import PT
 from dali_pipeline.ingest.readers.traces import TRACES, TraceOptions, traces_reader
 from dali_pipeline.ingest.remote import Fetched, Remote
 
 if TYPE_CHECKING:
+    from dali_pipeline.dataset.dataset import Dataset
     from dali_pipeline.ingest.layouts.plan import Plan
 
 COMPANIONS = {"dataset_info.json", "dataset_dict.json", "state.json"}
@@ -43,6 +44,7 @@ class Source:
         not_taken: Names of other files in the folder, whose format no reader knows.
         plan: What a recipe makes of the files; None for a layout with a reader of its own.
         chunk_bytes: Bytes of source files per chunk: one worker converts a chunk, and it becomes final as a whole.
+        files_root: Folder of the values of the source, if that is a data set in place; None for where they lay.
     """
 
     root: Path
@@ -54,6 +56,7 @@ class Source:
     not_taken: tuple[str, ...] = ()
     plan: Plan | None = None
     chunk_bytes: int = CHUNK_BYTES
+    files_root: str | None = None
 
     @classmethod
     def find(
@@ -64,6 +67,7 @@ class Source:
         recipe: Recipe | None = None,
         *,
         skip_bad: bool = False,
+        files_root: str | None = None,
     ) -> Source:
         """Recognise the format, and list the files.
 
@@ -73,6 +77,7 @@ class Source:
             remote: Store of the files, or None.
             recipe: What the flags say about keys; an empty one leaves today's formats to their own readers.
             skip_bad: Whether a label without a record is left out instead of raised.
+            files_root: Folder of the values of a data set in place; None for where they lay.
 
         Raises:
             UsageError: The folder holds no known format, or several, or nothing that the recipe names.
@@ -80,7 +85,7 @@ class Source:
         """
         from dali_pipeline.ingest.layouts.known import is_of_today, plan_for  # each format imports its own modules
 
-        readers = _readers(traces or TraceOptions())
+        readers = _readers(traces or TraceOptions(), files_root)
         with nullcontext() if remote is None else remote.placed():
             if not root.exists():
                 raise UsageError(f"{root} is not a folder; expected one with files to convert, or such a file")
@@ -95,7 +100,7 @@ class Source:
             plan: Plan | None = None
             of_traces = recipe is not None and known == [TRACES] and recipe.tells_labels_alone
             if not of_traces and (recipe or not known):
-                if OWN.what in formats and recipe:
+                if OWN in formats and recipe:
                     raise UsageError(
                         f"{root} is a data set, whose fields have names; --sequence, --label and the like are not for it"
                     )
@@ -115,12 +120,20 @@ class Source:
         stats = [_state(path, plan) if remote is None else remote.listed[path.relative_to(root).as_posix()] for path in files]
         sizes, times = [size for size, _ in stats], [time for _, time in stats]
         not_taken: tuple[str, ...] = ()
-        if root.is_dir() and reader is not OWN:
+        if root.is_dir() and reader.what != OWN:
             taken = {str(path) for path in (*files, *_beside(plan))}
             names = [path.relative_to(root) for path in (*all_files, *repeated) if str(path) not in taken]
             not_taken = tuple(str(name) for name in names if not _is_companion(name))
         return cls(
-            root=root, reader=reader, files=files, sizes=sizes, times=times, remote=remote, not_taken=not_taken, plan=plan
+            root=root,
+            reader=reader,
+            files=files,
+            sizes=sizes,
+            times=times,
+            remote=remote,
+            not_taken=not_taken,
+            plan=plan,
+            files_root=files_root,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -128,6 +141,11 @@ class Source:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, files=list(map(Path, state["files"])))
+
+    @property
+    def own(self) -> Dataset | None:
+        """The data set that is the source; None for any other source."""
+        return opened(self.root, self.files_root) if self.reader.what == OWN else None
 
     @property
     def nbytes(self) -> int:
@@ -295,10 +313,10 @@ def _named_values(
     del fetched  # referenced until here, so that the file stays on the disk
 
 
-def _readers(traces: TraceOptions) -> tuple[Reader, ...]:
+def _readers(traces: TraceOptions, files_root: str | None) -> tuple[Reader, ...]:
     columns = partial(files_named, patterns=("*.parquet", "*.arrow"), skip="cache-")
     tables = Reader(what="*.parquet or *.arrow", find=columns, open=_open_columns)
-    return PT, traces_reader(traces), NPZ, tables, OWN
+    return PT, traces_reader(traces), NPZ, tables, own_reader(files_root)
 
 
 def _open_columns(path: Path, name: str) -> ForeignFile:

@@ -86,8 +86,8 @@ class BatchSource:
             selection,
             self.ragged,
             window_bytes,
-            columns={name: field for name, field in self.record_fields.items() if field.row_bytes <= SHORT_ROW_BYTES},
-            step_columns=[name for name, field in self.step_fields.items() if field.row_bytes <= SHORT_ROW_BYTES],
+            columns={name: field for name, field in self.record_fields.items() if self._is_short(name, field)},
+            step_columns=[name for name, field in self.step_fields.items() if self._is_short(name, field)],
             labels=schema.labels.dtype is not None,
         )
         self._layer_spans: dict[int, list[tuple[int, int]]] = {}
@@ -95,6 +95,11 @@ class BatchSource:
         self.cold = True  # whether something was recently not in the page cache, as far as read-ahead has checked
         if rows := selection.bounds(self.axis):
             self._selected(rows[0])  # layers that the shortest record has, all records have
+
+    def _is_short(self, name: str, field: Field) -> bool:
+        """Return whether a further field is read with the index: its rows are short, and lie in the shards everywhere."""
+        lies_elsewhere = any(name in shards.referenced for shards in self._selection.shards)
+        return field.row_bytes <= SHORT_ROW_BYTES and not lies_elsewhere
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_layer_spans": {}}  # without a cache that other threads may be changing
@@ -259,7 +264,7 @@ class SequenceSource(BatchSource):
     def __init__(self, selection: Selection, schema: Schema, wanted: Wanted = ALL) -> None:
         super().__init__(selection, schema, wanted)
         assert schema.sequence is not None
-        self.streamed = ("sequence", *(name for name, field in self.step_fields.items() if field.row_bytes > SHORT_ROW_BYTES))
+        self.streamed = ("sequence", *(name for name, field in self.step_fields.items() if not self._is_short(name, field)))
         # A sequence with a layer axis is stored as one part per layer, (layers, steps, *rest). `unit` is one step of a part.
         # If the layers of a step lie together, some of them are read row by row, and all as if there were no such axis.
         self.stored_layers, self._parts_read = schema.stored_layers, np.zeros(1, np.int64)
@@ -350,7 +355,7 @@ class SequenceSource(BatchSource):
             short_rows = locations.step_rows(reads.records, reads.begins, reads.ends, out_begins)
             for name, field in self.step_fields.items():
                 out = self._padded_rows(field, reads.lengths, sizes, field_starts)
-                if field.row_bytes <= SHORT_ROW_BYTES:
+                if self._is_short(name, field):
                     for part, rows, out_rows in short_rows:
                         out[out_rows] = part.step_columns[name][rows]
                 else:

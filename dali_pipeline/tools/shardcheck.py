@@ -18,6 +18,7 @@ from dali_pipeline.format.shard import Hashes, Shard, hash_texts
 from dali_pipeline.storage.files import Files
 from dali_pipeline.types import Array, Kind
 
+MOST_FILES = 20  # faults of files of others that are named, per array of a shard
 EXPONENTS = {
     "float16": ("<u2", 0x7C00),
     BFLOAT16: ("<u2", 0x7F80),
@@ -198,25 +199,27 @@ class ShardCheck:
         view, mask = EXPONENTS.get(dtype, ("u1", 0))
         exponent = np.array(mask, view)[()]
         bad_blocks: list[int] = []
+        faults: dict[str, None] = {}  # of files of others, each once
         strange: list[Array] = []  # numbers of elements that are not finite, and which of them are NaN
-        for start, data, sound in shard.blocks(name):
+        for start, data, wrong in shard.blocks(name):
             self.bytes += len(data)
             advance(len(data))
-            if not sound:
+            if wrong and layout.referenced:
+                faults.setdefault(wrong)
+            elif wrong:
                 bad_blocks.append(start)
-            elif mask:
-                bits = data.view(view)
-                masked = bits & exponent
-                if int(masked.max(initial=0)) == exponent:
-                    indices = np.flatnonzero(masked == exponent)
-                    nan = np.isnan(decode(data.view(layout.dtype)[indices], dtype, None))
-                    strange.append(np.stack([indices + start // layout.dtype.itemsize, nan]))
+            elif mask and len(found := _not_finite(data, view, exponent)):
+                nan = np.isnan(decode(data.view(layout.dtype)[found], dtype, None))
+                strange.append(np.stack([found + start // layout.dtype.itemsize, nan]))
         if strange:
             elements, nan = np.concatenate(strange, axis=1)
             rows = elements // max(1, int(np.prod(layout.shape[1:])))
             if field is not None and field.layout is not None:
                 rows = field.layout.numbered(rows, layout.shape[0])
             self._step(self._tell_strange, name, rows, nan)
+        self.damages += [fault for fault in [*faults][:MOST_FILES] if fault not in self.damages]
+        if len(faults) > MOST_FILES:
+            raise self._fail(name, f"{len(faults) - MOST_FILES} more faults in files that it refers to")
         if bad_blocks:
             raise self._fail(name, f"{len(bad_blocks)} blocks are damaged, the first at byte {bad_blocks[0]} (wrong hash)")
 
@@ -262,3 +265,9 @@ class ShardCheck:
             raise self._fail(
                 "edge_index", f"{len(wrong)} edges leave their graph, the first in graph {graph} of {limit[wrong[0]]} nodes"
             )
+
+
+def _not_finite(data: Array, view: str, exponent: Any) -> Array:
+    """Return the numbers of the elements whose exponent says that they are NaN or infinite."""
+    masked = data.view(view) & exponent
+    return np.flatnonzero(masked == exponent) if masked.max(initial=0) == exponent else np.zeros(0, np.int64)

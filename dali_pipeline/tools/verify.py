@@ -51,7 +51,7 @@ class Report:
         return f"{verdict}: {self.records:,} records, {self.shards:,} shards, {rate}"
 
 
-def verify(root: str | os.PathLike[str], *, quick: bool = False) -> Report:
+def verify(root: str | os.PathLike[str], *, quick: bool = False, files_root: str | os.PathLike[str] | None = None) -> Report:
     """Check a data set, one shard per core at a time.
 
     Finds wrong sizes, headers, hashes, shapes, types and offsets; edges that leave their graph; values that are not finite,
@@ -64,6 +64,7 @@ def verify(root: str | os.PathLike[str], *, quick: bool = False) -> Report:
     Args:
         root: Folder or URL of the data set.
         quick: Whether to read only headers, names, labels and offsets, no values.
+        files_root: Folder or URL of the values of a data set made in place. Default: where they lay.
 
     Returns:
         A report, whose `damages` are empty if the data set is sound.
@@ -74,8 +75,8 @@ def verify(root: str | os.PathLike[str], *, quick: bool = False) -> Report:
     started = time.perf_counter()
     if is_url(root):
         with tempfile.TemporaryDirectory(prefix="verify-") as cache:
-            return _verify(open_dataset(root, cache_dir=cache, cache_bytes=CACHE_BYTES), quick, started)
-    return _verify(open_dataset(root), quick, started)
+            return _verify(open_dataset(root, cache, CACHE_BYTES, files_root), quick, started)
+    return _verify(open_dataset(root, files_root=files_root), quick, started)
 
 
 def _verify(data: Dataset, quick: bool, started: float) -> Report:

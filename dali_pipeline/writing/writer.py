@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from dali_pipeline.errors import DataError, UsageError, needs_extra
-from dali_pipeline.format.manifest import Manifest, shard_path
+from dali_pipeline.format.manifest import ForeignFiles, Manifest, shard_path
 from dali_pipeline.format.record import Record
 from dali_pipeline.format.schema import Schema
 from dali_pipeline.format.shard import Hashes, hash_texts
@@ -98,7 +98,7 @@ class ShardWriter:
         )
         self._closed = False
         rule = SplitRule() if split is None else split
-        self.files: str | msgspec.UnsetType = msgspec.UNSET  # where the values lie, seen from the data set, if in place
+        self.files: ForeignFiles | msgspec.UnsetType = msgspec.UNSET  # where the values lie, if they stay in place
         self.rule: dict[str, Any] = {"shares": list(rule.shares), "seed": rule.seed} if isinstance(rule, SplitRule) else {}
 
     @property
