@@ -185,7 +185,7 @@ def convert_command(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Maximum size of a shard, for example 64MiB. [default: 256MiB, or with --in-place 4GiB of values]",
+            help="Maximum size of a shard, for example 64MiB. [default: 256MiB, or with --in-place 1GiB of values]",
             show_default=False,
         ),
     ] = None,
@@ -277,7 +277,7 @@ def convert_command(
     config = ConvertConfig(
         split=None if split is None and split_seed is None else SplitRule.parse(split or str(SplitRule()), split_seed or 0),
         split_by=split_by,  # type: ignore[arg-type]
-        shard_bytes=parse_size(shard_size or ("4GiB" if in_place else "256MiB")),
+        shard_bytes=parse_size(shard_size or ("1GiB" if in_place else "256MiB")),
         dtype=dtype,
         by_layer=by_layer,
         layers=parse_layers(layers),

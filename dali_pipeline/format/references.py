@@ -109,8 +109,11 @@ class References:
         first = int(np.searchsorted(self.begins, start, side="right")) - 1
         last = int(np.searchsorted(self.begins, stop, side="left"))
         for record in range(max(0, first), last):
-            begin, end = self.begins[record : record + 2].tolist()
-            if begin < end:
-                block = first_block + int(self.blocks[record])
-                place, number = int(self.places[record]), int(self.numbers[record])
-                yield Extent(number, place, begin, end, block, int(self.slots[record]))
+            if self.begins[record] < self.begins[record + 1]:
+                yield self.extent(record, first_block)
+
+    def extent(self, record: int, first_block: int) -> Extent:
+        """Return the piece of a record. first_block: as in `extents`."""
+        begin, end = self.begins[record : record + 2].tolist()
+        block, place, number = first_block + int(self.blocks[record]), int(self.places[record]), int(self.numbers[record])
+        return Extent(number, place, begin, end, block, int(self.slots[record]))

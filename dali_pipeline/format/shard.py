@@ -6,6 +6,7 @@ process reads it.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
 import os
@@ -202,11 +203,13 @@ class Shard:
         return sum(self._prefetch(name, extent, begin, end) for extent in self.extents(name, begin, end)) > 0
 
     def _prefetch(self, name: str, extent: Extent, begin: int, end: int) -> bool:
-        layout, file = self.array(name), self.opened(name, extent)
+        layout, elsewhere = self.array(name), extent.file >= 0
+        file = self.open_reference(name, extent) if elsewhere else self.opened()
         blocks = extent.blocks(begin, end, layout.block_bytes)
         if file.stamps is not None:
             return file.prefetch([self._piece(name, extent, block) for block in blocks], wait=False)
-        unchecked = [block for block in blocks if not self._sound[extent.block + block]]
+        # a record that lies elsewhere is mostly read whole, and hashed where it is gathered
+        unchecked = [] if elsewhere else [block for block in blocks if not self._sound[extent.block + block]]
         for block in unchecked:
             self._checked_block(name, extent, block)
         begin, end = max(begin, extent.start), min(end, extent.stop)
@@ -327,21 +330,46 @@ class Shard:
         return file
 
     def _opened_reference(self, name: str, extent: Extent) -> OpenFile:
-        path, expected = self.file_of(name, extent), int(self.references(name).sizes[extent.file])
+        path = self.file_of(name, extent)
         try:
             file = self._files.get(path)
         except FormatError:
-            raise FormatError(
-                f"{path} is gone, and {self.path} refers to it; restore it, or name the folder of the files by files_root "
-                "(--files-root)"
-            ) from None
+            raise self._gone(path) from None
+        self._check_reference(name, extent.file, file)
+        return file
+
+    def open_reference(self, name: str, extent: Extent) -> OpenFile:
+        """Return the file of others that an extent lies in, newly opened unless it is in a store: a set may have a million.
+
+        Raises FormatError like `opened`.
+        """
+        path = self.file_of(name, extent)
+        if not isinstance(path, Path):
+            return self._opened_reference(name, extent)
+        try:
+            file = OpenFile(path)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                raise self._gone(path) from None
+            raise kind_of(error)(f"{path} cannot be opened ({error.strerror})") from error
+        self._check_reference(name, extent.file, file)
+        return file
+
+    def _gone(self, path: Place) -> FormatError:
+        return FormatError(
+            f"{path} is gone, and {self.path} refers to it; restore it, or name the folder of the files by files_root "
+            "(--files-root)"
+        )
+
+    def _check_reference(self, name: str, number: int, file: OpenFile) -> None:
+        """Raise FormatError if a file of others has another size than it had, or was replaced since it was opened first."""
+        expected = self.references(name).sizes[number]
         if file.size != expected:
             raise FormatError(
-                f"{path} has {file.size} bytes; expected {expected} as when {self.path} was made: it changed since"
+                f"{file.path} has {file.size} bytes; expected {expected} as when {self.path} was made: it changed since"
             )
-        if self._identities.setdefault((name, extent.file), file.identity) != file.identity:
-            raise FormatError(f"{path} was replaced while in use; open the data set again")
-        return file
+        if self._identities.setdefault((name, number), file.identity) != file.identity:
+            raise FormatError(f"{file.path} was replaced while in use; open the data set again")
 
     def _pread(self, name: str, extent: Extent, start: int, out: memoryview) -> None:
         """Read bytes of an array from `start` on, unchecked.

@@ -26,7 +26,7 @@ from dali_pipeline.ingest.foreign import Block, Values
 from dali_pipeline.ingest.job import Job, prepare
 from dali_pipeline.ingest.layouts.alike import Pattern, pattern_of_files
 from dali_pipeline.ingest.layouts.labels import scored
-from dali_pipeline.ingest.layouts.placed import path_to, placed_records
+from dali_pipeline.ingest.layouts.placed import path_to, placed_alike, placed_records
 from dali_pipeline.ingest.layouts.recipe import Recipe
 from dali_pipeline.ingest.onray import deal
 from dali_pipeline.ingest.readers.traces import TRACES
@@ -206,7 +206,7 @@ def write_chunk(job: Job, chunk: range, root: Path, advance: Advance) -> tuple[C
     """
     filler = ShardFiller(root, job.schema, job.config.shard_bytes, job.dealer_of(chunk.start), Contents())
     left_out: dict[str, str] = {}
-    pattern = None if job.placement else pattern_of_files(job.source.plan, job.source.files[chunk.start])
+    pattern = pattern_of_files(job.source.plan, job.source.files[chunk.start])
     misses, tried, written = 0, chunk.start, chunk.start  # files before `tried` were tried together, those before `written` are
     for number in chunk:
         if number < written:
@@ -263,10 +263,17 @@ def _write_alike(job: Job, filler: ShardFiller, pattern: Pattern, numbers: range
     if any(source.names[number] in job.unreadable or job.dealer_of(number) != filler.dealer for number in numbers):
         return False
     try:
-        block = pattern.read(source.plan, [source.files[number] for number in numbers])
-        if block is None:
+        paths = [source.files[number] for number in numbers]
+        stored = pattern.read(paths)
+        if stored is None:
             return False
         names, labels = zip(*map(source.outside, numbers), strict=True)
+        if job.placement is not None:
+            placed = placed_alike(source.plan, pattern, paths, job.placement, job.schema, stored, names, labels)
+            for record, checked in [(record, filler.check_placed(record)) for record in placed]:
+                filler.write_placed(record, checked)
+            return True
+        block = pattern.block(source.plan, stored, str(paths[0]))
         filler.write(_stack(job, Stack(list(names), list(names), labels, block.sequences), block.bfloat16))
     except (FormatError, DataError):  # whoever reads the files one by one says which it is
         return False

@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import xxhash
 
 from dali_pipeline.errors import FormatError
 from dali_pipeline.format.shard import Shard
@@ -103,16 +104,39 @@ def _gather_referenced(locations: Locations, reads: _Reads, which: Ints) -> None
         files: list[OpenFile] = []
         for read in pairs[first : first + locations.files_at_once].tolist():
             try:
-                begin, end = (int(bound[read]) * reads.width for bound in (reads.begins, reads.ends))
-                shard = locations.parts[int(which[read])].shard
-                files.append(shard.opened(name, next(shard.extents(name, begin, end))))
+                shard, record = locations.parts[int(which[read])].shard, int(locations.rows[reads.records[read]])
+                files.append(shard.open_reference(name, shard.references(name).extent(record, 0)))
             except FormatError as error:
                 raise _met(error, locations, int(reads.records[read])) from error
         chosen = np.flatnonzero((first <= inverse) & (inverse < first + len(files)))
-        _gather(locations, files, inverse[chosen] - first, extents[chosen], reads.taken(chosen), starts[chosen])
+        taken, opened = reads.taken(chosen), inverse[chosen] - first
+        _gather(locations, files, opened, extents[chosen], taken, starts[chosen], hashed_here=True)
 
 
-def _gather(locations: Locations, files: list[OpenFile], number: Ints, extents: Array, reads: _Reads, starts: Ints) -> None:
+def _hash_whole(locations: Locations, reads: _Reads, read: int, blocks: range, block_bytes: int) -> bool:
+    """Hash the blocks of a record that was read whole, and note those that are sound; return whether all are."""
+    part = locations.parts[int(locations.which[reads.records[read]])]
+    first, hashes = part.first_block + part.shard.array(reads.name).first_block, part.shard.references(reads.name).hashes
+    begin = int(reads.out_begins[read])
+    data = reads.out[begin : begin + int(reads.ends[read] - reads.begins[read])].reshape(-1).view(np.uint8).data
+    for number, block in enumerate(blocks):
+        at = number * block_bytes
+        if xxhash.xxh3_64_intdigest(data[at : at + block_bytes]) != hashes[block - first]:
+            return False
+        locations.sound[block] = 1
+    return True
+
+
+def _gather(
+    locations: Locations,
+    files: list[OpenFile],
+    number: Ints,
+    extents: Array,
+    reads: _Reads,
+    starts: Ints,
+    *,
+    hashed_here: bool = False,
+) -> None:
     """Read rows of which each lies in one extent: consecutive bytes of a file.
 
     Args:
@@ -123,6 +147,7 @@ def _gather(locations: Locations, files: list[OpenFile], number: Ints, extents: 
             blocks of the index, bytes of a block, and first block among those of the file.
         reads: The reads.
         starts: (n,) first byte of each read, counted from the begin of its extent.
+        hashed_here: Whether blocks never read before are hashed here if a read has a whole extent. Default: one by one.
     """
     fds = np.array([file.fd for file in files], np.int64)[number]
     alike, begin, nbytes, block, block_bytes, slot = extents.T
@@ -134,9 +159,13 @@ def _gather(locations: Locations, files: list[OpenFile], number: Ints, extents: 
     first, last = block + first_inner, block + last_inner
     cached = any(file.stamps is not None for file in files)
     direct &= last < first + (2 if cached else MOST_BLOCKS)
-    direct[direct] = (sound[first[direct]] & sound[last[direct]]) > 0
-    for inner in range(1, int((last - first)[direct].max(initial=0))):
-        direct[direct] = sound[np.minimum(first + inner, last)[direct]] > 0
+    known = direct.copy()  # reads of blocks whose hashes were right
+    known[known] = (sound[first[known]] & sound[last[known]]) > 0
+    for inner in range(1, int((last - first)[known].max(initial=0))):
+        known[known] = sound[np.minimum(first + inner, last)[known]] > 0
+    # other records that lie elsewhere are read whole, and hashed in memory
+    whole = direct & ~known & (starts == 0) & (stops == nbytes) if hashed_here and not cached else np.zeros_like(direct)
+    direct = known | whole
     if cached:  # Blocks of a store's cache may be evicted at any time. An unchanged stamp proves that they were not.
         own_blocks = slot + first_inner, slot + last_inner
         stamps = _stamps(files, number, *own_blocks)
@@ -156,6 +185,8 @@ def _gather(locations: Locations, files: list[OpenFile], number: Ints, extents: 
     direct[direct_reads] = np.repeat(complete, np.diff(np.append(heads, len(direct_reads))))
     if cached:
         direct &= (_stamps(files, number, *own_blocks) == stamps).all(axis=0)
+    for read in np.flatnonzero(direct & whole).tolist():
+        direct[read] = _hash_whole(locations, reads, read, range(int(first[read]), int(last[read]) + 1), int(block_bytes[read]))
     # The others one by one: to hash a block, to widen, to complete a short read, or to report what is wrong.
     for read in np.flatnonzero(~direct & (starts != stops)).tolist():
         _gather_one(locations, reads, read)

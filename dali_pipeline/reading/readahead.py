@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dali_pipeline.reading.source import BatchSource
 
 READS_IN_FLIGHT = 4  # threads; each reads a run of some MiB
+FILES_IN_FLIGHT = 2  # if records lie in files of others: more threads wait for the interpreter lock, as each file is opened
 REQUESTS_IN_FLIGHT = 16  # to a store: hides 20 ms of latency each up to some GB/s
 GATHERED_BYTES = 64 << 20  # most bytes gathered and not yet delivered: four superbatches
 MOST_GROUPS = 64  # most groups ahead if windows are tiny
@@ -66,7 +67,8 @@ class ReadAhead:
         if not (due or late):
             return
         if self._pool is None:
-            threads = REQUESTS_IN_FLIGHT if self._remote else READS_IN_FLIGHT
+            local = FILES_IN_FLIGHT if self._source.in_place else READS_IN_FLIGHT
+            threads = REQUESTS_IN_FLIGHT if self._remote else local
             self._pool = ThreadPoolExecutor(threads, thread_name_prefix="readahead")
         if self._remote:
             for partition, group in due:

@@ -96,6 +96,11 @@ class BatchSource:
         if rows := selection.bounds(self.axis):
             self._selected(rows[0])  # layers that the shortest record has, all records have
 
+    @property
+    def in_place(self) -> bool:
+        """Whether any values lie in files of others."""
+        return any(shards.referenced for shards in self._selection.shards)
+
     def _is_short(self, name: str, field: Field) -> bool:
         """Return whether a further field is read with the index: its rows are short, and lie in the shards everywhere."""
         lies_elsewhere = any(name in shards.referenced for shards in self._selection.shards)

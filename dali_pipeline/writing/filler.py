@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import msgspec
 import numpy as np
@@ -60,6 +60,9 @@ class Contents:
         self.node_moments.extend(other.node_moments)
 
 
+CheckedRecord: TypeAlias = tuple[dict[str, Array], Array | None, str]  # arrays to be copied, label, split
+
+
 class ShardFiller:
     """Fill shards under a folder and record them in `contents`.
 
@@ -76,6 +79,7 @@ class ShardFiller:
     def __init__(self, root: Path, schema: Schema, shard_bytes: int, dealer: Dealer, contents: Contents) -> None:
         self.root, self.schema, self.shard_bytes, self.dealer, self.contents = root, schema, shard_bytes, dealer, contents
         self._kinds = schema.kinds
+        self._copied: dict[tuple[str, ...], Schema] = {}  # the schema without the arrays that stay in place
         self._open_shards: dict[tuple[str, Kind], OpenShard] = {}
 
     def check(self, record: Record | Stack) -> None:
@@ -137,20 +141,27 @@ class ShardFiller:
                     counts,
                 )
 
-    def write_placed(self, record: PlacedRecord) -> None:
-        """Add a record with a sequence whose values stay in a file of others; raise DataError if it does not fit."""
-        arrays, label, split = self.check_placed(record)
+    def write_placed(self, record: PlacedRecord, checked: CheckedRecord | None = None) -> None:
+        """Add a record with a sequence whose values stay in a file of others; raise DataError if it does not fit.
+
+        Args:
+            record: The record.
+            checked: What `check_placed` returned for it, if that was called already.
+        """
+        arrays, label, split = checked or self.check_placed(record)
         kind = KINDS[0]
         self._shard_for(split, kind, record.nbytes, in_place=True).add_placed(record, label, arrays)
         self.contents.splits[split][kind].count(self.schema.labels.counted(label), {"step": record.steps})
 
-    def check_placed(self, record: PlacedRecord) -> tuple[dict[str, Array], Array | None, str]:
+    def check_placed(self, record: PlacedRecord) -> CheckedRecord:
         """Return the arrays of such a record that are copied, its label and split; raise DataError if it does not fit."""
-        fields = self.schema.fields or {}
-        copied = {name: field for name, field in fields.items() if name not in record.pieces}
+        stays = tuple(record.pieces)
+        if stays not in self._copied:
+            fields = {name: field for name, field in (self.schema.fields or {}).items() if name not in stays}
+            self._copied[stays] = replace(self.schema, fields=fields or msgspec.UNSET)
         given = Record(id=record.id, group=record.group, label=record.label, fields=record.fields)
         check_layers(record.id, record.steps, self.schema)
-        arrays = named_rows(given, replace(self.schema, fields=copied or msgspec.UNSET), KINDS[0], record.steps)
+        arrays = named_rows(given, self._copied[stays], KINDS[0], record.steps)
         arrays["sequence.counts"] = np.array([record.steps])
         for name in ("id", "group"):
             as_bytes(given, name, getattr(record, name))

@@ -47,10 +47,10 @@ def test_records_equal_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(alike, "rows_at_a_time", lambda _: at_once)
     read, together = alike.Pattern.read, list[bool]()
 
-    def counted(pattern: alike.Pattern, plan: Any, paths: Any) -> Any:
-        block = read(pattern, plan, paths)
-        together.append(block is not None)
-        return block
+    def counted(pattern: alike.Pattern, paths: Any) -> Any:
+        stored = read(pattern, paths)
+        together.append(stored is not None)
+        return stored
 
     monkeypatch.setattr(alike.Pattern, "read", counted)
     data, found = taken(tmp_path / "src", recipe(tmp_path / "src"))

@@ -17,6 +17,7 @@ from dali_pipeline.ingest.containers.source import Extent
 from dali_pipeline.ingest.foreign import Block, rows_at_a_time
 from dali_pipeline.ingest.layouts.parts import OpenPart
 from dali_pipeline.ingest.layouts.plan import Plan, check_row
+from dali_pipeline.types import Array
 
 _MOST_HEAD_BYTES = 1 << 20
 
@@ -40,8 +41,15 @@ class Pattern:
         """Number of files that are read into one block, about 1 MiB."""
         return rows_at_a_time(self.extent.nbytes)
 
-    def read(self, plan: Plan, paths: Sequence[Path]) -> Block | None:
-        """Return the records of files, in order; None unless all of them follow the pattern.
+    def block(self, plan: Plan, stored: Array, where: str) -> Block:
+        """Return what `read` returned as records; raise FormatError, which names `where`, if they do not follow the plan."""
+        narrow = self.extent.dtype == BFLOAT16
+        values = plan.axes.oriented(from_bfloat16(stored) if narrow else stored, 1, where)
+        check_row(plan, where, values, 1)
+        return Block(values, ("sequence",) if narrow else ())
+
+    def read(self, paths: Sequence[Path]) -> Array | None:
+        """Return the arrays of files in their stored type, (files, *shape); None unless all of them follow the pattern.
 
         Costs three system calls per file. What is wrong with a file is left to whoever reads it alone.
         """
@@ -61,11 +69,7 @@ class Pattern:
                 return None
             if count != self.size or head != self.head:
                 return None
-        values = from_bfloat16(rows) if self.extent.dtype == BFLOAT16 else rows
-        where = str(paths[0])
-        values = plan.axes.oriented(values, 1, where)
-        check_row(plan, where, values, 1)
-        return Block(values, ("sequence",) if self.extent.dtype == BFLOAT16 else ())
+        return rows
 
 
 def pattern_of_files(plan: Plan | None, path: Path) -> Pattern | None:

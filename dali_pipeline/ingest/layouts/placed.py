@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from dali_pipeline.format.schema import Schema
 from dali_pipeline.ingest.containers.base import extent_of
 from dali_pipeline.ingest.containers.source import Extent
 from dali_pipeline.ingest.foreign import ForeignFile, real_steps
+from dali_pipeline.ingest.layouts.alike import Pattern
 from dali_pipeline.ingest.layouts.parts import OpenPart, Part
 from dali_pipeline.ingest.layouts.plan import Plan, check_row
 from dali_pipeline.types import Array
@@ -168,6 +169,42 @@ def placed_records(
         opened.close()
 
 
+def placed_alike(
+    plan: Plan,
+    pattern: Pattern,
+    paths: Sequence[Path],
+    placement: Placement,
+    schema: Schema,
+    stored: Array,
+    names: Sequence[str],
+    labels: Sequence[Any],
+) -> Iterator[PlacedRecord]:
+    """Yield the records of files that hold one record each and differ in nothing but its values, `stored`.
+
+    Raises:
+        DataError, FormatError: They are not of the type, or the shape, of the first record.
+    """
+    sequence, begin = schema.sequence, pattern.extent.begin
+    assert sequence is not None
+    if pattern.extent.dtype != sequence.dtype:
+        raise DataError(f"{paths[0]} is {pattern.extent.dtype}; expected {sequence.dtype} as in the first file")
+    shape = _squeezed(plan, pattern.extent.shape)
+    for path, rows, name, label in zip(paths, stored, names, labels, strict=True):
+        values = _rows(plan, rows.reshape(shape), str(path))
+        piece = Piece(_name(placement.root, path), pattern.size, begin, rows.reshape(-1).view(np.uint8))
+        yield PlacedRecord(name, name, label, {}, {"sequence": piece}, len(values), values)
+
+
+def _rows(plan: Plan, rows: Array, where: str) -> Array:
+    """Return a record (T, *row), a view; raise FormatError if it is unlike those of the first file."""
+    rows = rows[None] if plan.axes.step is None else rows
+    rows = np.moveaxis(rows, plan.axes.step, 0) if plan.axes.step else rows
+    check_row(plan, where, rows, 0)
+    if not len(rows):
+        raise FormatError(f"{where} has a record without steps; expected at least one")
+    return rows
+
+
 def _name(root: Path, path: Path) -> str:
     text, folder = str(path), str(root)
     return text if folder == "." else text[len(folder) + 1 :]
@@ -255,12 +292,7 @@ def _check_type(part: OpenPart, name: str, values: _Values, schema: Schema) -> N
 def _delivered(plan: Plan, part: OpenPart, data: Array, values: _Values, row: int) -> Array:
     """Return a record (T, *row), a view of its bytes; raise FormatError if it is unlike those of the first file."""
     rows = data.view(storage(values.dtype)).reshape(values.shapes[row])
-    rows = rows[None] if plan.axes.step is None else rows
-    rows = np.moveaxis(rows, plan.axes.step, 0) if plan.axes.step else rows
-    check_row(plan, f"{values.path}, {part.part.places['sequence'][0].key or 'its array'}", rows, 0)
-    if not len(rows):
-        raise FormatError(f"{values.path}: record {row} has no steps; expected at least one")
-    return rows
+    return _rows(plan, rows, f"{values.path}, {part.part.places['sequence'][0].key or 'its array'}")
 
 
 def _check_rows(part: OpenPart, record: str, values: Mapping[str, _Values], row: int, steps: int) -> None:
