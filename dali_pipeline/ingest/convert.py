@@ -26,7 +26,7 @@ from dali_pipeline.ingest.foreign import Block, Values
 from dali_pipeline.ingest.job import Job, prepare
 from dali_pipeline.ingest.layouts.alike import Pattern, pattern_of_files
 from dali_pipeline.ingest.layouts.labels import scored
-from dali_pipeline.ingest.layouts.placed import path_to, placed_alike, placed_records
+from dali_pipeline.ingest.layouts.placed import path_to, placed_alike, placed_records, read_ahead
 from dali_pipeline.ingest.layouts.recipe import Recipe
 from dali_pipeline.ingest.onray import deal
 from dali_pipeline.ingest.readers.traces import TRACES
@@ -212,6 +212,8 @@ def write_chunk(job: Job, chunk: range, root: Path, advance: Advance) -> tuple[C
         if number < written:
             continue
         name, filler.dealer = job.source.names[number], job.dealer_of(number)
+        if job.placement is not None and pattern is None and number + 1 in chunk:
+            read_ahead(job.source.files[number + 1], job.source.sizes[number + 1])
         if pattern is not None and misses < MOST_MISSES and number >= tried:
             together = chunk[number - chunk.start :][: pattern.files_at_once]
             tried = together.stop

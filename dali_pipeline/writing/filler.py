@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from dali_pipeline.errors import DataError
+from dali_pipeline.format.encoding import BFLOAT16
 from dali_pipeline.format.manifest import ShardTable, empty_splits, shard_path
 from dali_pipeline.format.record import Record, named_rows
 from dali_pipeline.format.schema import Schema
@@ -197,7 +198,10 @@ class ShardFiller:
 
         def update_moments(rows: Array) -> None:
             nonlocal rows_seen
-            moments.update(values(rows, rows_seen))
+            if field.dtype == BFLOAT16:
+                moments.update(rows, bfloat16=True)
+            else:
+                moments.update(values(rows, rows_seen))
             rows_seen += len(rows)
 
         on_rows = update_moments if split == "train" else None

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dali_pipeline.format.encoding import all_finite
+from dali_pipeline.format.encoding import BFLOAT16, all_finite, decode
 from dali_pipeline.format.manifest import FeatureStatistics
 from dali_pipeline.types import Array
 
@@ -33,8 +33,12 @@ class Moments:
     mean: list[float] = field(default_factory=list)
     squares: list[float] = field(default_factory=list)
 
-    def update(self, rows: Array) -> None:
+    def update(self, rows: Array, *, bfloat16: bool = False) -> None:
         """Add rows (N, *shape), a chunk at a time: deviations in float32, all else in float64.
+
+        Args:
+            rows: The rows.
+            bfloat16: Whether they are the bits of bfloat16, in uint16. Default: no.
 
         Deviations are taken from the mean so far, or from 0 if every mean is so small compared with its spread that no digits
         are lost.
@@ -44,7 +48,7 @@ class Moments:
         if not self.count or flat.dtype.itemsize > 4:
             head, flat = (flat, flat[:0]) if flat.dtype.itemsize > 4 else (flat[:chunk_rows], flat[chunk_rows:])
             for begin in range(0, len(head), chunk_rows):
-                self._update_exactly(head[begin : begin + chunk_rows])
+                self._update_exactly(_decoded(head[begin : begin + chunk_rows], bfloat16))
         if not len(flat):
             return
         shift = self._shift()
@@ -54,7 +58,9 @@ class Moments:
             for begin in range(0, len(flat), chunk_rows):
                 chunk = flat[begin : begin + chunk_rows]
                 deviations = buffer[: len(chunk)]
-                if chunk.dtype == np.float16:
+                if bfloat16:
+                    np.left_shift(chunk, 16, out=deviations.view(np.uint32), dtype=np.uint32, casting="unsafe")
+                elif chunk.dtype == np.float16:
                     _widen(chunk, deviations)
                 else:
                     deviations[:] = chunk
@@ -64,11 +70,11 @@ class Moments:
                 np.multiply(deviations, deviations, out=deviations)
                 chunk_squares = _sum(deviations)
                 if chunk_squares.max() < SURE_SQUARES or (
-                    np.isfinite(chunk_squares).all() and all_finite(chunk, chunk.dtype.name)
+                    np.isfinite(chunk_squares).all() and all_finite(chunk, BFLOAT16 if bfloat16 else chunk.dtype.name)
                 ):
                     count, sums, squares = count + len(chunk), sums + chunk_sums, squares + chunk_squares
                 else:
-                    self._update_exactly(chunk)
+                    self._update_exactly(_decoded(chunk, bfloat16))
         mean = sums / max(count, 1)
         origin = 0.0 if shift is None else shift
         self._merge(np.full(len(sums), count), origin + mean, np.maximum(squares - sums * mean, 0))
@@ -108,6 +114,10 @@ class Moments:
             return None
         std = np.sqrt(np.array(self.squares) / np.maximum(self.count, 1))
         return FeatureStatistics(mean=tuple(self.mean), std=tuple(std.tolist()), count=tuple(self.count))
+
+
+def _decoded(rows: Array, bfloat16: bool) -> Array:
+    return decode(rows, BFLOAT16, None) if bfloat16 else rows
 
 
 def _sum(rows: Array) -> Array:

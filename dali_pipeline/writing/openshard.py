@@ -14,11 +14,14 @@ from dali_pipeline.format.digest import EpochDigest
 from dali_pipeline.format.record import Record, graph_rows, named_rows, sequence_rows
 from dali_pipeline.format.schema import Schema
 from dali_pipeline.format.shard import ShardInfo
-from dali_pipeline.format.shardfile import BUFFER_BYTES, ShardFile
+from dali_pipeline.format.shardfile import ShardFile
 from dali_pipeline.types import Array, Kind
 from dali_pipeline.writing.places import PlacedRecord, Places
 
 STREAMED: dict[Kind, str] = {"sequences": "sequence", "graphs": "x"}  # written to the disk at once; the rest is small
+
+
+SEEN_BYTES = 16 << 20  # of values in place that go to the statistics at once
 
 
 class Stack(NamedTuple):
@@ -171,7 +174,7 @@ class OpenShard:
         if self._on_rows is not None:
             self._unseen.append(record.values)
             self._unseen_bytes += record.values.nbytes
-            if self._unseen_bytes >= BUFFER_BYTES:
+            if self._unseen_bytes >= SEEN_BYTES:
                 self._see()
 
     def _see(self) -> None:

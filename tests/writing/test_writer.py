@@ -17,6 +17,7 @@ import pytest
 import xxhash
 
 import dali_pipeline as dp
+from dali_pipeline.format.encoding import decode, encode
 from dali_pipeline.loaders.loader import Loader
 from dali_pipeline.storage.whole import replacing, write_whole
 from dali_pipeline.tools.verify import verify
@@ -63,18 +64,21 @@ def test_statistics_are_those_of_the_training_split(data: dp.Dataset, records: d
     assert np.allclose(data.manifest.statistics.std, rows.std(axis=0), atol=1e-12)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5), ("float16", 1e-5)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5), ("float16", 1e-5), ("bfloat16", 1e-5)])
 def test_moments_are_those_of_all_rows_however_they_are_cut(
     monkeypatch: pytest.MonkeyPatch, dtype: str, tolerance: float
 ) -> None:
     monkeypatch.setattr(moments_module, "CHUNK_BYTES", 4 * 4 * 50)
-    rows = np.random.default_rng(0).normal(1e3, 1, size=(1000, 4)).astype(dtype)
+    narrow = dtype == "bfloat16"
+    rows = np.random.default_rng(0).normal(1e3, 1, size=(1000, 4)).astype(np.float32 if narrow else dtype)
     rows[:, 1] = 0.1  # constant
     rows[::7, 2] = [np.nan, np.inf, -np.inf] * 47 + [np.nan] * 2
     moments, other = Moments(), Moments()
-    for part in np.array_split(rows[:600], 7):
-        moments.update(part)
-    other.update(rows[600:])
+    stored = encode(rows, "bfloat16", None)[0] if narrow else rows
+    rows = decode(stored, "bfloat16", None) if narrow else rows
+    for part in np.array_split(stored[:600], 7):
+        moments.update(part, bfloat16=narrow)
+    other.update(stored[600:], bfloat16=narrow)
     moments.extend(other)
     found = moments.statistics()
     assert found is not None

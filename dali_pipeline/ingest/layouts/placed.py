@@ -21,12 +21,15 @@ from dali_pipeline.ingest.foreign import ForeignFile, real_steps
 from dali_pipeline.ingest.layouts.alike import Pattern
 from dali_pipeline.ingest.layouts.parts import OpenPart, Part
 from dali_pipeline.ingest.layouts.plan import Plan, check_row
+from dali_pipeline.storage.reads import prefetch
 from dali_pipeline.types import Array
 from dali_pipeline.writing.places import Piece, PlacedRecord
 
 COPIED_SHARE = 1000  # a further field is copied if it has at most one byte for so many of the sequence
 COPIED_BYTES = 16  # or if a record has at most so many of it
 READ_BYTES = 4 << 20  # of neighbouring records that are read at once
+AHEAD_BYTES = 8 << 20
+MOST_AHEAD_BYTES = 32 << 20  # of the next file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,6 +351,8 @@ class _Reader:
             while last + 1 < len(self._values.begins) and self._span(last + 1)[1] - begin <= READ_BYTES:
                 last += 1
             self._begin, self._data = begin, self._bytes(begin, self._span(last)[1] - begin)
+            if last + 1 < len(self._values.begins):  # the disk reads on while these are hashed
+                prefetch(self._fd, self._span(last + 1)[0], AHEAD_BYTES)
         return self._data[begin - self._begin : end - self._begin]
 
     def _bytes(self, begin: int, nbytes: int) -> Array:
@@ -362,6 +367,18 @@ class _Reader:
     def close(self) -> None:
         """Close the file."""
         os.close(self._fd)
+
+
+def read_ahead(path: Path, size: int) -> None:
+    """Start reading a file that is needed soon; its errors are left to whoever reads it."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        prefetch(fd, 0, min(size, MOST_AHEAD_BYTES))
+    finally:
+        os.close(fd)
 
 
 def path_to(root: Path, dst: Path) -> str:
