@@ -150,6 +150,13 @@ def convert_command(
     label_above: Annotated[
         float | None, typer.Option(metavar="X", help="Give label 1 above X, and 0 otherwise.", show_default=False)
     ] = None,
+    append: Annotated[
+        bool,
+        typer.Option(
+            "--append",
+            help="Add the records of SRC to the finished data set DST, by its own splits; new shards, old ones untouched.",
+        ),
+    ] = False,
     in_place: Annotated[
         bool,
         typer.Option(
@@ -240,6 +247,7 @@ def convert_command(
       python -m dali_pipeline convert acts data/acts --sequence 'layer_{layer}_{row}.pt' --labels-from cities.csv::label
       python -m dali_pipeline convert states.npz data/s --sequence acts --labels-from scores.csv:id:bleurt --label-threshold 0.5
       python -m dali_pipeline convert vllm_hidden_states data/vllm --in-place
+      python -m dali_pipeline convert --append more_npz data/traces
       python -m dali_pipeline convert preprocessed_data data/traces --split 80/10/10
       python -m dali_pipeline convert raw_traces data/traces --scores scores.csv --score-column bleurt
       python -m dali_pipeline convert preprocessed_data s3://bucket/traces
@@ -302,7 +310,7 @@ def convert_command(
     assert dst is not None
     try:
         with _going_on():
-            data = convert_to(src, dst, config)
+            data = convert_to(src, dst, config, adds=append)
     except NotUnderstood as error:
         if is_url(src):
             raise

@@ -18,14 +18,14 @@ import xxhash
 from dali_pipeline.dataset.dataset import Dataset, default_cache, open_dataset
 from dali_pipeline.errors import DataError, FormatError, PipelineError, UsageError
 from dali_pipeline.format.encoding import BFLOAT16, holds
-from dali_pipeline.format.manifest import MANIFEST_NAME, ForeignFiles
+from dali_pipeline.format.manifest import FORMAT_VERSION, MANIFEST_NAME, ForeignFiles
 from dali_pipeline.format.record import Record
 from dali_pipeline.format.schema import Field
 from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.foreign import Block, Values
 from dali_pipeline.ingest.job import Job, prepare
 from dali_pipeline.ingest.layouts.alike import Pattern, pattern_of_files
-from dali_pipeline.ingest.layouts.labels import scored
+from dali_pipeline.ingest.layouts.labels import NO_LABEL, scored
 from dali_pipeline.ingest.layouts.placed import path_to, placed_alike, placed_records, read_ahead
 from dali_pipeline.ingest.layouts.recipe import Recipe
 from dali_pipeline.ingest.onray import deal
@@ -39,6 +39,7 @@ from dali_pipeline.runtime.progress import progress_bar, shown
 from dali_pipeline.storage.stores import Store, is_url
 from dali_pipeline.types import Array
 from dali_pipeline.writing.filler import Contents, ShardFiller
+from dali_pipeline.writing.growth import ADDITION, grow, was_appended
 from dali_pipeline.writing.journal import remove_leftovers
 from dali_pipeline.writing.openshard import Stack
 from dali_pipeline.writing.places import PlacedRecord
@@ -77,16 +78,78 @@ def convert(src: Path, dst: Path, config: ConvertConfig | None = None, remote: R
     if config.engine == "ray":  # Ray workers have other working folders
         src, dst = src.absolute(), dst.absolute()
     source, config = _found(src, config, remote)
+    return _written(source, dst, config)
+
+
+def append(src: Path, dst: Path, config: ConvertConfig | None = None, remote: Remote | None = None) -> Dataset:
+    """Add the records of files to a finished data set; continue an interrupted run.
+
+    The records go to the splits by the data set's own rule, and a group that it has stays in its split. The new shards follow
+    the old ones, which are not touched, and the manifest is replaced last: at any moment the folder holds the old data set or
+    the new one. A loader that is running keeps the old one. A state of the old one is refused by the new one.
+
+    Args:
+        src: Folder of the files, or one file; with `remote` the scratch folder of the files.
+        dst: Folder of the data set.
+        config: Settings; `ConvertConfig()` by default. `files_root` belongs to `dst` if that is in place.
+        remote: Store of the files, if they are not in a folder.
+
+    Returns:
+        The data set with the new records.
+
+    Raises:
+        UsageError: `dst` is no data set of version 2, or the files have other fields, axes, labels or layers.
+        DataError: A record is in the data set already. It is as it was.
+        FormatError: A file does not have its format. The data set is as it was.
+    """
+    config = config or ConvertConfig()
+    src, dst = src.absolute(), dst.absolute()
+    data = open_dataset(dst, files_root=config.files_root)
+    if data.manifest.version < FORMAT_VERSION:
+        raise UsageError(f"{dst} has version {data.manifest.version}; convert it to a new folder, which can be added to")
+    in_place = data.manifest.files is not msgspec.UNSET
+    if config.in_place and not in_place:
+        raise UsageError(f"{dst} holds its values itself, so what is added is copied; leave --in-place out")
+    source, config = _found(src, replace(config, in_place=in_place, files_root=None), remote)
+    fingerprint = config.fingerprint(source)
+    if fingerprint == data.manifest.source.get("fingerprint"):
+        raise UsageError(f"{dst} was made of {src}; expected other files to add")
+    if was_appended(data.manifest, fingerprint):
+        log.warning("%s holds the records of %s already; nothing was added", dst, src)
+    else:
+        source = _labelled_like(source, data)
+        _written(source, dst / ADDITION, config, data)
+    origin = {"made_by": "convert --append", "files": len(source.files), "fingerprint": fingerprint}
+    grow(dst, origin)
+    return open_dataset(dst, files_root=data.files_root)
+
+
+def _labelled_like(source: Source, data: Dataset) -> Source:
+    """Return a source whose labels become those of a data set; raise UsageError if it has none and the data set has."""
+    plan, label = source.plan, data.schema.labels
+    if plan is None:
+        return source
+    if label.kind == "none":
+        plan = replace(plan, rule=NO_LABEL)
+    elif plan.rule.label.kind == "none":
+        raise UsageError(f"{source.root} has no labels, and {data.root} has; give --label KEY or --labels-from FILE")
+    else:
+        plan = replace(plan, rule=replace(plan.rule, label=label))
+    return replace(source, plan=plan, reader=replace(source.reader, open=plan.open))
+
+
+def _written(source: Source, dst: Path, config: ConvertConfig, like: Dataset | None = None) -> Dataset:
+    """Write a data set; with fields, labels and splits like those of another one that it is to be added to."""
     fingerprint = config.fingerprint(source)
     if (dst / MANIFEST_NAME).exists():
         source.check_older(dst / MANIFEST_NAME)
         data = open_dataset(dst)
         if data.manifest.source.get("fingerprint") != fingerprint:
-            raise UsageError(f"{dst} is a data set of other files or settings than {src}; expected a new folder")
+            raise UsageError(f"{dst} is a data set of other files or settings than {source.root}; expected a new folder")
         remove_leftovers(dst)
         return data
     with progress_bar() as bar:
-        job = prepare(source, config, bar.track(range(len(source.files)), description="read names"))
+        job = prepare(source, config, bar.track(range(len(source.files)), description="read names"), like)
     for sentence in job.notices:
         log.warning(sentence.replace("%", "%%"))
     written = sum(path.stat().st_size for path in dst.glob("*/*.safetensors"))
@@ -107,7 +170,7 @@ def convert(src: Path, dst: Path, config: ConvertConfig | None = None, remote: R
                 for number, (part, contents, left_out) in results:
                     writer.adopt(part, contents, number + 1, left_out)
         source.check_unchanged()
-        named_by_us = source.own is None and job.schema.step_axis == "layer" and not job.schema.layers
+        named_by_us = source.own is None and like is None and job.schema.step_axis == "layer" and not job.schema.layers
         if named_by_us and writer.steps[0] != writer.steps[1]:
             writer.schema = replace(job.schema, step_axis="step")  # sequences of different lengths lie along no layers
         writer.rule = job.rule
@@ -133,7 +196,7 @@ def _found(src: Path, config: ConvertConfig, remote: Remote | None) -> tuple[Sou
     if config.in_place:
         if remote is not None:
             raise UsageError(f"{source.root} is a URL; --in-place takes files in a folder, which are read where they lie")
-        source = replace(source, chunk_bytes=max(source.chunk_bytes, config.shard_bytes))
+        source = replace(source, chunk_bytes=config.shard_bytes)
     return source, config
 
 
@@ -152,7 +215,7 @@ def _origin(job: Job) -> dict[str, Any]:
     return origin | job.choice.kept_numbers
 
 
-def convert_to(src: str | Path, dst: str, config: ConvertConfig | None = None) -> Dataset:
+def convert_to(src: str | Path, dst: str, config: ConvertConfig | None = None, *, adds: bool = False) -> Dataset:
     """Run `convert` from and to folders or URLs; continue an interrupted run, uploads too.
 
     If `dst` is a URL, the data set is written to a folder beside the caches, then uploaded, the manifest last; this takes the
@@ -163,16 +226,23 @@ def convert_to(src: str | Path, dst: str, config: ConvertConfig | None = None) -
         src: Folder or URL of the files.
         dst: Folder or URL of the data set.
         config: Settings; `ConvertConfig()` by default.
+        adds: Whether to `append` to the data set `dst`, in a folder. Default: no.
 
     Returns:
         The finished data set.
 
     Raises:
-        FormatError, DataError, UsageError: Like `convert`.
+        FormatError, DataError, UsageError: Like `convert` and `append`.
     """
+    if adds and is_url(dst):
+        raise UsageError(f"{Store(dst)} is a URL; --append adds to a data set in a folder, from which it can be uploaded")
     if is_url(src):
         with raw_files(str(src), dst) as remote:
+            if adds:
+                return append(remote.scratch, Path(dst), config, remote)
             return _convert_to(remote.scratch, dst, config, remote)
+    if adds:
+        return append(Path(src), Path(dst), config)
     return _convert_to(Path(src), dst, config, None)
 
 

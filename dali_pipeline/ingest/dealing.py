@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 
 from dali_pipeline.errors import UsageError
 from dali_pipeline.format.schema import SPLITS
@@ -28,6 +29,30 @@ class Alone:
     def of(self, group: str) -> str:
         """Return the split."""
         return self.split
+
+
+class Settled:
+    """Leaves the groups that a data set has in their splits, and assigns others by a rule.
+
+    Args:
+        groups: Hashes of the groups of each split.
+        rule: Rule for the others.
+    """
+
+    def __init__(self, groups: Mapping[str, Hashes], rule: Dealer) -> None:
+        self._rule = rule
+        self._splits = [split for split, hashes in groups.items() for _ in range(len(hashes))]
+        hashes = np.concatenate([np.zeros(0, np.uint64), *groups.values()])
+        self._order = np.argsort(hashes, kind="stable")
+        self._hashes = hashes[self._order]
+
+    def of(self, group: str) -> str:
+        """Return the split of a group."""
+        hashed = np.uint64(xxhash.xxh3_64_intdigest(group.encode()))
+        row = int(np.searchsorted(self._hashes, hashed))
+        if row < len(self._hashes) and self._hashes[row] == hashed:
+            return self._splits[int(self._order[row])]
+        return self._rule.of(group)
 
 
 @dataclass(frozen=True, kw_only=True)

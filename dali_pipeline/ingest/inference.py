@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,6 +102,49 @@ def infer_schema(
         fields[name] = _further_field(firsts[0].file.path, name, rows, name in narrow, config)
     own: dict[str, Any] = {name: fields.pop(name, None) for name in FIELDS}
     return _described(Schema(**own, fields=fields or msgspec.UNSET), firsts[0].file, choice), choice
+
+
+def fitted(given: Schema, schema: Schema, what: str, where: str, dtypes: Mapping[str, str]) -> Schema:
+    """Return the schema of a data set for records that are added to it.
+
+    Args:
+        given: What the records have.
+        schema: What the data set has.
+        what: Where the records come from, for messages.
+        where: The data set, for messages.
+        dtypes: Types that the user allows to lose digits.
+
+    Raises:
+        UsageError: They differ in a field, a shape, an axis or the kind of label.
+    """
+    for name, own, other in _compared(given, schema):
+        if own != other:
+            raise UsageError(f"{what} has {name} {own}, and {where} {other}; expected records like those of the data set")
+    for name, dtype in dtypes.items():
+        field = {**{key: getattr(schema, key) for key in FIELDS}, **(schema.fields or {})}.get(name)
+        if field is not None and field.dtype != dtype:
+            raise UsageError(
+                f"--dtype is {dtype} for {name}, which {where} stores as {field.dtype}; leave it out, or name that"
+            )
+    return schema
+
+
+def _compared(given: Schema, schema: Schema) -> Iterator[tuple[str, Any, Any]]:
+    """Yield what two schemas must have in common: a name, and the value of each."""
+    yield "kinds", " and ".join(given.kinds), " and ".join(schema.kinds)
+    yield "the further fields", sorted(given.fields or {}), sorted(schema.fields or {})
+    for name in (*FIELDS, *(schema.fields or {})):
+        own, other = (getattr(each, name) if name in FIELDS else (each.fields or {})[name] for each in (given, schema))
+        yield f"{name} in rows of", None if own is None else own.shape, None if other is None else other.shape
+        if own is not None and other is not None:
+            yield f"{name} with axes", own.axis_names, other.axis_names
+            yield f"{name} with the layers of a step together", bool(own.step_major), bool(other.step_major)
+            yield f"{name} as text", own.dtype == TEXT, other.dtype == TEXT
+    if schema.steps == "layer" or given.layers or schema.layers:
+        yield "steps named", given.steps, schema.steps
+        yield "the layers", given.layers or (), schema.layers or ()
+    yield "labels of kind", given.labels.kind, schema.labels.kind
+    yield "labels of shape", given.labels.shape, schema.labels.shape
 
 
 def _kept_row(shape: tuple[int, ...], axes: tuple[str, ...], choice: LayerChoice) -> tuple[int, ...]:

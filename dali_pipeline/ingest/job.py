@@ -6,19 +6,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dali_pipeline.errors import DataError, FormatError
+from dali_pipeline.errors import DataError, FormatError, UsageError
 from dali_pipeline.format.schema import Field, Schema
-from dali_pipeline.ingest.dealing import OwnSplits, splits_in_names
-from dali_pipeline.ingest.inference import LayerChoice, infer_schema, written_bytes
-from dali_pipeline.ingest.layouts.placed import Placement, placement_of
+from dali_pipeline.ingest.dealing import OwnSplits, Settled, splits_in_names
+from dali_pipeline.ingest.inference import LayerChoice, fitted, infer_schema, written_bytes
+from dali_pipeline.ingest.layouts.placed import Placement, placed_like, placement_of
 from dali_pipeline.ingest.names import Disagreement, FileNames, Names
 from dali_pipeline.ingest.readers.pt import FOLDERS
 from dali_pipeline.ingest.scales import greatest_values
 from dali_pipeline.runtime.progress import progress_bar, shown
 from dali_pipeline.writing.filler import Dealer
+from dali_pipeline.writing.growth import groups_of
 from dali_pipeline.writing.split import FileSplit, SplitRule
 
 if TYPE_CHECKING:
+    from dali_pipeline.dataset.dataset import Dataset
     from dali_pipeline.ingest.config import ConvertConfig
     from dali_pipeline.ingest.sources import Source
 
@@ -69,8 +71,8 @@ class Job:
         return {} if isinstance(self.dealer, OwnSplits) else {"shares": list(rule.shares), "seed": rule.seed}
 
 
-def prepare(source: Source, config: ConvertConfig, numbers: Iterable[int]) -> Job:
-    """Read names and labels of every file; determine ids, splits and schema."""
+def prepare(source: Source, config: ConvertConfig, numbers: Iterable[int], like: Dataset | None = None) -> Job:
+    """Read names and labels of every file; determine ids, splits and schema: those of the data set `like`, if one is given."""
     unreadable: dict[str, str] = {}
     file_names: list[FileNames] = []
     not_taken: dict[str, list[str]] = {}  # name of a part that is not converted, and the files that have it
@@ -101,10 +103,17 @@ def prepare(source: Source, config: ConvertConfig, numbers: Iterable[int]) -> Jo
         name = (file.ids or file.groups)[error.row]
         raise DataError(f"{file.path}: {name!r} {error.words}") from None
     notices = _describe_not_taken(source, not_taken)
-    dealer, torn = _dealer(source, file_names, config, notices)
+    dealer, torn = (
+        _dealer(source, file_names, config, notices)
+        if like is None
+        else (
+            _dealer_like(source, file_names, config, notices, like),
+            0,
+        )
+    )
     counts = [len(names_of_file.labels) for names_of_file in file_names]
     schema, choice = infer_schema(source, file_names, config, notices)
-    placement, schema = _stored(source, file_names, config, schema, choice, notices)
+    placement, schema = _stored(source, file_names, config, schema, choice, notices, like)
     return Job(
         source=source,
         config=config,
@@ -128,12 +137,17 @@ def _stored(
     schema: Schema,
     choice: LayerChoice,
     notices: list[str],
+    like: Dataset | None,
 ) -> tuple[Placement | None, Schema]:
     """Return what stays in place, and the schema as it is stored: with the scales of int8, or the order of the files."""
     placement: Placement | None = None
     if config.in_place:
         placement, schema, told = placement_of(source.plan, source.root, source.reader.what, schema)
         notices += told
+    if like is not None:
+        if placement is not None:
+            placement = placed_like(placement, like, source.root)
+        return placement, fitted(schema, like.schema, f"{source.root}", f"{like.root}", config.dtypes)
     if schema.sequence is not None and config.dtypes.get("sequence") == "int8":
         scaled = _scaled(source, file_names, config, choice)
         schema = replace(schema, sequence=replace(scaled, by_layer=schema.sequence.by_layer, axes=schema.sequence.axes))
@@ -177,6 +191,29 @@ def _dealer(
     if torn:
         notices.append(f"{torn:,} groups are in several of the splits that are kept: what is tested was trained on")
     return own, torn
+
+
+def _dealer_like(
+    source: Source, file_names: Sequence[FileNames], config: ConvertConfig, notices: list[str], like: Dataset
+) -> Dealer | OwnSplits:
+    """Return the rule that assigns groups to the splits of a data set that they are added to.
+
+    Raises:
+        UsageError: The data set has a rule and another is given; or it has none, and neither has the source.
+    """
+    rule, groups = like.manifest.split, groups_of(like.folder, like.manifest)
+    if rule:
+        if config.split is not None:
+            raise UsageError(f"{like.root} has a rule for its splits, {rule}; leave --split and --split-seed out")
+        return Settled(groups, SplitRule(shares=tuple(rule["shares"]), seed=rule["seed"]))
+    if config.split is not None:
+        return Settled(groups, config.split)
+    dealer, _ = _dealer(source, file_names, config, notices)
+    if not isinstance(dealer, OwnSplits):
+        raise UsageError(
+            f"{like.root} has its owner's splits, and the names of {source.root} say none; name their shares by --split"
+        )
+    return dealer
 
 
 def _dealt_as(name: str) -> str:

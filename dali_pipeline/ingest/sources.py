@@ -43,7 +43,8 @@ class Source:
         remote: Store of the files, or None.
         not_taken: Names of other files in the folder, whose format no reader knows.
         plan: What a recipe makes of the files; None for a layout with a reader of its own.
-        chunk_bytes: Bytes of source files per chunk: one worker converts a chunk, and it becomes final as a whole.
+        chunk_bytes: Bytes of source files per chunk, if more than CHUNK_BYTES: one worker converts a chunk, and it becomes final
+            as a whole.
         files_root: Folder of the values of the source, if that is a data set in place; None for where they lay.
     """
 
@@ -55,7 +56,7 @@ class Source:
     remote: Remote | None = None
     not_taken: tuple[str, ...] = ()
     plan: Plan | None = None
-    chunk_bytes: int = CHUNK_BYTES
+    chunk_bytes: int = 0
     files_root: str | None = None
 
     @classmethod
@@ -166,10 +167,10 @@ class Source:
 
     @cached_property
     def chunks(self) -> list[range]:
-        """Ranges of consecutive file numbers, each of at most `chunk_bytes` or of one file."""
+        """Ranges of consecutive file numbers, each of at most CHUNK_BYTES, or `chunk_bytes` if that is more, or of one file."""
         cuts, nbytes = [0], 0
         for number, size in enumerate(self.sizes):
-            if nbytes and nbytes + size > self.chunk_bytes:
+            if nbytes and nbytes + size > max(CHUNK_BYTES, self.chunk_bytes):
                 cuts.append(number)
                 nbytes = 0
             nbytes += max(size, 0)

@@ -21,6 +21,7 @@ from dali_pipeline.storage.cachedfile import Place, RemotePath
 from dali_pipeline.storage.stores import is_url
 from dali_pipeline.tools.shardcheck import ShardCheck
 from dali_pipeline.types import Kind
+from dali_pipeline.writing.growth import ADDITION
 
 CACHE_BYTES = 4 << 30  # size of the cache for the shards of a URL, each of which is read once
 
@@ -182,6 +183,8 @@ def _strangers(data: Dataset, checks: Sequence[ShardCheck]) -> Iterator[str]:
     if isinstance(data.root, RemotePath):
         paths: list[Place] = [data.root / name for name in data.root.store.names() if ".safetensors" in name]
     else:
+        if (data.folder / ADDITION).exists():  # more records are being added: what they add is in no manifest yet
+            return
         paths = [*sorted(data.folder.rglob("*.safetensors*"))]
     for path in paths:
         if path not in named:

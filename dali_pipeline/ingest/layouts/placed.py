@@ -8,8 +8,9 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from dali_pipeline.errors import DataError, FormatError, UsageError
@@ -24,6 +25,9 @@ from dali_pipeline.ingest.layouts.plan import Plan, check_row
 from dali_pipeline.storage.reads import prefetch
 from dali_pipeline.types import Array
 from dali_pipeline.writing.places import Piece, PlacedRecord
+
+if TYPE_CHECKING:
+    from dali_pipeline.dataset.dataset import Dataset
 
 COPIED_SHARE = 1000  # a further field is copied if it has at most one byte for so many of the sequence
 COPIED_BYTES = 16  # or if a record has at most so many of it
@@ -111,6 +115,19 @@ def _large_fields(plan: Plan, part: Part, schema: Schema) -> Iterator[str]:
                 yield name
     finally:
         opened.close()
+
+
+def placed_like(placement: Placement, like: Dataset, root: Path) -> Placement:
+    """Return what stays in place of files that are added to a data set in place; raise UsageError if they lie elsewhere."""
+    files, folder = like.manifest.files, like.files_root
+    assert files is not msgspec.UNSET
+    here = placement.root.resolve()
+    if not isinstance(folder, Path) or not here.is_relative_to(folder.resolve()):
+        raise UsageError(
+            f"{root} does not lie below {folder}, where the values of {like.root} lie; move the files there, or make one data "
+            "set in place of a folder that holds both"
+        )
+    return Placement(names=files.arrays, root=folder.resolve())
 
 
 def _refused(why: str) -> UsageError:
@@ -210,6 +227,8 @@ def _rows(plan: Plan, rows: Array, where: str) -> Array:
 
 def _name(root: Path, path: Path) -> str:
     text, folder = str(path), str(root)
+    if folder != "." and not text.startswith(f"{folder}/"):
+        text = str(path.parent.resolve() / path.name)
     return text if folder == "." else text[len(folder) + 1 :]
 
 
