@@ -10,12 +10,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 import dali_pipeline as dp
+from dali_pipeline.ingest.config import ConvertConfig
+from dali_pipeline.ingest.convert import convert
+from dali_pipeline.ingest.layouts.recipe import Recipe
 from tests.helpers.records import FIELDS, SCHEMA, make_records, with_fields, write
 from tests.laws import LAWS, LOOPS, REFUSALS, Case
 
@@ -24,9 +29,10 @@ Worlds = tuple[tuple[dict[str, Any], tuple[int, ...]], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Sets:
-    """What is read: the usual set, one with other contents, one of few positives, and a short and a long one."""
+    """What is read: the usual set, its sequences in place, one with other contents, one of few positives, a short and a long."""
 
     usual: dp.Dataset
+    in_place: dp.Dataset
     other: dp.Dataset
     skewed: dp.Dataset
     short_and_long: tuple[dp.Dataset, dp.Dataset]
@@ -156,11 +162,14 @@ def made_of_others(name: str, *, whole: str) -> dict[str, Asked]:
 
 
 FEW = ("04", "06", "12", "loops")
+IN_PLACE = ("01", "02", "03", "04", "05", "06", "07", "11", "12", "13", "loops")  # of bytes and shards test_in_place.py speaks
 KINDS: dict[str, Asked] = {
     "dali": sequences(engine="dali"),
     "dali, no thread": replace(sequences(engine="dali", num_workers=0), only=FEW),
     "torch": sequences(engine="torch"),
     "torch, threads": replace(sequences(engine="torch", num_workers=3), only=FEW),
+    "in place": replace(sequences(engine="torch"), base=lambda sets: sets.in_place, only=IN_PLACE),
+    "in place, dali": replace(sequences(engine="dali"), base=lambda sets: sets.in_place, only=FEW),
     "bucket_by_length": bucketed(),
     "graphs": graphs(),
     "graphs, no thread": replace(graphs(num_workers=0), slow=True),
@@ -174,6 +183,17 @@ KINDS: dict[str, Asked] = {
     **made_of_others("torch", whole="balance"),
     **made_of_others("graphs", whole="mix, fold"),
 }
+
+
+def write_in_place(files: Path, root: Path, records: list[dp.Record]) -> dp.Dataset:
+    """The sequences of records and their step fields in a file each, and a data set that refers to these."""
+    files.mkdir()
+    for one in records:
+        arrays = {"states": one.sequence, "token": one.fields["step.token"], "score": one.fields["record.score"]}
+        save_file({**arrays, "label": np.array(one.label)}, files / f"{one.id}.safetensors")
+    fields = (("step.token", "token"), ("record.score", "score"))
+    recipe = Recipe(sequence="states", label="label", fields=fields, layout="record-per-file")
+    return convert(files, root, ConvertConfig(recipe=recipe, in_place=True, shard_bytes=2048, num_workers=1))
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +211,7 @@ def sets(records: dict[str, dp.Record], tmp_path_factory: pytest.TempPathFactory
     usual = [with_fields(record, number) for number, record in enumerate(records.values())]
     return Sets(
         usual=write(root / "usual", usual, schema=schema),
+        in_place=write_in_place(root / "files", root / "in_place", usual),
         other=write(root / "other", [with_fields(one, 10**6 + at) for at, one in enumerate(others)], schema=schema),
         skewed=write(root / "skewed", skewed, shares="100/0/0"),
         short_and_long=(

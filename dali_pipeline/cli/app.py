@@ -265,6 +265,8 @@ def convert_command(
 
     if scores is None and score_column is not None:
         raise UsageError("--score-column names a column of --scores; give both")
+    if append and dry_run:
+        raise UsageError("--dry-run looks at SRC alone, whatever it is added to; leave --append out")
     if dst is None and not dry_run:
         raise UsageError("Missing argument 'DST', the folder of the data set; --dry-run needs none")
     keys = Recipe(

@@ -43,8 +43,8 @@ class Source:
         remote: Store of the files, or None.
         not_taken: Names of other files in the folder, whose format no reader knows.
         plan: What a recipe makes of the files; None for a layout with a reader of its own.
-        chunk_bytes: Bytes of source files per chunk, if more than CHUNK_BYTES: one worker converts a chunk, and it becomes final
-            as a whole.
+        chunk_bytes: Bytes of source files per chunk, which one worker converts, and which becomes final as a whole; at least
+            CHUNK_BYTES.
         files_root: Folder of the values of the source, if that is a data set in place; None for where they lay.
     """
 

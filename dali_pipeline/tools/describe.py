@@ -37,10 +37,10 @@ def describe(data: Dataset) -> dict[str, Any]:
     Reads the manifest, the offsets of every shard (8 bytes per record, 16 per graph) and a few records.
 
     Returns:
-        A dict with the keys root, digest, bytes, kinds, version, schema, axes (of a sequence), layers (numbers by kind), label
-        (kind, shape, class names), values (distribution by split, if labels are values), splits (records by split and kind),
-        labels (records by split and label), shards, distributions (least, median, greatest, mean, edges and counts of a
-        histogram, by name), statistics, source and sample.
+        A dict with the keys root, digest, bytes, kinds, version, in_place (folder of the values, or None), schema, axes (of a
+        sequence), layers (numbers by kind), label (kind, shape, class names), values (distribution by split, if labels are
+        values), splits (records by split and kind), labels (records by split and label), shards, distributions (least, median,
+        greatest, mean, edges and counts of a histogram, by name), statistics, source and sample.
     """
     schema = data.schema
     types = {"sequence": schema.sequence, **schema.of_graphs, **schema.step_fields, **schema.record_fields}
@@ -50,6 +50,7 @@ def describe(data: Dataset) -> dict[str, Any]:
         "bytes": data.nbytes,
         "kinds": list(schema.kinds),
         "version": data.manifest.version,
+        "in_place": None if data.files_root is None else readable(data.files_root),
         "schema": {
             name: {"dtype": field.dtype + (" with a scale" if field.scales else ""), "shape": list(field.shape)}
             for name, field in types.items()
@@ -195,6 +196,8 @@ def print_description(report: dict[str, Any]) -> None:
     console.print(
         f"{report['root']}: {' and '.join(report['kinds'])}, {report['bytes'] / 1e9:.3f} GB, digest {report['digest'][:8]}"
     )
+    if report["in_place"]:
+        console.print(f"  in place: the values lie in files below {report['in_place']}")
     for name, facts in report["schema"].items():
         console.print(f"  {name}: {facts['dtype']} {tuple(facts['shape'])} a row")
     for sentence in _axes_and_labels(report):

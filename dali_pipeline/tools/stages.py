@@ -19,7 +19,8 @@ from dali_pipeline.loaders.loader import Loader
 from dali_pipeline.reading.readahead import REQUESTS_IN_FLIGHT
 from dali_pipeline.runtime.timing import StepTimer
 from dali_pipeline.sampling.plan import EpochPlan
-from dali_pipeline.storage.cachedfile import REQUEST_BYTES, RemotePath
+from dali_pipeline.storage.cachedfile import REQUEST_BYTES, Place, RemotePath
+from dali_pipeline.storage.files import Files
 from dali_pipeline.types import Kind
 
 READ_BYTES = 256 << 20
@@ -42,19 +43,20 @@ def measure_stages(
         tell: Called with the name of each stage before it is measured.
         seconds: Measuring time per stage.
     """
-    files = [data.shard_path("train", kind, number) for number in range(len(data.table("train", kind)))]
+    files = value_files(data, kind)
     plan = loader.plan(0)
     rates: dict[str, float] = {}
-    if isinstance(data.root, RemotePath):
+    if remote := [(place, nbytes) for place, nbytes in files.items() if isinstance(place, RemotePath)]:
         tell("store")
-        rates["store"] = store_rate(list(zip(files, data.table("train", kind).bytes, strict=True)), seconds) / record_bytes
+        rates["store"] = store_rate(remote, seconds) / record_bytes
         steps = len(list(islice(loader, LOOKED_AT)))  # the blocks of these steps are in the cache now
     else:
         tell("disk")
-        rates["disk"] = read_rate(files, direct=True, seconds=seconds) / record_bytes
+        paths = [place for place in files if isinstance(place, Path)]
+        rates["disk"] = read_rate(paths, direct=True, seconds=seconds) / record_bytes
         tell("page cache")
-        read_rate(files, direct=False, seconds=seconds)  # fills the page cache
-        rates["page cache"] = read_rate(files, direct=False, seconds=seconds) / record_bytes
+        read_rate(paths, direct=False, seconds=seconds)  # fills the page cache
+        rates["page cache"] = read_rate(paths, direct=False, seconds=seconds) / record_bytes
         steps = plan.num_steps
     tell("gather")
     gathered = list(
@@ -127,6 +129,21 @@ def read_rate(files: list[Path], *, direct: bool, seconds: float) -> float:
         if read >= READ_BYTES or spent >= seconds:
             break
     return read / max(spent, 1e-9)
+
+
+def value_files(data: Dataset, kind: Kind) -> dict[Place, int]:
+    """Return the files that hold the values of the training split, and their sizes: shards, or the files that they refer to."""
+    shards, files = data.shards("train", kind), dict[Place, int]()
+    for number in range(len(shards.table)):
+        if not shards.referenced or shards.files_root is None:
+            files[data.shard_path("train", kind, number)] = shards.table.bytes[number]
+            continue
+        references = shards.open(number, Files(1)).references(shards.referenced[0])
+        for name, size in zip(references.names, references.sizes.tolist(), strict=True):
+            files[shards.files_root / name] = size
+        if sum(files.values()) > 4 * READ_BYTES:  # more than is read; there may be a million
+            break
+    return files
 
 
 def store_rate(shards: list[tuple[RemotePath, int]], seconds: float) -> float:

@@ -94,7 +94,7 @@ def test_records_splits_counts_and_statistics(tmp_path: Path) -> None:
     # the running loader keeps the old set; its state is not one of the new set
     ids += [batch.ids for batch in iterator]
     assert {name for batch in ids for name in batch} <= {name for name in expected if int(name[1:]) < COUNT}
-    with pytest.raises(UsageError, match="digest|other data"):
+    with pytest.raises(UsageError, match="has data set digest"):
         dp.SequenceLoader(grown, batch_size=4).load_state_dict(loader.state_dict())
     assert grown.manifest.source["appended"][0]["files"] == 1
     again = append(tmp_path / "b", tmp_path / "set", config())
@@ -294,7 +294,8 @@ def test_killed(tmp_path: Path) -> None:
         "--shard-size",
         "2000",
     ]
-    command = [sys.executable, "-m", "dali_pipeline", "convert", "--append", str(tmp_path / "b"), str(tmp_path / "set"), *flags]
+    places = str(tmp_path / "b"), str(tmp_path / "set")
+    command = [sys.executable, "-m", "dali_pipeline", "convert", "--append", *places, *flags]
     for seconds in (1.6, 2.2):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(seconds)

@@ -257,8 +257,7 @@ def _command(src: str, dst: str | None, config: ConvertConfig, source: Source | 
         options += ["--split-by", config.split_by]
     if config.dtype is not None:
         options += ["--dtype", config.dtype]
-    if config.skip_bad:
-        options.append("--skip-bad")
+    options += ["--skip-bad"] * config.skip_bad + ["--in-place"] * config.in_place
     return shlex.join(["python", "-m", "dali_pipeline", "convert", src, dst or "DST", *options])
 
 
