@@ -55,6 +55,11 @@ THEMES = {
         full="--gigabytes 1 --memory-gigabytes 0 --repeats 5",
         quick="--gigabytes 0.02 --memory-gigabytes 0 --repeats 1 --files 200",
     ),
+    "in_place": Sizes(
+        some="--gigabytes 0.3 --files 5000",
+        full="--gigabytes 2 --files 1000000",
+        quick="--repeats 1 --gigabytes 0.05 --files 200",
+    ),
 }
 app = new_app()
 

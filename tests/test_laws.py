@@ -29,7 +29,7 @@ Worlds = tuple[tuple[dict[str, Any], tuple[int, ...]], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Sets:
-    """What is read: the usual set, its sequences in place, one with other contents, one of few positives, a short and a long."""
+    """What is read: the usual set, its sequences in place, another, one of few positives, a short and a long one."""
 
     usual: dp.Dataset
     in_place: dp.Dataset

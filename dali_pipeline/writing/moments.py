@@ -108,12 +108,20 @@ class Moments:
         self.mean = (own_mean + delta * (count / total)).tolist()
         self.count = (own_count + count).tolist()
 
-    def statistics(self) -> FeatureStatistics | None:
-        """Return mean and population standard deviation, 0 for a feature without a finite value; None before the first row."""
+    def statistics(self, digits: int | None = None) -> FeatureStatistics | None:
+        """Return mean and population standard deviation, 0 for a feature without a finite value; None before the first row.
+
+        Args:
+            digits: Significant digits that are kept. Default: all.
+        """
         if not self.count:
             return None
         std = np.sqrt(np.array(self.squares) / np.maximum(self.count, 1))
-        return FeatureStatistics(mean=tuple(self.mean), std=tuple(std.tolist()), count=tuple(self.count))
+        columns = (self.mean, std.tolist())
+        if digits is not None:
+            columns = tuple([float(f"{number:.{digits}g}") for number in column] for column in columns)  # type: ignore[assignment]
+        mean, spread = map(tuple, columns)
+        return FeatureStatistics(mean=mean, std=spread, count=tuple(self.count))
 
 
 def _decoded(rows: Array, bfloat16: bool) -> Array:

@@ -25,6 +25,7 @@ from dali_pipeline.writing.journal import WorkFolder
 from dali_pipeline.writing.split import SplitRule
 
 SHARD_BYTES = 256 << 20
+IN_PLACE_DIGITS = 8  # of statistics: a set in place is small beside its values, and float32 has no more
 
 
 class ShardWriter:
@@ -204,7 +205,7 @@ class ShardWriter:
         manifest = Manifest(
             schema=self.schema,
             splits={split: {kind: tables[kind] for kind in self.schema.kinds} for split, tables in contents.splits.items()},
-            statistics=contents.moments.statistics(),
+            statistics=contents.moments.statistics(IN_PLACE_DIGITS if self.files else None),
             node_statistics=contents.node_moments.statistics(),
             source=source,
             split=self.rule,
