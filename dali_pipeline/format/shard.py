@@ -200,11 +200,15 @@ class Shard:
         layout = self.array(name)
         if not 0 <= begin < end <= layout.nbytes:
             return False
-        return sum(self._prefetch(name, extent, begin, end) for extent in self.extents(name, begin, end)) > 0
+        absent, file, number = False, None, -1
+        for extent in self.extents(name, begin, end):
+            if file is None or number != extent.file:  # neighbours mostly lie in one file
+                file, number = self.open_reference(name, extent.file) if layout.referenced else self.opened(), extent.file
+            absent |= self._prefetch(name, extent, begin, end, file)
+        return absent
 
-    def _prefetch(self, name: str, extent: Extent, begin: int, end: int) -> bool:
+    def _prefetch(self, name: str, extent: Extent, begin: int, end: int, file: OpenFile) -> bool:
         layout, elsewhere = self.array(name), extent.file >= 0
-        file = self.open_reference(name, extent) if elsewhere else self.opened()
         blocks = extent.blocks(begin, end, layout.block_bytes)
         if file.stamps is not None:
             return file.prefetch([self._piece(name, extent, block) for block in blocks], wait=False)
@@ -338,24 +342,24 @@ class Shard:
         self._check_reference(name, extent.file, file)
         return file
 
-    def open_reference(self, name: str, extent: Extent) -> OpenFile:
-        """Return the file of others that an extent lies in, newly opened unless it is in a store: a set may have a million.
+    def open_reference(self, name: str, number: int) -> OpenFile:
+        """Return a file of others by its number, newly opened unless it is in a store: a set may have a million.
 
         Raises FormatError like `opened`.
         """
-        path = self.file_of(name, extent)
-        if not isinstance(path, Path):
-            return self._opened_reference(name, extent)
+        if not isinstance(self._files_root, Path):
+            return self._opened_reference(name, Extent(number, 0, 0, 0, 0, 0))
+        text = f"{self._files_root}/{self.references(name).names[number]}"  # a path object costs as much as opening it
         try:
-            file = OpenFile(path)
+            file = OpenFile(text)
         except OSError as error:
             if error.errno == errno.ENOENT:
-                raise self._gone(path) from None
-            raise kind_of(error)(f"{path} cannot be opened ({error.strerror})") from error
-        self._check_reference(name, extent.file, file)
+                raise self._gone(text) from None
+            raise kind_of(error)(f"{text} cannot be opened ({error.strerror})") from error
+        self._check_reference(name, number, file)
         return file
 
-    def _gone(self, path: Place) -> FormatError:
+    def _gone(self, path: Place | str) -> FormatError:
         return FormatError(
             f"{path} is gone, and {self.path} refers to it; restore it, or name the folder of the files by files_root "
             "(--files-root)"

@@ -104,8 +104,7 @@ def _gather_referenced(locations: Locations, reads: _Reads, which: Ints) -> None
         files: list[OpenFile] = []
         for read in pairs[first : first + locations.files_at_once].tolist():
             try:
-                shard, record = locations.parts[int(which[read])].shard, int(locations.rows[reads.records[read]])
-                files.append(shard.open_reference(name, shard.references(name).extent(record, 0)))
+                files.append(locations.parts[int(which[read])].shard.open_reference(name, int(numbers[read])))
             except FormatError as error:
                 raise _met(error, locations, int(reads.records[read])) from error
         chosen = np.flatnonzero((first <= inverse) & (inverse < first + len(files)))

@@ -73,9 +73,10 @@ class CachedFile(OpenFile):
 
     def __init__(self, place: RemotePath) -> None:
         self._place, self._cache = place, place.cache
-        super().__init__(self._cache.file(place.digest, place.nbytes, place.blocks), os.O_RDWR)
+        self._local = self._cache.file(place.digest, place.nbytes, place.blocks)
+        super().__init__(self._local, os.O_RDWR)
         self.size, self.identity = place.nbytes, self.identity[:2]
-        self._slots = map_slots(self.path)
+        self._slots = map_slots(self._local)
         self._stamps, self._needs = self._slots["stamp"], self._slots["need"]
         self.stamps = self._stamps[1:]
 
@@ -83,7 +84,7 @@ class CachedFile(OpenFile):
         """Return the 8-byte length and the JSON after it; raise FormatError unless their digest is the manifest's."""
         if (data := self._header_here()) is not None:
             return data
-        with locked_slots(self.path, 0, 1):
+        with locked_slots(self._local, 0, 1):
             if (data := self._header_here()) is not None:  # another process was first
                 return data
             data = self._read_header()
@@ -144,7 +145,7 @@ class CachedFile(OpenFile):
 
     def _download_locked(self, request: Sequence[Piece], wait: bool) -> bool:
         """Download neighbouring blocks; return whether their locks were free."""
-        with locked_slots(self.path, request[0].slot, len(request), wait=wait) as locked:
+        with locked_slots(self._local, request[0].slot, len(request), wait=wait) as locked:
             for missing in _requests(self._missing(request)) if locked else ():
                 self._download(missing)
         return locked
@@ -155,7 +156,7 @@ class CachedFile(OpenFile):
 
     def forget(self, piece: Piece) -> bool:
         """Drop a block whose bytes are wrong, so that it is downloaded again; return True."""
-        with locked_slots(self.path, piece.slot, 1):
+        with locked_slots(self._local, piece.slot, 1):
             if self._stamps[piece.slot] >= FIRST_STAMP:
                 self._stamps[piece.slot] = ABSENT
                 self._cache.release(piece.nbytes)

@@ -52,7 +52,7 @@ class OpenFile:
 
     stamps: Array | None = None
 
-    def __init__(self, path: Path, flags: int = os.O_RDONLY) -> None:
+    def __init__(self, path: Path | str, flags: int = os.O_RDONLY) -> None:
         self.fd, self.path = -1, path
         self.fd = os.open(path, flags | os.O_CLOEXEC)
         stat = os.fstat(self.fd)

@@ -94,7 +94,7 @@ def test_records_splits_counts_and_statistics(tmp_path: Path) -> None:
     # the running loader keeps the old set; its state is not one of the new set
     ids += [batch.ids for batch in iterator]
     assert {name for batch in ids for name in batch} <= {name for name in expected if int(name[1:]) < COUNT}
-    with pytest.raises(UsageError, match="has data set digest"):
+    with pytest.raises(PipelineError, match="has data set digest"):
         dp.SequenceLoader(grown, batch_size=4).load_state_dict(loader.state_dict())
     assert grown.manifest.source["appended"][0]["files"] == 1
     again = append(tmp_path / "b", tmp_path / "set", config())

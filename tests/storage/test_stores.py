@@ -147,7 +147,7 @@ def test_reading_ahead_leaves_a_block_to_who_has_it_in_hand(server: Proxy, url: 
     assert isinstance(file, CachedFile)
     assert stamps is not None
     server.seen.clear()
-    with locked_slots(file.path, pieces[1].slot, 1):
+    with locked_slots(Path(file.path), pieces[1].slot, 1):
         assert file.prefetch(pieces, wait=False)
         assert [stamps[piece.slot - 1] >= FIRST_STAMP for piece in pieces] == [True, False, True]
     assert len(server.seen) == 2
