@@ -154,7 +154,15 @@ def fit(module: Watched, resume: Path | None = None) -> None:
     trainer.fit(module, train_dataloaders=module.loader, ckpt_path=resume, weights_only=True)
 
 
-@pytest.mark.parametrize(("epoch", "stop", "hook"), [(0, 1, "batch"), (1, 4, "batch"), (1, -1, "batch"), (1, -1, "epoch")])
+@pytest.mark.parametrize(
+    ("epoch", "stop", "hook"),
+    [
+        (0, 1, "batch"),
+        pytest.param(1, 4, "batch", marks=pytest.mark.slow),
+        pytest.param(1, -1, "batch", marks=pytest.mark.slow),
+        (1, -1, "epoch"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")  # they are the loader's own
 def test_lightning_resumes(
     epoch: int, stop: int, hook: str, fresh: Callable[[], Loader[Any]], epochs: list[Contents], tmp_path: Path

@@ -83,9 +83,9 @@ def _checked(datasets: Sequence[Dataset], weights: Sequence[float] | None) -> tu
     shares = [real("a weight", weight, "a number above 0", above=0) for weight in weights]
     for other in sets[1:]:
         if other.schema != sets[0].schema:
-            raise DataError(
-                f"{other.root} has another schema than {sets[0].root}; expected the same, so convert with one --dtype"
-            )
+            orders = [bool(data.schema.sequence and data.schema.sequence.step_major) for data in (sets[0], other)]
+            way = "without --in-place" if orders[0] != orders[1] else "with one --dtype"
+            raise DataError(f"{other.root} has another schema than {sets[0].root}; expected the same, so convert {way}")
         for kind in sets[0].schema.kinds:
             first_layers, other_layers = (data.layer_numbers(kind) for data in (sets[0], other))
             if first_layers != other_layers:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dali_pipeline.errors import FormatError
 from dali_pipeline.types import BLOCK_BYTES, Array, Ints
 
 FILES = "files"  # arrays of a shard: names of files, with offsets, and their sizes
@@ -51,6 +52,36 @@ def blocks_of(nbytes: Ints) -> Ints:
     return -(-nbytes // BLOCK_BYTES)
 
 
+class FileNames:
+    """Names of files below the folder of files; each is decoded, and checked, when it is asked for: there may be a million.
+
+    Args:
+        where: The shard, for messages.
+        texts: Their bytes in UTF-8, one after the other.
+        ends: (F + 1,) begins, and the end of the last one.
+    """
+
+    def __init__(self, where: str, texts: bytes, ends: Ints) -> None:
+        self._where, self._texts, self._ends = where, texts, ends
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, number: int) -> str:
+        """Return a name; raise FormatError for one that does not lie below the folder."""
+        text = self._texts[int(self._ends[number]) : int(self._ends[number + 1])]
+        try:
+            name = text.decode()
+        except UnicodeDecodeError:
+            name = ""
+        if not name or "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
+            raise FormatError(f"{self._where}, {FILES}: {text[:99]!r} is no name below the folder of files")
+        return name
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class References:
     """The files of others that hold an array, one piece per record.
@@ -68,7 +99,7 @@ class References:
     places: Ints
     numbers: Ints
     hashes: Array
-    names: list[str]
+    names: FileNames
     sizes: Ints
 
     @cached_property
@@ -96,7 +127,7 @@ class References:
     @property
     def nbytes(self) -> int:
         """Bytes of memory, approximately."""
-        return 60 * len(self.places) + self.hashes.nbytes + sum(map(len, self.names)) + 100 * len(self.names)
+        return 60 * len(self.places) + self.hashes.nbytes + 40 * len(self.names)
 
     def extents(self, start: int, stop: int, first_block: int) -> Iterator[Extent]:
         """Yield the pieces that bytes `start` to `stop` of the array lie in.

@@ -21,7 +21,7 @@ import xxhash
 
 from dali_pipeline.errors import DataError, FormatError
 from dali_pipeline.format.header import Layout, parse_header
-from dali_pipeline.format.references import FILES, HASHES, NUMBERS, PLACES, SIZES, Extent, References
+from dali_pipeline.format.references import FILES, HASHES, NUMBERS, PLACES, SIZES, Extent, FileNames, References
 from dali_pipeline.format.schema import level_of
 from dali_pipeline.storage.cache import FIRST_STAMP
 from dali_pipeline.storage.openfile import OpenFile, Piece, kind_of
@@ -137,7 +137,7 @@ class Shard:
             places=self.read(name + PLACES),
             numbers=self.read(name + NUMBERS).astype(np.int64),
             hashes=self.read(name + HASHES).view(np.uint64),
-            names=[_checked_name(self.path, text) for text in self.texts(FILES)],
+            names=FileNames(str(self.path), self.read(FILES).tobytes(), self.read(f"{FILES}.offsets")),
             sizes=self.read(SIZES),
         )
         self._check(name, layout, references)
@@ -415,17 +415,5 @@ class Shard:
     def index_bytes(self) -> int:
         """Bytes of memory, approximately, that the places of values in other files take once they are read."""
         names = self.referenced
-        files = self.arrays[FILES].nbytes + 110 * self.arrays[SIZES].shape[0] if names else 0
+        files = self.arrays[FILES].nbytes + 20 * self.arrays[SIZES].shape[0] if names else 0
         return sum(files + 60 * self.records + self.arrays[name + HASHES].nbytes for name in names)
-
-
-def _checked_name(path: Place, text: bytes) -> str:
-    """Return the name of a file of others; raise FormatError for one that does not lie below their folder."""
-    try:
-        name = text.decode()
-    except UnicodeDecodeError:
-        name = ""
-    parts = name.split("/")
-    if not name or "\0" in name or any(part in ("", ".", "..") for part in parts):
-        raise FormatError(f"{path}, {FILES}: {text[:99]!r} is no name below the folder of files")
-    return name

@@ -18,7 +18,7 @@ import xxhash
 from dali_pipeline.dataset.dataset import Dataset, default_cache, open_dataset
 from dali_pipeline.errors import DataError, FormatError, PipelineError, UsageError
 from dali_pipeline.format.encoding import BFLOAT16, holds
-from dali_pipeline.format.manifest import FORMAT_VERSION, MANIFEST_NAME, ForeignFiles
+from dali_pipeline.format.manifest import FORMAT_VERSION, MANIFEST_NAME, ForeignFiles, Manifest
 from dali_pipeline.format.record import Record
 from dali_pipeline.format.schema import Field
 from dali_pipeline.ingest.config import ConvertConfig
@@ -31,7 +31,7 @@ from dali_pipeline.ingest.layouts.recipe import Recipe
 from dali_pipeline.ingest.onray import deal
 from dali_pipeline.ingest.readers.traces import TRACES
 from dali_pipeline.ingest.remote import Remote, raw_files
-from dali_pipeline.ingest.sources import Source
+from dali_pipeline.ingest.sources import Source, named
 from dali_pipeline.ingest.upload import finished, upload
 from dali_pipeline.ingest.workers import Advance
 from dali_pipeline.reading.damage import log
@@ -46,6 +46,7 @@ from dali_pipeline.writing.places import PlacedRecord
 from dali_pipeline.writing.split import FileSplit
 from dali_pipeline.writing.writer import ShardWriter
 
+LABEL_RULE = "label_rule"  # key of a manifest's `source`: the threshold that made labels of scores
 MOST_MISSES = 3  # times that neighbouring files of a chunk are not alike, until they are no longer tried together
 TELL_EVERY = 50  # records between two updates of the progress bar, and between two checks whether to stop
 
@@ -77,7 +78,7 @@ def convert(src: Path, dst: Path, config: ConvertConfig | None = None, remote: R
     config = config or ConvertConfig()
     if config.engine == "ray":  # Ray workers have other working folders
         src, dst = src.absolute(), dst.absolute()
-    source, config = _found(src, config, remote)
+    source, config = _found(src, config, remote, dst)
     return _written(source, dst, config)
 
 
@@ -105,15 +106,16 @@ def append(src: Path, dst: Path, config: ConvertConfig | None = None, remote: Re
     config = config or ConvertConfig()
     src, dst = src.absolute(), dst.absolute()
     data = open_dataset(dst, files_root=config.files_root)
+    if config.split_by == "file" and data.manifest.split.get("by") != "file":
+        raise UsageError(f"{dst} has another rule for its splits than whole files; leave --split-by out")
     if data.manifest.version < FORMAT_VERSION:
         raise UsageError(f"{dst} has version {data.manifest.version}; convert it to a new folder, which can be added to")
     in_place = data.manifest.files is not msgspec.UNSET
     if config.in_place and not in_place:
         raise UsageError(f"{dst} holds its values itself, so what is added is copied; leave --in-place out")
-    source, config = _found(src, replace(config, in_place=in_place, files_root=None), remote)
-    fingerprint = config.fingerprint(source)
-    if fingerprint == data.manifest.source.get("fingerprint"):
-        raise UsageError(f"{dst} was made of {src}; expected other files to add")
+    config = replace(config, recipe=_thresholded_like(config.recipe, data), in_place=in_place, files_root=None)
+    source, config = _found(src, config, remote, dst)
+    fingerprint = _dated(source, config)
     if was_appended(data.manifest, fingerprint):
         log.warning("%s holds the records of %s already; nothing was added", dst, src)
     else:
@@ -122,6 +124,26 @@ def append(src: Path, dst: Path, config: ConvertConfig | None = None, remote: Re
     origin = {"made_by": "convert --append", "files": len(source.files), "fingerprint": fingerprint}
     grow(dst, origin)
     return open_dataset(dst, files_root=data.files_root)
+
+
+def _dated(source: Source, config: ConvertConfig) -> str:
+    """Return a hash of files, their dates and the settings, by which other files of the same names are noticed."""
+    return xxhash.xxh3_128_hexdigest(msgspec.json.encode((config.fingerprint(source), source.times)))
+
+
+def _thresholded_like(recipe: Recipe, data: Dataset) -> Recipe:
+    """Return a recipe with the threshold that made the labels of a data set; raise UsageError for another one."""
+    rule = data.manifest.source.get(LABEL_RULE)
+    if rule is None:
+        return recipe
+    words = "above" if rule["above"] else "below"
+    key = "label_above" if rule["above"] else "label_threshold"
+    if recipe.threshold is not None and (recipe.threshold, recipe.label_above is not None) != (
+        rule["threshold"],
+        rule["above"],
+    ):
+        raise UsageError(f"{data.root} has label 1 {words} {rule['threshold']:g}; leave other thresholds out")
+    return replace(recipe, **{key: rule["threshold"]})
 
 
 def _labelled_like(source: Source, data: Dataset) -> Source:
@@ -140,8 +162,14 @@ def _labelled_like(source: Source, data: Dataset) -> Source:
 
 def _written(source: Source, dst: Path, config: ConvertConfig, like: Dataset | None = None) -> Dataset:
     """Write a data set; with fields, labels and splits like those of another one that it is to be added to."""
-    fingerprint = config.fingerprint(source)
+    fingerprint, dated = config.fingerprint(source), _dated(source, config)
     if (dst / MANIFEST_NAME).exists():
+        if like is not None:
+            if Manifest.load(dst).source.get("dated") != dated:
+                raise UsageError(
+                    f"{dst} holds the records of other files, whose --append was interrupted; repeat that first, or remove it"
+                )
+            return like
         source.check_older(dst / MANIFEST_NAME)
         data = open_dataset(dst)
         if data.manifest.source.get("fingerprint") != fingerprint:
@@ -156,9 +184,8 @@ def _written(source: Source, dst: Path, config: ConvertConfig, like: Dataset | N
     check_space(job.written_bytes - written, dst)
     origin = _origin(job) | {"made_by": "convert", "files": len(source.files), "fingerprint": fingerprint}
     chunks = source.chunks
-    dated = xxhash.xxh3_128_hexdigest(
-        msgspec.json.encode((fingerprint, source.times))
-    )  # so that a restart notices changed files
+    if like is not None:
+        origin["dated"] = dated
     with ShardWriter(dst, job.schema, shard_bytes=config.shard_bytes, source=origin, fingerprint=dated) as writer:
         writer.parts.mkdir(exist_ok=True)
         work = partial(_write, job, writer.parts)
@@ -180,9 +207,11 @@ def _written(source: Source, dst: Path, config: ConvertConfig, like: Dataset | N
     return open_dataset(dst)
 
 
-def _found(src: Path, config: ConvertConfig, remote: Remote | None) -> tuple[Source, ConvertConfig]:
+def _found(src: Path, config: ConvertConfig, remote: Remote | None, dst: Path) -> tuple[Source, ConvertConfig]:
     """Return the files of a source, and the settings that are for them."""
-    source = Source.find(src, config.traces, remote, config.recipe, skip_bad=config.skip_bad, files_root=config.files_root)
+    source = Source.find(
+        src, config.traces, remote, config.recipe, skip_bad=config.skip_bad, files_root=config.files_root, dst=dst
+    )
     if source.reader.what == TRACES and config.recipe:
         config = replace(config, traces=scored(config.traces, config.recipe), recipe=Recipe())
         source = Source.find(src, config.traces, remote)
@@ -210,6 +239,7 @@ def _origin(job: Job) -> dict[str, Any]:
         origin["moved"] = job.dealer.moved
     if job.source.plan is not None and job.source.plan.rule.describe():
         origin["labels"] = job.source.plan.rule.describe()
+        origin[LABEL_RULE] = {"threshold": job.source.plan.rule.threshold, "above": job.source.plan.rule.above}
     if job.torn:
         origin["torn"] = job.torn
     return origin | job.choice.kept_numbers
@@ -364,7 +394,9 @@ def _records(job: Job, number: int) -> Iterator[Record | Stack | PlacedRecord]:
         raise FormatError(f"{file.path} has {len(file)} records, and had {job.counts[number]}; it changed while it was read")
     ids = job.names.ids(number, file)
     if job.placement is not None and job.source.plan is not None:
-        yield from placed_records(job.source.plan, job.source.files[number], job.placement, job.schema, file, ids)
+        path = job.source.files[number]
+        with named(path, path):
+            yield from placed_records(job.source.plan, path, job.placement, job.schema, file, ids)
         return
     for values in file.values():
         begin, end = end, end + (len(values.sequences) if isinstance(values, Block) else 1)

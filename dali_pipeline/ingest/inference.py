@@ -145,6 +145,7 @@ def _compared(given: Schema, schema: Schema) -> Iterator[tuple[str, Any, Any]]:
         yield "the layers", given.layers or (), schema.layers or ()
     yield "labels of kind", given.labels.kind, schema.labels.kind
     yield "labels of shape", given.labels.shape, schema.labels.shape
+    yield "classes named", given.labels.names, schema.labels.names
 
 
 def _kept_row(shape: tuple[int, ...], axes: tuple[str, ...], choice: LayerChoice) -> tuple[int, ...]:

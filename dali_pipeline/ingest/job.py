@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dali_pipeline.errors import DataError, FormatError, UsageError
 from dali_pipeline.format.schema import Field, Schema
 from dali_pipeline.ingest.dealing import OwnSplits, Settled, splits_in_names
@@ -68,7 +70,9 @@ class Job:
     def rule(self) -> dict[str, Any]:
         """The rule that dealt the splits, as the manifest records it; empty if the owner's own splits were kept."""
         rule = self.config.split or SplitRule()
-        return {} if isinstance(self.dealer, OwnSplits) else {"shares": list(rule.shares), "seed": rule.seed}
+        described: dict[str, Any] = {"shares": list(rule.shares), "seed": rule.seed}
+        described |= {"by": "file"} if isinstance(self.dealer, FileSplit) else {}
+        return {} if isinstance(self.dealer, OwnSplits) else described
 
 
 def prepare(source: Source, config: ConvertConfig, numbers: Iterable[int], like: Dataset | None = None) -> Job:
@@ -202,17 +206,30 @@ def _dealer_like(
         UsageError: The data set has a rule and another is given; or it has none, and neither has the source.
     """
     rule, groups = like.manifest.split, groups_of(like.folder, like.manifest)
+    hashes = [names.groups for names in file_names]
     if rule:
         if config.split is not None:
             raise UsageError(f"{like.root} has a rule for its splits, {rule}; leave --split and --split-seed out")
-        return Settled(groups, SplitRule(shares=tuple(rule["shares"]), seed=rule["seed"]))
+        split = SplitRule(shares=tuple(rule["shares"]), seed=rule["seed"])
+        files = [_dealt_as(name) for name in source.names]
+        return Settled(groups, FileSplit(split, files, hashes) if rule.get("by") == "file" else split)
     if config.split is not None:
         return Settled(groups, config.split)
-    dealer, _ = _dealer(source, file_names, config, notices)
+    told: list[str] = []
+    dealer, _ = _dealer(source, file_names, config, told)
     if not isinstance(dealer, OwnSplits):
         raise UsageError(
             f"{like.root} has its owner's splits, and the names of {source.root} say none; name their shares by --split"
         )
+    dealer = replace(dealer, split=None if len(groups.get("val", ())) else dealer.split)
+    notices.append(f"the splits in the files' names are kept, as those of {like.root} are its owner's")
+    nothing = np.zeros(0, np.uint64)
+    torn = sum(
+        len(np.intersect1d(own, np.concatenate([nothing, *(groups[other] for other in groups if other != home)])))
+        for own, home in zip(hashes, dealer.homes, strict=True)
+    )
+    if torn:
+        notices.append(f"{torn:,} groups are in another split of {like.root} already: what is tested was trained on")
     return dealer
 
 

@@ -69,6 +69,7 @@ class Source:
         *,
         skip_bad: bool = False,
         files_root: str | None = None,
+        dst: Path | None = None,
     ) -> Source:
         """Recognise the format, and list the files.
 
@@ -79,6 +80,7 @@ class Source:
             recipe: What the flags say about keys; an empty one leaves today's formats to their own readers.
             skip_bad: Whether a label without a record is left out instead of raised.
             files_root: Folder of the values of a data set in place; None for where they lay.
+            dst: Folder that is written to, whose files are none of the source. Default: none.
 
         Raises:
             UsageError: The folder holds no known format, or several, or nothing that the recipe names.
@@ -92,6 +94,9 @@ class Source:
                 raise UsageError(f"{root} is not a folder; expected one with files to convert, or such a file")
             try:
                 all_files, repeated = list_files(root)
+                if dst is not None and dst.exists() and root != dst and dst.resolve().is_relative_to(root.resolve()):
+                    begin = f"{dst.resolve()}/"
+                    all_files = [path for path in all_files if not str(path.parent.resolve() / path.name).startswith(begin)]
             except OSError as error:
                 raise UsageError(
                     f"{error.filename} cannot be listed ({error.strerror}); expected folders that can be read"
@@ -180,7 +185,7 @@ class Source:
         """Open a file; raise FormatError, now or while its values are read, if it does not have its format."""
         path, name, fetched = self.files[number], self.names[number], self._fetched(number)
         local_path = path if fetched is None else fetched.path
-        with _named(path, local_path):
+        with named(path, local_path):
             own_name = name.removesuffix(path.suffix)
             if self.plan is not None and fetched is not None:
                 file = self.plan.open(path, own_name, local_path)
@@ -292,7 +297,7 @@ def _beside(plan: Plan | None) -> list[Path]:
 
 
 @contextmanager
-def _named(path: Path, local_path: Path) -> Iterator[None]:
+def named(path: Path, local_path: Path) -> Iterator[None]:
     """Turn every exception of a reader into an error that names the file by `path`, wherever it is stored."""
     try:
         yield
@@ -309,7 +314,7 @@ def _named(path: Path, local_path: Path) -> Iterator[None]:
 def _named_values(
     path: Path, local_path: Path, values: Callable[[], Iterator[Values | Block]], fetched: Fetched | None
 ) -> Iterator[Values | Block]:
-    with _named(path, local_path):
+    with named(path, local_path):
         yield from values()
     del fetched  # referenced until here, so that the file stays on the disk
 

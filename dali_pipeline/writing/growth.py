@@ -66,7 +66,10 @@ def grow(root: Path, entry: dict[str, Any]) -> Manifest:
 
 @contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    fd = os.open(root, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fd = os.open(root, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise UsageError(f"{root} cannot be added to ({error.strerror}); expected a writable folder") from None
     try:
         lock(fd)
         yield
@@ -99,7 +102,7 @@ class _Shards:
                 source.replace(home)
                 folders.add(home.parent)
             elif not home.exists():
-                raise FormatError(f"{source} is gone; remove {self._addition}, and append again")
+                raise FormatError(f"{source} is gone; remove {self._addition}, and append again, which writes it anew")
         for folder in folders:
             sync_folder(folder)
 

@@ -129,8 +129,9 @@ def test_a_repeated_id_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"1 ids are in .* already, such as 'r39'"):
         append(tmp_path / "b", tmp_path / "set", config())
     assert files(data.folder) == before
-    with pytest.raises(UsageError, match="was made of"):
+    with pytest.raises(DataError, match="40 ids are in"):
         append(tmp_path / "a", tmp_path / "set", config())
+    assert files(data.folder) == before
 
 
 @pytest.mark.parametrize(
@@ -273,6 +274,7 @@ def test_interrupted_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not (grown.folder / ADDITION).exists()
 
 
+@pytest.mark.slow
 def test_killed(tmp_path: Path) -> None:
     """SIGKILL at several moments; then the same command again."""
     write(tmp_path / "a" / "a.npz", 0)
@@ -353,3 +355,105 @@ def test_refusals_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "leave --in-place out" in called(more, str(tmp_path / "set"), *flags, "--in-place")
     with pytest.raises(PipelineError):
         append(tmp_path / "a", tmp_path / "a", config())
+
+
+def test_files_of_the_same_names_and_sizes_are_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for day in range(4):
+        write(tmp_path / f"day{day}" / "shard.npz", 100 + day * COUNT)
+    sizes = {(tmp_path / f"day{day}" / "shard.npz").stat().st_size for day in range(4)}
+    assert len(sizes) == 1
+    convert(tmp_path / "day0", tmp_path / "set", config())
+    append(tmp_path / "day1", tmp_path / "set", config())
+    with monkeypatch.context() as patch:
+        patch.setattr("dali_pipeline.ingest.convert.grow", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            append(tmp_path / "day2", tmp_path / "set", config())
+    with pytest.raises(UsageError, match="was interrupted; repeat that first"):
+        append(tmp_path / "day3", tmp_path / "set", config())
+    append(tmp_path / "day2", tmp_path / "set", config())
+    grown = append(tmp_path / "day3", tmp_path / "set", config())
+    assert {int(name[1:]) for name in contents(grown)} == set(range(100, 100 + 4 * COUNT))
+
+
+def test_the_threshold_of_the_set(tmp_path: Path) -> None:
+    scores = np.linspace(0, 10, COUNT)
+    write(tmp_path / "a" / "a.npz", 0, label=scores)
+    write(tmp_path / "b" / "b.npz", COUNT, label=scores)
+    above = Recipe(**{**RECIPE.__dict__, "label_above": 5.0})
+    convert(tmp_path / "a", tmp_path / "set", config(recipe=above))
+    with pytest.raises(UsageError, match="label 1 above 5"):
+        append(tmp_path / "b", tmp_path / "set", config(recipe=Recipe(**{**RECIPE.__dict__, "label_above": 9.0})))
+    grown = append(tmp_path / "b", tmp_path / "set", config())
+    found = contents(grown)
+    assert [found[f"r{COUNT + row}"][1].label for row in range(COUNT)] == [int(score > 5) for score in scores]
+
+
+def test_a_data_set_with_other_classes(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "a.npz", 0, label=np.array(["cat", "dog"] * (COUNT // 2)))
+    write(tmp_path / "b" / "b.npz", COUNT, label=np.array(["dog", "zebra"] * (COUNT // 2)))
+    convert(tmp_path / "a", tmp_path / "set", config())
+    convert(tmp_path / "b", tmp_path / "other", config())
+    with pytest.raises(UsageError, match="classes named"):
+        append(tmp_path / "other", tmp_path / "set", config(recipe=Recipe()))
+
+
+def test_in_place_through_links_and_a_wrong_folder(tmp_path: Path) -> None:
+    recipe = Recipe(label_kind="none", layout="record-per-file")
+    for folder in ("root/one", "root/two", "elsewhere/x"):
+        (tmp_path / folder).mkdir(parents=True)
+        for number in range(6):
+            np.save(tmp_path / folder / f"{folder[-1]}{number}.npy", np.full((3, 4), number, np.float32))
+    shutil.move(tmp_path / "root" / "two", tmp_path / "two")
+    data = convert(tmp_path / "root", tmp_path / "set", config(recipe=recipe, in_place=True))
+    before = files(data.folder)
+    shutil.move(tmp_path / "two", tmp_path / "root" / "two")
+    (tmp_path / "root" / "two" / "link").symlink_to(tmp_path / "elsewhere" / "x")
+    (tmp_path / "alias").symlink_to(tmp_path)
+    with pytest.raises(PipelineError, match="does not lie below"):
+        append(tmp_path / "alias" / "root" / "two", tmp_path / "set", config(recipe=recipe))
+    shutil.rmtree(tmp_path / "set" / ADDITION, ignore_errors=True)
+    (tmp_path / "wrong" / "new").mkdir(parents=True)
+    np.save(tmp_path / "wrong" / "new" / "w.npy", np.ones((3, 4), np.float32))
+    with pytest.raises(UsageError, match="the folder of its values"):
+        append(tmp_path / "wrong" / "new", tmp_path / "set", config(recipe=recipe, files_root=str(tmp_path / "wrong")))
+    assert files(data.folder) == before
+    (tmp_path / "root" / "two" / "link").unlink()
+    grown = append(tmp_path / "alias" / "root" / "two", tmp_path / "set", config(recipe=recipe))
+    assert len(contents(grown)) == 12
+    assert verify(grown.folder).damages == []
+
+
+def test_whole_files_stay_whole(tmp_path: Path) -> None:
+    for number in range(6):
+        write(tmp_path / "a" / f"{number}.npz", number * COUNT)
+        write(
+            tmp_path / "b" / f"more_{number}.npz",
+            (10 + number) * COUNT,
+            group=np.array([f"h{number}-{row}" for row in range(COUNT)]),
+        )
+    write(tmp_path / "c" / "c.npz", 0)
+    convert(tmp_path / "a", tmp_path / "set", config(split_by="file"))
+    grown = append(tmp_path / "b", tmp_path / "set", config())
+    homes: dict[str, set[str]] = {}
+    for name, (home, _, _) in contents(grown).items():
+        if int(name[1:]) >= 10 * COUNT:
+            homes.setdefault(str(int(name[1:]) // COUNT), set()).add(home)
+    assert len(homes) == 6
+    assert all(len(found) == 1 for found in homes.values())
+    convert(tmp_path / "c", tmp_path / "by_group", config())
+    with pytest.raises(UsageError, match="leave --split-by out"):
+        append(tmp_path / "b", tmp_path / "by_group", config(split_by="file"))
+
+
+def test_torn_groups_of_owners_splits_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, first in (("train", 0), ("val", COUNT), ("test", 2 * COUNT)):
+        write(tmp_path / "a" / f"{name}.npz", first)
+    same = np.array([f"g{row // 3}" for row in range(COUNT)])  # those of train
+    write(tmp_path / "b" / "train_more.npz", 1000)
+    write(tmp_path / "b" / "test_more.npz", 2000, group=same)
+    convert(tmp_path / "a", tmp_path / "set", config())
+    grown = append(tmp_path / "b", tmp_path / "set", config())
+    assert "14 groups are in another split" in caplog.text
+    homes = {home for name, (home, _, _) in contents(grown).items() if 1000 <= int(name[1:]) < 1000 + COUNT}
+    assert homes == {"train"}  # the set has a val of its own
+    assert verify(grown.folder).damages == []

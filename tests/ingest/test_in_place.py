@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import dali_pipeline as dp
 from dali_pipeline.cli.app import app, run
 from dali_pipeline.errors import DataError, FormatError, PipelineError, UsageError
-from dali_pipeline.format.shard import _checked_name
+from dali_pipeline.format.references import FileNames
 from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.convert import convert
 from dali_pipeline.ingest.layouts.recipe import Recipe
@@ -298,7 +298,7 @@ def test_what_cannot_stay_is_refused(tmp_path: Path) -> None:
     masked = {"states": torch.from_numpy(values), "mask": torch.tensor([[1, 0, 1, 0, 0]] * 6)}
     save_file(masked, src / "masked.safetensors")
     recipe = Recipe(sequence="states", mask="mask", label_kind="none")
-    with pytest.raises(UsageError, match="real steps behind padding"):
+    with pytest.raises(FormatError, match="real steps behind padding"):
         convert(src / "masked.safetensors", tmp_path / "masked", ConvertConfig(recipe=recipe, in_place=True, num_workers=1))
 
 
@@ -394,7 +394,7 @@ def test_from_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("word", ["../x", "/etc/passwd", "a//b", ".", "a/../b", ""])
 def test_a_shard_names_no_file_outside_its_folder(tmp_path: Path, word: str) -> None:
     with pytest.raises(FormatError, match="no name below"):
-        _checked_name(tmp_path, word.encode())
+        FileNames(str(tmp_path), word.encode(), np.array([0, len(word)]))[0]
 
 
 def test_commands_take_the_folder_of_the_files(
@@ -414,3 +414,120 @@ def test_commands_take_the_folder_of_the_files(
     assert called("convert", str(placed.folder), str(tmp_path / "real"), *flags) == 0
     assert called("convert", str(tmp_path / "moved"), str(tmp_path / "no"), *flags, "--sequence", "states_{row}") == 2
     assert "made in place" in capsys.readouterr().err
+
+
+def test_raw_files_whose_descriptions_differ_are_not_taken_for_alike(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    src.mkdir()
+    rng = np.random.default_rng(0)
+    expected = {}
+    for number in range(40):
+        dtype = "float16" if number == 17 else "float32"
+        values = rng.normal(size=(12 if number == 17 else 6, 10)).astype(dtype)
+        expected[f"r{number}"] = values
+        values.tofile(src / f"r{number}.memmap")
+        (src / f"r{number}.meta").write_text(json.dumps({"shape": list(values.shape), "dtype": dtype}))
+    recipe = Recipe(layout="record-per-file", axes=("token", "feature"), label_kind="none")
+    copied = convert(src, tmp_path / "copied", ConvertConfig(recipe=recipe, num_workers=1))
+    found = {name: record for (_, name), record in records(copied).items()}
+    assert all(np.array_equal(found[name].sequence, values.astype(np.float32)) for name, values in expected.items())
+    with pytest.raises(DataError, match=r"r17\.memmap.*float16, and float32 in the first"):
+        convert(src, tmp_path / "placed", ConvertConfig(recipe=recipe, num_workers=1, in_place=True))
+
+
+@pytest.mark.parametrize("at", [0, 17])
+@pytest.mark.parametrize("suffix", ["npy", "safetensors"])
+@pytest.mark.parametrize("shape", [(2, 5, 8), (8,), (1, 5, 9), (0, 5, 8)])
+def test_one_record_of_another_shape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], suffix: str, at: int
+) -> None:
+    """A leading axis of a batch that is none in one file, or whose rows differ: refused as in a copy, or left out."""
+    src = tmp_path / "src"
+    src.mkdir()
+    monkeypatch.setattr("dali_pipeline.ingest.sources.CHUNK_BYTES", 1000)  # the odd file comes first in its chunk, or not
+    for number in range(30):
+        values = np.ones(shape if number == at + 3 else (1, 5, 8), np.float32)
+        if suffix == "npy":
+            np.save(src / f"r{number}.npy", values)
+        else:
+            save_file({"h": torch.from_numpy(values)}, src / f"r{number}.safetensors")
+    key = None if suffix == "npy" else "h"
+    recipe = Recipe(sequence=key, layout="record-per-file", axes=("token", "feature"), label_kind="none")
+    for in_place in (False, True):
+        settings = ConvertConfig(recipe=recipe, num_workers=1, in_place=in_place, shard_bytes=1000)
+        with pytest.raises((FormatError, DataError), match=f"r{at + 3}"):
+            convert(src, tmp_path / f"set{in_place}", settings)
+        kept = ConvertConfig(recipe=recipe, num_workers=1, in_place=in_place, shard_bytes=1000, skip_bad=True)
+        data = convert(src, tmp_path / f"kept{in_place}", kept)
+        assert list(data.manifest.source["left_out"]) == [f"r{at + 3}.{suffix}"]
+
+
+@pytest.mark.parametrize("name", ["record.e", "step.e"])
+def test_a_field_of_another_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    src = tmp_path / "src"
+    src.mkdir()
+    monkeypatch.setattr("dali_pipeline.ingest.sources.CHUNK_BYTES", 20_000)
+    for number in range(40):
+        width = 64 if number < 10 else 128
+        field = torch.ones(width) if name == "record.e" else torch.ones(5, width)
+        save_file({"h": torch.ones(5, 40), "e": field}, src / f"r{number}.safetensors")
+    recipe = Recipe(sequence="h", fields=((name, "e"),), layout="record-per-file", label_kind="none")
+    for in_place in (False, True):
+        with pytest.raises((FormatError, DataError), match=r"r10\D.*128"):
+            convert(src, tmp_path / f"s{in_place}", ConvertConfig(recipe=recipe, num_workers=1, in_place=in_place))
+
+
+def test_records_of_one_step_with_fields_of_several_columns(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    src.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(30):
+        steps = 1 if number % 3 == 0 else 4
+        tensors = {name: torch.from_numpy(rng.normal(size=(steps, width))) for name, width in (("h", 16), ("a", 2), ("b", 20))}
+        save_file(tensors, src / f"r{number}.safetensors")
+    fields = (("step.a", "a"), ("step.b", "b"))
+    recipe = Recipe(sequence="h", fields=fields, layout="record-per-file", label_kind="none")
+    one, other = (
+        records(convert(src, tmp_path / f"s{in_place}", ConvertConfig(recipe=recipe, num_workers=1, in_place=in_place)))
+        for in_place in (False, True)
+    )
+    assert one.keys() == other.keys()
+    for key in one:
+        assert_equal(one[key], other[key])
+
+
+def test_lengths_without_padding_behind_another_axis(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    src.mkdir()
+    values = torch.arange(6 * 3 * 4 * 5.0).reshape(6, 3, 4, 5)
+    save_file({"h": values, "n": torch.full((6,), 4)}, src / "a.safetensors")
+    recipe = Recipe(sequence="h", lengths="n", axes=("layer", "token", "feature"), label_kind="none")
+    one, other = (
+        records(convert(src, tmp_path / f"s{in_place}", ConvertConfig(recipe=recipe, num_workers=1, in_place=in_place)))
+        for in_place in (False, True)
+    )
+    for key in one:
+        assert_equal(one[key], other[key])
+
+
+def test_a_name_that_is_no_text(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    src.mkdir()
+    for name in ("a", "b", "c\udcff"):
+        np.save(src / f"{name}.npy", np.ones((3, 4), np.float32))
+    recipe = Recipe(layout="record-per-file", label_kind="none")
+    with pytest.raises(PipelineError, match="UTF-8"):
+        convert(src, tmp_path / "set", ConvertConfig(recipe=recipe, num_workers=1, in_place=True))
+
+
+def test_a_set_within_the_folder_of_its_files(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    src.mkdir()
+    for number in range(6):
+        np.save(src / f"r{number}.npy", np.full((3, 4), number, np.float32))
+    settings = ConvertConfig(recipe=Recipe(layout="record-per-file", label_kind="none"), num_workers=1, in_place=True)
+    data = convert(src, src / "set", settings)
+    assert convert(src, src / "set", settings).digest == data.digest
+    assert data.manifest.files
+    assert data.manifest.files.path == ".."
+    assert verify(data.folder).damages == []

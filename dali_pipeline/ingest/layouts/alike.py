@@ -84,7 +84,13 @@ def pattern_of_files(plan: Plan | None, path: Path) -> Pattern | None:
     try:
         extent = extent_of(opened.container(), places[0].key)
         size = path.stat().st_size
-        if extent is None or extent.begin > _MOST_HEAD_BYTES or extent.begin + extent.nbytes != size or not extent.nbytes:
+        # without a head of its own, another file says what the bytes are
+        if (
+            extent is None
+            or not 0 < extent.begin <= _MOST_HEAD_BYTES
+            or extent.begin + extent.nbytes != size
+            or not extent.nbytes
+        ):
             return None
         with path.open("rb") as file:
             head = file.read(extent.begin)

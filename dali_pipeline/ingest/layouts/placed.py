@@ -22,6 +22,7 @@ from dali_pipeline.ingest.foreign import ForeignFile, real_steps
 from dali_pipeline.ingest.layouts.alike import Pattern
 from dali_pipeline.ingest.layouts.parts import OpenPart, Part
 from dali_pipeline.ingest.layouts.plan import Plan, check_row
+from dali_pipeline.storage.files import Files
 from dali_pipeline.storage.reads import prefetch
 from dali_pipeline.types import Array
 from dali_pipeline.writing.places import Piece, PlacedRecord
@@ -50,13 +51,14 @@ class Placement:
 
 
 class _Values(NamedTuple):
-    """Where the values of a part's records lie. per_record: shape of one record; begins: first byte of each."""
+    """Where the values of a part's records lie: first byte and shape of each, and its steps in the file, padding included."""
 
     path: Path
     size: int
     dtype: str
     begins: list[int]
     shapes: list[tuple[int, ...]]
+    steps: list[int]
 
 
 def placement_of(plan: Plan | None, root: Path, what: str, schema: Schema) -> tuple[Placement, Schema, list[str]]:
@@ -127,6 +129,16 @@ def placed_like(placement: Placement, like: Dataset, root: Path) -> Placement:
             f"{root} does not lie below {folder}, where the values of {like.root} lie; move the files there, or make one data "
             "set in place of a folder that holds both"
         )
+    for split in like.splits:
+        shards = like.shards(split, "sequences")
+        if len(shards.table):
+            references = shards.open(0, Files(1)).references(files.arrays[0])
+            path, size = folder / references.names[0], int(references.sizes[0])
+            if not path.is_file() or path.stat().st_size != size:
+                raise UsageError(
+                    f"{path} is not there as {like.root} refers to it; expected the folder of its values as files_root"
+                )
+            break
     return Placement(names=files.arrays, root=folder.resolve())
 
 
@@ -156,14 +168,27 @@ def placed_records(
     Raises:
         FormatError: The file does not follow the plan, or its values do not lie in one piece.
     """
+    try:
+        yield from _placed(plan, path, placement, schema, file, ids)
+    except UsageError as error:  # one file among others, which --skip-bad leaves out
+        raise FormatError(str(error)) from None
+
+
+def _placed(
+    plan: Plan, path: Path, placement: Placement, schema: Schema, file: ForeignFile, ids: list[str]
+) -> Iterator[PlacedRecord]:
     opened = OpenPart(plan.parts[path])
     try:
         count = len(ids)
         lengths = _lengths(plan, opened, count)
-        values = {name: _values(plan, opened, name, count, lengths) for name in placement.names}
+        values: dict[str, _Values] = {}
         for name in placement.names:
+            values[name] = _values(plan, opened, name, count, lengths, values.get("sequence"))
             _check_type(opened, name, values[name], schema)
-        copied = _copied(plan, opened, [name for name in schema.fields or () if name not in placement.names], count, lengths)
+        steps_of = values["sequence"].steps
+        copied = _copied(
+            plan, opened, [name for name in schema.fields or () if name not in placement.names], count, lengths, steps_of
+        )
         readers = {name: _Reader(found) for name, found in values.items()}
         try:
             for row in range(count):
@@ -208,17 +233,15 @@ def placed_alike(
     assert sequence is not None
     if pattern.extent.dtype != sequence.dtype:
         raise DataError(f"{paths[0]} is {pattern.extent.dtype}; expected {sequence.dtype} as in the first file")
-    shape = _squeezed(plan, pattern.extent.shape)
     for path, rows, name, label in zip(paths, stored, names, labels, strict=True):
-        values = _rows(plan, rows.reshape(shape), str(path))
+        values = _rows(plan, rows, str(path))
         piece = Piece(_name(placement.root, path), pattern.size, begin, rows.reshape(-1).view(np.uint8))
         yield PlacedRecord(name, name, label, {}, {"sequence": piece}, len(values), values)
 
 
 def _rows(plan: Plan, rows: Array, where: str) -> Array:
     """Return a record (T, *row), a view; raise FormatError if it is unlike those of the first file."""
-    rows = rows[None] if plan.axes.step is None else rows
-    rows = np.moveaxis(rows, plan.axes.step, 0) if plan.axes.step else rows
+    rows = plan.axes.oriented(rows, 0, where)
     check_row(plan, where, rows, 0)
     if not len(rows):
         raise FormatError(f"{where} has a record without steps; expected at least one")
@@ -226,10 +249,18 @@ def _rows(plan: Plan, rows: Array, where: str) -> Array:
 
 
 def _name(root: Path, path: Path) -> str:
+    """Return the name of a file below the folder of files; raise FormatError if it has none."""
     text, folder = str(path), str(root)
     if folder != "." and not text.startswith(f"{folder}/"):
         text = str(path.parent.resolve() / path.name)
-    return text if folder == "." else text[len(folder) + 1 :]
+        if not text.startswith(f"{folder}/"):
+            raise FormatError(f"{path} leads to {text}, which does not lie below {folder}; expected files below it")
+    name = text if folder == "." else text[len(folder) + 1 :]
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise FormatError(f"{path} has a name that UTF-8 cannot hold; rename it, or convert without --in-place") from None
+    return name
 
 
 def _lengths(plan: Plan, part: OpenPart, count: int) -> list[int] | None:
@@ -253,8 +284,8 @@ def _lengths(plan: Plan, part: OpenPart, count: int) -> list[int] | None:
     return counts
 
 
-def _values(plan: Plan, part: OpenPart, name: str, count: int, lengths: list[int] | None) -> _Values:
-    """Return where the values of each record lie."""
+def _values(plan: Plan, part: OpenPart, name: str, count: int, lengths: list[int] | None, sequence: _Values | None) -> _Values:
+    """Return where the values of each record lie. sequence: those of the sequence, for a further field."""
     place, extent = part.part.places[name][0], _extent(plan, part, name)
     path, shape = place.file or part.path, extent.shape
     itemsize = storage(extent.dtype).itemsize
@@ -265,40 +296,54 @@ def _values(plan: Plan, part: OpenPart, name: str, count: int, lengths: list[int
         if sum(lengths) != shape[0] or min(lengths, default=0) < 0:
             raise FormatError(f"{path}, {place.key}: lengths sum to {sum(lengths)} for {shape[0]} rows; expected the same")
         row_bytes = math.prod(shape[1:]) * itemsize
-        ends = np.cumsum([0, *lengths])[:-1] * row_bytes + extent.begin
-        return _Values(path, _size(path), extent.dtype, ends.tolist(), [(length, *shape[1:]) for length in lengths])
+        begins = (np.cumsum([0, *lengths])[:-1] * row_bytes + extent.begin).tolist()
+        shapes = [(length, *shape[1:]) for length in lengths]
+        return _Values(path, _size(path), extent.dtype, begins, shapes, lengths)
     else:
         if shape[:1] != (count,):
             raise FormatError(f"{path}, {place.key} has {list(shape)} for {count} records; expected one entry per record")
         record_bytes = math.prod(shape[1:]) * itemsize
         begins = [extent.begin + row * record_bytes for row in range(count)]
         shapes = [shape[1:]] * count
-    if name != "record" and not name.startswith("record."):
-        shapes = [_squeezed(plan, found) if name == "sequence" else _flat_steps(found) for found in shapes]
-        if lengths is not None:
-            shapes = [_cut(plan, path, found, length) for found, length in zip(shapes, lengths, strict=True)]
-    return _Values(path, _size(path), extent.dtype, begins, shapes)
+    if name.startswith("record."):
+        return _Values(path, _size(path), extent.dtype, begins, shapes, [])
+    if sequence is None:
+        axes = [_step_axis(plan, found) for found in shapes]
+    else:
+        shapes = [_without_batch(found, steps) for found, steps in zip(shapes, sequence.steps, strict=True)]
+        axes = [0] * count
+    steps = [1 if axis is None or axis >= len(found) else found[axis] for axis, found in zip(axes, shapes, strict=True)]
+    if lengths is not None:
+        shapes = [_cut(path, *cut) for cut in zip(shapes, axes, lengths, strict=True)]
+    return _Values(path, _size(path), extent.dtype, begins, shapes, steps)
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size
 
 
-def _squeezed(plan: Plan, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(size for axis, size in enumerate(shape) if axis not in plan.axes.squeezed)
+def _step_axis(plan: Plan, shape: tuple[int, ...]) -> int | None:
+    """Return which axis of a record in a file is that of the steps; None if the record is one step."""
+    if plan.axes.step is None:
+        return None
+    kept = [axis for axis in range(len(shape)) if axis not in plan.axes.squeezed]
+    return kept[plan.axes.step] if plan.axes.step < len(kept) else len(shape)
 
 
-def _flat_steps(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _without_batch(shape: tuple[int, ...], steps: int) -> tuple[int, ...]:
     """Return the shape of a step field without a leading axis of size 1 of a batch."""
-    return shape[1:] if len(shape) > 1 and shape[0] == 1 else shape
+    return shape[1:] if len(shape) > 1 and shape[0] == 1 != steps else shape
 
 
-def _cut(plan: Plan, path: Path, shape: tuple[int, ...], length: int) -> tuple[int, ...]:
-    if plan.axes.step != 0:
+def _cut(path: Path, shape: tuple[int, ...], axis: int | None, length: int) -> tuple[int, ...]:
+    """Return the shape of a record without the steps behind `length`."""
+    if axis is None or axis >= len(shape):
+        raise FormatError(f"{path}: a record of the shape {shape} has no steps that a length could count")
+    if length > shape[axis]:
+        raise FormatError(f"{path}: a record has a length of {length} and {shape[axis]} steps; expected {shape[axis]} at most")
+    if length < shape[axis] and math.prod(shape[:axis]) != 1:
         raise _refused(f"{path} has padded steps behind another axis, so the real ones do not lie in one piece")
-    if length > shape[0]:
-        raise FormatError(f"{path}: a record has a length of {length} and {shape[0]} steps; expected {shape[0]} at most")
-    return length, *shape[1:]
+    return (*shape[:axis], length, *shape[axis + 1 :])
 
 
 def _check_type(part: OpenPart, name: str, values: _Values, schema: Schema) -> None:
@@ -309,6 +354,12 @@ def _check_type(part: OpenPart, name: str, values: _Values, schema: Schema) -> N
             f"{values.path}, {part.part.places[name][0].key or 'its array'} is {values.dtype}, and {field.dtype} in the first "
             "file; expected one type, as values that stay in place keep theirs"
         )
+    first = 0 if name.startswith("record.") else 1
+    for record, shape in enumerate(values.shapes if name != "sequence" else ()):
+        if shape[first:] != field.shape:
+            raise DataError(
+                f"{values.path}, {name}, record {record} has the shape {shape}; expected rows of {field.shape} as in the first"
+            )
 
 
 def _delivered(plan: Plan, part: OpenPart, data: Array, values: _Values, row: int) -> Array:
@@ -325,8 +376,10 @@ def _check_rows(part: OpenPart, record: str, values: Mapping[str, _Values], row:
             )
 
 
-def _copied(plan: Plan, part: OpenPart, names: list[str], count: int, lengths: list[int] | None) -> dict[str, list[Any]]:
-    """Return the values of the fields that are copied, one entry per record."""
+def _copied(
+    plan: Plan, part: OpenPart, names: list[str], count: int, lengths: list[int] | None, steps: list[int]
+) -> dict[str, list[Any]]:
+    """Return the values of the fields that are copied, one entry per record. steps: of each record, padding included."""
     copied: dict[str, list[Any]] = {}
     cuts = np.cumsum([0, *(lengths or ())]).tolist()
     for name in names:
@@ -338,7 +391,8 @@ def _copied(plan: Plan, part: OpenPart, names: list[str], count: int, lengths: l
         else:
             entries = list(read)
         if name.startswith("step."):
-            entries = [entry[0] if np.ndim(entry) > 1 and len(entry) == 1 else entry for entry in entries]
+            pairs = zip(entries, steps, strict=True)
+            entries = [entry[0] if np.ndim(entry) > 1 and len(entry) == 1 != number else entry for entry, number in pairs]
             if lengths is not None and not plan.ragged:
                 entries = [entry[:length] for entry, length in zip(entries, lengths, strict=True)]
         if len(entries) != count:
