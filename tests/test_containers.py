@@ -143,6 +143,7 @@ def test_an_image_keeps_its_own_frameworks() -> None:
     assert "safetensors" in left_out
 
 
+@pytest.mark.slow
 def test_versions_says_what_is_here_and_that_it_serves() -> None:
     done = subprocess.run([sys.executable, "-m", "dali_pipeline", "versions"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

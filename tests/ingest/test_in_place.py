@@ -435,9 +435,17 @@ def test_raw_files_whose_descriptions_differ_are_not_taken_for_alike(tmp_path: P
         convert(src, tmp_path / "placed", ConvertConfig(recipe=recipe, num_workers=1, in_place=True))
 
 
-@pytest.mark.parametrize("at", [0, 17])
-@pytest.mark.parametrize("suffix", ["npy", "safetensors"])
-@pytest.mark.parametrize("shape", [(2, 5, 8), (8,), (1, 5, 9), (0, 5, 8)])
+@pytest.mark.parametrize(
+    ("shape", "suffix", "at"),
+    [
+        ((2, 5, 8), "npy", 0),
+        ((2, 5, 8), "safetensors", 17),
+        ((8,), "npy", 17),
+        ((8,), "safetensors", 0),
+        ((1, 5, 9), "npy", 17),
+        ((0, 5, 8), "safetensors", 17),
+    ],
+)
 def test_one_record_of_another_shape(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], suffix: str, at: int
 ) -> None:

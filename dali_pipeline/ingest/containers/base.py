@@ -91,6 +91,9 @@ def extent_of(container: Container, key: str) -> Extent | None:
 
 def suffix_of(name: str) -> str:
     """Return the suffix of a file name that decides on the family, in lower case and without a final .gz."""
+    dot_at = name.rfind(".")
+    if name[dot_at:] in _FAMILIES and dot_at > 0 and name[dot_at - 1] != "/":  # nearly always; a folder may have a million
+        return name[dot_at:]
     stem, dot, suffix = name.lower().removesuffix(GZIP).rpartition(".")
     return f".{suffix}" if dot and stem and not stem.endswith("/") else ""
 

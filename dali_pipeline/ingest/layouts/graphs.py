@@ -59,7 +59,7 @@ def is_graph(leaves: Mapping[str, Leaf]) -> bool:
 
 def graph_files(files: Sequence[Path]) -> list[Path]:
     """Return the files without those in which PyG notes its transforms."""
-    return [path for path in files if path.name not in TRANSFORMS]
+    return [path for path in files if str(path).rpartition("/")[2] not in TRANSFORMS]
 
 
 def graph_plan(root: Path, files: Sequence[Path], recipe: Recipe, what: str) -> GraphPlan:

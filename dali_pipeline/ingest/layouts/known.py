@@ -113,7 +113,9 @@ def plan_for(root: Path, files: Sequence[Path], recipe: Recipe, *, skip_bad: boo
 
 def _graphs(root: Path, usable: Sequence[Path]) -> list[Path] | None:
     """Return the files of graphs, or None if the first file holds none."""
-    for files in by_suffix(graph_files(usable)).values():
+    for suffix, files in by_suffix(graph_files(usable)).items():
+        if suffix == ".csv":  # rows of numbers and texts
+            continue
         with suppress(FormatError):
             _, leaves, _ = first_leaves(files)
             if is_graph({leaf.key: leaf for leaf in leaves}):
@@ -190,6 +192,8 @@ def _label_beside(usable: Sequence[Path]) -> list[str]:
 def recognise(root: Path, usable: Sequence[Path]) -> Known | None:
     """Return the first layout that the files have, or None."""
     for suffix, files in by_suffix(usable).items():
+        if suffix in TABLES:  # no layout here keeps its values in text
+            continue
         with suppress(FormatError):
             _, leaves, records = first_leaves(files)
             look = Look(root=root, suffix=suffix, files=files, leaves={leaf.key: leaf for leaf in leaves}, records=records)

@@ -65,8 +65,9 @@ def candidates(root: Path, files: Iterable[Path]) -> list[Path]:
     """Return the files that may hold arrays, without hidden ones and those that only describe others."""
     found, prefix = [], len(str(root))  # texts: a folder may have a hundred thousand files
     for path in files:
-        name = path.name
-        hidden = name.startswith(".") or "/." in str(path)[prefix:]
+        text = str(path)
+        name = text[text.rfind("/") + 1 :]
+        hidden = name.startswith(".") or "/." in text[prefix:]
         cached = name.startswith("cache-") and name.endswith(".arrow")
         if suffix_of(name) in SUFFIXES and not hidden and not cached and name not in SIDECARS:
             found.append(path)
@@ -77,7 +78,7 @@ def by_suffix(files: Iterable[Path]) -> dict[str, list[Path]]:
     """Return files by suffix: the most numerous first, tables of text last."""
     groups: dict[str, list[Path]] = {}
     for path in files:
-        groups.setdefault(suffix_of(path.name), []).append(path)
+        groups.setdefault(suffix_of(str(path)), []).append(path)
     return dict(sorted(groups.items(), key=lambda entry: (entry[0] in TABLES, -len(entry[1]))))
 
 
@@ -123,7 +124,8 @@ def make_plan(root: Path, files: Sequence[Path], recipe: Recipe, what: str = BY_
     table = None if recipe.labels_from is None or recipe.label_kind == "none" else read_labels(recipe.labels_from)
     usable = candidates(root, files)
     if table is not None:
-        usable = [path for path in usable if path.name != table.path.name or path.resolve() != table.path.resolve()]
+        end = f"/{table.path.name}"
+        usable = [path for path in usable if not f"/{path}".endswith(end) or path.resolve() != table.path.resolve()]
     if not usable:
         raise UsageError(f"{root} holds no file of arrays; expected .safetensors, .npy, .npz, .pt, .parquet or the like")
     found, recipe = _sequence_parts(root, usable, recipe)
@@ -191,7 +193,7 @@ def _axes_of(
 
 def _sidecars(parts: Sequence[tuple[Part, Any]]) -> list[Path]:
     """Return the files that say shape and type of raw files."""
-    raw = [part.path for part, _ in parts if suffix_of(part.path.name) in RAW]
+    raw = [part.path for part, _ in parts if suffix_of(str(part.path)) in RAW]
     return [beside for path in raw if (beside := sidecar_of(path)) is not None]
 
 
@@ -333,7 +335,8 @@ def _with_other_keys(
         notices.append(f"labels are taken from the key {name!r}; --label-kind none leaves them out")
     if first.keyed is None and not any(values for _, values in parts) and all(key in own for key in keys.values()):
         common = {**first.places, **{name: (Place(None, key),) for name, key in keys.items()}}
-        return [(replace(part, places=common), values) for part, values in parts], recipe, None
+        made = [(Part(path=part.path, places=common, row=part.row), values) for part, values in parts]  # none is keyed
+        return made, recipe, None
     places: list[dict[str, tuple[Place, ...]]] = [dict(part.places) for part, _ in parts]
     index: dict[str, list[Path]] | None = None
     for name, key in keys.items():
