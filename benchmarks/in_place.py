@@ -10,10 +10,11 @@ before; epochs in place against epochs of a copied set of the same records, thro
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -23,12 +24,13 @@ import typer
 from safetensors.torch import save_file
 
 import dali_pipeline as dp
-from benchmarks.convert import write_sequences, write_small_files
+from benchmarks.convert import convert, total_bytes, write_sequences, write_small_files
 from benchmarks.harness import Results, evict, rate, read_in_order, seconds
 from dali_pipeline.cli.app import new_app, run
 
 LAYERS, HIDDEN, STEPS = 4, 4096, 256
 TINY = (4, 32)  # of the records of a million files: 256 bytes in float16
+WORKERS = len(os.sched_getaffinity(0))
 MAKERS = ("stacked .npy", "vLLM .safetensors", "one .npy a record")
 OPENING = """
 import sys, time
@@ -43,26 +45,20 @@ print(opened, time.perf_counter() - begun)
 app = new_app()
 
 
-def made(kind: str, root: Path, nbytes: float, rng: np.random.Generator) -> list[str]:
+def made(kind: str, root: Path, nbytes: float, rng: np.random.Generator) -> tuple[str, ...]:
     """Write files of about `nbytes`; return the flags that convert needs."""
     if kind == "stacked .npy":
         write_sequences(root, nbytes, rng, "npy")
-        return ["--sequence", "states_{row}", "--label", "labels_{row}", "--axes", "layer,feature"]
+        return ("--sequence", "states_{row}", "--label", "labels_{row}", "--axes", "layer,feature")
     if kind == "one .npy a record":
         write_small_files(root, max(64, round(nbytes / 65536)), rng, "npy")
-        return ["--labels-from", str(root / "labels.csv")]
+        return ("--labels-from", str(root / "labels.csv"))
     root.mkdir(parents=True)
     for number in range(max(4, round(nbytes / (STEPS * LAYERS * HIDDEN * 2)))):
         steps = int(rng.integers(STEPS // 2, STEPS * 3 // 2))
         states = torch.from_numpy(rng.standard_normal((steps, LAYERS, HIDDEN), np.float32)).bfloat16()
         save_file({"hidden_states": states, "token_ids": torch.arange(steps)}, root / f"hs_{number}.safetensors")
-    return []
-
-
-def converted(src: Path, dst: Path, flags: Iterable[str]) -> None:
-    """Convert in a new process, like a user."""
-    command = [sys.executable, "-m", "dali_pipeline", "convert", str(src), str(dst), *flags]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return ()
 
 
 def files_of(root: Path) -> list[Path]:
@@ -89,19 +85,20 @@ def measure(results: Results, kind: str, root: Path, nbytes: float, rng: np.rand
     src = root / "src"
     flags = made(kind, src, nbytes, rng)
     files = files_of(src)
-    total = sum(path.stat().st_size for path in files)
+    total = total_bytes(src)
     ours, disk = [], []
     for turn in range(repeats):
         evict(files)
         disk.append(total / 1e6 / seconds(lambda: read_in_order(files)))
         evict(files)
-        ours.append(total / 1e6 / seconds(lambda: converted(src, root / f"set{turn}", ["--in-place", *flags])))  # noqa: B023
+        work = partial(convert, src, root / f"set{turn}", workers=WORKERS, flags=("--in-place", *flags))
+        ours.append(total / 1e6 / seconds(work))
     name = f"{kind}, {total / 1e9:.1f} GB in {len(files):,} files"
     results.add(name, "convert --in-place", "MB/s", ours, "sequential direct read", disk, cache="cold")
     placed, copied = root / "set0", root / "copied"
-    written = sum(path.stat().st_size for path in files_of(placed))
+    written = total_bytes(placed)
     results.add(name, "written by convert --in-place", "share of the bytes", [written / total])
-    converted(src, copied, flags)
+    convert(src, copied, workers=WORKERS, flags=flags)
     for cache in ("cold", "warm"):
         rates: dict[Path, list[float]] = {placed: [], copied: []}
         for _ in range(repeats):
@@ -118,11 +115,11 @@ def measure_opening(results: Results, root: Path, count: int, rng: np.random.Gen
     record = rng.standard_normal(TINY, np.float32).astype(np.float16)
     for number in range(count):
         np.save(src / f"r{number:07d}.npy", record)
-    flags = ["--in-place", "--label-kind", "none", "--layout", "record-per-file"]
-    took = seconds(lambda: converted(src, root / "set", flags))
+    flags = ("--in-place", "--label-kind", "none", "--layout", "record-per-file")
+    took = seconds(lambda: convert(src, root / "set", workers=WORKERS, flags=flags))
     name = f"{count:,} files"
     results.add(name, "convert --in-place", "files/s", [count / took], cache="warm")
-    written = sum(path.stat().st_size for path in files_of(root / "set"))
+    written = total_bytes(root / "set")
     results.add(name, "written, a record and file", "bytes", [written / count])
     found: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):

@@ -15,15 +15,7 @@ CACHE_BYTES = "Maximum size of the cache. [default: 32GiB]"
 FILES_ROOT = "Folder or URL of the files that hold the values of a data set made in place. [default: where they lay]"
 SetArgument = Annotated[str, typer.Argument(help="Folder or URL of a data set.", show_default=False)]
 CacheDir = Annotated[Path | None, typer.Option("--cache-dir", metavar="FOLDER", help=CACHE_DIR, show_default=False)]
-FilesRoot = Annotated[
-    str | None,
-    typer.Option(
-        "--files-root",
-        metavar="FOLDER",
-        help=FILES_ROOT,
-        show_default=False,
-    ),
-]
+FilesRoot = Annotated[str | None, typer.Option("--files-root", metavar="FOLDER", help=FILES_ROOT, show_default=False)]
 CacheBytes = Annotated[str | None, typer.Option("--cache-bytes", metavar="SIZE", help=CACHE_BYTES, show_default=False)]
 
 

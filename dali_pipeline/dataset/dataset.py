@@ -448,19 +448,18 @@ def open_dataset(
         >>> data = dp.open_dataset("s3://bucket/traces", cache_bytes=100 << 30)  # doctest: +SKIP
         >>> data.num_records("train", "sequences")  # doctest: +SKIP
     """
-    if not isinstance(root, RemotePath):
-        root = path("the data set", root)
-    if not isinstance(root, RemotePath) and is_url(root):
-        root = RemotePath(Store(os.fspath(root)), _cache(cache_dir, cache_bytes))
-    if isinstance(root, RemotePath):
-        manifest = Manifest.load(root)
-        return Dataset(root=root, manifest=manifest, files_root=_files_root(root, manifest, files_root, cache_dir, cache_bytes))
-    local_folder = Path(root)
-    if not local_folder.is_dir():
-        raise FormatError(f"{local_folder} is not a folder; expected a data set, as `convert` or `extract` writes it")
-    manifest = Manifest.load(local_folder)
-    values = _files_root(local_folder, manifest, files_root, cache_dir, cache_bytes)
-    return Dataset(root=local_folder, manifest=manifest, files_root=values)
+    place = root if isinstance(root, RemotePath) else _place(path("the data set", root), cache_dir, cache_bytes)
+    manifest = Manifest.load(place)
+    return Dataset(place, manifest, files_root=_files_root(place, manifest, files_root, cache_dir, cache_bytes))
+
+
+def _place(root: str, cache_dir: str | os.PathLike[str] | None, cache_bytes: int | None) -> Place:
+    """Return the place of a data set in a store, or its folder; raise FormatError if that is none."""
+    if is_url(root):
+        return RemotePath(Store(root), _cache(cache_dir, cache_bytes))
+    if not Path(root).is_dir():
+        raise FormatError(f"{Path(root)} is not a folder; expected a data set, as `convert` or `extract` writes it")
+    return Path(root)
 
 
 def _files_root(

@@ -14,7 +14,7 @@ from dali_pipeline.types import BLOCK_BYTES, Array, Ints
 
 FILES = "files"  # arrays of a shard: names of files, with offsets, and their sizes
 SIZES = "files.bytes"
-SUFFIXES = (NUMBERS, PLACES, HASHES) = (".files", ".begins", ".hashes")  # of an array: one entry per record, one per block
+NUMBERS, PLACES, HASHES = ".files", ".begins", ".hashes"  # of an array: one entry per record, one per block
 
 
 class Extent(NamedTuple):
@@ -52,7 +52,7 @@ def blocks_of(nbytes: Ints) -> Ints:
     return -(-nbytes // BLOCK_BYTES)
 
 
-class FileNames:
+class ForeignNames:
     """Names of files below the folder of files; each is decoded, and checked, when it is asked for: there may be a million.
 
     Args:
@@ -99,7 +99,7 @@ class References:
     places: Ints
     numbers: Ints
     hashes: Array
-    names: FileNames
+    names: ForeignNames
     sizes: Ints
 
     @cached_property
@@ -123,11 +123,6 @@ class References:
     def blocks_per_file(self) -> Ints:
         """(F,) number of blocks that the records have in each file."""
         return np.bincount(self.numbers, np.diff(self.blocks), len(self.names)).astype(np.int64)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory, approximately."""
-        return 60 * len(self.places) + self.hashes.nbytes + 40 * len(self.names)
 
     def extents(self, start: int, stop: int, first_block: int) -> Iterator[Extent]:
         """Yield the pieces that bytes `start` to `stop` of the array lie in.

@@ -21,7 +21,7 @@ import xxhash
 
 from dali_pipeline.errors import DataError, FormatError
 from dali_pipeline.format.header import Layout, parse_header
-from dali_pipeline.format.references import FILES, HASHES, NUMBERS, PLACES, SIZES, Extent, FileNames, References
+from dali_pipeline.format.references import FILES, HASHES, NUMBERS, PLACES, SIZES, Extent, ForeignNames, References
 from dali_pipeline.format.schema import level_of
 from dali_pipeline.storage.cache import FIRST_STAMP
 from dali_pipeline.storage.openfile import OpenFile, Piece, kind_of
@@ -58,6 +58,12 @@ class ShardInfo:
     ids: int
     steps: int = 0
     referenced: int = 0
+
+
+def count_shared(sets: Iterable[Hashes]) -> int:
+    """Return how many hashes are in several sets, each of which has distinct ones."""
+    together = np.concatenate([np.zeros(0, np.uint64), *sets])
+    return int((np.unique(together, return_counts=True)[1] > 1).sum())
 
 
 def hash_texts(texts: Iterable[bytes], seed: int = 0) -> Hashes:
@@ -107,7 +113,7 @@ class Shard:
                     piece
                     for name, array in self.arrays.items()
                     if array.nbytes <= array.block_bytes and not array.referenced
-                    for _, piece in self.pieces(name)
+                    for piece in self.pieces(name)
                 ]
             )
 
@@ -137,7 +143,7 @@ class Shard:
             places=self.read(name + PLACES),
             numbers=self.read(name + NUMBERS).astype(np.int64),
             hashes=self.read(name + HASHES).view(np.uint64),
-            names=FileNames(str(self.path), self.read(FILES).tobytes(), self.read(f"{FILES}.offsets")),
+            names=ForeignNames(str(self.path), self.read(FILES).tobytes(), self.read(f"{FILES}.offsets")),
             sizes=self.read(SIZES),
         )
         self._check(name, layout, references)
@@ -208,24 +214,24 @@ class Shard:
         return absent
 
     def _prefetch(self, name: str, extent: Extent, begin: int, end: int, file: OpenFile) -> bool:
-        layout, elsewhere = self.array(name), extent.file >= 0
-        blocks = extent.blocks(begin, end, layout.block_bytes)
         if file.stamps is not None:
-            return file.prefetch([self._piece(name, extent, block) for block in blocks], wait=False)
+            return file.prefetch(self._pieces(name, extent, begin, end), wait=False)
         # a record that lies elsewhere is mostly read whole, and hashed where it is gathered
-        unchecked = [] if elsewhere else [block for block in blocks if not self._sound[extent.block + block]]
+        blocks = extent.blocks(begin, end, self.array(name).block_bytes) if extent.file < 0 else range(0)
+        unchecked = [block for block in blocks if not self._sound[extent.block + block]]
         for block in unchecked:
             self._checked_block(name, extent, block)
         begin, end = max(begin, extent.start), min(end, extent.stop)
         return bool(unchecked) or prefetch(file.fd, extent.begin + begin - extent.start, end - begin)
 
-    def pieces(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[Extent, Piece]]:
-        """Yield the blocks that bytes of an array lie in, by default all, in the form that a cache takes."""
-        layout = self.array(name)
-        stop = layout.nbytes if stop is None else stop
-        for extent in self.extents(name, start, stop):
-            for block in extent.blocks(start, stop, layout.block_bytes):
-                yield extent, self._piece(name, extent, block)
+    def pieces(self, name: str) -> Iterator[Piece]:
+        """Yield the blocks of an array in the form that a cache takes."""
+        for extent in self.extents(name):
+            yield from self._pieces(name, extent, extent.start, extent.stop)
+
+    def _pieces(self, name: str, extent: Extent, start: int, stop: int) -> list[Piece]:
+        """Return the blocks of an extent that bytes `start` to `stop` of the array lie in."""
+        return [self._piece(name, extent, block) for block in extent.blocks(start, stop, self.array(name).block_bytes)]
 
     def _piece(self, name: str, extent: Extent, block: int) -> Piece:
         layout = self.array(name)
@@ -243,10 +249,8 @@ class Shard:
         The time is the epoch plus the fraction of it that is over.
         """
         if begin < end:
-            layout = self.array(name)
             for extent in self.extents(name, begin, end):
-                blocks = extent.blocks(begin, end, layout.block_bytes)
-                self.opened(name, extent).note_need([self._piece(name, extent, block) for block in blocks], need)
+                self.opened(name, extent).note_need(self._pieces(name, extent, begin, end), need)
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> Array:
         """Read rows `begin` to `end` of an array, by default all, checked."""
@@ -303,23 +307,21 @@ class Shard:
             where = f"{self.path}, {name}: bytes {start} to {end} are damaged (wrong hash)"
             return f"{where}; restore the file or convert again"
         return (
-            f"{self.file_of(name, extent)}: bytes {piece.begin} to {piece.begin + piece.nbytes} are not those that {self.path} "
-            "refers to (wrong hash): the file changed since; restore it or convert again"
+            f"{self._reference(name, extent.file)}: bytes {piece.begin} to {piece.begin + piece.nbytes} are not those that "
+            f"{self.path} refers to (wrong hash): the file changed since; restore it or convert again"
         )
 
-    def file_of(self, name: str, extent: Extent) -> Place:
-        """Return the file that an extent lies in."""
-        if extent.file < 0:
-            return self.path
+    def _reference(self, name: str, number: int) -> Place:
+        """Return a file of others by its number."""
         references = self.references(name)
         if self._files_root is None:
             raise FormatError(f"{self.path} refers to other files; expected the folder they lie in, by files_root")
-        place = self._files_root / references.names[extent.file]
+        place = self._files_root / references.names[number]
         if isinstance(place, Path):
             return place
-        digest = xxhash.xxh3_128_hexdigest(f"{self._digest}\n{name}\n{extent.file}".encode())
-        blocks = int(references.blocks_per_file[extent.file])
-        return replace(place, digest=digest, nbytes=int(references.sizes[extent.file]), blocks=blocks)
+        digest = xxhash.xxh3_128_hexdigest(f"{self._digest}\n{name}\n{number}".encode())
+        blocks = int(references.blocks_per_file[number])
+        return replace(place, digest=digest, nbytes=int(references.sizes[number]), blocks=blocks)
 
     def opened(self, name: str = "", extent: Extent | None = None) -> OpenFile:
         """Return the file of an extent, by default the shard's, open while the caller holds it.
@@ -327,19 +329,19 @@ class Shard:
         Raises FormatError if it is gone, was replaced, or has another size than it had.
         """
         if extent is not None and extent.file >= 0:
-            return self._opened_reference(name, extent)
+            return self._opened_reference(name, extent.file)
         file = self._files.get(self.path)
         if file.identity != self._identity:
             raise FormatError(f"{self.path} was replaced while in use; open the data set again")
         return file
 
-    def _opened_reference(self, name: str, extent: Extent) -> OpenFile:
-        path = self.file_of(name, extent)
+    def _opened_reference(self, name: str, number: int) -> OpenFile:
+        path = self._reference(name, number)
         try:
             file = self._files.get(path)
         except FormatError:
             raise self._gone(path) from None
-        self._check_reference(name, extent.file, file)
+        self._check_reference(name, number, file)
         return file
 
     def open_reference(self, name: str, number: int) -> OpenFile:
@@ -348,7 +350,7 @@ class Shard:
         Raises FormatError like `opened`.
         """
         if not isinstance(self._files_root, Path):
-            return self._opened_reference(name, Extent(number, 0, 0, 0, 0, 0))
+            return self._opened_reference(name, number)
         text = f"{self._files_root}/{self.references(name).names[number]}"  # a path object costs as much as opening it
         try:
             file = OpenFile(text)
@@ -386,8 +388,9 @@ class Shard:
             return self._pread_file(file, name, extent, offset, out)
         blocks = extent.blocks(start, start + len(out), layout.block_bytes)
         stamps = file.stamps[extent.slot + blocks.start : extent.slot + blocks.stop]
+        pieces = self._pieces(name, extent, start, start + len(out))
         for _ in range(TRIES):
-            file.prefetch([self._piece(name, extent, block) for block in blocks])
+            file.prefetch(pieces)
             before = stamps.copy()
             self._pread_file(file, name, extent, offset, out)
             if (before >= FIRST_STAMP).all() and (before == stamps).all():
@@ -409,7 +412,7 @@ class Shard:
             done += nbytes
 
     def _where(self, name: str, extent: Extent) -> str:
-        return f"{self.path}, {name}" if extent.file < 0 else str(self.file_of(name, extent))
+        return f"{self.path}, {name}" if extent.file < 0 else str(self._reference(name, extent.file))
 
     @property
     def index_bytes(self) -> int:

@@ -115,7 +115,7 @@ def append(src: Path, dst: Path, config: ConvertConfig | None = None, remote: Re
         raise UsageError(f"{dst} holds its values itself, so what is added is copied; leave --in-place out")
     config = replace(config, recipe=_thresholded_like(config.recipe, data), in_place=in_place, files_root=None)
     source, config = _found(src, config, remote, dst)
-    fingerprint = _dated(source, config)
+    fingerprint = _dated(config.fingerprint(source), source)
     if was_appended(data.manifest, fingerprint):
         log.warning("%s holds the records of %s already; nothing was added", dst, src)
     else:
@@ -126,9 +126,9 @@ def append(src: Path, dst: Path, config: ConvertConfig | None = None, remote: Re
     return open_dataset(dst, files_root=data.files_root)
 
 
-def _dated(source: Source, config: ConvertConfig) -> str:
-    """Return a hash of files, their dates and the settings, by which other files of the same names are noticed."""
-    return xxhash.xxh3_128_hexdigest(msgspec.json.encode((config.fingerprint(source), source.times)))
+def _dated(fingerprint: str, source: Source) -> str:
+    """Return a hash of a fingerprint and the dates of the files, by which other files of the same names are noticed."""
+    return xxhash.xxh3_128_hexdigest(msgspec.json.encode((fingerprint, source.times)))
 
 
 def _thresholded_like(recipe: Recipe, data: Dataset) -> Recipe:
@@ -162,7 +162,8 @@ def _labelled_like(source: Source, data: Dataset) -> Source:
 
 def _written(source: Source, dst: Path, config: ConvertConfig, like: Dataset | None = None) -> Dataset:
     """Write a data set; with fields, labels and splits like those of another one that it is to be added to."""
-    fingerprint, dated = config.fingerprint(source), _dated(source, config)
+    fingerprint = config.fingerprint(source)
+    dated = _dated(fingerprint, source)
     if (dst / MANIFEST_NAME).exists():
         if like is not None:
             if Manifest.load(dst).source.get("dated") != dated:
@@ -214,7 +215,7 @@ def _found(src: Path, config: ConvertConfig, remote: Remote | None, dst: Path) -
     )
     if source.reader.what == TRACES and config.recipe:
         config = replace(config, traces=scored(config.traces, config.recipe), recipe=Recipe())
-        source = Source.find(src, config.traces, remote)
+        source = Source.find(src, config.traces, remote, dst=dst)
     if config.traces.scores is not None and source.reader.what != TRACES:
         raise UsageError(
             f"{src} holds {source.reader.what}, whose labels are their own; scores are for raw traces, and --labels-from with "
@@ -268,17 +269,13 @@ def convert_to(src: str | Path, dst: str, config: ConvertConfig | None = None, *
         raise UsageError(f"{Store(dst)} is a URL; --append adds to a data set in a folder, from which it can be uploaded")
     if is_url(src):
         with raw_files(str(src), dst) as remote:
-            if adds:
-                return append(remote.scratch, Path(dst), config, remote)
-            return _convert_to(remote.scratch, dst, config, remote)
-    if adds:
-        return append(Path(src), Path(dst), config)
-    return _convert_to(Path(src), dst, config, None)
+            return _convert_to(remote.scratch, dst, config, remote, adds)
+    return _convert_to(Path(src), dst, config, None, adds)
 
 
-def _convert_to(src: Path, dst: str, config: ConvertConfig | None, remote: Remote | None) -> Dataset:
+def _convert_to(src: Path, dst: str, config: ConvertConfig | None, remote: Remote | None, adds: bool) -> Dataset:
     if not is_url(dst):
-        return convert(src, Path(dst), config, remote)
+        return (append if adds else convert)(src, Path(dst), config, remote)
     if config is not None and config.in_place:
         raise UsageError(f"{Store(dst)} is a URL; --in-place writes into a folder, from which set and files can be uploaded")
     store = Store(dst)
@@ -313,7 +310,7 @@ def write_chunk(job: Job, chunk: range, root: Path, advance: Advance) -> tuple[C
             continue
         name, filler.dealer = job.source.names[number], job.dealer_of(number)
         if job.placement is not None and pattern is None and number + 1 in chunk:
-            read_ahead(job.source.files[number + 1], job.source.sizes[number + 1])
+            read_ahead(job.source.files[number + 1])
         if pattern is not None and misses < MOST_MISSES and number >= tried:
             together = chunk[number - chunk.start :][: pattern.files_at_once]
             tried = together.stop
@@ -334,20 +331,14 @@ def _write_file(job: Job, filler: ShardFiller, number: int, advance: Advance) ->
     if job.config.skip_bad:
         try:
             for record in _records(job, number):
-                if isinstance(record, PlacedRecord):
-                    filler.check_placed(record)
-                else:
-                    filler.check(record)
+                filler.check(record)
         except (FormatError, DataError) as error:
             advance(job.counts[number])
             return job.source.without_root(_with_path(job, number, error))
     unreported = 0
     try:
         for record in _records(job, number):
-            if isinstance(record, PlacedRecord):
-                filler.write_placed(record)
-            else:
-                filler.write(record)
+            filler.write(record)
             unreported += len(record.ids) if isinstance(record, Stack) else 1
             if unreported >= TELL_EVERY:
                 advance(unreported)
@@ -372,8 +363,7 @@ def _write_alike(job: Job, filler: ShardFiller, pattern: Pattern, numbers: range
         names, labels = zip(*map(source.outside, numbers), strict=True)
         if job.placement is not None:
             placed = placed_alike(source.plan, pattern, paths, job.placement, job.schema, stored, names, labels)
-            for record, checked in [(record, filler.check_placed(record)) for record in placed]:
-                filler.write_placed(record, checked)
+            filler.write_placed(placed)
             return True
         block = pattern.block(source.plan, stored, str(paths[0]))
         filler.write(_stack(job, Stack(list(names), list(names), labels, block.sequences), block.bfloat16))

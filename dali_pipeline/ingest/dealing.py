@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import xxhash
 
 from dali_pipeline.errors import UsageError
 from dali_pipeline.format.schema import SPLITS
-from dali_pipeline.format.shard import Hashes
+from dali_pipeline.format.shard import Hashes, count_shared
 from dali_pipeline.writing.filler import Dealer
-from dali_pipeline.writing.split import SplitRule
+from dali_pipeline.writing.split import KnownGroups, SplitRule
 
 WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 EVAL = "eval"  # the validation split, or the test split if another name says validation
@@ -40,19 +39,13 @@ class Settled:
     """
 
     def __init__(self, groups: Mapping[str, Hashes], rule: Dealer) -> None:
-        self._rule = rule
-        self._splits = [split for split, hashes in groups.items() for _ in range(len(hashes))]
+        numbers = [np.full(len(hashes), SPLITS.index(split)) for split, hashes in groups.items()]
         hashes = np.concatenate([np.zeros(0, np.uint64), *groups.values()])
-        self._order = np.argsort(hashes, kind="stable")
-        self._hashes = hashes[self._order]
+        self._rule, self._known = rule, KnownGroups(hashes, np.concatenate([np.zeros(0, np.int64), *numbers]))
 
     def of(self, group: str) -> str:
         """Return the split of a group."""
-        hashed = np.uint64(xxhash.xxh3_64_intdigest(group.encode()))
-        row = int(np.searchsorted(self._hashes, hashed))
-        if row < len(self._hashes) and self._hashes[row] == hashed:
-            return self._splits[int(self._order[row])]
-        return self._rule.of(group)
+        return self._known.of(group) or self._rule.of(group)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +80,7 @@ class OwnSplits:
     def torn(self, groups: Sequence[Hashes]) -> int:
         """Count the groups that are in several splits. groups: the hashes of each file's groups."""
         seen = [np.unique(np.concatenate([np.zeros(0, np.uint64), *self._of(split, groups)])) for split in SPLITS]
-        return int((np.unique(np.concatenate(seen), return_counts=True)[1] > 1).sum())
+        return count_shared(seen)
 
     def _of(self, split: str, groups: Sequence[Hashes]) -> list[Hashes]:
         return [hashes for home, hashes in zip(self.homes, groups, strict=True) if home == split]

@@ -107,14 +107,10 @@ def prepare(source: Source, config: ConvertConfig, numbers: Iterable[int], like:
         name = (file.ids or file.groups)[error.row]
         raise DataError(f"{file.path}: {name!r} {error.words}") from None
     notices = _describe_not_taken(source, not_taken)
-    dealer, torn = (
-        _dealer(source, file_names, config, notices)
-        if like is None
-        else (
-            _dealer_like(source, file_names, config, notices, like),
-            0,
-        )
-    )
+    if like is None:
+        dealer, torn = _dealer(source, file_names, config, notices)
+    else:
+        dealer, torn = _dealer_like(source, file_names, config, notices, like), 0
     counts = [len(names_of_file.labels) for names_of_file in file_names]
     schema, choice = infer_schema(source, file_names, config, notices)
     placement, schema = _stored(source, file_names, config, schema, choice, notices, like)
@@ -151,7 +147,7 @@ def _stored(
     if like is not None:
         if placement is not None:
             placement = placed_like(placement, like, source.root)
-        return placement, fitted(schema, like.schema, f"{source.root}", f"{like.root}", config.dtypes)
+        return placement, fitted(schema, like.schema, str(source.root), str(like.root), config.dtypes)
     if schema.sequence is not None and config.dtypes.get("sequence") == "int8":
         scaled = _scaled(source, file_names, config, choice)
         schema = replace(schema, sequence=replace(scaled, by_layer=schema.sequence.by_layer, axes=schema.sequence.axes))
@@ -211,12 +207,11 @@ def _dealer_like(
         if config.split is not None:
             raise UsageError(f"{like.root} has a rule for its splits, {rule}; leave --split and --split-seed out")
         split = SplitRule(shares=tuple(rule["shares"]), seed=rule["seed"])
-        files = [_dealt_as(name) for name in source.names]
-        return Settled(groups, FileSplit(split, files, hashes) if rule.get("by") == "file" else split)
+        by_file = rule.get("by") == "file"
+        return Settled(groups, FileSplit(split, [_dealt_as(name) for name in source.names], hashes) if by_file else split)
     if config.split is not None:
         return Settled(groups, config.split)
-    told: list[str] = []
-    dealer, _ = _dealer(source, file_names, config, told)
+    dealer, _ = _dealer(source, file_names, config, [])  # its sentences speak of dealing anew
     if not isinstance(dealer, OwnSplits):
         raise UsageError(
             f"{like.root} has its owner's splits, and the names of {source.root} say none; name their shares by --split"

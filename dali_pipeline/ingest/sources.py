@@ -95,8 +95,8 @@ class Source:
             try:
                 all_files, repeated = list_files(root)
                 if dst is not None and dst.exists() and root != dst and dst.resolve().is_relative_to(root.resolve()):
-                    begin = f"{dst.resolve()}/"
-                    all_files = [path for path in all_files if not str(path.parent.resolve() / path.name).startswith(begin)]
+                    begin = f"{root / dst.resolve().relative_to(root.resolve())}/"
+                    all_files = [path for path in all_files if not str(path).startswith(begin)]
             except OSError as error:
                 raise UsageError(
                     f"{error.filename} cannot be listed ({error.strerror}); expected folders that can be read"

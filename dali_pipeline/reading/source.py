@@ -82,12 +82,18 @@ class BatchSource:
         selection.check_cache(window_bytes)
         self.record_fields = chosen_fields(schema.record_fields, fields)
         self.step_fields = chosen_fields(schema.step_fields, fields) if self.kind == "sequences" else {}
+        # read with the index: their rows are short, and lie in the shards everywhere
+        elsewhere = {name for shards in selection.shards for name in shards.referenced}
+        fields_read = {**self.record_fields, **self.step_fields}
+        self._short = {
+            name for name, field in fields_read.items() if field.row_bytes <= SHORT_ROW_BYTES and name not in elsewhere
+        }
         self._index = RecordIndex(
             selection,
             self.ragged,
             window_bytes,
-            columns={name: field for name, field in self.record_fields.items() if self._is_short(name, field)},
-            step_columns=[name for name, field in self.step_fields.items() if self._is_short(name, field)],
+            columns={name: field for name, field in self.record_fields.items() if name in self._short},
+            step_columns=[name for name in self.step_fields if name in self._short],
             labels=schema.labels.dtype is not None,
         )
         self._layer_spans: dict[int, list[tuple[int, int]]] = {}
@@ -100,11 +106,6 @@ class BatchSource:
     def in_place(self) -> bool:
         """Whether any values lie in files of others."""
         return any(shards.referenced for shards in self._selection.shards)
-
-    def _is_short(self, name: str, field: Field) -> bool:
-        """Return whether a further field is read with the index: its rows are short, and lie in the shards everywhere."""
-        lies_elsewhere = any(name in shards.referenced for shards in self._selection.shards)
-        return field.row_bytes <= SHORT_ROW_BYTES and not lies_elsewhere
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_layer_spans": {}}  # without a cache that other threads may be changing
@@ -269,7 +270,7 @@ class SequenceSource(BatchSource):
     def __init__(self, selection: Selection, schema: Schema, wanted: Wanted = ALL) -> None:
         super().__init__(selection, schema, wanted)
         assert schema.sequence is not None
-        self.streamed = ("sequence", *(name for name, field in self.step_fields.items() if not self._is_short(name, field)))
+        self.streamed = ("sequence", *(name for name in self.step_fields if name not in self._short))
         # A sequence with a layer axis is stored as one part per layer, (layers, steps, *rest). `unit` is one step of a part.
         # If the layers of a step lie together, some of them are read row by row, and all as if there were no such axis.
         self.stored_layers, self._parts_read = schema.stored_layers, np.zeros(1, np.int64)
@@ -360,7 +361,7 @@ class SequenceSource(BatchSource):
             short_rows = locations.step_rows(reads.records, reads.begins, reads.ends, out_begins)
             for name, field in self.step_fields.items():
                 out = self._padded_rows(field, reads.lengths, sizes, field_starts)
-                if self._is_short(name, field):
+                if name in self._short:
                     for part, rows, out_rows in short_rows:
                         out[out_rows] = part.step_columns[name][rows]
                 else:

@@ -15,7 +15,7 @@ import numpy as np
 
 from dali_pipeline.dataset.dataset import Dataset, open_dataset
 from dali_pipeline.errors import FormatError
-from dali_pipeline.format.shard import Hashes
+from dali_pipeline.format.shard import Hashes, count_shared
 from dali_pipeline.runtime.progress import progress_bar
 from dali_pipeline.storage.cachedfile import Place, RemotePath
 from dali_pipeline.storage.stores import is_url
@@ -167,7 +167,7 @@ def _leaks(checks: Sequence[ShardCheck], torn: object) -> Iterator[str]:
     groups: dict[str, Hashes] = {}
     for check in checks:
         groups[check.split] = np.union1d(groups.get(check.split, check.groups), check.groups)
-    if groups and torn == int((np.unique(np.concatenate(list(groups.values())), return_counts=True)[1] > 1).sum()):
+    if groups and torn == count_shared(groups.values()):
         return
     for split, other in combinations(groups, 2):
         shared = np.intersect1d(groups[split], groups[other])

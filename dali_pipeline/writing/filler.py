@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -61,9 +62,6 @@ class Contents:
         self.node_moments.extend(other.node_moments)
 
 
-CheckedRecord: TypeAlias = tuple[dict[str, Array], Array | None, str]  # arrays to be copied, label, split
-
-
 class ShardFiller:
     """Fill shards under a folder and record them in `contents`.
 
@@ -83,17 +81,22 @@ class ShardFiller:
         self._copied: dict[tuple[str, ...], Schema] = {}  # the schema without the arrays that stay in place
         self._open_shards: dict[tuple[str, Kind], OpenShard] = {}
 
-    def check(self, record: Record | Stack) -> None:
+    def check(self, record: Record | Stack | PlacedRecord) -> None:
         """Raise DataError if `write` would refuse the record."""
         if isinstance(record, Stack):
             record.rows(self.schema)
+        elif isinstance(record, PlacedRecord):
+            self._check_placed(record)
         else:
             self._check(record)
 
-    def write(self, record: Record | Stack) -> None:
+    def write(self, record: Record | Stack | PlacedRecord) -> None:
         """Add a record, or several, to the split of their group: as a whole, or not at all if refused (DataError)."""
         if isinstance(record, Stack):
             self._write_stack(record)
+            return
+        if isinstance(record, PlacedRecord):
+            self.write_placed([record])
             return
         id_, group, label, split, arrays = self._check(record)
         for kind, (parts, rows) in arrays.items():
@@ -142,19 +145,14 @@ class ShardFiller:
                     counts,
                 )
 
-    def write_placed(self, record: PlacedRecord, checked: CheckedRecord | None = None) -> None:
-        """Add a record with a sequence whose values stay in a file of others; raise DataError if it does not fit.
-
-        Args:
-            record: The record.
-            checked: What `check_placed` returned for it, if that was called already.
-        """
-        arrays, label, split = checked or self.check_placed(record)
+    def write_placed(self, records: Iterable[PlacedRecord]) -> None:
+        """Add records whose values stay in files of others: all of them, or none if one is refused (DataError)."""
         kind = KINDS[0]
-        self._shard_for(split, kind, record.nbytes, in_place=True).add_placed(record, label, arrays)
-        self.contents.splits[split][kind].count(self.schema.labels.counted(label), {"step": record.steps})
+        for record, (arrays, label, split) in [(record, self._check_placed(record)) for record in records]:
+            self._shard_for(split, kind, record.nbytes, in_place=True).add_placed(record, label, arrays)
+            self.contents.splits[split][kind].count(self.schema.labels.counted(label), {"step": record.steps})
 
-    def check_placed(self, record: PlacedRecord) -> CheckedRecord:
+    def _check_placed(self, record: PlacedRecord) -> tuple[dict[str, Array], Array | None, str]:
         """Return the arrays of such a record that are copied, its label and split; raise DataError if it does not fit."""
         stays = tuple(record.pieces)
         if stays not in self._copied:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 
 from dali_pipeline.errors import DataError, FormatError, UsageError
 from dali_pipeline.format.manifest import FeatureStatistics, Manifest, shard_path
-from dali_pipeline.format.shard import Hashes, Shard, hash_texts
+from dali_pipeline.format.shard import Hashes, Shard, count_shared, hash_texts
 from dali_pipeline.storage.files import Files
 from dali_pipeline.storage.whole import lock, sync_folder
 from dali_pipeline.types import Array, Kind
@@ -108,9 +108,8 @@ class _Shards:
 
     def _opened(self, kind: Kind) -> Iterator[tuple[str, Shard, bool]]:
         """Yield split and shard of every shard of a kind, and whether it is a new one."""
-        for split, tables in self._old.splits.items():
-            for number in range(len(tables.get(kind, ()))):
-                yield split, tables[kind].open(shard_path(self._root, split, kind, number), number, Files(1)), False
+        for split, shard in _shards(self._root, self._old, kind):
+            yield split, shard, False
         for split, new_kind, number, source, home in self._moves():
             if new_kind == kind:
                 path = source if source.exists() else home
@@ -138,12 +137,8 @@ class _Shards:
 
     def torn_groups(self) -> int:
         """Count the groups that are in several splits."""
-        seen: dict[str, set[int]] = {}
-        for kind in self._old.schema.kinds:
-            for split, shard, _ in self._opened(kind):
-                seen.setdefault(split, set()).update(hash_texts(shard.texts("groups")).tolist())
-        distinct = [np.fromiter(hashes, np.uint64, len(hashes)) for hashes in seen.values()]
-        return int((np.unique(np.concatenate([np.zeros(0, np.uint64), *distinct]), return_counts=True)[1] > 1).sum())
+        opened = ((split, shard) for kind in self._old.schema.kinds for split, shard, _ in self._opened(kind))
+        return count_shared(_groups(opened).values())
 
 
 def _merged(old: Manifest, new: Manifest, entry: dict[str, Any], shards: _Shards) -> Manifest:
@@ -185,12 +180,19 @@ def _moments(statistics: FeatureStatistics) -> Moments:
 
 def groups_of(root: Path, manifest: Manifest) -> dict[str, Hashes]:
     """Return the hashes of the groups in each split."""
-    groups: dict[str, Hashes] = {}
+    return _groups((split, shard) for kind in manifest.schema.kinds for split, shard in _shards(root, manifest, kind))
+
+
+def _shards(root: Path, manifest: Manifest, kind: Kind) -> Iterator[tuple[str, Shard]]:
+    """Yield split and shard of every shard of a kind."""
     for split, tables in manifest.splits.items():
-        found = [
-            hash_texts(table.open(shard_path(root, split, kind, number), number, Files(1)).texts("groups"))
-            for kind, table in tables.items()
-            for number in range(len(table))
-        ]
-        groups[split] = np.unique(np.concatenate([np.zeros(0, np.uint64), *found]))
-    return groups
+        for number in range(len(tables.get(kind, ()))):
+            yield split, tables[kind].open(shard_path(root, split, kind, number), number, Files(1))
+
+
+def _groups(opened: Iterable[tuple[str, Shard]]) -> dict[str, Hashes]:
+    """Return the distinct hashes of the groups of each split."""
+    found: dict[str, list[Hashes]] = {}
+    for split, shard in opened:
+        found.setdefault(split, []).append(np.unique(hash_texts(shard.texts("groups"))))
+    return {split: np.unique(np.concatenate(hashes)) for split, hashes in found.items()}

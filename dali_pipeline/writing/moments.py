@@ -117,10 +117,10 @@ class Moments:
         if not self.count:
             return None
         std = np.sqrt(np.array(self.squares) / np.maximum(self.count, 1))
-        columns = (self.mean, std.tolist())
-        if digits is not None:
-            columns = tuple([float(f"{number:.{digits}g}") for number in column] for column in columns)  # type: ignore[assignment]
-        mean, spread = map(tuple, columns)
+        mean, spread = (
+            tuple(column if digits is None else [float(f"{number:.{digits}g}") for number in column])
+            for column in (self.mean, std.tolist())
+        )
         return FeatureStatistics(mean=mean, std=spread, count=tuple(self.count))
 
 

@@ -98,6 +98,26 @@ class SplitRule:
         return SPLITS[0] if percentile < train else SPLITS[1] if percentile < train + val else SPLITS[2]
 
 
+class KnownGroups:
+    """The splits of known groups, by the hashes of their names. 16 bytes per group.
+
+    Args:
+        hashes: Distinct hashes.
+        splits: Number of the split of each, in SPLITS.
+    """
+
+    def __init__(self, hashes: npt.NDArray[np.uint64], splits: npt.NDArray[np.int64]) -> None:
+        order = np.argsort(hashes, kind="stable")
+        self._hashes, self._splits = hashes[order], splits[order]
+
+    def of(self, group: str) -> str | None:
+        """Return the split of a group; None for an unknown one."""
+        hashed = np.uint64(xxhash.xxh3_64_intdigest(group.encode()))
+        row = int(np.searchsorted(self._hashes, hashed))
+        known = row < len(self._hashes) and self._hashes[row] == hashed
+        return SPLITS[self._splits[row]] if known else None
+
+
 class FileSplit:
     """Rule that deals whole files to the splits; every group goes with the first file that contains it.
 
@@ -124,13 +144,13 @@ class FileSplit:
             groups_before += group_counts[name]
         split_of_group = np.repeat([split_numbers[name] for name in names], [len(file_groups) for file_groups in groups])
         hashes, first_rows, hash_numbers = np.unique(np.concatenate(groups), return_index=True, return_inverse=True)
-        self._hashes, self._splits = hashes, split_of_group[first_rows]
-        self.moved = len(np.unique(hash_numbers[split_of_group != self._splits[hash_numbers]]))
+        splits = split_of_group[first_rows]
+        self._known = KnownGroups(hashes, splits)
+        self.moved = len(np.unique(hash_numbers[split_of_group != splits[hash_numbers]]))
 
     def of(self, group: str) -> str:
         """Return the split of a group; raise DataError for a group that no file had."""
-        hashed = np.uint64(xxhash.xxh3_64_intdigest(group.encode()))
-        row = int(np.searchsorted(self._hashes, hashed))
-        if row == len(self._hashes) or self._hashes[row] != hashed:
+        split = self._known.of(group)
+        if split is None:
             raise DataError(f"group {group!r} was in no file when their names were read; a file changed since")
-        return SPLITS[self._splits[row]]
+        return split

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import dali_pipeline as dp
 from dali_pipeline.cli.app import app, run
 from dali_pipeline.errors import DataError, FormatError, PipelineError, UsageError
-from dali_pipeline.format.references import FileNames
+from dali_pipeline.format.references import ForeignNames
 from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.convert import convert
 from dali_pipeline.ingest.layouts.recipe import Recipe
@@ -394,7 +394,7 @@ def test_from_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("word", ["../x", "/etc/passwd", "a//b", ".", "a/../b", ""])
 def test_a_shard_names_no_file_outside_its_folder(tmp_path: Path, word: str) -> None:
     with pytest.raises(FormatError, match="no name below"):
-        FileNames(str(tmp_path), word.encode(), np.array([0, len(word)]))[0]
+        ForeignNames(str(tmp_path), word.encode(), np.array([0, len(word)]))[0]
 
 
 def test_commands_take_the_folder_of_the_files(

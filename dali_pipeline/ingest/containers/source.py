@@ -22,6 +22,7 @@ from dali_pipeline.ingest.containers.leaf import BFLOAT16, from_bfloat16, row_ra
 from dali_pipeline.ingest.readers.storedzip import Bytes
 from dali_pipeline.ingest.readers.tensors import Tensor
 from dali_pipeline.storage.openfile import kind_of
+from dali_pipeline.storage.reads import prefetch
 from dali_pipeline.types import Array
 
 IN_MEMORY_BYTES = 256 << 20  # a .gz file that unpacks to more goes to a temporary file
@@ -144,6 +145,12 @@ class Source(Bytes):
                 raise FormatError(f"{self.path} ends at byte {begin + done}, within its data: truncated")
             done += count
         return data
+
+    def read_ahead(self, begin: int, nbytes: int) -> None:
+        """Start reading bytes that are needed soon; bytes behind the end are none."""
+        nbytes = min(nbytes, self.size - begin)
+        if self.is_plain and nbytes > 0:
+            prefetch(self._fd, begin, nbytes)
 
     def close(self) -> None:
         """Close the file."""

@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,13 +18,12 @@ from dali_pipeline.errors import DataError, FormatError, UsageError
 from dali_pipeline.format.encoding import storage
 from dali_pipeline.format.schema import Schema
 from dali_pipeline.ingest.containers.base import extent_of
-from dali_pipeline.ingest.containers.source import Extent
+from dali_pipeline.ingest.containers.source import Extent, Source
 from dali_pipeline.ingest.foreign import ForeignFile, real_steps
 from dali_pipeline.ingest.layouts.alike import Pattern
 from dali_pipeline.ingest.layouts.parts import OpenPart, Part
-from dali_pipeline.ingest.layouts.plan import Plan, check_row
+from dali_pipeline.ingest.layouts.plan import Plan, check_row, where_of, without_batch
 from dali_pipeline.storage.files import Files
-from dali_pipeline.storage.reads import prefetch
 from dali_pipeline.types import Array
 from dali_pipeline.writing.places import Piece, PlacedRecord
 
@@ -73,7 +73,7 @@ def placement_of(plan: Plan | None, root: Path, what: str, schema: Schema) -> tu
     Raises:
         UsageError: The values do not lie in their files as a loader reads them.
     """
-    if plan is None or not isinstance(plan, Plan) or schema.sequence is None or schema.x is not None:
+    if plan is None or schema.sequence is None or schema.x is not None:
         raise _refused(f"{root} holds {what}")
     part, sequence = next(iter(plan.parts.values())), schema.sequence
     if sequence.layout is not None or sequence.scales is not None:
@@ -107,7 +107,7 @@ def _large_fields(plan: Plan, part: Part, schema: Schema) -> Iterator[str]:
     """Yield the further fields that stay too, because copying them would write more than a thousandth of the data."""
     opened = OpenPart(part)
     try:
-        nbytes = _extent(plan, opened, "sequence").nbytes
+        nbytes = _extent(opened, "sequence").nbytes
         count = 1 if plan.per_file else max(1, opened.leaf("sequence").shape[0])
         for name, field in (schema.fields or {}).items():
             leaf, place = opened.leaf(name), part.places[name][0]
@@ -149,12 +149,12 @@ def _refused(why: str) -> UsageError:
     )
 
 
-def _extent(plan: Plan, part: OpenPart, name: str) -> Extent:
+def _extent(part: OpenPart, name: str) -> Extent:
     place = part.part.places[name][0]
     part.leaf(name)  # raises if it does not exist
     extent = extent_of(part.container(place.file), place.key)
     if extent is None:
-        raise _refused(f"{place.file or part.path}, {place.key or 'its array'} is compressed, pickled, big-endian or strided")
+        raise _refused(f"{where_of(part, name)} is compressed, pickled, big-endian or strided")
     return extent
 
 
@@ -286,8 +286,9 @@ def _lengths(plan: Plan, part: OpenPart, count: int) -> list[int] | None:
 
 def _values(plan: Plan, part: OpenPart, name: str, count: int, lengths: list[int] | None, sequence: _Values | None) -> _Values:
     """Return where the values of each record lie. sequence: those of the sequence, for a further field."""
-    place, extent = part.part.places[name][0], _extent(plan, part, name)
+    place, extent = part.part.places[name][0], _extent(part, name)
     path, shape = place.file or part.path, extent.shape
+    size = path.stat().st_size
     itemsize = storage(extent.dtype).itemsize
     if plan.per_file:
         begins, shapes = [extent.begin], [shape]
@@ -298,7 +299,7 @@ def _values(plan: Plan, part: OpenPart, name: str, count: int, lengths: list[int
         row_bytes = math.prod(shape[1:]) * itemsize
         begins = (np.cumsum([0, *lengths])[:-1] * row_bytes + extent.begin).tolist()
         shapes = [(length, *shape[1:]) for length in lengths]
-        return _Values(path, _size(path), extent.dtype, begins, shapes, lengths)
+        return _Values(path, size, extent.dtype, begins, shapes, lengths)
     else:
         if shape[:1] != (count,):
             raise FormatError(f"{path}, {place.key} has {list(shape)} for {count} records; expected one entry per record")
@@ -306,7 +307,7 @@ def _values(plan: Plan, part: OpenPart, name: str, count: int, lengths: list[int
         begins = [extent.begin + row * record_bytes for row in range(count)]
         shapes = [shape[1:]] * count
     if name.startswith("record."):
-        return _Values(path, _size(path), extent.dtype, begins, shapes, [])
+        return _Values(path, size, extent.dtype, begins, shapes, [])
     if sequence is None:
         axes = [_step_axis(plan, found) for found in shapes]
     else:
@@ -315,11 +316,7 @@ def _values(plan: Plan, part: OpenPart, name: str, count: int, lengths: list[int
     steps = [1 if axis is None or axis >= len(found) else found[axis] for axis, found in zip(axes, shapes, strict=True)]
     if lengths is not None:
         shapes = [_cut(path, *cut) for cut in zip(shapes, axes, lengths, strict=True)]
-    return _Values(path, _size(path), extent.dtype, begins, shapes, steps)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size
+    return _Values(path, size, extent.dtype, begins, shapes, steps)
 
 
 def _step_axis(plan: Plan, shape: tuple[int, ...]) -> int | None:
@@ -331,7 +328,7 @@ def _step_axis(plan: Plan, shape: tuple[int, ...]) -> int | None:
 
 
 def _without_batch(shape: tuple[int, ...], steps: int) -> tuple[int, ...]:
-    """Return the shape of a step field without a leading axis of size 1 of a batch."""
+    """Return the shape that `without_batch` leaves of an array of this shape."""
     return shape[1:] if len(shape) > 1 and shape[0] == 1 != steps else shape
 
 
@@ -351,8 +348,8 @@ def _check_type(part: OpenPart, name: str, values: _Values, schema: Schema) -> N
     assert field is not None
     if field.dtype != values.dtype:
         raise DataError(
-            f"{values.path}, {part.part.places[name][0].key or 'its array'} is {values.dtype}, and {field.dtype} in the first "
-            "file; expected one type, as values that stay in place keep theirs"
+            f"{where_of(part, name)} is {values.dtype}, and {field.dtype} in the first file; "
+            "expected one type, as values that stay in place keep theirs"
         )
     first = 0 if name.startswith("record.") else 1
     for record, shape in enumerate(values.shapes if name != "sequence" else ()):
@@ -365,7 +362,7 @@ def _check_type(part: OpenPart, name: str, values: _Values, schema: Schema) -> N
 def _delivered(plan: Plan, part: OpenPart, data: Array, values: _Values, row: int) -> Array:
     """Return a record (T, *row), a view of its bytes; raise FormatError if it is unlike those of the first file."""
     rows = data.view(storage(values.dtype)).reshape(values.shapes[row])
-    return _rows(plan, rows, f"{values.path}, {part.part.places['sequence'][0].key or 'its array'}")
+    return _rows(plan, rows, where_of(part, "sequence"))
 
 
 def _check_rows(part: OpenPart, record: str, values: Mapping[str, _Values], row: int, steps: int) -> None:
@@ -391,8 +388,7 @@ def _copied(
         else:
             entries = list(read)
         if name.startswith("step."):
-            pairs = zip(entries, steps, strict=True)
-            entries = [entry[0] if np.ndim(entry) > 1 and len(entry) == 1 != number else entry for entry, number in pairs]
+            entries = [without_batch(entry, number) for entry, number in zip(entries, steps, strict=True)]
             if lengths is not None and not plan.ragged:
                 entries = [entry[:length] for entry, length in zip(entries, lengths, strict=True)]
         if len(entries) != count:
@@ -407,10 +403,7 @@ class _Reader:
     def __init__(self, values: _Values) -> None:
         self._values, self._begin, self._data = values, 0, np.zeros(0, np.uint8)
         self._itemsize = storage(values.dtype).itemsize
-        try:
-            self._fd = os.open(values.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise FormatError(f"{values.path} cannot be opened ({error.strerror})") from None
+        self._source = Source(values.path, "numbers")
 
     def _span(self, row: int) -> tuple[int, int]:
         begin = self._values.begins[row]
@@ -423,35 +416,20 @@ class _Reader:
             last = row
             while last + 1 < len(self._values.begins) and self._span(last + 1)[1] - begin <= READ_BYTES:
                 last += 1
-            self._begin, self._data = begin, self._bytes(begin, self._span(last)[1] - begin)
+            self._begin, self._data = begin, self._source.array(begin, self._span(last)[1] - begin)
             if last + 1 < len(self._values.begins):  # the disk reads on while these are hashed
-                prefetch(self._fd, self._span(last + 1)[0], AHEAD_BYTES)
+                self._source.read_ahead(self._span(last + 1)[0], AHEAD_BYTES)
         return self._data[begin - self._begin : end - self._begin]
-
-    def _bytes(self, begin: int, nbytes: int) -> Array:
-        data, done = np.empty(nbytes, np.uint8), 0
-        while done < nbytes:
-            count = os.preadv(self._fd, [data.data[done:]], begin + done)
-            if not count:
-                raise FormatError(f"{self._values.path} ends at byte {begin + done}, within its data: truncated")
-            done += count
-        return data
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._fd)
+        self._source.close()
 
 
-def read_ahead(path: Path, size: int) -> None:
+def read_ahead(path: Path) -> None:
     """Start reading a file that is needed soon; its errors are left to whoever reads it."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return
-    try:
-        prefetch(fd, 0, min(size, MOST_AHEAD_BYTES))
-    finally:
-        os.close(fd)
+    with suppress(FormatError), closing(Source(path, "numbers")) as source:
+        source.read_ahead(0, MOST_AHEAD_BYTES)
 
 
 def path_to(root: Path, dst: Path) -> str:

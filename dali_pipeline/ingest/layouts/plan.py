@@ -273,7 +273,8 @@ def check_row(plan: Plan, where: str, rows: Array, first: int) -> None:
         )
 
 
-def _where(part: OpenPart, name: str) -> str:
+def where_of(part: OpenPart, name: str) -> str:
+    """Return file and key of a quantity, for messages."""
     place = part.part.places[name][0]
     return f"{place.file or part.path}, {place.key or 'its array'}"
 
@@ -283,7 +284,7 @@ def _blocks(plan: Plan, part: OpenPart, leaves: Mapping[str, Leaf], count: int) 
     for name, leaf in leaves.items():
         if not leaf.shape or leaf.shape[0] != count:
             entries = leaf.shape[0] if leaf.shape else 0
-            raise FormatError(f"{_where(part, name)} has {entries} entries for {count} records; expected one per record")
+            raise FormatError(f"{where_of(part, name)} has {entries} entries for {count} records; expected one per record")
     sequence = leaves["sequence"]
     row_bytes = math.prod(sequence.shape[1:]) * _itemsize(sequence) * max(1, len(plan.axes.layers))
     step = rows_at_a_time(row_bytes)
@@ -291,8 +292,8 @@ def _blocks(plan: Plan, part: OpenPart, leaves: Mapping[str, Leaf], count: int) 
     for begin in range(0, count, step):
         end = min(begin + step, count)
         rows = part.read("sequence", begin, end, axis=1 + (layer or 0))
-        rows = plan.axes.oriented(rows, 1, _where(part, "sequence"))
-        check_row(plan, _where(part, "sequence"), rows, 1)
+        rows = plan.axes.oriented(rows, 1, where_of(part, "sequence"))
+        check_row(plan, where_of(part, "sequence"), rows, 1)
         fields = {name: part.read(name, begin, end) for name in _fields(part.part)}
         yield Block(rows, narrow, {name: _stacked_field(plan, name, values) for name, values in fields.items()})
 
@@ -313,22 +314,25 @@ def _stacked_field(plan: Plan, name: str, values: Any) -> Any:
     return values
 
 
+def without_batch(values: Any, steps: int) -> Any:
+    """Return a step field of a record of so many steps without a leading axis of size 1 of a batch."""
+    return values[0] if isinstance(values, np.ndarray) and values.ndim > 1 and len(values) == 1 != steps else values
+
+
 def _record(plan: Plan, part: OpenPart, record: int | None) -> Values:
     """Return one record: of a file that holds one, or of a file of records."""
     names = [name for name in ("sequence", "lengths", "mask", *_fields(part.part)) if name in part.part.places]
     leaves = {name: part.leaf(name) for name in names if record is None or not record or name == "sequence"}
-    where = _where(part, "sequence") if record is None else f"{_where(part, 'sequence')}, record {record}"
+    where = where_of(part, "sequence") if record is None else f"{where_of(part, 'sequence')}, record {record}"
     rows = np.asarray(part.read("sequence", record=record, axis=plan.axes.layer or 0))
     rows = plan.axes.oriented(rows, 0, where)
-    check_row(plan, _where(part, "sequence"), rows, 0)
+    check_row(plan, where_of(part, "sequence"), rows, 0)
     fields: dict[str, Any] = {}
     for name in _fields(part.part):
         values = part.read(name, record=record)
         if isinstance(values, list):
             values = values[0] if len(values) == 1 else " ".join(values)
-        if isinstance(values, np.ndarray) and name.startswith("step.") and values.ndim > 1 and len(values) == 1 != len(rows):
-            values = values[0]
-        fields[name] = values
+        fields[name] = without_batch(values, len(rows)) if name.startswith("step.") else values
     value = Values(rows, None, _narrow({name: part.leaf(name) for name in leaves}), fields)
     if not {"lengths", "mask"} & part.part.places.keys():
         return value
@@ -346,13 +350,13 @@ def _ragged(plan: Plan, part: OpenPart, leaves: Mapping[str, Leaf], count: int) 
     lengths = np.asarray(part.read("lengths")).reshape(-1)
     if lengths.dtype.kind not in "iu" or (lengths < 0).any() or lengths.sum() != leaves["sequence"].shape[0]:
         raise FormatError(
-            f"{_where(part, 'lengths')} sums to {lengths.sum()}, and {_where(part, 'sequence')} has "
+            f"{where_of(part, 'lengths')} sums to {lengths.sum()}, and {where_of(part, 'sequence')} has "
             f"{leaves['sequence'].shape[0]} rows; expected the same"
         )
     narrow = _narrow(leaves)
     for row, (begin, end) in enumerate(itertools.pairwise([0, *np.cumsum(lengths).tolist()])):
-        rows = plan.axes.oriented(part.read("sequence", begin, end), 0, _where(part, "sequence"))
-        check_row(plan, _where(part, "sequence"), rows, 0)
+        rows = plan.axes.oriented(part.read("sequence", begin, end), 0, where_of(part, "sequence"))
+        check_row(plan, where_of(part, "sequence"), rows, 0)
         fields = {
             name: part.read(name, begin, end) if name.startswith("step.") else part.read(name, row, row + 1)[0]
             for name in _fields(part.part)
