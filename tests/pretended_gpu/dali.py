@@ -18,17 +18,17 @@ def dali_on_the_cpu() -> Iterator[None]:
     import dali_pipeline.loaders.sequences as sequences
 
     graph, iterator = sequences.sequence_graph, plugin.DALIGenericIterator
-    for_gpu: set[int] = set()
+    for_gpu: list[Any] = []  # the pipelines themselves: the id of one that is gone is given to the next
 
     def on_cpu(*args: Any, device_id: int | None, **options: Any) -> Any:
         built = graph(*args, device_id=None, **options)
         if device_id is not None:
-            for_gpu.add(id(built))
+            for_gpu.append(built)
         return built
 
     class OnGpu(iterator):  # type: ignore[misc, valid-type]
         def __init__(self, pipelines: Any, *args: Any, **options: Any) -> None:
-            self._says_gpu = id(pipelines[0]) in for_gpu
+            self._says_gpu = any(pipelines[0] is one for one in for_gpu)
             with on_the_cpu():
                 super().__init__(pipelines, *args, **options)
 
