@@ -49,8 +49,10 @@ def command_line(
     """Score every record of a data set with a trained detector, once each, however large it is.
 
     \b
-    Columns: id, group, label, score (the probability of label 1), split. A record with NaN or infinite values ends the
-    command, unless such records are left out (--on-nan skip) or scored all the same (--on-nan keep).
+    Columns: id, group, label, score (the probability of label 1), split. Of several classes or labels score_0 …, of values
+    prediction; of steps and nodes a row each, with its number. If the records have labels, a table shows the metrics beside
+    those of the training. A record with NaN or infinite values ends the command, unless such records are left out (--on-nan
+    skip) or scored all the same (--on-nan keep).
     Examples:
       python predict.py --checkpoint runs/one/lstm-best.pt --data data/traces
       python predict.py --checkpoint runs/one/lstm-best.pt data/traces --split test --output scores.csv
@@ -58,6 +60,7 @@ def command_line(
     from dali_pipeline.dataset.dataset import open_dataset
     from dali_pipeline.loaders.device import make_current
     from training.scores import write_scores
+    from training.transfer import tell_transfer
 
     if (place is None) == (data is None):
         raise UsageError("name the data set to score, once: predict.py --checkpoint FILE.pt --data SET")
@@ -69,6 +72,8 @@ def command_line(
     left_out = f", {counts.left_out:,} left out for NaN" if counts.left_out else ""
     strange = f", {counts.strange:,} without a finite score" if counts.strange else ""
     typer.echo(f"{output}: {counts.records:,} records{left_out}{strange}")
+    assert counts.tally is not None
+    tell_transfer(checkpoint, counts.name, opened, split, counts.tally)
 
 
 def main() -> None:

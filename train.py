@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads this when it 
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -29,12 +29,12 @@ from dali_pipeline.cli.arguments import CACHE_BYTES, CACHE_DIR, FILES_ROOT, pars
 from dali_pipeline.runtime.threads import parse_threads
 from dali_pipeline.storage.cachedfile import Place
 from training.commandline import GroupedCommand, flag, print_config, take_config
-from training.config import MODELS, Conduct, ModelName, TrainConfig
-from training.folder import METRICS_NAME, FolderLock, claim_folder, lacks
+from training.config import MODELS, Conduct, Over, Readout, TrainConfig, kind_of
+from training.folder import BASELINES_NAME, DIFFERENCES_NAME, METRICS_NAME, FolderLock, claim_folder, lacks
 from training.interrupt import Interrupted, Interrupts
-from training.prepare import Options, check_labels, check_settings, find_data, find_folder, models_for, open_same, runs_of
+from training.prepare import Options, check_settings, find_data, find_folder, models_for, open_same, runs_of
 from training.processes import EndedElsewhere, Processes
-from training.results import print_table, read_metrics, summarise, write_metrics
+from training.results import print_differences, print_table, read_baselines, read_metrics, summarise, write_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,8 @@ class Prepared:
 
     root: Place
     digest: str
-    models: tuple[ModelName, ...]
+    config: TrainConfig
+    chosen: list[str]
     folder: Path
     finished: bool
     files_root: Place | None
@@ -64,39 +65,46 @@ def main(options: Options, config: TrainConfig) -> None:
         interrupts = Interrupts(processes)
         prepared = processes.first(lambda: prepare(options, config, processes.world_size, lock))
         data = open_same(prepared.root, prepared.digest, prepared.files_root)
-        config = replace(config, models=prepared.models)
         if not prepared.finished:
-            train_runs(data, config, prepared.folder, options, interrupts, processes)
+            train_runs(data, prepared, options, interrupts, processes)
         processes.first(lambda: print_results(prepared.folder, data, options))  # while the others wait
 
 
 def prepare(options: Options, config: TrainConfig, world_size: int, lock: FolderLock | None = None) -> Prepared:
     """Find data and folder, refuse settings that cannot work, then claim and lock the folder."""
+    from training.target import find_target, target_field
+
     data = find_data(options)
-    config = replace(config, models=models_for(data, config.models))
-    check_labels(data, config.models)
+    target_field(data, config.target)
+    config = replace(config, models=models_for(data, config.models, config.level))
     folder, described, anew = find_folder(options, config, data)
-    finished = (folder / METRICS_NAME).exists() and not anew
+    finished, chosen = (folder / METRICS_NAME).exists() and not anew, list[str]()
     if finished:
         print(f"{folder}: finished before; --resume never trains again")
     else:
+        for kind in dict.fromkeys(map(kind_of, config.models)):
+            find_target(data, kind, config.target, config.task)
+        from training.resolve import resolved
+
+        config, chosen = resolved(data, config)
         check_settings(data, config, folder, options, world_size)
         (lock or FolderLock()).take(folder)
         claim_folder(folder, described, replace=anew)
     return Prepared(
         root=data.root,
         digest=data.digest,
-        models=config.models,
+        config=config,
+        chosen=chosen,
         folder=folder,
         finished=finished,
         files_root=data.files_root,
     )
 
 
-def train_runs(
-    data: Dataset, config: TrainConfig, folder: Path, options: Options, interrupts: Interrupts, processes: Processes
-) -> None:
+def train_runs(data: Dataset, prepared: Prepared, options: Options, interrupts: Interrupts, processes: Processes) -> None:
     """Train one run in the folder, or several runs in sub-folders, and write their mean and spread."""
+    config, folder = prepared.config, prepared.folder
+    from training.extras import extra
     from training.run import Job, carry_out
     from training.watch import traced
 
@@ -110,7 +118,8 @@ def train_runs(
                 conduct=options.conduct,
                 interrupts=interrupts,
                 processes=processes,
-                probes=number == 0,
+                chosen=prepared.chosen if number == 0 else [],
+                probes=number == 0 or options.folds > 0,
             )
             if not processes.first((job.folder / METRICS_NAME).exists):
                 if name and processes.is_first:
@@ -118,14 +127,31 @@ def train_runs(
                     claim_folder(job.folder, own.to_dict(part), replace=False)
                 carry_out(job)
     if options.runs > 1 and processes.is_first:
-        runs = [read_metrics(folder / name) for name, _, _ in runs_of(options, config, data)]
-        write_metrics(folder / METRICS_NAME, summarise(runs, "folds" if options.folds else "seeds"))
+        from training.pairs import paired, write_differences
+
+        folders, over = [folder / name for name, _, _ in runs_of(options, config, data)], "folds" if options.folds else "seeds"
+        runs, differences = [read_metrics(own) for own in folders], list[dict[str, Any]]()
+        with extra(folder / DIFFERENCES_NAME):
+            differences = paired(folders, next(iter(runs[0].values()))["task"])
+            write_differences(folder / DIFFERENCES_NAME, differences)
+        with extra(folder / BASELINES_NAME):
+            write_metrics(folder / BASELINES_NAME, summarise([read_baselines(own) for own in folders], over))
+        write_metrics(folder / METRICS_NAME, summarise(runs, over, differences))
 
 
 def print_results(folder: Path, data: Dataset, options: Options) -> None:
     """Print the table of metrics, and the names of the other files."""
     over = f", mean and spread over {options.runs} {'folds' if options.folds else 'seeds'}" if options.runs > 1 else ""
-    print_table(read_metrics(folder), f"Test metrics on {data.root.name}{over}; the threshold is chosen on validation")
+    results = read_metrics(folder)
+    named = next(iter(results.values())).get("target", "label")
+    of = "" if named == "label" else f", {named}"
+    chosen = "; the threshold is chosen on validation" if any(result.get("threshold") for result in results.values()) else ""
+    print_table(results, f"Test metrics on {data.root.name}{of}{over}{chosen}", read_baselines(folder))
+    if options.runs > 1:
+        from training.pairs import read_differences
+
+        if differences := read_differences(folder / DIFFERENCES_NAME):
+            print_differences(differences)
     if sentence := lacks(folder):
         print(sentence)
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir() if path.suffix != '.pt'))}, checkpoints")
@@ -165,6 +191,19 @@ def command_line(
         str | None,
         flag("Data", "Time steps or graphs to use of each record. [default: all]", "--layers 12:20 or 8,16", metavar="LIST"),
     ] = None,
+    target: Annotated[
+        str,
+        flag(
+            "Data",
+            "What to predict: label, record.NAME, step.NAME or node.NAME; a whole number or bool is a class, else a value.",
+            "--target step.is_wrong",
+            metavar="NAME",
+        ),
+    ] = "label",
+    task: Annotated[
+        Literal["binary", "multiclass", "multilabel", "regression"] | None,
+        flag("Data", "Task on the target. [default: what its type says]", "--task regression", show_default=False),
+    ] = None,
     num_partitions: Annotated[
         int,
         flag(
@@ -182,6 +221,23 @@ def command_line(
     model: Annotated[
         Literal["all", "lstm", "gnn_lstm", "gvae_lstm"], flag("Model", "Detector to train.", "--model lstm")
     ] = "all",
+    over: Annotated[
+        Over,
+        flag(
+            "Model",
+            "What the LSTM runs over where tokens have layers: the layers of the last token, or the tokens of --layers "
+            "(by default the middle one). [auto: layer, but token for a target per step]",
+            "--over token",
+        ),
+    ] = "auto",
+    readout: Annotated[
+        Readout,
+        flag(
+            "Model",
+            "How the nodes of a graph become one row. [auto: last if all edges run to later nodes, otherwise sum]",
+            "--readout sum",
+        ),
+    ] = "auto",
     dropout: Annotated[float, flag("Model", "Dropout rate.", "--dropout 0.5")] = 0.3,
     kl_weight: Annotated[
         float, flag("Model", "Weight of the KL divergence in the loss of gvae_lstm.", "--kl-weight 0.01")
@@ -305,6 +361,10 @@ def command_line(
         kl_weight=kl_weight,
         seed=seed,
         layers=layers,
+        target=target,
+        task=task,
+        over=over,
+        readout=readout,
         num_partitions=num_partitions,
         precision=precision,
         accumulate=accumulate,

@@ -24,6 +24,7 @@ from training.build import make_loader
 from training.config import MODELS, ModelName, TrainConfig
 from training.processes import Processes
 from training.step import Stepper, trial
+from training.target import find_target
 
 CEILING, TOGETHER = "ceiling", "with the loader"
 QUICK_STEPS = 2  # not counted
@@ -115,7 +116,8 @@ def made_step(setup: Setup, combination: Training) -> tuple[Any, Stepper, Callab
         compile=combination.compiled,
     )
     loader = make_loader(combination.model, data, config, "train", setup.device)
-    return loader, *trial(combination.model, loader, config, Processes(dp.World.detect()))
+    target = find_target(data, loader.kind, splits=("train",))
+    return loader, *trial(combination.model, loader, config, target, Processes(dp.World.detect()))
 
 
 def ceiling(loader: Any, step: Callable[[Any], object], batch: Any, seconds: float) -> float:

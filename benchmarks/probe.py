@@ -2,7 +2,7 @@
 
     python -m benchmarks.probe data/sciq
 
-The probe is the one that train.py draws (training/layers.py); the layer is chosen on validation. On a data
+The probe is the one that train.py draws (training/baselines.py); the layer is chosen on validation. On a data
 set that `train.py` made, a bag of words over the prompts and their length stand beside it: they read no hidden state.
 """
 
@@ -23,7 +23,8 @@ from sklearn.pipeline import make_pipeline
 
 import dali_pipeline as dp
 from dali_pipeline.cli.app import new_app, run
-from training.layers import probe_layers
+from training.baselines import probe_layers
+from training.target import find_target
 
 Floats = npt.NDArray[Any]
 app = new_app()
@@ -65,7 +66,8 @@ def main(
         raise dp.DataError(
             f"{data} has sequences of {fewest} to {most} steps, {dataset.num_classes} classes; expected one length, 2 classes"
         )
-    scores = probe_layers(dataset, dataset.layer_numbers("sequences") or list(range(most)), seed=0)
+    layers = dataset.layer_numbers("sequences") or list(range(most))
+    scores, _ = probe_layers(dataset, find_target(dataset, "sequences"), layers, seed=0)
     print(f"{'':24}  val AUROC  test AUROC")
     for layer, val, test in zip(scores.layers, scores.val, scores.test, strict=True):
         print(f"{f'linear probe, layer {layer}':24}  {val:9.3f}  {test:10.3f}")

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import dali_pipeline as dp
 from benchmarks.probe import load
 from dali_pipeline.cli.app import new_app, run
-from models import LSTMDetector, set_statistics
+from models import LSTMDetector
 from training.config import MODELS, Conduct, TrainConfig
 from training.interrupt import Interrupts
 from training.metrics import area_under_roc
@@ -62,7 +62,7 @@ def plain_way(data: dp.Dataset, files: list[Path], records: int, splits: Splits,
     """Return the test AUROC of the epoch that is best on validation."""
     torch.manual_seed(seed_of(config.seed, MODELS.index("lstm")))
     model = LSTMDetector(splits["val"][0].shape[2], dropout=config.dropout)
-    set_statistics(model, *feature_statistics("lstm", data, config).tensors())
+    feature_statistics("lstm", data, config).give(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     steps = config.epochs * -(-records // config.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps)

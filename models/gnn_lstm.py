@@ -6,57 +6,109 @@ import torch
 from torch import nn
 from torch_geometric.data import Batch
 from torch_geometric.nn import GINEConv
+from torch_geometric.utils import scatter
 
-from models.features import FeatureViews
-from models.lstm import Output, StepsClassifier
+from models.features import FeatureViews, Standardised
+from models.lstm import Output, StepsHead, mlp_head, outputs_of
 from models.moves import to_device
 
 
 class GraphEncoder(nn.Module):
-    """Two GINE convolutions (Hu et al. 2020) over all graphs of all records in one call, the edge weight as edge feature.
+    """GINE convolutions (Hu et al. 2020) over all graphs of all records in one call, with standardised edge features.
 
     Residual, with one LayerNorm per node. Nothing is normalised over the batch, so the other records of a batch, and the number
     of processes, do not change the result of a record.
     """
 
-    def __init__(self, features: int, hidden: int, edge_features: int, dropout: float) -> None:
+    def __init__(self, features: int, hidden: int, edge_features: int, dropout: float, *, convolutions: int = 2) -> None:
         super().__init__()
         self.edge_features = edge_features
+        self.edge_views = Standardised(edge_features)
         self.embed = nn.Sequential(nn.Linear(2 * features, hidden), nn.Dropout(dropout))
         self.convs = nn.ModuleList(
             GINEConv(nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, hidden)), edge_dim=edge_features)
-            for _ in range(2)
+            for _ in range(convolutions)
         )
-        self.norms = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(convolutions))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, graphs: Batch, views_NF: torch.Tensor) -> torch.Tensor:
         """Return states_NH. views_NF: views of the nodes' features, from `FeatureViews`."""
-        weights_E1 = edge_weights(graphs, self.edge_features)
+        weights_ED = self.edge_views(edge_weights(graphs, self.edge_features))
         states_NH: torch.Tensor = self.embed(views_NF)
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            states_NH = states_NH + self.dropout(conv(norm(states_NH), graphs.edge_index, weights_E1))
+            states_NH = states_NH + self.dropout(conv(norm(states_NH), graphs.edge_index, weights_ED))
         return states_NH
 
 
+class ReadOut(nn.Module):
+    """One row per graph, (G, ·): states of its nodes, and their raw features through a linear layer.
+
+    Args:
+        features: Number of values per node, over all axes.
+        hidden: Width of the raw part.
+        dropout: Dropout rate.
+        readout: Which node, or what over all nodes of a graph: "last", "mean", "sum" or "max".
+    """
+
+    def __init__(self, features: int, hidden: int, dropout: float, readout: str) -> None:
+        super().__init__()
+        self.readout = readout
+        self.raw = nn.Sequential(nn.Linear(2 * features, hidden), nn.Dropout(dropout))
+
+    def forward(
+        self, graphs: Batch, last_node_G: torch.Tensor | None, states_NH: torch.Tensor, views_NF: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the rows; without last nodes the row of every node, (N, ·)."""
+        if last_node_G is None:
+            return torch.cat([self.raw(views_NF), states_NH], dim=1)
+        if self.readout == "last":
+            return torch.cat([self.raw(views_NF[last_node_G]), states_NH[last_node_G]], dim=1)
+        rows_NH = torch.cat([self.raw(views_NF), states_NH], dim=1)
+        row_GH: torch.Tensor = scatter(rows_NH, graphs.batch, dim=0, dim_size=len(last_node_G), reduce=self.readout)
+        return row_GH
+
+
 class GNNLSTMDetector(nn.Module):
-    """Detector on graphs: encoder, state and raw features of the last token, LSTM over the record's graphs, head."""
+    """Detector on graphs: encoder, state and raw features of each graph, LSTM over the record's graphs, head.
+
+    Args:
+        features: Number of values per node, over all axes.
+        num_classes: Number of classes: one output for two, otherwise one each. Default: 2.
+        outputs: Number of outputs, K, instead: of several labels at once, or of a value. Default: as `num_classes` says.
+        edge_features: Number of values per edge. Default: 1.
+        readout: How the nodes of a graph become one row: "last" node (the last token of an attention graph), "mean", "sum" or
+            "max". Default: "last".
+        per_node: Whether to answer for every node instead of every record. Default: False.
+        hidden: Width of the encoder, the LSTM in each direction, and the head. Default: 64.
+        num_layers: Layers of the LSTM. Default: 1.
+        dropout: Dropout rate. Default: 0.3.
+    """
 
     def __init__(
         self,
         features: int,
         num_classes: int = 2,
         *,
+        outputs: int | None = None,
         edge_features: int = 1,
+        readout: str = "last",
+        per_node: bool = False,
         hidden: int = 64,
         num_layers: int = 1,
         dropout: float = 0.3,
     ) -> None:
         super().__init__()
+        self.per_node = per_node
+        width = outputs or outputs_of(num_classes)
         self.views = FeatureViews(features)
         self.encode = GraphEncoder(features, hidden, edge_features, dropout)
-        self.raw = nn.Sequential(nn.Linear(2 * features, hidden), nn.Dropout(dropout))
-        self.classify = StepsClassifier(2 * hidden, num_classes, hidden=hidden, num_layers=num_layers, dropout=dropout)
+        self.read_out = ReadOut(features, hidden, dropout, readout)
+        self.answer: nn.Module = (
+            mlp_head(2 * hidden, hidden, width, dropout)
+            if per_node
+            else StepsHead(2 * hidden, width, hidden=hidden, num_layers=num_layers, dropout=dropout)
+        )
 
     def forward(self, graphs: Batch, graphs_per_record_B: torch.Tensor, last_node_G: torch.Tensor) -> Output:
         """Return logits and penalties of a batch.
@@ -67,11 +119,9 @@ class GNNLSTMDetector(nn.Module):
             last_node_G: int64, the row in x of each graph's last node.
         """
         views_NF = self.views(node_features(graphs))
-        states_GH = self.encode(graphs, views_NF)[last_node_G]
-        raw_GH = self.raw(views_NF[last_node_G])
-        steps_BLF, lengths_B = to_steps(torch.cat([states_GH, raw_GH], dim=1), graphs_per_record_B)
-        logits_BK = self.classify(steps_BLF, lengths_B)
-        return Output(logits_BK, logits_BK.new_zeros(len(logits_BK)))
+        rows_GH = self.read_out(graphs, None if self.per_node else last_node_G, self.encode(graphs, views_NF), views_NF)
+        logits = self.answer(rows_GH) if self.per_node else self.answer(*to_steps(rows_GH, graphs_per_record_B))
+        return Output(logits, logits.new_zeros(len(graphs_per_record_B)))
 
 
 def node_features(graphs: Batch) -> torch.Tensor:

@@ -11,18 +11,18 @@ from torch import nn
 from torch_geometric.data import Batch
 
 from models.features import FeatureViews
-from models.gnn_lstm import GraphEncoder, node_features, records_of_graphs, to_steps
-from models.lstm import Output, StepsClassifier
+from models.gnn_lstm import GraphEncoder, ReadOut, node_features, records_of_graphs, to_steps
+from models.lstm import Output, StepsHead, mlp_head, outputs_of
 from models.moves import to_device
 from models.noise import keyed_normal, mix
 
 
 class GVAELSTMDetector(nn.Module):
-    """Detector on graphs: mean and log-variance per node, decoder, LSTM over last tokens [raw, mean, log-variance].
+    """Detector on graphs: mean and log-variance per node, decoder, LSTM over graphs read out of [raw, mean, log-variance].
 
     The penalty is reconstruction (mean squared error of the standardised node features) plus `kl_weight` times the KL
     divergence from a standard normal, each the mean over a record's nodes. In training the decoder sees a sample, in
-    evaluation the mean; the classifier always sees mean and log-variance, so that evaluation has no randomness. The sample's
+    evaluation the mean; the head always sees mean and log-variance, so that evaluation has no randomness. The sample's
     noise is a function of each record's key and the node's number in the record, so it does not depend on batch or process.
     """
 
@@ -31,7 +31,10 @@ class GVAELSTMDetector(nn.Module):
         features: int,
         num_classes: int = 2,
         *,
+        outputs: int | None = None,
         edge_features: int = 1,
+        readout: str = "last",
+        per_node: bool = False,
         hidden: int = 64,
         latent: int = 32,
         num_layers: int = 1,
@@ -39,14 +42,19 @@ class GVAELSTMDetector(nn.Module):
         kl_weight: float = 1e-3,
     ) -> None:
         super().__init__()
-        self.kl_weight = kl_weight
+        self.kl_weight, self.per_node = kl_weight, per_node
+        width, row = outputs or outputs_of(num_classes), hidden + 2 * latent
         self.views = FeatureViews(features)
         self.encode = GraphEncoder(features, hidden, edge_features, dropout)
         self.mean = nn.Linear(hidden, latent)
         self.log_variance = nn.Linear(hidden, latent)
         self.decode = nn.Sequential(nn.Linear(latent, hidden), nn.ReLU(), nn.Linear(hidden, features))
-        self.raw = nn.Sequential(nn.Linear(2 * features, hidden), nn.Dropout(dropout))
-        self.classify = StepsClassifier(hidden + 2 * latent, num_classes, hidden=hidden, num_layers=num_layers, dropout=dropout)
+        self.read_out = ReadOut(features, hidden, dropout, readout)
+        self.answer: nn.Module = (
+            mlp_head(row, hidden, width, dropout)
+            if per_node
+            else StepsHead(row, width, hidden=hidden, num_layers=num_layers, dropout=dropout)
+        )
 
     def forward(
         self,
@@ -68,8 +76,10 @@ class GVAELSTMDetector(nn.Module):
         reconstruction_N = (self.decode(latent_NZ) - self.views.standardised(x_NF)).square().mean(dim=1)
         kl_N = 0.5 * (mean_NZ.square() + log_variance_NZ.exp() - 1 - log_variance_NZ).sum(dim=1)
         penalty_B = record_means(reconstruction_N + self.kl_weight * kl_N, record_N, len(graphs_per_record_B))
-        steps_GF = torch.cat([self.raw(views_NF[last_node_G]), mean_NZ[last_node_G], log_variance_NZ[last_node_G]], dim=1)
-        return Output(self.classify(*to_steps(steps_GF, graphs_per_record_B)), penalty_B)
+        states_NZ = torch.cat([mean_NZ, log_variance_NZ], dim=1)
+        rows_GH = self.read_out(graphs, None if self.per_node else last_node_G, states_NZ, views_NF)
+        logits = self.answer(rows_GH) if self.per_node else self.answer(*to_steps(rows_GH, graphs_per_record_B))
+        return Output(logits, penalty_B)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -27,11 +27,14 @@ from tests.pretended_gpu.cuda import PretendedEvent
 from training.build import build_model, forward, make_loader, unfit_records
 from training.config import MODELS, Conduct, TrainConfig
 from training.interrupt import Interrupts
+from training.objective import Objective
 from training.processes import Processes
 from training.scoring import score_batches
 from training.step import Stepper
+from training.target import Target
 from training.trainer import Trainer
 
+TWO = Target(name="label", task="binary", classes=2)
 CUDA = torch.device("cuda", 0)
 
 
@@ -81,8 +84,8 @@ def test_a_step_of_training_waits_for_nothing(
 ) -> None:
     config = TrainConfig(models=(model,), batch_size=8, accumulate=accumulate, precision=precision)
     loader = make_loader(model, shape[1], config, "train", "cuda")
-    net = build_model(model, shape[1].schema, 2, config).to(CUDA)
-    stepper = Stepper(net, config, 100, CUDA, Processes(dp.World()))
+    net = build_model(model, shape[1].schema, TWO, config).to(CUDA)
+    stepper = Stepper(net, config, Objective(TWO, CUDA), 100, CUDA, Processes(dp.World()))
     batches = list(islice(loader, 3))
     noisy = model == "gvae_lstm"
     stepper.step(batches[0], 0, 8, 0 if noisy else None)  # what is made once: the optimizer's state
@@ -130,13 +133,13 @@ def test_a_batch_waits_for_nothing(gpu_log: Log, shape: tuple[str, dp.Dataset], 
 @pytest.mark.gpu
 def test_scores_cost_a_wait_per_batch(gpu_log: Log, shape: tuple[str, dp.Dataset]) -> None:
     config = TrainConfig(models=("lstm",), batch_size=8)
-    net = build_model("lstm", shape[1].schema, 2, config)
+    net = build_model("lstm", shape[1].schema, TWO, config)
     loader = make_loader("lstm", shape[1], config, "train", "cuda", shuffle=False)
     on_cpu = make_loader("lstm", shape[1], config, "train", "cpu", shuffle=False)
-    expected = torch.cat([part.logits for part in score_batches(net, on_cpu, "fp32")])
+    expected = torch.cat([part.logits for part in score_batches(net, on_cpu, "fp32", Objective(TWO, torch.device("cpu")))])
     net = net.to(CUDA)
     gpu_log.clear()
-    found = torch.cat([part.logits for part in score_batches(net, loader, "fp32")])
+    found = torch.cat([part.logits for part in score_batches(net, loader, "fp32", Objective(TWO, CUDA))])
     assert gpu_log.number("wait") <= len(loader) + 1
     assert torch.allclose(found, expected, atol=1e-5)
 
@@ -147,8 +150,8 @@ def test_scores_cost_a_wait_per_batch(gpu_log: Log, shape: tuple[str, dp.Dataset
 def test_bf16_is_never_float16(gpu_log: Log, shape: tuple[str, dp.Dataset], model: Any, precision: Any) -> None:
     """cuDNN's LSTM under autocast is float16 whatever was asked for, and there is no loss scaling but with fp16."""
     config = TrainConfig(models=(model,), batch_size=8, precision=precision)
-    net = build_model(model, shape[1].schema, 2, config).to(CUDA)
-    stepper = Stepper(net, config, 100, CUDA, Processes(dp.World()))
+    net = build_model(model, shape[1].schema, TWO, config).to(CUDA)
+    stepper = Stepper(net, config, Objective(TWO, CUDA), 100, CUDA, Processes(dp.World()))
     batch = next(iter(make_loader(model, shape[1], config, "train", "cuda")))
     gpu_log.clear()
     share = stepper.step(batch, 0, 8, 0 if model == "gvae_lstm" else None)

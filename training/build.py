@@ -1,4 +1,4 @@
-"""Build the loaders, the network and the loss of a detector from a configuration, a schema and a number of classes."""
+"""Build the loaders and the network of a detector from a configuration, a schema and a target; run a batch through it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
-from dali_pipeline import Dataset, GraphBatch, GraphLoader, Schema, SequenceBatch, SequenceLoader
+from dali_pipeline import Dataset, GraphLoader, Schema, SequenceBatch, SequenceLoader
 from dali_pipeline.format.layers import parse_layers, to_positions
 from dali_pipeline.loaders.loader import Loader
 from dali_pipeline.loaders.options import NumWorkers, OnNan
+from dali_pipeline.loaders.sequences import Engine
 from dali_pipeline.loaders.sidestream import to_device
 from models import GNNLSTMDetector, GVAELSTMDetector, LSTMDetector, Output
 from models.gnn_lstm import records_of_graphs
 from models.noise import mix
-from training.config import ModelName, TrainConfig
+from training.config import ModelName, TrainConfig, kind_of
+from training.target import Batch, Target
 
-Batch = SequenceBatch | GraphBatch
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -34,14 +34,19 @@ def make_loader(
     world_size: int = 1,
     shuffle: bool | None = None,
     on_nan: OnNan = "keep",
+    engine: Engine = "dali",
+    batch_size: int | None = None,
+    alone: bool = False,
 ) -> Loader[Any]:
     """Return the loader of a split for a model; raise UsageError for a device or layers that are not there.
 
-    By default the training split is shuffled, and other splits come in file order.
+    By default the training split is shuffled, and other splits come in file order. With `alone` this process gets all records,
+    whatever the number of processes. The loader delivers the steps, layers and fields
+    that the model and its target need.
     """
     common: dict[str, Any] = {
         "split": split,
-        "batch_size": config.batch_size // world_size,
+        "batch_size": batch_size or config.batch_size // world_size,
         "shuffle": split == "train" if shuffle is None else shuffle,
         "seed": config.seed,
         "layers": parse_layers(config.layers),
@@ -49,30 +54,39 @@ def make_loader(
         "num_workers": num_workers,
         "num_partitions": config.num_partitions if split == "train" else 1,
         "on_nan": on_nan,
+        "fields": [] if config.target == "label" else [config.target.partition(".")[2]],
+        **({"rank": 0, "world_size": 1} if alone else {}),
     }
-    return SequenceLoader(data, **common) if name == "lstm" else GraphLoader(data, **common)
+    if kind_of(name) == "graphs":
+        return GraphLoader(data, **common)
+    last_step = data.schema.layer_axis is not None and config.over == "layer"
+    return SequenceLoader(data, **common, steps=[-1] if last_step else None, engine=engine)
 
 
 def step_features(schema: Schema, config: TrainConfig) -> int:
-    """Return the number of features of a step as the model sees it, with the chosen layers if an axis of it is named layer."""
+    """Return the number of features of a step as the model sees it: of the chosen layers; of one if it runs over them."""
     assert schema.sequence is not None
     shape = list(schema.sequence.shape)
     if schema.layer_axis is not None:
         numbers = schema.layers or range(shape[schema.layer_axis])
-        shape[schema.layer_axis] = len(to_positions(parse_layers(config.layers), numbers))
+        chosen = len(to_positions(parse_layers(config.layers), numbers))
+        shape[schema.layer_axis] = 1 if config.over == "layer" else chosen
     return int(np.prod(shape))
 
 
-def build_model(name: ModelName, schema: Schema, classes: int, config: TrainConfig) -> nn.Module:
-    """Return the detector for a schema and a number of classes."""
+def build_model(name: ModelName, schema: Schema, target: Target, config: TrainConfig) -> nn.Module:
+    """Return the detector for a schema and a target."""
+    common: dict[str, Any] = {"outputs": target.outputs, "dropout": config.dropout}
     if name == "lstm":
-        return LSTMDetector(step_features(schema, config), classes, dropout=config.dropout)
+        axis = schema.layer_axis if config.over == "layer" else None
+        return LSTMDetector(step_features(schema, config), layer_axis=axis, per_step=target.level == "step", **common)
     assert schema.x is not None
     features = int(np.prod(schema.x.shape))
-    edges = int(np.prod(schema.edge_attr.shape)) if schema.edge_attr is not None else 1
+    common["edge_features"] = int(np.prod(schema.edge_attr.shape)) if schema.edge_attr is not None else 1
+    common |= {"readout": config.readout, "per_node": target.level == "node"}
     if name == "gnn_lstm":
-        return GNNLSTMDetector(features, classes, edge_features=edges, dropout=config.dropout)
-    return GVAELSTMDetector(features, classes, edge_features=edges, dropout=config.dropout, kl_weight=config.kl_weight)
+        return GNNLSTMDetector(features, **common)
+    return GVAELSTMDetector(features, kl_weight=config.kl_weight, **common)
 
 
 def forward(model: nn.Module, batch: Batch, noise_key: int | None = None) -> Output:
@@ -85,16 +99,6 @@ def forward(model: nn.Module, batch: Batch, noise_key: int | None = None) -> Out
         keys_B = to_device(mix(mix(batch.positions) + noise_key), batch.valid.device)
         output = model(batch.graphs, batch.graphs_per_record, batch.last_node, keys_B)
     return output
-
-
-def record_losses(output: Output, labels_B: torch.Tensor) -> torch.Tensor:
-    """Return the cross entropy plus the penalty of each record, (B,) float32."""
-    logits_BK, penalty_B = output.logits_BK.float(), output.penalty_B.float()
-    if logits_BK.shape[1] == 1:
-        losses_B = functional.binary_cross_entropy_with_logits(logits_BK[:, 0], labels_B.float(), reduction="none")
-    else:
-        losses_B = functional.cross_entropy(logits_BK, labels_B, reduction="none")
-    return losses_B + penalty_B
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import torch
 
@@ -10,9 +11,11 @@ from dali_pipeline import DataError, Dataset, replay
 from dali_pipeline.runtime.threads import default_threads
 from training.build import make_loader
 from training.config import ModelName, TrainConfig
-from training.prepare import Options, check_classes, check_trace, find_data, models_for
+from training.prepare import Options, check_trace, find_data, models_for
 from training.processes import Processes
+from training.resolve import resolved
 from training.step import trial
+from training.target import find_target
 from training.watch import traced
 
 SECONDS, LEAST_STEPS = 5.0, 5  # per model
@@ -21,9 +24,11 @@ SECONDS, LEAST_STEPS = 5.0, 5  # per model
 def tell_ceilings(options: Options, config: TrainConfig, processes: Processes) -> None:
     """Print one line per model: the records per second if it never waited for a batch."""
     data = processes.first(lambda: measurable_data(options))
+    config = replace(config, models=models_for(data, config.models, config.level))
+    config = processes.first(lambda: resolved(data, config)[0])
     config.check_shares(processes.world_size)
     with traced(options.trace, processes.rank):
-        for name in models_for(data, config.models):
+        for name in config.models:
             rate, nbytes = ceiling(name, data, config, options, processes)
             if processes.is_first:
                 print(
@@ -36,9 +41,7 @@ def tell_ceilings(options: Options, config: TrainConfig, processes: Processes) -
 def measurable_data(options: Options) -> Dataset:
     """Return the data set; refuse data that cannot be measured."""
     check_trace(options.trace)
-    data = find_data(options)
-    check_classes(data)
-    return data
+    return find_data(options)
 
 
 def ceiling(name: ModelName, data: Dataset, config: TrainConfig, options: Options, processes: Processes) -> tuple[float, float]:
@@ -48,7 +51,8 @@ def ceiling(name: ModelName, data: Dataset, config: TrainConfig, options: Option
     loader = make_loader(name, data, config, "train", conduct.device, num_workers=conduct.num_workers, world_size=shares)
     if not loader.num_records:
         raise DataError(f"split 'train' of {data.root} has no records of {loader.kind}, which {name} trains on; expected some")
-    _, step = trial(name, loader, config, processes)
+    target = find_target(data, loader.kind, config.target, config.task, splits=("train",))
+    _, step = trial(name, loader, config, target, processes)
     batch = next(iter(loader))
 
     def seconds(steps: int) -> float:

@@ -17,10 +17,10 @@ from dali_pipeline.runtime.trace import span
 from dali_pipeline.storage.whole import write_whole
 from training.config import TrainConfig
 
-IDENTITY = {"name", "config", "schema", "classes"}
+IDENTITY = {"name", "config", "schema", "target"}
 # the other entries that `Trainer.save` writes, and their types
 PARTS: dict[str, type] = dict.fromkeys(("best", "model", "optimizer", "scheduler", "scaler", "loader", "delivered"), dict)
-PARTS |= {"epoch": int, "loss_sum": float, "loss_count": int, "history": list, "best_auroc": float, "random": list}
+PARTS |= {"epoch": int, "loss_sum": float, "loss_count": int, "history": list, "best_score": float, "random": list}
 
 
 class CheckpointWriter:

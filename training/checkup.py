@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from typing import Any
 
 from dali_pipeline import UsageError
@@ -14,9 +15,11 @@ from dali_pipeline.tools import doctor
 from dali_pipeline.tools.knobs import Setup
 from dali_pipeline.tools.stages import Train
 from training.config import ModelName, TrainConfig, kind_of
-from training.prepare import Options, check_classes, find_data, models_for
+from training.prepare import Options, find_data, models_for
 from training.processes import Processes
+from training.resolve import resolved
 from training.step import trial
+from training.target import Target, find_target
 
 
 def examine_training(options: Options, config: TrainConfig, processes: Processes, *, as_json: bool) -> int:
@@ -25,16 +28,20 @@ def examine_training(options: Options, config: TrainConfig, processes: Processes
         raise UsageError(f"--doctor examines one process, and {processes.world_size} were started; run it without torchrun")
     with redirect_stdout(sys.stderr if as_json else sys.stdout):
         data = find_data(options)
-        name = models_for(data, config.models)[0]
-    check_classes(data)
+        name = models_for(data, config.models, config.level)[0]
+        config, _ = resolved(data, replace(config, models=(name,)))
+        target = find_target(data, kind_of(name), config.target, config.task, splits=("train",))
     conduct = options.conduct
     setup = Setup(
         batch_size=config.batch_size, num_workers=conduct.num_workers, device=conduct.device, layers=parse_layers(config.layers)
     )
     seconds = doctor.SECONDS
-    return check_up(data, kind_of(name), setup, lambda loader: train_step(name, loader, config), name, seconds, as_json, None)
+    return check_up(
+        data, kind_of(name), setup, lambda loader: train_step(name, loader, config, target), name, seconds, as_json, None
+    )
 
 
-def train_step(name: ModelName, loader: Loader[Any], config: TrainConfig | None = None) -> Train:
+def train_step(name: ModelName, loader: Loader[Any], config: TrainConfig | None = None, target: Target | None = None) -> Train:
     """Return a callable that takes one training step of a detector on a batch, like train.py."""
-    return trial(name, loader, config or TrainConfig(), Processes(loader.world))[1]
+    target = target or find_target(loader.data, loader.kind, splits=("train",))
+    return trial(name, loader, config or TrainConfig(), target, Processes(loader.world))[1]

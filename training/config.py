@@ -17,9 +17,20 @@ from dali_pipeline.types import Kind
 ModelName = Literal["lstm", "gnn_lstm", "gvae_lstm"]
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
 Precision = Literal["fp32", "bf16", "fp16"]
-ARCHITECTURE = 2  # version of the detectors; 2 standardises features. Runs of another version are not continued
+# version of the detectors; 2 standardises features, 3 those of edges too. Runs of another version are not continued
+ARCHITECTURE = 3
 OLD_WORDS = {"lanes": "num_partitions"}
-METRICS = ("auroc", "average_precision", "f1", "precision", "recall", "accuracy", "ece")
+Task = Literal["binary", "multiclass", "multilabel", "regression"]
+TASKS: tuple[Task, ...] = get_args(Task)
+METRICS = ("auroc", "average_precision", "f1", "precision", "recall", "accuracy", "ece", "fpr95")
+VALUE_METRICS = ("mae", "rmse", "r2", "spearman")
+Over = Literal["auto", "layer", "token"]
+Readout = Literal["auto", "last", "mean", "sum", "max"]
+
+
+def metrics_of(task: str) -> tuple[str, ...]:
+    """Return the names of the metrics of a task, in the order of the table."""
+    return VALUE_METRICS if task == "regression" else METRICS
 
 
 def kind_of(name: str) -> Kind:
@@ -69,6 +80,11 @@ class TrainConfig:
         kl_weight: Weight of the KL divergence in the loss of gvae_lstm.
         seed: Seed of weights, dropout, order and folds.
         layers: Steps or graphs of each record to use, in the form that `parse_layers` reads; None for all.
+        target: What to predict: "label", "record.NAME", "step.NAME" or "node.NAME".
+        task: "binary", "multiclass", "multilabel" or "regression"; None for what the target's type says.
+        over: What the LSTM runs over where a step has layers: the "layer" axis of the last step, or the "token" axis; "auto"
+            chooses by the target.
+        readout: How the nodes of a graph become one row: "last", "mean", "sum" or "max"; "auto" chooses by the edges.
         num_partitions: Number of disjoint sets of shards of the training split, so that each node reads its own.
         precision: Precision of the forward pass.
         accumulate: Number of pieces into which each process's part of a batch is split.
@@ -88,6 +104,10 @@ class TrainConfig:
     kl_weight: float = 1e-3
     seed: int = 0
     layers: str | None = None
+    target: str = "label"
+    task: str | None = None
+    over: Over = "auto"
+    readout: Readout = "auto"
     num_partitions: int = 1
     precision: Precision = "fp32"
     accumulate: int = 1
@@ -106,6 +126,11 @@ class TrainConfig:
         if not 0 <= self.dropout < 1:
             raise UsageError(f"dropout is {self.dropout}; expected 0 or more and less than 1")
         parse_layers(self.layers)
+
+    @property
+    def level(self) -> str:
+        """What has one target each: "record", "step" or "node"."""
+        return "record" if self.target == "label" else self.target.partition(".")[0]
 
     def check_shares(self, world_size: int) -> None:
         """Raise UsageError unless the batch size is a multiple of the number of processes times `accumulate`."""

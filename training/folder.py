@@ -17,8 +17,9 @@ from training.config import MODELS, ModelName, TrainConfig
 from training.provenance import note_start
 
 CONFIG_NAME, METRICS_NAME, STARTS_NAME = "config.json", "metrics.json", "starts.json"
+BASELINES_NAME, DIFFERENCES_NAME = "baselines.json", "differences.csv"
 HISTORY_NAME, PREDICTIONS_NAME, CURVES_NAME = EXTRAS = "history.csv", "predictions.parquet", "curves.png"
-WRITTEN = (CONFIG_NAME, METRICS_NAME, STARTS_NAME, "layers.csv", *EXTRAS)
+WRITTEN = (CONFIG_NAME, METRICS_NAME, STARTS_NAME, BASELINES_NAME, DIFFERENCES_NAME, "layers.csv", *EXTRAS)
 
 
 def checkpoint_path(folder: Path, model: ModelName, which: Literal["best", "last"]) -> Path:

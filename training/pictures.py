@@ -15,10 +15,11 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 from dali_pipeline.storage.whole import write_whole
 from dali_pipeline.tools.picture import entitle
-from training.layers import LayerScores
+from training.baselines import LayerScores
 from training.metrics import Predictions, calibration_bins
-from training.trainer import HistoryRow
+from training.trainer import HistoryRow, best_row, score_of
 
+POINTS = 5000  # of a model, in the picture of predicted beside true values
 FEWEST = 10  # minimum number of records per point of the calibration curve
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -38,9 +39,14 @@ def draw_curves(
     colors = {model: f"C{number}" for number, model in enumerate(histories)}
     _losses(panels[0], histories, colors)
     _scores(panels[1], histories, colors)
-    _roc(panels[2], tests, results, colors)
-    _precision_recall(panels[3], tests, results, colors)
-    _calibration(panels[4], tests, results, colors)
+    if next(iter(tests.values())).task == "regression":
+        _values(panels[2], tests, results, colors)
+        _errors(panels[3], tests, results, colors)
+        _bias(panels[4], tests, colors)
+    else:
+        _roc(panels[2], tests, results, colors)
+        _precision_recall(panels[3], tests, results, colors)
+        _calibration(panels[4], tests, results, colors)
     if layers is None:
         panels[5].set_visible(False)
     else:
@@ -65,12 +71,13 @@ def _losses(axes: Axes, histories: Mapping[str, Sequence[HistoryRow]], colors: M
 
 
 def _scores(axes: Axes, histories: Mapping[str, Sequence[HistoryRow]], colors: Mapping[str, str]) -> None:
+    metric = "R2" if any("val_r2" in row for history in histories.values() for row in history) else "AUROC"
     for model, history in histories.items():
-        epochs, scores = [row["epoch"] + 1 for row in history], [row["val_auroc"] for row in history]
-        best = int(np.argmax(scores))
+        epochs, scores = [row["epoch"] + 1 for row in history], [score_of(row) for row in history]
+        best = history.index(best_row(history))
         axes.plot(epochs, scores, color=colors[model], marker=".", label=model)
         axes.plot(epochs[best], scores[best], color=colors[model], marker="o", markersize=11, fillstyle="none")
-    axes.set(title="Validation AUROC by epoch (circle: the epoch kept)", xlabel="epoch", ylabel="AUROC")
+    axes.set(title=f"Validation {metric} by epoch (circle: the epoch kept)", xlabel="epoch", ylabel=metric)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=8)
 
@@ -96,11 +103,11 @@ def _precision_recall(axes: Axes, tests: Mapping[str, Predictions], results: Res
         precision, recall, _ = precision_recall_curve(hits, scores)
         label = f"{model}, average precision {_with_interval(results, model, 'average_precision')}"
         axes.plot(recall, precision, color=colors[model], label=label)
-        if found.num_classes == 2:
+        if found.task == "binary":
             at = results[model]["test"]
             axes.plot(at["recall"], at["precision"], color=colors[model], marker="o", ls="none")
         axes.axhline(hits.mean(), color="0.6", ls=":")
-    binary = all(found.num_classes == 2 for found in tests.values())
+    binary = all(found.task == "binary" for found in tests.values())
     noted = " (dot: the threshold)" if binary else ""
     axes.set(title=f"Precision and recall on test{noted}", xlabel="recall", ylabel="precision", ylim=(0, 1.03))
     axes.legend(fontsize=8, loc="lower left")
@@ -109,7 +116,7 @@ def _precision_recall(axes: Axes, tests: Mapping[str, Predictions], results: Res
 def _calibration(axes: Axes, tests: Mapping[str, Predictions], results: Results, colors: Mapping[str, str]) -> None:
     axes.plot([0, 1], [0, 1], color="0.6", ls=":")
     for model, found in tests.items():
-        confidence, hits = found.confidence()
+        confidence, hits = (values.reshape(-1) for values in found.confidence())
         bins = calibration_bins(confidence)
         counts = np.bincount(bins)
         filled = counts >= FEWEST
@@ -127,6 +134,43 @@ def _calibration(axes: Axes, tests: Mapping[str, Predictions], results: Results,
     axes.legend(fontsize=8, loc="lower right")
 
 
+def _values(axes: Axes, tests: Mapping[str, Predictions], results: Results, colors: Mapping[str, str]) -> None:
+    every = np.concatenate([found.labels.reshape(-1) for found in tests.values()])
+    bounds = [float(every.min()), float(every.max())]
+    axes.plot(bounds, bounds, color="0.6", ls=":")
+    for model, found in tests.items():
+        true, predicted = (values.reshape(-1)[:POINTS] for values in (found.labels, found.scores))
+        label = f"{model}, R2 {_with_interval(results, model, 'r2')}"
+        axes.plot(true, predicted, color=colors[model], marker=".", ls="none", ms=3, alpha=0.4, label=label)
+    axes.set(title="Predicted beside true values on test", xlabel="true value", ylabel="predicted value")
+    axes.legend(fontsize=8, loc="upper left")
+
+
+def _errors(axes: Axes, tests: Mapping[str, Predictions], results: Results, colors: Mapping[str, str]) -> None:
+    for model, found in tests.items():
+        errors = np.sort(np.abs(found.scores - found.labels).reshape(-1))
+        label = f"{model}, mean {_with_interval(results, model, 'mae')}"
+        axes.plot(errors, np.arange(1, len(errors) + 1) / len(errors), color=colors[model], label=label)
+    axes.set(title="Absolute error on test", xlabel="error", ylabel="share with an error up to it", ylim=(0, 1.03))
+    axes.legend(fontsize=8, loc="lower right")
+
+
+def _bias(axes: Axes, tests: Mapping[str, Predictions], colors: Mapping[str, str]) -> None:
+    axes.axhline(0, color="0.6", ls=":")
+    for model, found in tests.items():
+        true, errors = found.labels.reshape(-1), (found.scores - found.labels).reshape(-1)
+        parts = [part for part in np.array_split(np.argsort(true, kind="stable"), 10) if len(part)]
+        axes.plot(
+            [true[part].mean() for part in parts],
+            [errors[part].mean() for part in parts],
+            color=colors[model],
+            marker="o",
+            label=model,
+        )
+    axes.set(title="Mean error by tenth of the true values", xlabel="true value", ylabel="predicted less true")
+    axes.legend(fontsize=8, loc="upper right")
+
+
 def _layers(axes: Axes, layers: LayerScores, results: Results, colors: Mapping[str, str]) -> None:
     axes.fill_between(
         layers.layers,
@@ -140,6 +184,8 @@ def _layers(axes: Axes, layers: LayerScores, results: Results, colors: Mapping[s
     axes.plot(layers.layers, layers.test, color="0.2", marker=".", label="linear probe on one layer, test")
     axes.plot(layers.layers, layers.val, color="0.2", ls="--", lw=1, label="validation")
     for model, result in results.items():
-        axes.axhline(result["test"]["auroc"], color=colors[model], lw=1, label=model)
-    axes.set(title="Test AUROC by layer, beside the detectors", xlabel="layer", ylabel="AUROC")
+        if model in colors:
+            axes.axhline(result["test"][layers.metric], color=colors[model], lw=1, label=model)
+    metric = "R2" if layers.metric == "r2" else "AUROC"
+    axes.set(title=f"Test {metric} by layer, beside the detectors", xlabel="layer", ylabel=metric)
     axes.legend(fontsize=8, loc="lower right")

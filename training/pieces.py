@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-import torch
 from torch_geometric.data import Batch as Graphs
 from torch_geometric.data import Data
 
@@ -24,22 +24,26 @@ def cut(batch: SequenceBatch | GraphBatch, pieces: int) -> list[SequenceBatch | 
 
 
 def _sequences(batch: SequenceBatch, rows: slice) -> SequenceBatch:
-    parts = {name: getattr(batch, name)[rows] for name in ("sequences", "lengths", "labels", "valid", "ids", "positions")}
-    return replace(batch, **parts)
+    return replace(batch, sequences=batch.sequences[rows], lengths=batch.lengths[rows], **_records(batch, rows))
+
+
+def _records(batch: SequenceBatch | GraphBatch, rows: slice) -> dict[str, Any]:
+    """Return what batches of both kinds have for each record, of these rows."""
+    parts: dict[str, Any] = {name: getattr(batch, name)[rows] for name in ("valid", "ids", "positions")}
+    parts["labels"] = None if batch.labels is None else batch.labels[rows]
+    return {**parts, "fields": {name: field[rows] for name, field in batch.fields.items()}}
 
 
 def _graphs(batch: GraphBatch, rows: slice, own: slice) -> GraphBatch:
     """Return the part of a batch with these rows; own: range of the rows' graphs."""
     whole, cuts = batch.graphs, batch.graphs._slice_dict  # on the CPU
-    first, last = (int(cuts["x"][graph]) for graph in (own.start, own.stop))
-    edges = slice(*(int(cuts["edge_index"][graph]) for graph in (own.start, own.stop)))
     graphs = Graphs(_base_cls=Data)
-    graphs.x = whole.x[first:last]
-    graphs.edge_index = whole.edge_index[:, edges] - first
-    if "edge_attr" in whole:
-        graphs.edge_attr = whole.edge_attr[edges]
-    graphs.batch = whole.batch[first:last] - own.start
+    spans = {name: slice(int(ends[own.start]), int(ends[own.stop])) for name, ends in cuts.items()}
+    first = spans["x"].start
+    for name, span in spans.items():
+        graphs[name] = whole[name][:, span] - first if name == "edge_index" else whole[name][span]
+    graphs.batch = whole.batch[spans["x"]] - own.start
     graphs.ptr = whole.ptr[own.start : own.stop + 1] - first
-    parts = {name: getattr(batch, name)[rows] for name in ("graphs_per_record", "labels", "valid", "ids", "positions")}
-    index: torch.Tensor = batch.layer_index[own]
-    return replace(batch, graphs=graphs, layer_index=index, last_node=batch.last_node[own] - first, **parts)
+    parts: dict[str, Any] = _records(batch, rows)
+    parts |= {"graphs_per_record": batch.graphs_per_record[rows], "layer_index": batch.layer_index[own]}
+    return replace(batch, graphs=graphs, last_node=batch.last_node[own] - first, **parts)

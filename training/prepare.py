@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dali_pipeline import DataError, Dataset, UsageError, open_dataset
 from dali_pipeline.storage.cachedfile import Place
+from dali_pipeline.types import KINDS
 from training.config import MODELS, Conduct, ModelName, TrainConfig, kind_of
 from training.folder import check_folder, check_resume, find_checkpoint
 
 DATA_FOLDER = Path("data")
 RUNS_FOLDER = Path("runs")
-MOST_CLASSES = 4096  # the memory of some metrics grows with the square of the number of classes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,39 +97,21 @@ def _converted(folder: Path, converted_dir: Path | None) -> Dataset:
     return convert(folder, converted)
 
 
-def models_for(data: Dataset, asked: tuple[ModelName, ...]) -> tuple[ModelName, ...]:
-    """Return the models that the data can train; of all three, those whose kind of record the data have."""
-    possible = tuple(name for name in asked if kind_of(name) in data.schema.kinds)
+def models_for(data: Dataset, asked: tuple[ModelName, ...], level: str = "record") -> tuple[ModelName, ...]:
+    """Return the models that the data can train; of all three, those whose kind of record the data, and the target, have."""
+    kinds = {"step": ("sequences",), "node": ("graphs",)}.get(level, KINDS)
+    fitting = tuple(name for name in asked if kind_of(name) in kinds)
+    if not fitting:
+        raise UsageError(
+            f"a target per {level} is of {kinds[0]}; {', '.join(asked)} reads {kind_of(asked[0])}; expected another --model"
+        )
+    possible = tuple(name for name in fitting if kind_of(name) in data.schema.kinds)
     holds = f"{data.root} holds {' and '.join(data.schema.kinds)} only"
-    if not possible or (possible != asked and asked != MODELS):
-        raise DataError(f"{holds}, on which {', '.join(sorted(set(asked) - set(possible)))} cannot train")
-    if possible != asked:
+    if not possible or (possible != fitting and asked != MODELS):
+        raise DataError(f"{holds}, on which {', '.join(sorted(set(fitting) - set(possible)))} cannot train")
+    if possible != fitting:
         print(f"{holds}: training {', '.join(possible)}")
     return possible
-
-
-def check_labels(data: Dataset, models: Iterable[str]) -> None:
-    """Raise DataError unless every split has records of at least two classes for each model, which the metrics need."""
-    check_classes(data)
-    for kind in dict.fromkeys(map(kind_of, models)):
-        for split in ("train", "val", "test"):
-            counts = data.label_counts(split, kind)
-            if len(counts) < 2:
-                problem = f"labels all {next(iter(counts))} in its {kind}" if counts else f"no records of {kind}"
-                raise DataError(
-                    f"split {split!r} of {data.root} has {problem}; expected at least two classes in train, val and test"
-                )
-
-
-def check_classes(data: Dataset) -> None:
-    """Raise DataError if labels are too large, because a detector has one output per number up to the highest label."""
-    if data.schema.labels.kind != "class":
-        raise DataError(f"{data.root} has labels of kind {data.schema.labels.kind!r}; a detector needs one class per record")
-    if data.num_classes > MOST_CLASSES:
-        raise DataError(
-            f"{data.root} has the label {data.num_classes - 1}, and a detector has an output for every number up to it; "
-            f"expected labels below {MOST_CLASSES}: number the classes 0, 1, 2 … and write the set anew"
-        )
 
 
 def find_folder(options: Options, config: TrainConfig, data: Dataset) -> tuple[Path, dict[str, Any], bool]:
@@ -146,13 +128,14 @@ def check_settings(data: Dataset, config: TrainConfig, folder: Path, options: Op
     """Check shares, labels, layers, device and checkpoint, so that errors come before anything is written."""
     from training.build import make_loader
     from training.checkpoint import read_checkpoint
+    from training.target import find_target
 
     conduct = options.conduct
     config.check_shares(world_size)
     check_resume(options.resume, config.models, options.runs)
     check_trace(options.trace)
     for name, part in ((name, part) for _, part, _ in runs_of(options, config, data) for name in config.models):
-        check_labels(part, [name])
+        find_target(part, kind_of(name), config.target, config.task)
         for split in data.splits:
             loader = make_loader(
                 name, part, config, split, conduct.device, num_workers=conduct.num_workers, world_size=world_size

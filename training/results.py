@@ -14,12 +14,13 @@ from rich.table import Table
 
 from dali_pipeline import UsageError
 from dali_pipeline.storage.whole import write_whole
-from training.config import METRICS
-from training.folder import METRICS_NAME
+from training.config import METRICS, metrics_of
+from training.folder import BASELINES_NAME, METRICS_NAME
 
 # the detector that each is compared with, and what it adds to that one
 ADDS = {"gnn_lstm": ("structure", "lstm"), "gvae_lstm": ("uncertainty", "gnn_lstm")}
-HEADS = {"average_precision": "av. precision"}
+HEADS = {"average_precision": "av. precision", "fpr95": "FPR at 95 % TPR", "r2": "R2"}
+SHOWN = {"auroc": "AUROC", "r2": "R2"}
 
 
 def write_metrics(path: Path, results: Mapping[str, Any]) -> None:
@@ -27,12 +28,14 @@ def write_metrics(path: Path, results: Mapping[str, Any]) -> None:
     write_whole(path, (json.dumps(results, indent=2) + "\n").encode())
 
 
-def read_metrics(folder: Path) -> dict[str, Any]:
+def read_metrics(folder: Path, name: str = METRICS_NAME) -> dict[str, Any]:
     """Return the results that `write_metrics` wrote; raise UsageError for any other file."""
-    path = folder / METRICS_NAME
+    path = folder / name
     try:
         results = cast(dict[str, Any], json.loads(path.read_text()))
-        whole = bool(results) and all({*METRICS} <= result["test"].keys() for result in results.values())
+        whole = bool(results) and all(
+            {*metrics_of(result.get("task", "binary"))} <= result["test"].keys() for result in results.values()
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
@@ -40,40 +43,77 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     return results
 
 
-def summarise(runs: Sequence[Mapping[str, Any]], over: str) -> dict[str, Any]:
-    """Return mean and standard deviation over runs, in the form of one run's metrics. over: `seeds` or `folds`."""
+def summarise(runs: Sequence[Mapping[str, Any]], over: str, differences: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """Return mean and standard deviation over runs, in the form of one run's metrics.
+
+    Args:
+        runs: Metrics of each run. A baseline that one run alone has keeps that run's numbers.
+        over: `seeds` or `folds`.
+        differences: Rows of `paired`, whose intervals know runs and questions.
+    """
     summary: dict[str, Any] = {}
-    for model in runs[0]:
-        metrics: dict[str, Any] = {}
+    by_pair = {(row["model"], row["beside"]): row for row in differences}
+    for model in dict.fromkeys(name for run in runs for name in run):
+        own = [run[model] for run in runs if model in run]
+        first = own[0]
+        metrics: dict[str, Any] = {name: first[name] for name in ("task", "target") if name in first}
         for split in ("test", "val"):
-            values = {name: [run[model][split][name] for run in runs] for name in METRICS}
+            values = {name: [run[split][name] for run in own] for name in metrics_of(first.get("task", "binary"))}
             metrics[split] = {name: fmean(of_runs) for name, of_runs in values.items()}
-            metrics[f"{split}_std"] = {name: stdev(of_runs) for name, of_runs in values.items()}
-        metrics[over] = [run[model]["seed"] for run in runs] if over == "seeds" else list(range(len(runs)))
-        if "against" in runs[0][model]:
-            gains = [run[model]["against"]["difference"] for run in runs]
-            metrics["against"] = {**runs[0][model]["against"], "difference": fmean(gains), "std": stdev(gains)}
+            metrics[f"{split}_std"] = {name: stdev(of_runs) if len(own) > 1 else 0.0 for name, of_runs in values.items()}
+        metrics["runs"] = len(own)
+        if "seed" in first:
+            metrics[over] = [run["seed"] for run in own] if over == "seeds" else list(range(len(own)))
+        if all("against" in run for run in own):
+            gains = [run["against"]["difference"] for run in own]
+            metrics["against"] = {
+                **first["against"],
+                "difference": fmean(gains),
+                "std": stdev(gains) if len(gains) > 1 else 0.0,
+            }
             del metrics["against"]["interval"]
+            if row := by_pair.get((model, first["against"]["model"])):
+                metrics["against"] |= {"interval": row["interval"], "trainings": row["trainings"]}
         summary[model] = metrics
     return summary
 
 
-def print_table(results: Mapping[str, Mapping[str, Any]], title: str) -> None:
-    """Print a row per model: test metrics, AUROC with its interval, threshold; for several runs mean ± standard deviation."""
+def read_baselines(folder: Path) -> dict[str, Any]:
+    """Return the metrics of the baselines, in the form of `read_metrics`; none if the run has no such file."""
+    try:
+        return read_metrics(folder, BASELINES_NAME)
+    except UsageError:
+        return {}
+
+
+def print_table(
+    results: Mapping[str, Mapping[str, Any]], title: str, baselines: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Print a row per model: test metrics, the main one with its interval, threshold; for several runs mean ± deviation.
+
+    Args:
+        results: Metrics by model.
+        title: Title of the table.
+        baselines: Metrics of further rows, below a line. Default: none.
+    """
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=200)  # piped output is never wrapped
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("model")
     several = any("test_std" in result for result in results.values())
-    for name in METRICS:
+    names = metrics_of(next(iter(results.values())).get("task", "binary"))
+    with_threshold = not several and names == METRICS
+    for name in names:
         table.add_column(HEADS.get(name, name), justify="right")
-    if not several:
+    if with_threshold:
         table.add_column("threshold", justify="right")
-    for model, result in results.items():
-        cells = [_cell(result, name) for name in METRICS]
+    for model, result in (*results.items(), *(baselines or {}).items()):
+        if model == next(iter(baselines or ()), None):
+            table.add_section()
         threshold = result.get("threshold")
-        table.add_row(model, *cells, *([] if several else ["–" if threshold is None else f"{threshold:.3f}"]))
+        shown = f"{threshold:.3f}" if isinstance(threshold, float) else "by label" if threshold else "–"
+        table.add_row(model, *(_cell(result, name) for name in names), *([shown] if with_threshold else []))
     console.print(table)
     for model, result in results.items():
         if "against" in result:
@@ -81,17 +121,44 @@ def print_table(results: Mapping[str, Mapping[str, Any]], title: str) -> None:
 
 
 def _cell(result: Mapping[str, Any], name: str) -> str:
-    if "test_std" in result:
+    if result.get("runs", 1) > 1:
         return f"{result['test'][name]:.3f} ± {result['test_std'][name]:.3f}"
-    low, high = result["test_interval"][name]
-    return f"{result['test'][name]:.3f}" + (f" [{low:.3f}, {high:.3f}]" if name == "auroc" else "")
+    low, high = result.get("test_interval", {}).get(name, (0.0, 0.0))
+    return f"{result['test'][name]:.3f}" + (f" [{low:.3f}, {high:.3f}]" if name in SHOWN and "test_interval" in result else "")
 
 
 def said_of(model: str, against: Mapping[str, Any]) -> str:
-    """Return the gain of a detector in words, for example `structure: gnn_lstm +0.014 AUROC [-0.004, +0.032] beside lstm`."""
-    gain = f"{against['difference']:+.3f} AUROC"
+    """Return the gain of a detector in words, for example `structure: gnn_lstm +0.014 AUROC [-0.004, +0.032] beside lstm`.
+
+    Whatever one training shows, it says that another may show something else.
+    """
+    gain = f"{against['difference']:+.3f} {against.get('metric', 'AUROC')}"
     if "std" in against:
-        return f"{against['adds']}: {model} {gain} ± {against['std']:.3f} beside {against['model']}"
+        gain += f" ± {against['std']:.3f}"
+    if "interval" not in against:
+        return f"{against['adds']}: {model} {gain} beside {against['model']}"
     low, high = against["interval"]
-    note = "" if low > 0 or high < 0 else ", which these records cannot tell from none"
-    return f"{against['adds']}: {model} {gain} [{low:+.3f}, {high:+.3f}] beside {against['model']}{note}"
+    trainings = against.get("trainings", 1)
+    told = "" if low > 0 or high < 0 else "; these records cannot tell it from none"
+    if trainings == 1:
+        known = "of one training each, so the interval knows the questions and not the training: --seeds 5 knows both"
+        return f"{against['adds']}: {model} {gain} [{low:+.3f}, {high:+.3f}] beside {against['model']}{told} ({known})"
+    told = told and "; these records and trainings cannot tell it from none"
+    return f"{against['adds']}: {model} {gain} [{low:+.3f}, {high:+.3f}] beside {against['model']}{told}"
+
+
+def print_differences(differences: Sequence[Mapping[str, Any]]) -> None:
+    """Print a row per pair of models: the mean difference over the runs, with the interval over questions and runs."""
+    table = Table(title="Differences on test, paired by record; intervals over questions and trainings", box=box.SIMPLE_HEAD)
+    table.title_justify = "left"
+    for head in ("model", "beside"):
+        table.add_column(head)
+    for head in ("difference", "95 % interval", "± over runs"):
+        table.add_column(head, justify="right")
+    for row in differences:
+        low, high = row["interval"]
+        table.add_row(
+            row["model"], row["beside"], f"{row['difference']:+.3f}", f"[{low:+.3f}, {high:+.3f}]", f"{row['std']:.3f}"
+        )
+    console = Console(highlight=False)
+    (console if console.is_terminal else Console(highlight=False, width=200)).print(table)

@@ -26,9 +26,12 @@ from dali_pipeline.runtime.threads import default_threads
 from dali_pipeline.storage.whole import replacing
 from training.build import build_model, make_loader
 from training.checkpoint import load_checkpoint
-from training.config import MODELS, TrainConfig, kind_of
+from training.config import MODELS, ModelName, TrainConfig, kind_of
+from training.objective import Objective
 from training.report import prediction_table
 from training.scoring import Scored, score_batches
+from training.target import Target, same_kind, targets_of
+from training.transfer import Tally
 
 WRITERS: dict[str, Any] = {".parquet": pq.ParquetWriter, ".csv": pa_csv.CSVWriter}
 
@@ -41,15 +44,21 @@ class Counts:
         records: Scored records.
         left_out: Records that were left out for NaN or infinite values.
         strange: Scored records without a finite output.
+        tally: Scores and targets, for a table.
+        name: The model.
     """
 
     records: int = 0
     left_out: int = 0
     strange: int = 0
+    tally: Tally | None = None
+    name: str = ""
 
     def count(self, scored: Scored, checkpoint: Path, *, keep: bool) -> None:
         """Count scored records; raise DataError for an output that is not finite, unless `keep` is set."""
-        strange = ~torch.isfinite(scored.logits).all(dim=1)
+        record_M = torch.repeat_interleave(torch.arange(len(scored.ids)), scored.counts)
+        unfit_M = ~torch.isfinite(scored.logits).all(dim=1)
+        strange = torch.zeros(len(scored.ids), dtype=torch.bool).index_put((record_M[unfit_M],), torch.tensor(True))
         if strange.any() and not keep:
             first = scored.ids[int(strange.int().argmax())]
             raise DataError(
@@ -84,41 +93,32 @@ def write_scores(
     """
     if output.suffix not in WRITERS:
         raise UsageError(f"{output} ends in {output.suffix!r}; expected {' or '.join(WRITERS)}")
-    target = as_output(output)
-    state = load_checkpoint(checkpoint, "name one that train.py kept, such as lstm-best.pt")
-    name = state["name"]
-    if name not in MODELS:
-        raise UsageError(f"{checkpoint} is of the model {name!r}; expected one of {', '.join(MODELS)}")
-    try:
-        schema = msgspec.convert(state["schema"], Schema)
-    except (msgspec.ValidationError, UsageError) as error:
-        raise UsageError(f"{checkpoint} holds a schema that this version does not know ({error}); name another") from None
-    check_fits(checkpoint, name, schema, data)
-    config = replace(settings_of(checkpoint, state), models=(name,), batch_size=batch_size)
+    written = as_output(output)
+    trained = read_trained(checkpoint, data, batch_size)
+    name, target, config = trained.name, trained.target, trained.config
     torch.set_num_threads(default_threads())
     splits = data.splits if split is None else (split,)
-    loaders = {name_: make_loader(name, data, config, name_, device, shuffle=False, on_nan=on_nan) for name_ in splits}
-    try:
-        model = build_model(name, schema, state["classes"], config)
-        model.load_state_dict(state["model"])
-    except (RuntimeError, LookupError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"{checkpoint} holds other weights than {name} has ({reason}); name another") from None
-    model.to(loaders[splits[0]].device)
+    has = same_kind(targets_of(trained.schema).get(target.name), targets_of(data.schema).get(target.name))
+    reads = config if has else replace(config, target="label")  # scores need no targets
+    loaders = {name_: make_loader(name, data, reads, name_, device, shuffle=False, on_nan=on_nan) for name_ in splits}
+    device_of = loaders[splits[0]].device
+    model, objective = trained.model.to(device_of), Objective(target, device_of)
     total = sum(loader.num_records for loader in loaders.values())
     if not total:
         raise DataError(f"{data.root} has no {kind_of(name)} in {', '.join(splits)}; expected at least one record")
-    counts = Counts()
+    counts, tally = Counts(), Tally(target)
     with progress_bar() as bar:
         task = bar.add_task("predict", total=total)
 
         def tables() -> Iterator[pa.Table]:
             for split_name, loader in loaders.items():
                 groups = data.select(split_name, kind_of(name)).texts("groups")
-                for scored in finite_batches(model, loader, config.precision):
+                for scored in finite_batches(model, loader, config.precision, objective, has):
                     counts.count(scored, checkpoint, keep=on_nan == "keep")
                     own = [groups[position] for position in scored.positions.tolist()]
-                    yield prediction_table(scored.ids, own, scored.labels.numpy(), scored.scores, split_name)
+                    found = scored.predictions(target)
+                    tally.add(found, own)
+                    yield prediction_table(found, own, split_name)
                     bar.advance(task, len(scored.ids))
                 counts.left_out += loader.num_records - loader.digest.records
             if not counts.records:
@@ -126,14 +126,47 @@ def write_scores(
                     f"none of the {total:,} records in {data.root} holds finite values alone; expected at least one"
                 )
 
-        stream(target, tables())
+        stream(written, tables())
+    counts.tally, counts.name = tally, name
     return counts
 
 
-def finite_batches(model: nn.Module, loader: Loader[Any], precision: str) -> Iterator[Scored]:
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A detector as a checkpoint holds it: name, schema of its data, settings, target and network."""
+
+    name: ModelName
+    schema: Schema
+    config: TrainConfig
+    target: Target
+    model: nn.Module
+
+
+def read_trained(checkpoint: Path, data: Dataset, batch_size: int) -> Trained:
+    """Return the detector of a checkpoint; raises as `write_scores` does if there is none, or the records do not fit it."""
+    state = load_checkpoint(checkpoint, "name one that train.py kept, such as lstm-best.pt")
+    name = state["name"]
+    if name not in MODELS:
+        raise UsageError(f"{checkpoint} is of the model {name!r}; expected one of {', '.join(MODELS)}")
+    try:
+        schema, target = msgspec.convert(state["schema"], Schema), msgspec.convert(state["target"], Target)
+    except (msgspec.ValidationError, UsageError) as error:
+        raise UsageError(f"{checkpoint} holds a schema that this version does not know ({error}); name another") from None
+    check_fits(checkpoint, name, schema, data)
+    config = replace(settings_of(checkpoint, state), models=(name,), batch_size=batch_size)
+    try:
+        model = build_model(name, schema, target, config)
+        model.load_state_dict(state["model"])
+    except (RuntimeError, LookupError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{checkpoint} holds other weights than {name} has ({reason}); name another") from None
+    return Trained(name=name, schema=schema, config=config, target=target, model=model)
+
+
+def finite_batches(model: nn.Module, loader: Loader[Any], precision: str, objective: Objective, has: bool) -> Iterator[Scored]:
     """Yield like `score_batches`, or nothing if a short split has no record that may be scored; check the digest."""
     try:
-        yield from score_batches(model, loader, precision, with_losses=False)
+        yield from score_batches(model, loader, precision, objective, with_losses=False, with_targets=has)
     except NotFiniteError:
         # a loader that leaves records out looks for a sound one to pad with, among the first TRIED of the split
         if NotFiniteError not in loader.skips or loader.digest.records or loader.num_records > TRIED:

@@ -12,11 +12,13 @@ from torch._dynamo.exc import TorchDynamoException  # raised by torch.compile; i
 from dali_pipeline.loaders.loader import Loader
 from dali_pipeline.reading.damage import log
 from dali_pipeline.runtime.trace import span
-from training.build import Batch, autocast, build_model, forward, record_losses
+from training.build import autocast, build_model, forward
 from training.config import ModelName, TrainConfig
+from training.objective import Objective
 from training.pieces import cut
 from training.processes import Processes
 from training.randomness import random_states, set_random_states
+from training.target import Batch, Target
 
 ENDLESS = 10**9  # steps
 
@@ -30,11 +32,11 @@ def compile_reason(error: Exception) -> str:
 
 
 def trial(
-    name: ModelName, loader: Loader[Any], config: TrainConfig, processes: Processes
+    name: ModelName, loader: Loader[Any], config: TrainConfig, target: Target, processes: Processes
 ) -> tuple[Stepper, Callable[[Batch], torch.Tensor]]:
     """Return, for measurements, the stepper of a new model with an endless schedule, and a callable that takes a step."""
-    model = build_model(name, loader.data.schema, loader.data.num_classes, config).to(loader.device)
-    stepper = Stepper(model, config, ENDLESS, loader.device, processes)
+    model = build_model(name, loader.data.schema, target, config).to(loader.device)
+    stepper = Stepper(model, config, Objective(target, loader.device), ENDLESS, loader.device, processes)
     noise_key = 0 if name == "gvae_lstm" else None
     return stepper, lambda batch: stepper.step(batch, 0, len(batch) * processes.world_size, noise_key)
 
@@ -46,8 +48,17 @@ class Stepper:
     any number of pieces, give the same gradients. Nothing in a step waits for the GPU.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig, total_steps: int, device: torch.device, processes: Processes):
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        objective: Objective,
+        total_steps: int,
+        device: torch.device,
+        processes: Processes,
+    ) -> None:
         self.model, self.config, self.device, self.processes = model, config, device, processes
+        self.objective = objective
         # compiled with the first batch, which shows whether the model can be compiled
         self._engine = None if config.compile else processes.spread(model)
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
@@ -75,7 +86,7 @@ class Stepper:
             with self.processes.unsynchronised(engine, apart=piece is not pieces[-1]):
                 with span("forward"), autocast(self.device, self.config.precision):
                     output = forward(engine, piece, noise_key)
-                losses_B = record_losses(output, piece.labels)
+                losses_B = self.objective(output, piece)
                 own = (losses_B * piece.valid).sum() / max(count, 1)
                 # times the number of processes, because gradients are averaged over them
                 with span("backward"):

@@ -10,16 +10,18 @@ import torch
 from torch import nn
 
 from dali_pipeline.runtime.threads import thread_counts
-from training.build import Batch, autocast, forward, record_losses
+from training.build import autocast, forward
+from training.objective import Objective
 from training.processes import Processes
 from training.randomness import random_states, set_random_states
+from training.target import Batch
 
 STEPS = 5  # measured steps per number of threads, after one to warm up
 WORTH = 0.9  # more threads are chosen only if they take less than this share of the time
 
 
 def measure_threads(
-    model: nn.Module, batch: Batch, precision: str, device: torch.device, noise_key: int | None, processes: Processes
+    model: nn.Module, batch: Batch, precision: str, objective: Objective, noise_key: int | None, processes: Processes
 ) -> int:
     """Return the number of torch's threads with which steps on this batch take the least time, over all processes.
 
@@ -30,7 +32,7 @@ def measure_threads(
     best, least = 1, float("inf")
     for count in thread_counts():
         torch.set_num_threads(count)
-        seconds = [_step(trial, batch, precision, device, noise_key) for _ in range(STEPS + 1)][1:]
+        seconds = [_step(trial, batch, precision, objective, noise_key) for _ in range(STEPS + 1)][1:]
         (total,) = processes.sum([median(seconds)])
         if total < WORTH * least:
             best, least = count, total
@@ -39,10 +41,10 @@ def measure_threads(
     return best
 
 
-def _step(model: nn.Module, batch: Batch, precision: str, device: torch.device, noise_key: int | None) -> float:
+def _step(model: nn.Module, batch: Batch, precision: str, objective: Objective, noise_key: int | None) -> float:
     begun = time.perf_counter()
-    with autocast(device, precision):
+    with autocast(batch.valid.device, precision):
         output = forward(model, batch, noise_key)
-    torch.autograd.backward(record_losses(output, batch.labels).mean())
+    torch.autograd.backward(objective(output, batch).mean())
     model.zero_grad()
     return time.perf_counter() - begun

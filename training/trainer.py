@@ -17,19 +17,21 @@ import torch
 from dali_pipeline import Dataset, EpochDigest, PipelineError, StepTimer, UsageError
 from dali_pipeline.reading.damage import log
 from dali_pipeline.runtime.threads import default_threads
-from models import set_statistics
 from training.build import build_model, make_loader, unfit_records
 from training.checkpoint import CheckpointWriter, read_checkpoint
-from training.config import MODELS, Conduct, ModelName, TrainConfig
+from training.config import MODELS, Conduct, ModelName, TrainConfig, kind_of
 from training.folder import checkpoint_path
 from training.interrupt import Interrupted, Interrupts
 from training.memory import enough_memory
-from training.metrics import Predictions, area_under_roc
+from training.metrics import Predictions, main_metric
+from training.objective import Objective
 from training.processes import EndedElsewhere, Processes
 from training.randomness import DROPOUT, NOISE, random_states, seed_of, set_random_states
+from training.resolve import resolved
 from training.scoring import Scored, score_batches
 from training.statistics import feature_statistics
 from training.step import Stepper
+from training.target import find_target
 from training.threads import measure_threads
 
 HistoryRow = dict[str, float]
@@ -38,12 +40,17 @@ CHECK_STEPS = 50  # steps between two checks whether the loss is finite
 
 
 def best_row(history: Sequence[HistoryRow]) -> HistoryRow:
-    """Return the epoch with the highest validation AUROC; among ties that with the lowest validation loss, then the first.
+    """Return the epoch with the highest validation score; among ties that with the lowest validation loss, then the first.
 
     The loss matters because, on a few records, an early epoch may rank all of them correctly and yet predict one class for all.
-    An AUROC of NaN, which a single class gives, ranks last.
+    A score of NaN, which a single class gives, ranks last.
     """
-    return max(history, key=lambda row: (np.nan_to_num(row["val_auroc"], nan=-1.0), -row["val_loss"]))
+    return max(history, key=lambda row: (np.nan_to_num(score_of(row), nan=-np.inf), -row["val_loss"]))
+
+
+def score_of(row: HistoryRow) -> float:
+    """Return the validation score of an epoch: AUROC, or of values R squared."""
+    return row["val_r2"] if "val_r2" in row else row["val_auroc"]
 
 
 class Trainer:
@@ -65,6 +72,8 @@ class Trainer:
         interrupts: Interrupts,
         processes: Processes,
     ) -> None:
+        config = processes.first(lambda: resolved(data, config)[0])
+        self.target = processes.first(lambda: find_target(data, kind_of(model_name), config.target, config.task))
         self.name, self.data, self.config, self.folder, self.conduct = model_name, data, config, folder, conduct
         self.interrupts, self.processes = interrupts, processes
         self.loaders = {
@@ -84,17 +93,18 @@ class Trainer:
         torch.set_num_threads(self.threads)
         self.steps_per_epoch = len(self.loaders["train"])
         torch.manual_seed(seed_of(config.seed, MODELS.index(model_name)))
-        self.model = build_model(model_name, data.schema, data.num_classes, config).to(self.device)
-        statistics = processes.first(lambda: feature_statistics(model_name, data, config))
-        set_statistics(self.model, *statistics.tensors())
-        self.stepper = Stepper(self.model, config, config.epochs * self.steps_per_epoch, self.device, processes)
+        self.model = build_model(model_name, data.schema, self.target, config).to(self.device)
+        processes.first(lambda: feature_statistics(model_name, data, config)).give(self.model)
+        self.objective = Objective(self.target, self.device)
+        steps = config.epochs * self.steps_per_epoch
+        self.stepper = Stepper(self.model, config, self.objective, steps, self.device, processes)
         if not processes.is_first:  # so that processes drop out different units
             torch.manual_seed(seed_of(config.seed, MODELS.index(model_name), DROPOUT, processes.rank))
         self.epoch = 0
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # loss of this process in the epoch so far
         self.loss_count = 0  # valid records in it, over all processes
         self.history: list[HistoryRow] = []
-        self.best_auroc = -1.0
+        self.best_score = float("-inf")
         self.best_weights: dict[str, torch.Tensor] = {}
         self.timer = StepTimer(self.device)
         self.writer = CheckpointWriter()
@@ -146,7 +156,7 @@ class Trainer:
                 "train_loss": loss_sum / max(self.loss_count, 1),
                 "val_loss": predictions.loss,
             }
-            row |= {"val_auroc": area_under_roc(predictions), "lr": self.stepper.learning_rate}
+            row |= {f"val_{self.target.metric}": main_metric(predictions), "lr": self.stepper.learning_rate}
             row |= {"seconds": time.perf_counter() - started}
             self._end_epoch(row)
         return row
@@ -208,7 +218,7 @@ class Trainer:
         self.loaders["train"].set_epoch(self.epoch)
         self.position, self._before = self.loaders["train"].state_dict(), EpochDigest()
         if best_row(self.history) is row or not self.best_weights:
-            self.best_auroc = row["val_auroc"]
+            self.best_score = score_of(row)
             self.best_weights = {name: weight.detach().cpu().clone() for name, weight in self.model.state_dict().items()}
             self._save_best()
         self.save()
@@ -217,12 +227,13 @@ class Trainer:
         """Return the scores of every record of a split, in every process; raise Interrupted on a signal."""
         loader, parts = self.loaders[split], []
         loader.set_epoch(0)
-        for part in score_batches(self.model, loader, self.config.precision):
+        for part in score_batches(self.model, loader, self.config.precision, self.objective):
             parts.append(part)
             self.interrupts.agreed()
         loader.check_digest(reduce(add, self.processes.gather(loader.digest)))
-        predictions = Scored.join(self.processes.gather(Scored.join(parts))).in_file_order()
-        unfit = np.flatnonzero(~np.isfinite(predictions.scores).reshape(len(predictions.ids), -1).all(axis=1))
+        predictions = Scored.join(self.processes.gather(Scored.join(parts))).in_file_order(self.target)
+        finite_M = np.isfinite(predictions.scores).reshape(len(predictions.scores), -1).all(axis=1)
+        unfit = np.unique(np.repeat(np.arange(len(predictions.ids)), predictions.counts)[~finite_M])
         if len(unfit):
             if not self.processes.is_first:
                 raise EndedElsewhere
@@ -235,12 +246,12 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         config, schema = self.config.to_dict(self.data), msgspec.to_builtins(self.data.schema)
-        return {"name": self.name, "config": config, "schema": schema, "classes": self.data.num_classes}
+        return {"name": self.name, "config": config, "schema": schema, "target": msgspec.to_builtins(self.target)}
 
     def _save_best(self) -> None:
         if self.processes.is_first:
             path = checkpoint_path(self.folder, self.name, "best")
-            self.writer.write(path, {**self._identity(), "val_auroc": self.best_auroc, "model": self.best_weights})
+            self.writer.write(path, {**self._identity(), "score": self.best_score, "model": self.best_weights})
 
     def save(self) -> None:
         """Save everything that a resume needs, in the background, whole or not at all.
@@ -255,7 +266,7 @@ class Trainer:
         self._saved = time.monotonic()
         if not self.processes.is_first:
             return
-        state = {**self._identity(), **self.stepper.state_dict(), "best": self.best_weights, "best_auroc": self.best_auroc}
+        state = {**self._identity(), **self.stepper.state_dict(), "best": self.best_weights, "best_score": self.best_score}
         state |= {"loader": self.position, "delivered": delivered.to_dict(), "epoch": self.epoch, "history": self.history}
         state |= {"loss_sum": loss_sum, "loss_count": self.loss_count, "random": random, "threads": self.threads}
         self.writer.write(self.last_path, state)
@@ -286,7 +297,7 @@ class Trainer:
         self.loaders["train"].load_state_dict(state["loader"])
         self.position = state["loader"]
         self.epoch, self.loss_count, self.history = state["epoch"], int(state["loss_count"]), state["history"]
-        self.best_auroc, self.best_weights = float(state["best_auroc"]), state["best"]
+        self.best_score, self.best_weights = float(state["best_score"]), state["best"]
         if self.processes.is_first:  # sums over processes: what was before counts once
             self._before = EpochDigest.from_dict(state["delivered"])
             self.loss_sum.fill_(state["loss_sum"])
@@ -312,7 +323,7 @@ class Trainer:
         batch = next(iter(loader))
         loader.load_state_dict(state)
         noise_key = 0 if self.name == "gvae_lstm" else None
-        self.threads = measure_threads(self.model, batch, self.config.precision, self.device, noise_key, self.processes)
+        self.threads = measure_threads(self.model, batch, self.config.precision, self.objective, noise_key, self.processes)
         torch.set_num_threads(self.threads)
 
     def load_best(self) -> None:

@@ -11,6 +11,7 @@ import xxhash
 from dali_pipeline.errors import FormatError
 from dali_pipeline.format.digest import EpochDigest
 from dali_pipeline.format.manifest import ShardTable, shard_path
+from dali_pipeline.format.schema import Field, level_of
 from dali_pipeline.format.shard import Shard, SoundMap
 from dali_pipeline.sampling.draws import Draws
 from dali_pipeline.storage.cachedfile import Place, RemotePath
@@ -191,6 +192,32 @@ class Selection:
         """Read the label of every record, (N, *shape) in the stored type; a few bytes per record."""
         labels = [shard.read("labels")[rows] for shard, rows in self._by_entry()]
         return np.concatenate(labels) if labels else np.zeros(0, np.int64)
+
+    def field_values(self, name: str, field: Field) -> Iterator[tuple[Array, Ints, Array]]:
+        """Read a step, node or record field of every record, or the labels, a shard at a time; reads no other values.
+
+        Args:
+            name: Name of the array in the shards, such as "step.is_right", or "labels".
+            field: Its field.
+
+        Yields:
+            The values (M, *shape) as a loader delivers them, M counted over the records; (n,) int64 rows of each of the n
+            records; and (n,) positions of these.
+        """
+        level, done = ("record" if name == "labels" else level_of(name)), 0
+        for shard, rows in self._by_entry():
+            values = shard.read(name)
+            counts = np.ones(len(rows), np.int64)
+            if level == "record":
+                values = values[rows]
+            else:
+                offsets = shard.read("sequence.offsets" if level == "step" else "graphs.offsets")
+                if level == "node":
+                    offsets = shard.read("x.offsets")[offsets]
+                begins, counts = offsets[rows], offsets[rows + 1] - offsets[rows]
+                values = values[np.repeat(begins - np.cumsum(counts) + counts, counts) + np.arange(int(counts.sum()))]
+            yield field.values(values), counts, np.arange(done, done + len(rows))
+            done += len(rows)
 
     def texts(self, name: str) -> list[bytes]:
         """Read the `ids` or `groups` of every record; some ten bytes per record."""

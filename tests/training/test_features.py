@@ -203,7 +203,7 @@ def test_a_run_of_older_detectors_is_not_gone_on_with(
     torch.save(state, tmp_path / "old.pt")
     other = (*arguments[:-1], tmp_path / "other")
     assert train(monkeypatch, *other, "--resume", tmp_path / "old.pt") == 2
-    assert "was trained with architecture None; this run has 2" in capsys.readouterr().err
+    assert "was trained with architecture None; this run has 3" in capsys.readouterr().err
 
 
 def test_threads_are_chosen_kept_in_the_checkpoint_and_gone_on_with(

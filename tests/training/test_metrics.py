@@ -14,13 +14,15 @@ from sklearn.metrics import (
 )
 
 from training.config import METRICS
-from training.intervals import RESAMPLES, auroc_difference, intervals, resamples, weighted
+from training.intervals import RESAMPLES, difference, intervals, resamples, weighted
 from training.metrics import Predictions, area_under_roc, best_threshold, measure
 from training.trainer import best_row
 
 
 def predictions(scores: Any, labels: Any) -> Predictions:
     return Predictions(
+        task="binary" if np.ndim(scores) == 1 else "multiclass",
+        counts=np.ones(len(labels), np.int64),
         ids=[str(at) for at in range(len(labels))],
         positions=np.arange(len(labels)),
         scores=np.asarray(scores),
@@ -130,8 +132,8 @@ def test_intervals_hold_the_figure_and_narrow_with_more_groups() -> None:
     same = intervals(four_times, [str(at % 200).encode() for at in range(800)], 0.4)["auroc"]
     assert same == pytest.approx(wide, abs=1e-9)
     assert by_ten["auroc"] != wide
-    gain = auroc_difference(found, found, [str(at).encode() for at in range(200)])
-    assert gain == {"difference": 0.0, "interval": [0.0, 0.0]}
+    gain = difference([found], [found], [str(at).encode() for at in range(200)])
+    assert gain == {"difference": 0.0, "metric": "AUROC", "interval": [0.0, 0.0]}
 
 
 def test_the_best_epoch_ranks_best_and_then_loses_least() -> None:

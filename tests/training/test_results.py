@@ -195,7 +195,9 @@ def test_records_of_no_numbers_are_refused_left_out_or_kept(
 
     assert predict(monkeypatch, *arguments, "--on-nan", "skip") == 0
     sound = scores_of(output)
-    assert capsys.readouterr().out == f"{output}: {60 - len(bad)} records, {len(bad)} left out for NaN\n"
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{output}: {60 - len(bad)} records, {len(bad)} left out for NaN"
+    assert said[1].startswith("Metrics on set, beside the data of the training")
     assert sound.keys() == {record.id for record in records} - bad
 
     assert predict(monkeypatch, *arguments, "--on-nan", "keep") == 0
@@ -216,7 +218,7 @@ def test_weights_that_give_no_finite_score_are_said(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = torch.load(trained / "lstm.pt", weights_only=True)
-    state["model"]["classify.head.4.bias"] += torch.nan
+    state["model"]["answer.head.4.bias"] += torch.nan
     torch.save(state, tmp_path / "lstm.pt")
     arguments = ("--checkpoint", tmp_path / "lstm.pt", trained / "set", "--output", tmp_path / "scores.csv", "--device", "cpu")
     for on_nan in ("raise", "skip"):
@@ -224,7 +226,10 @@ def test_weights_that_give_no_finite_score_are_said(
         assert "the weights are damaged or too large" in capsys.readouterr().err
     assert not (tmp_path / "scores.csv").exists()
     assert predict(monkeypatch, *arguments, "--on-nan", "keep") == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'scores.csv'}: 60 records, 60 without a finite score\n"
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path / 'scores.csv'}: 60 records, 60 without a finite score",
+        "no table: no record has both a label that this detector knows and a finite score",
+    ]
 
 
 def test_labels_that_the_model_never_saw_are_delivered_as_they_are(
@@ -235,11 +240,11 @@ def test_labels_that_the_model_never_saw_are_delivered_as_they_are(
     other = [replace(record, label=[0, 1, 9, 2**40, 2**63 - 1][number % 5]) for number, record in enumerate(records)]
     data = write(tmp_path / "set", other)
     state = torch.load(trained / "lstm.pt", weights_only=True)
-    head = "classify.head.4"
+    head = "answer.head.4"
     state["model"] |= {
         f"{head}.{part}": state["model"][f"{head}.{part}"].repeat_interleave(3, dim=0) for part in ("weight", "bias")
     }
-    torch.save({**state, "classes": 3}, tmp_path / "three.pt")
+    torch.save({**state, "target": {"name": "label", "task": "multiclass", "classes": 3}}, tmp_path / "three.pt")
     for checkpoint, column in (
         (trained / "lstm.pt", "score"),
         (tmp_path / "three.pt", "score_2"),
@@ -262,9 +267,11 @@ def test_labels_that_the_model_never_saw_are_delivered_as_they_are(
         {"config": {"layers": 3}},
         {"config": {"precision": "fp8"}},
         {"config": {"epochs": None}},
-        {"classes": None},
-        {"classes": -1},
-        {"classes": 2**40},
+        {"target": None},
+        {"target": {"name": "label", "task": "guess"}},
+        {"target": {"name": "label", "task": "multiclass", "classes": -1}},
+        {"target": {"name": "label", "task": "multiclass", "classes": 2**40}},
+        {"target": {"name": "label", "task": "multilabel", "shape": [3]}},
         {"model": None},
         {"model": {}},
         {"schema": []},
@@ -459,16 +466,18 @@ def test_names_and_classes_that_extras_stumble_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Dollars in the set's name, a group of 3 MB, and so few of a class that the probe's part of the records has one alone."""
-    monkeypatch.setattr("training.layers.MOST_RECORDS", 1)
+    monkeypatch.setattr("training.baselines.MOST_ROWS", 1)
     records = make_records(60, ragged=False)
     root, out, loader = tmp_path / "a$\\frac{$b", tmp_path / "out", dp.SequenceLoader
     write(root, [replace(one, group="g" * 3_000_000 if one.id == "record-1" else one.id) for one in records])
-    monkeypatch.setattr("training.layers.SequenceLoader", lambda *given, **named: loader(*given, **{**named, "batch_size": 1}))
+    one_by_one = lambda *given, **named: loader(*given, **{**named, "batch_size": 1})  # noqa: E731
+    monkeypatch.setattr("training.baselines.SequenceLoader", one_by_one)
     assert call(monkeypatch, "--data", root, "--model", "lstm", "--epochs", 1, "--output-dir", out) == 0
     assert (out / "metrics.json").exists()
     assert (out / "curves.png").exists()
-    (record,) = caplog.records
-    assert record.getMessage().startswith(f"{out / 'layers.csv'} cannot be made (the 1 records looked at of split 'train' have")
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages[0].startswith(f"{out / 'layers.csv'} cannot be made (the 1 rows looked at of split 'train' have")
+    assert all(message.endswith("the run goes on without") for message in messages)
 
 
 def test_a_configuration_file_and_the_flags_that_win(
@@ -608,7 +617,7 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays(make: Callabl
 def test_a_checkpoint_is_what_it_was_when_it_was_written(tmp_path: Path) -> None:
     """Though it is written behind the scenes, while training goes on changing the weights."""
     writer, weight = CheckpointWriter(), torch.zeros(1000)
-    identity = {"name": "lstm", "config": {}, "schema": {}, "classes": 2}
+    identity = {"name": "lstm", "config": {}, "schema": {}, "target": {}}
     for number in range(20):
         writer.write(tmp_path / f"{number}.pt", {**identity, "weight": weight, "nest": {"list": [weight, (1, weight)]}})
         weight += 1

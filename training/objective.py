@@ -1,0 +1,63 @@
+"""Objective: the loss of each record of a batch, for every task."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from dali_pipeline import DataError, GraphBatch
+from dali_pipeline.loaders.sidestream import to_device
+from models import Output
+from models.gvae_lstm import records_of_nodes
+from training.target import Batch, Target
+
+
+class Objective:
+    """The loss of each record: cross entropy of classes and labels, Huber's loss (1964, delta 1) of values.
+
+    Values are in standard deviations of the training split. Several labels, or numbers of a value, count as their mean; steps
+    or nodes too, over those of the record that are known, so that every record weighs the same.
+    """
+
+    def __init__(self, target: Target, device: torch.device) -> None:
+        self.target = target
+        self._mean, self._spread = (torch.tensor(numbers, device=device) for numbers in (target.mean, target.spread))
+
+    def __call__(self, output: Output, batch: Batch) -> torch.Tensor:
+        """Return the loss plus the penalty of each record, (B,) float32; raises DataError if the batch has no target."""
+        target, penalty_B = self.target, output.penalty_B.float()
+        values = target.of(batch)
+        if values is None:
+            raise DataError(f"the records have no {target.name}; expected one in every record")
+        known = target.known(values).flatten()
+        losses = self._losses(output.logits_BK.float().flatten(0, -2), values, known)
+        if target.level == "record":
+            return losses + penalty_B
+        size = len(penalty_B)
+        if target.level == "step":
+            losses, counted = (part.view(size, -1) for part in (losses, known & steps_of_records(batch).flatten()))
+            totals_B, counts_B = torch.where(counted, losses, 0).sum(dim=1), counted.sum(dim=1)
+        else:
+            assert isinstance(batch, GraphBatch)
+            record_N = records_of_nodes(batch.graphs, batch.graphs_per_record)
+            totals_B = losses.new_zeros(size).index_add(0, record_N, torch.where(known, losses, 0))
+            counts_B = losses.new_zeros(size).index_add(0, record_N, known.to(losses.dtype))
+        return totals_B / counts_B.clamp(min=1) + penalty_B
+
+    def _losses(self, logits_MK: torch.Tensor, values: torch.Tensor, known_M: torch.Tensor) -> torch.Tensor:
+        """Return the loss of each of M rows, (M,); any finite number where the target is not known."""
+        task = self.target.task
+        if task == "multiclass":
+            return functional.cross_entropy(logits_MK, values.flatten().clamp(min=0), reduction="none")
+        values_MK = values.reshape(logits_MK.shape).float()
+        if task == "regression":
+            wanted_MK = (values_MK - self._mean) / self._spread
+            return functional.huber_loss(logits_MK, wanted_MK, reduction="none").mean(dim=1)
+        return functional.binary_cross_entropy_with_logits(logits_MK, values_MK, reduction="none").mean(dim=1)
+
+
+def steps_of_records(batch: Batch) -> torch.Tensor:
+    """Return which steps of a batch of sequences are no padding, (B, T) bool on the device; the lengths are copied there."""
+    assert not isinstance(batch, GraphBatch)
+    device = batch.sequences.device
+    return torch.arange(batch.sequences.shape[1], device=device) < to_device(batch.lengths, device)[:, None]

@@ -1,0 +1,79 @@
+"""Differences between models over several runs, paired by record: intervals over questions and trainings together."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from dali_pipeline.storage.whole import write_whole
+from training.config import MODELS, Task
+from training.folder import PREDICTIONS_NAME
+from training.intervals import difference
+from training.metrics import Predictions
+from training.report import read_predictions
+
+
+def paired(folders: Sequence[Path], task: Task) -> list[dict[str, Any]]:
+    """Return the difference of each pair of models, of two detectors or of a detector and a baseline, on the test records.
+
+    Args:
+        folders: Folder of each run. All have the same test records. A baseline that the first run alone has stands beside all.
+        task: Task of the runs.
+
+    Returns:
+        Rows of `model`, `beside`, `difference`, `interval`, `std`, `trainings`; none for models on different records.
+    """
+    runs = [read_predictions(folder / PREDICTIONS_NAME, task) for folder in folders]
+    rows: list[dict[str, Any]] = []
+    detectors: list[str] = [model for model in runs[0] if model in MODELS]
+    pairs: list[tuple[str, str]] = [(one, other) for other, one in combinations(detectors, 2)]
+    pairs += [(one, other) for one in detectors for other in runs[0] if other not in MODELS]
+    for one, other in pairs:
+        ours, theirs = ([run[name] for run in runs if name in run] for name in (one, other))
+        first, groups = ours[0]
+        common = set(first.ids) & set(theirs[0][0].ids)
+        if len(ours) < 2 or not common:
+            continue
+        names = [id_ for id_ in first.ids if id_ in common]
+        by_id = dict(zip(first.ids, groups, strict=True))
+        first_side, second_side = ([_in_order(found, names) for found, _ in side] for side in (ours, theirs))
+        rows.append({"model": one, "beside": other, **difference(first_side, second_side, [by_id[id_] for id_ in names])})
+    return rows
+
+
+def _in_order(found: Predictions, names: Sequence[str]) -> Predictions:
+    rows = {id_: number for number, id_ in enumerate(found.ids)}
+    return found.rows([rows[id_] for id_ in names])
+
+
+def write_differences(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write differences.csv, a row per pair."""
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(("model", "beside", "difference", "low", "high", "std", "trainings"))
+    table.writerows(
+        (row["model"], row["beside"], row["difference"], *row["interval"], row["std"], row["trainings"]) for row in rows
+    )
+    write_whole(path, text.getvalue().encode())
+
+
+def read_differences(path: Path) -> list[dict[str, Any]]:
+    """Return the rows that `write_differences` wrote; none if the file is not there."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [
+            {
+                "model": row["model"],
+                "beside": row["beside"],
+                "difference": float(row["difference"]),
+                "interval": [float(row["low"]), float(row["high"])],
+                "std": float(row["std"]),
+                "trainings": int(row["trainings"]),
+            }
+            for row in csv.DictReader(file)
+        ]
