@@ -29,26 +29,30 @@ class Objective:
         values = target.of(batch)
         if values is None:
             raise DataError(f"the records have no {target.name}; expected one in every record")
-        known = target.known(values).flatten()
-        losses = self._losses(output.logits_BK.float().flatten(0, -2), values, known)
+        counted = target.known(values)
+        if target.level == "step":
+            counted = counted & steps_of_records(batch)
+        if target.level != "record":  # padding may hold anything, also what no class is, and NaN would reach the gradient
+            values = torch.where(counted.view(*counted.shape, *[1] * len(target.shape)), values, 0)
+        losses = self._losses(output.logits_BK.float().flatten(0, -2), values)
         if target.level == "record":
             return losses + penalty_B
         size = len(penalty_B)
+        kept = losses * counted.flatten()
         if target.level == "step":
-            losses, counted = (part.view(size, -1) for part in (losses, known & steps_of_records(batch).flatten()))
-            totals_B, counts_B = torch.where(counted, losses, 0).sum(dim=1), counted.sum(dim=1)
+            totals_B, counts_B = kept.view(size, -1).sum(dim=1), counted.sum(dim=1)
         else:
             assert isinstance(batch, GraphBatch)
             record_N = records_of_nodes(batch.graphs, batch.graphs_per_record)
-            totals_B = losses.new_zeros(size).index_add(0, record_N, torch.where(known, losses, 0))
-            counts_B = losses.new_zeros(size).index_add(0, record_N, known.to(losses.dtype))
+            totals_B = losses.new_zeros(size).index_add(0, record_N, kept)
+            counts_B = losses.new_zeros(size).index_add(0, record_N, counted.to(losses.dtype))
         return totals_B / counts_B.clamp(min=1) + penalty_B
 
-    def _losses(self, logits_MK: torch.Tensor, values: torch.Tensor, known_M: torch.Tensor) -> torch.Tensor:
-        """Return the loss of each of M rows, (M,); any finite number where the target is not known."""
+    def _losses(self, logits_MK: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Return the loss of each of M rows, (M,)."""
         task = self.target.task
         if task == "multiclass":
-            return functional.cross_entropy(logits_MK, values.flatten().clamp(min=0), reduction="none")
+            return functional.cross_entropy(logits_MK, values.flatten(), reduction="none")
         values_MK = values.reshape(logits_MK.shape).float()
         if task == "regression":
             wanted_MK = (values_MK - self._mean) / self._spread

@@ -1,0 +1,349 @@
+"""Training on targets of every kind and level: what is learned, what is scored, what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from sklearn.metrics import average_precision_score, f1_score, r2_score, roc_auc_score
+from torch_geometric.data import Data
+
+import dali_pipeline as dp
+from models import Output
+from tests.helpers.commands import predict, train
+from training.config import METRICS, VALUE_METRICS, TrainConfig
+from training.metrics import Predictions, best_threshold, measure
+from training.objective import Objective
+from training.target import Target, find_target
+
+pytestmark = pytest.mark.usefixtures("restored")
+LAYERS, FEATURES = 4, 6
+FIELDS = {
+    "step.wrong": dp.Field(dtype="bool"),
+    "step.kind": dp.Field(dtype="int16", pad=7),  # padding that is no class
+    "step.risk": dp.Field(dtype="float32"),
+    "step.logprob": dp.Field(dtype="float32"),
+    "step.entropy": dp.Field(dtype="float16"),
+    "record.score": dp.Field(dtype="float32"),
+    "record.place": dp.Field(dtype="float64", shape=(2,)),
+    "record.tags": dp.Field(dtype="bool", shape=(3,)),
+    "record.prompt": dp.Field(dtype="text"),
+    "record.lookback_ratio": dp.Field(dtype="float32", shape=(LAYERS, 2)),
+}
+
+
+def token_records(count: int = 200, seed: int = 0) -> list[dict[str, Any]]:
+    """Answers of a few tokens with layers, in whose states every target shows."""
+    rng = np.random.default_rng(seed)
+    records = []
+    for number in range(count):
+        steps, label = int(rng.integers(2, 7)), number % 2
+        states = rng.normal(size=(steps, LAYERS, FEATURES)).astype(np.float32) * 0.1
+        wrong, kind, risk = rng.random(steps) < 0.4, rng.integers(0, 3, steps), rng.normal(size=steps)
+        kind[0] = -100  # a token of the prompt
+        score, tags = rng.normal(), rng.random(3) < 0.5
+        states[:, :, 0] += 2 * wrong[:, None]
+        states[:, :, 1] += 2 * kind[:, None].clip(0)
+        states[:, :, 2] += risk[:, None]
+        states[-1, :, 3] += score
+        states[-1, 0, 4] += 2 * label
+        states[-1, 1:, 4] += 2 * tags
+        fields = {
+            "step.wrong": wrong,
+            "step.kind": kind,
+            "step.risk": risk,
+            "step.logprob": -rng.random(steps) - label,
+            "step.entropy": rng.random(steps) + label,
+            "record.score": 1000 + 50 * score,
+            "record.place": [score, -score],
+            "record.tags": tags,
+            "record.prompt": f"why {number}?",
+            "record.lookback_ratio": rng.normal(size=(LAYERS, 2)) + label,
+        }
+        records.append({"id": str(number), "group": f"g{number // 2}", "label": label, "sequence": states, "fields": fields})
+    return records
+
+
+def written(root: Path, records: list[dict[str, Any]], **changes: Any) -> dp.Dataset:
+    field = dp.Field(dtype="float32", shape=(LAYERS, FEATURES), axes=("layer", "feature"))
+    schema = replace(dp.Schema(sequence=field, step_axis="token", fields=FIELDS, layers=tuple(range(LAYERS))), **changes)
+    with dp.ShardWriter(root, schema, split=dp.SplitRule.parse("60/20/20")) as writer:
+        for record in records:
+            writer.write(record)
+    return dp.open_dataset(root)
+
+
+def molecules(root: Path, count: int = 150) -> dp.Dataset:
+    rng = np.random.default_rng(0)
+    fields = {"node.on": dp.Field(dtype="bool"), "node.charge": dp.Field(dtype="float32")}
+    schema = dp.Schema(
+        x=dp.Field(dtype="float32", shape=(4,)),
+        edge_attr=dp.Field(dtype="float32", shape=(2,)),
+        label=dp.Label(kind="value"),
+        fields=fields,
+    )
+    with dp.ShardWriter(root, schema, split=dp.SplitRule.parse("60/20/20")) as writer:
+        for number in range(count):
+            nodes = int(rng.integers(2, 7))
+            x = torch.tensor(rng.normal(size=(nodes, 4)), dtype=torch.float32)
+            edges = torch.tensor(rng.integers(0, nodes, (2, 8)))
+            graph = Data(x=x, edge_index=edges, edge_attr=torch.rand(8, 2) * 100, on=x[:, 0] > 0, charge=3 + 2 * x[:, 1])
+            writer.write({"id": str(number), "label": float(x[:, 2].sum()), "graphs": [graph]})
+    return dp.open_dataset(root)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> dp.Dataset:
+    return written(tmp_path_factory.mktemp("tokens") / "set", token_records())
+
+
+def run(monkeypatch: pytest.MonkeyPatch, data: dp.Dataset, out: Path, *more: object) -> dict[str, Any]:
+    given = ("--data", data.root, "--epochs", 12, "--lr", 0.01, "--batch-size", 16, "--dropout", 0.1, "--device", "cpu")
+    assert train(monkeypatch, *given, "--output-dir", out, *more) == 0
+    found: dict[str, Any] = json.loads((out / "metrics.json").read_text())
+    return found
+
+
+CASES = {
+    "label": ("binary", "auroc"),
+    "record.tags": ("multilabel", "auroc"),
+    "record.score": ("regression", "spearman"),
+    "record.place": ("regression", "spearman"),
+    "step.wrong": ("binary", "auroc"),
+    "step.kind": ("multiclass", "auroc"),
+    "step.risk": ("regression", "r2"),
+}
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_every_target_of_a_sequence_is_learned_and_scored_anew(
+    tokens: dp.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """With all files; `predict` gives the run's own numbers again, and its table says so."""
+    task, metric = CASES[name]
+    found = run(monkeypatch, tokens, tmp_path / "out", "--target", name)
+    lstm = found["lstm"]
+    assert (lstm["task"], lstm["target"]) == (task, name)
+    assert set(lstm["test"]) == set(lstm["test_interval"]) == set(VALUE_METRICS if task == "regression" else METRICS)
+    assert lstm["test"][metric] > 0.6, lstm["test"]
+    for one, (low, high) in lstm["test_interval"].items():
+        assert low <= lstm["test"][one] <= high, one
+    assert ("over tokens" if name.startswith("step.") else "over the layers of the last token") in capsys.readouterr().out
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 20_000
+    baselines = json.loads((tmp_path / "out" / "baselines.json").read_text())
+    expected = {"linear_probe", "mlp", "logprob", "entropy"} | (set() if name.startswith("step.") else {"lookback"})
+    assert set(baselines) == expected
+    assert baselines["linear_probe"]["test"][metric] > 0.6
+
+    own = pq.read_table(tmp_path / "out" / "predictions.parquet").to_pylist()
+    own = [row for row in own if (row["model"], row["split"]) == ("lstm", "test")]
+    scores = tmp_path / "scores.parquet"
+    checkpoint = ("--checkpoint", tmp_path / "out" / "lstm-best.pt", tokens.root, "--device", "cpu")
+    assert predict(monkeypatch, *checkpoint, "--split", "test", "--output", scores) == 0
+    again = pq.read_table(scores).to_pylist()
+    columns = [one for one in again[0] if one.partition("_")[0] in ("score", "prediction")]
+    key = "row" if "row" in again[0] else "id"
+    for one, other in zip(
+        sorted(own, key=lambda row: (row["id"], row[key])), sorted(again, key=lambda row: (row["id"], row[key])), strict=True
+    ):
+        assert one["label" if "label" in one else "label_0"] == other["label" if "label" in other else "label_0"]
+        np.testing.assert_allclose([one[part] for part in columns], [other[part] for part in columns], rtol=1e-4, atol=1e-5)
+    said = capsys.readouterr().out
+    assert "lstm, its own test split" in said
+    ours, theirs = (re.split(r"  +", line.strip())[1:] for line in said.splitlines() if "  lstm, " in line)
+    assert ours == theirs
+    if name.startswith("step."):
+        steps = tokens.select("test", "sequences").num_records
+        assert len(again) > 2 * steps
+        assert sum(row["label"] is None for row in again) == (steps if name == "step.kind" else 0)
+
+
+@pytest.mark.parametrize("name", ["label", "node.on", "node.charge"])
+def test_graphs_predict_values_and_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    data = molecules(tmp_path / "set")
+    found = run(monkeypatch, data, tmp_path / "out", "--target", name)
+    metric = "auroc" if name == "node.on" else "r2"
+    for model in ("gnn_lstm", "gvae_lstm"):
+        assert found[model]["test"][metric] > 0.5, (model, found[model]["test"])
+    assert found["gvae_lstm"]["against"]["metric"] == metric.upper()
+    for model in ("gnn_lstm", "gvae_lstm"):
+        out = tmp_path / f"{model}.parquet"
+        assert predict(monkeypatch, "--checkpoint", tmp_path / "out" / f"{model}-best.pt", data.root, "--output", out) == 0
+        rows = pq.read_table(out)
+        truth, scores = rows["label"].to_numpy(), rows["score" if name == "node.on" else "prediction"].to_numpy()
+        assert (roc_auc_score if name == "node.on" else r2_score)(truth, scores) > 0.5
+
+
+@pytest.mark.parametrize("name", ["step.kind", "node.charge"])
+def test_stopped_and_gone_on_with_and_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Gone on with in the middle of an epoch, to the same bits; in pieces to the same numbers."""
+    data = molecules(tmp_path / "set") if name.startswith("node.") else written(tmp_path / "set", token_records(120))
+    model = "gvae_lstm" if name.startswith("node.") else "lstm"
+    flags = ("--target", name, "--model", model, "--checkpoint-steps", 3, "--dropout", 0)
+    whole = run(monkeypatch, data, tmp_path / "whole", *flags, "--epochs", 2)
+    with monkeypatch.context() as stopped:
+        import training.step
+
+        step, taken = training.step.Stepper.step, [0]
+
+        def until(self: Any, *given: Any) -> torch.Tensor:
+            taken[0] += 1
+            if taken[0] == 6:
+                raise KeyboardInterrupt
+            return step(self, *given)
+
+        stopped.setattr(training.step.Stepper, "step", until)
+        given = ("--data", data.root, "--lr", 0.01, "--batch-size", 16, "--device", "cpu", "--output-dir", tmp_path / "torn")
+        assert train(monkeypatch, *given, *flags, "--epochs", 2) != 0
+    torn = run(monkeypatch, data, tmp_path / "torn", *flags, "--epochs", 2)
+    assert torn[model]["test"] == whole[model]["test"]
+    pieces = run(monkeypatch, data, tmp_path / "pieces", *flags, "--epochs", 2, "--accumulate", 4)
+    for metric, value in whole[model]["test"].items():
+        assert pieces[model]["test"][metric] == pytest.approx(value, abs=1e-3)
+
+
+def test_over_layers_and_tokens(tokens: dp.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, with the layers asked for; a set of layers alone has one axis."""
+    for number, more in enumerate((["--over", "token"], ["--over", "token", "--layers", "1,2"], ["--over", "layer"])):
+        run(monkeypatch, tokens, tmp_path / str(number), "--epochs", 1, *more)
+        config = torch.load(tmp_path / str(number) / "lstm-best.pt", weights_only=True)["config"]
+        assert config["over"] == more[1]
+        assert config["layers"] == ["2", "1,2", None][number]
+    states = torch.load(tmp_path / "0" / "lstm-best.pt", weights_only=True)["model"]
+    assert states["embed.0.mean"].shape == (FEATURES,)
+    assert torch.load(tmp_path / "1" / "lstm-best.pt", weights_only=True)["model"]["embed.0.mean"].shape == (2 * FEATURES,)
+
+
+def changed(records: list[dict[str, Any]], name: str, value: Any) -> list[dict[str, Any]]:
+    return [{**record, "fields": {**record["fields"], name: value(record)}} for record in records]
+
+
+REFUSED = {
+    "record.nothing": (
+        None,
+        "has no target 'record.nothing'; expected one of its labels and fields by level: label, step.",
+    ),
+    "record.prompt": (None, "has no target 'record.prompt'"),
+    "edge.weight": (None, "has no target 'edge.weight'"),
+    "record.score": (lambda _: 3.0, "record.score of {root} is constant in split 'train'"),
+    "record.place": (lambda _: [1.0, np.nan], "record.place of {root} holds a value that is no finite number in record '"),
+    "record.tags": (lambda record: [True, False, int(record["id"]) % 3 == 0], "label 0 of record.tags of {root} is always set"),
+    "step.wrong": (lambda record: np.zeros(len(record["sequence"])), "has step.wrong all 0 in its sequences"),
+    "step.kind": (lambda record: np.full(len(record["sequence"]), -1), "split 'train' of {root} has no step with step.kind"),
+    "step.risk": (
+        lambda record: np.full(len(record["sequence"]), np.inf),
+        "step.risk of {root} holds a value that is no finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_targets_that_cannot_be_learned_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    value, words = REFUSED[name]
+    records = token_records(60)
+    data = written(tmp_path / "set", records if value is None else changed(records, name, value))
+    assert train(monkeypatch, "--data", data.root, "--target", name, "--output-dir", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert words.format(root=data.root) in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+FLAGS = [
+    (("--target", "record.score", "--task", "binary"), "task binary on record.score of"),
+    (("--target", "record.score", "--task", "multilabel"), "expected (K,) of 0 and 1"),
+    (("--target", "step.kind", "--task", "binary"), "whose classes reach 2; expected 0 and 1"),
+    (("--target", "step.wrong", "--over", "layer"), "expected --over token"),
+    (("--target", "step.wrong", "--model", "gnn_lstm"), "a target per step is of sequences"),
+    (("--readout", "sum"), "--readout sum is of graphs"),
+    (("--layers", "9"), "layer"),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), FLAGS, ids=lambda one: " ".join(one) if isinstance(one, tuple) else "")
+def test_flags_that_do_not_go_together_are_one_sentence(
+    tokens: dp.Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: tuple[str, ...],
+    words: str,
+) -> None:
+    assert train(monkeypatch, "--data", tokens.root, *flags, "--output-dir", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_a_class_that_train_lacks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = token_records(60)
+    test = set(written(tmp_path / "first", records).select("test", "sequences").texts("ids"))
+    records = [{**record, "label": 2} if record["id"].encode() in test and record["label"] else record for record in records]
+    data = written(tmp_path / "set", records)
+    assert train(monkeypatch, "--data", data.root, "--output-dir", tmp_path / "out") == 2
+    assert "split 'test' has class 2 in label of" in capsys.readouterr().err
+
+
+def test_whole_numbers_and_floats_become_what_they_are_asked_for(tmp_path: Path) -> None:
+    data = written(tmp_path / "set", changed(token_records(60), "record.score", lambda record: float(int(record["id"]) % 3)))
+    assert find_target(data, "sequences", "record.score").task == "regression"
+    several = find_target(data, "sequences", "record.score", "multiclass")
+    assert (several.task, several.classes, several.outputs) == ("multiclass", 3, 3)
+    values = find_target(data, "sequences", "step.wrong", "regression")
+    assert (values.task, values.outputs) == ("regression", 1)
+    stored = [data.record("train", at).fields["step.wrong"] for at in range(data.num_records("train", "sequences"))]
+    flat = np.concatenate(stored).astype(float)
+    assert values.mean[0] == pytest.approx(flat.mean())
+    assert values.spread[0] == pytest.approx(flat.std())
+
+
+def test_the_loss_of_a_record_is_the_mean_over_its_known_steps(tokens: dp.Dataset) -> None:
+    target = find_target(tokens, "sequences", "step.kind")
+    batch = next(iter(dp.SequenceLoader(tokens, batch_size=8, layers=[1], engine="torch", device="cpu")))
+    logits = torch.randn(*batch.sequences.shape[:2], 3)
+    found = Objective(target, torch.device("cpu"))(Output(logits, torch.zeros(8)), batch)
+    for row in range(8):
+        kinds = batch.fields["kind"][row, : batch.lengths[row]]
+        known = kinds >= 0
+        expected = torch.nn.functional.cross_entropy(logits[row, : batch.lengths[row]][known], kinds[known])
+        assert found[row] == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_several_labels_at_once_are_measured_as_scikit_learn_does() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, (300, 3))
+    scores = np.clip(rng.normal(0.3 + 0.3 * labels, 0.25), 0, 1).astype(np.float32)
+    found = Predictions(
+        task="multilabel",
+        ids=[str(at) for at in range(300)],
+        positions=np.arange(300),
+        counts=np.ones(300, np.int64),
+        scores=scores,
+        labels=labels,
+        loss=0.0,
+    )
+    threshold = best_threshold(found)
+    assert isinstance(threshold, list)
+    measured = measure(found, threshold)
+    chosen = scores >= np.array(threshold)
+    assert measured["auroc"] == pytest.approx(roc_auc_score(labels, scores))
+    assert measured["average_precision"] == pytest.approx(average_precision_score(labels, scores))
+    assert measured["f1"] == pytest.approx(f1_score(labels, chosen, average="macro"))
+    assert measured["accuracy"] == pytest.approx((chosen == labels).mean())
+
+
+def test_a_target_tells_what_it_is() -> None:
+    assert Target(name="step.a", task="regression", shape=(2, 3), mean=(0,) * 6, spread=(1,) * 6).outputs == 6
+    assert Target(name="label", task="binary", classes=2).outputs == 1
+    assert TrainConfig(target="node.charge").level == "node"
