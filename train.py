@@ -145,7 +145,8 @@ def print_results(folder: Path, data: Dataset, options: Options) -> None:
     results = read_metrics(folder)
     named = next(iter(results.values())).get("target", "label")
     of = "" if named == "label" else f", {named}"
-    chosen = "; the threshold is chosen on validation" if any(result.get("threshold") for result in results.values()) else ""
+    by_threshold = next(iter(results.values())).get("task", "binary") in ("binary", "multilabel")
+    chosen = "; the threshold is chosen on validation" if by_threshold else ""
     print_table(results, f"Test metrics on {data.root.name}{of}{over}{chosen}", read_baselines(folder))
     if options.runs > 1:
         from training.pairs import read_differences

@@ -54,10 +54,10 @@ def write_differences(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write differences.csv, a row per pair."""
     text = io.StringIO()
     table = csv.writer(text)
-    table.writerow(("model", "beside", "difference", "low", "high", "std", "trainings"))
-    table.writerows(
-        (row["model"], row["beside"], row["difference"], *row["interval"], row["std"], row["trainings"]) for row in rows
-    )
+    table.writerow(("model", "beside", "metric", "difference", "low", "high", "std", "trainings"))
+    for row in rows:
+        what = (row["model"], row["beside"], row["metric"], row["difference"])
+        table.writerow((*what, *row["interval"], row["std"], row["trainings"]))
     write_whole(path, text.getvalue().encode())
 
 
@@ -70,6 +70,7 @@ def read_differences(path: Path) -> list[dict[str, Any]]:
             {
                 "model": row["model"],
                 "beside": row["beside"],
+                "metric": row["metric"],
                 "difference": float(row["difference"]),
                 "interval": [float(row["low"]), float(row["high"])],
                 "std": float(row["std"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from dataclasses import replace
@@ -19,6 +20,7 @@ import dali_pipeline as dp
 from models import Output
 from tests.helpers.commands import predict, train
 from training.config import METRICS, VALUE_METRICS, TrainConfig
+from training.intervals import difference
 from training.metrics import Predictions, best_threshold, measure
 from training.objective import Objective
 from training.target import Target, find_target
@@ -347,3 +349,75 @@ def test_a_target_tells_what_it_is() -> None:
     assert Target(name="step.a", task="regression", shape=(2, 3), mean=(0,) * 6, spread=(1,) * 6).outputs == 6
     assert Target(name="label", task="binary", classes=2).outputs == 1
     assert TrainConfig(target="node.charge").level == "node"
+
+
+def test_the_examples_of_the_documentation_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every Python block and command of the two sections, in order, in an empty folder."""
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    section = text[text.index("### A value per record") : text.index("## What the detectors read")]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    ran = []
+    for block, command in re.findall(r"```python\n(.*?)```|^    (python [^\n]*)$", section, re.DOTALL | re.MULTILINE):
+        if block:
+            exec(block, names)
+            continue
+        _, program, *arguments = command.split()
+        assert {"train.py": train, "predict.py": predict}[program](monkeypatch, *arguments) == 0
+        ran.append(program)
+    assert ran == ["train.py", "predict.py"] * 2
+    assert json.loads(Path("runs/sensors/metrics.json").read_text())["lstm"]["test"]["r2"] > 0.5
+    assert json.loads(Path("runs/spans/metrics.json").read_text())["lstm"]["test"]["auroc"] > 0.8
+    assert len(Path("spans.csv").read_text().splitlines()) > 500
+
+
+@pytest.mark.parametrize("over", ["seeds", "folds"])
+def test_several_runs_tell_every_difference_with_its_interval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], over: str
+) -> None:
+    data = molecules(tmp_path / "set", 90)
+    given = ("--data", data.root, "--target", "node.on", "--epochs", 1, "--device", "cpu", "--output-dir", tmp_path / "out")
+    assert train(monkeypatch, *given, f"--{over}", 2) == 0
+    said = capsys.readouterr().out
+    assert "Differences of AUROC on test, paired by record; intervals over questions and trainings" in said
+    with (tmp_path / "out" / "differences.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["model"], row["beside"], row["trainings"]) == ("gvae_lstm", "gnn_lstm", "2")
+    folders = [tmp_path / "out" / f"{over[:-1]}-{number}" for number in range(2)]
+    gains = []
+    for folder in folders:
+        metrics = json.loads((folder / "metrics.json").read_text())
+        gains.append(metrics["gvae_lstm"]["test"]["auroc"] - metrics["gnn_lstm"]["test"]["auroc"])
+    assert float(row["difference"]) == pytest.approx(np.mean(gains), abs=1e-6)
+    assert float(row["std"]) == pytest.approx(np.std(gains, ddof=1), abs=1e-6)
+    assert float(row["low"]) <= np.mean(gains) <= float(row["high"])
+    against = json.loads((tmp_path / "out" / "metrics.json").read_text())["gvae_lstm"]["against"]
+    assert against["trainings"] == 2
+    assert "knows the questions and not the training" not in said
+    assert train(monkeypatch, *given, f"--{over}", 2) == 0  # finished: told again
+    assert "Differences of AUROC" in capsys.readouterr().out
+
+
+def test_a_wide_spread_over_trainings_widens_the_interval() -> None:
+    """Two trainings that rank perfectly and at random: no interval of one of them knows that."""
+    labels = np.arange(200) % 2
+    good, poor = labels * 0.5 + 0.25, np.tile([0.4, 0.6, 0.6, 0.4], 50)
+    made = [
+        Predictions(
+            task="binary",
+            ids=[str(at) for at in range(200)],
+            positions=np.arange(200),
+            counts=np.ones(200, np.int64),
+            scores=scores.astype(np.float32),
+            labels=labels,
+            loss=0.0,
+        )
+        for scores in (good, poor)
+    ]
+    groups = [str(at).encode() for at in range(200)]
+    one = difference([made[0]], [made[0]], groups)
+    assert one["interval"] == [0.0, 0.0]
+    both = difference(made, [made[1]], groups)
+    assert both["difference"] == pytest.approx(0.25, abs=1e-6)
+    assert both["interval"][0] < 0.01
+    assert both["interval"][1] > 0.49
