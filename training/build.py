@@ -83,7 +83,8 @@ def build_model(name: ModelName, schema: Schema, target: Target, config: TrainCo
     assert schema.x is not None
     features = int(np.prod(schema.x.shape))
     common["edge_features"] = int(np.prod(schema.edge_attr.shape)) if schema.edge_attr is not None else 1
-    common |= {"readout": config.readout, "per_node": target.level == "node"}
+    readout = "last" if config.readout == "auto" else config.readout  # of a configuration that `resolved` has not seen
+    common |= {"readout": readout, "per_node": target.level == "node"}
     if name == "gnn_lstm":
         return GNNLSTMDetector(features, **common)
     return GVAELSTMDetector(features, kl_weight=config.kl_weight, **common)

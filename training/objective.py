@@ -21,7 +21,7 @@ class Objective:
 
     def __init__(self, target: Target, device: torch.device) -> None:
         self.target = target
-        self._mean, self._spread = (torch.tensor(numbers, device=device) for numbers in (target.mean, target.spread))
+        self._mean, self._spread = (torch.tensor(numbers).to(device) for numbers in (target.mean, target.spread))
 
     def __call__(self, output: Output, batch: Batch) -> torch.Tensor:
         """Return the loss plus the penalty of each record, (B,) float32; raises DataError if the batch has no target."""
@@ -29,23 +29,21 @@ class Objective:
         values = target.of(batch)
         if values is None:
             raise DataError(f"the records have no {target.name}; expected one in every record")
-        counted = target.known(values)
+        if target.level == "record":
+            return self._losses(output.logits_BK.float(), values) + penalty_B
+        counted, size = target.known(values), len(penalty_B)
         if target.level == "step":
             counted = counted & steps_of_records(batch)
-        if target.level != "record":  # padding may hold anything, also what no class is, and NaN would reach the gradient
-            values = torch.where(counted.view(*counted.shape, *[1] * len(target.shape)), values, 0)
-        losses = self._losses(output.logits_BK.float().flatten(0, -2), values)
-        if target.level == "record":
-            return losses + penalty_B
-        size = len(penalty_B)
-        kept = losses * counted.flatten()
+        # padding may hold anything, also what no class is, and NaN would reach the gradient
+        values = torch.where(counted.view(*counted.shape, *[1] * len(target.shape)), values, 0)
+        kept = self._losses(output.logits_BK.float().flatten(0, -2), values) * counted.flatten()
         if target.level == "step":
             totals_B, counts_B = kept.view(size, -1).sum(dim=1), counted.sum(dim=1)
         else:
             assert isinstance(batch, GraphBatch)
             record_N = records_of_nodes(batch.graphs, batch.graphs_per_record)
-            totals_B = losses.new_zeros(size).index_add(0, record_N, kept)
-            counts_B = losses.new_zeros(size).index_add(0, record_N, counted.to(losses.dtype))
+            totals_B = kept.new_zeros(size).index_add(0, record_N, kept)
+            counts_B = kept.new_zeros(size).index_add(0, record_N, counted.to(kept.dtype))
         return totals_B / counts_B.clamp(min=1) + penalty_B
 
     def _losses(self, logits_MK: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -56,8 +54,10 @@ class Objective:
         values_MK = values.reshape(logits_MK.shape).float()
         if task == "regression":
             wanted_MK = (values_MK - self._mean) / self._spread
-            return functional.huber_loss(logits_MK, wanted_MK, reduction="none").mean(dim=1)
-        return functional.binary_cross_entropy_with_logits(logits_MK, values_MK, reduction="none").mean(dim=1)
+            losses_MK = functional.huber_loss(logits_MK, wanted_MK, reduction="none")
+        else:
+            losses_MK = functional.binary_cross_entropy_with_logits(logits_MK, values_MK, reduction="none")
+        return losses_MK.mean(dim=1) if losses_MK.shape[1] > 1 else losses_MK[:, 0]  # a mean of one is a kernel for nothing
 
 
 def steps_of_records(batch: Batch) -> torch.Tensor:

@@ -150,9 +150,7 @@ def said_of(model: str, against: Mapping[str, Any]) -> str:
 def print_differences(differences: Sequence[Mapping[str, Any]]) -> None:
     """Print a row per pair of models: the mean difference over the runs, with the interval over questions and runs."""
     metric = differences[0]["metric"]
-    print(
-        f"Differences of {metric} on test, paired by record; intervals over questions and trainings"
-    )  # no title: it would wrap
+    print(f"Differences of {metric} on test, paired by record; intervals over questions and trainings")
     table = Table(box=box.SIMPLE_HEAD)
     for head in ("model", "beside"):
         table.add_column(head)
