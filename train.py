@@ -83,7 +83,7 @@ def prepare(options: Options, config: TrainConfig, world_size: int, lock: Folder
         print(f"{folder}: finished before; --resume never trains again")
     else:
         for kind in dict.fromkeys(map(kind_of, config.models)):
-            find_target(data, kind, config.target, config.task)
+            find_target(data, kind, config.target, config.task, layers=config.layers)
         from training.resolve import resolved
 
         config, chosen = resolved(data, config)

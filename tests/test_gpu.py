@@ -103,7 +103,6 @@ def test_a_step_of_training_waits_for_nothing(
 @pytest.mark.parametrize(
     ("model", "name"),
     [("lstm", "step.mask"), ("lstm", "record.score"), ("gnn_lstm", "record.score"), ("gvae_lstm", "node.charge")],
-    [("lstm", "step.mask"), ("lstm", "record.score"), ("gnn_lstm", "record.score"), ("gvae_lstm", "node.charge")],
 )
 def test_a_step_waits_for_nothing_whatever_the_target(gpu_log: Log, tmp_path: Path, model: Any, name: str) -> None:
     schema = replace(SCHEMA, fields=FIELDS)

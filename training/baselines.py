@@ -38,6 +38,7 @@ from training.config import TrainConfig
 from training.intervals import main_interval
 from training.metrics import Floats, Predictions, main_metric
 from training.objective import steps_of_records
+from training.scoring import plain_targets
 from training.target import Batch, Target
 
 MOST_LAYERS = 64
@@ -111,17 +112,15 @@ class Reading:
         chosen = batch.valid
         if target.level == "step":
             counts, chosen = batch.lengths, steps_of_records(batch) & batch.valid[:, None]  # type: ignore[union-attr]
-        labels = values[chosen]
-        if target.task == "regression":
-            labels = labels.float().reshape(len(labels), -1)
-        valid = batch.valid.tolist()
+        labels, valid = plain_targets(values[chosen], target), batch.valid.tolist()
         found = Predictions(
             task=target.task,
+            level=target.level,
             ids=[id_ for id_, real in zip(batch.ids, valid, strict=True) if real],
             positions=batch.positions[batch.valid].numpy(),
             counts=counts[batch.valid].numpy(),
             scores=np.zeros(len(labels), np.float32),
-            labels=(labels.long() if target.task == "multilabel" else labels).numpy(),
+            labels=labels,
             loss=float("nan"),
         )
         rows = features.flatten(chosen.dim()) if features.dim() > chosen.dim() else features.unsqueeze(-1)
@@ -140,7 +139,7 @@ class Reading:
         wanted = np.concatenate(labels)
         if self.target.task != "regression" and (wanted == wanted[0]).all():
             raise DataError(f"the {len(wanted):,} rows looked at of split 'train' have {self.target.name} all {wanted[0]}")
-        if self.target.task == "regression" and wanted.shape[1] == 1:
+        if wanted.ndim == 2 and wanted.shape[1] == 1:
             wanted = wanted[:, 0]
         return model.fit(np.concatenate(rows), wanted)
 
@@ -166,10 +165,10 @@ class Reading:
 def scores_of(model: Any, rows: Floats, target: Target) -> Floats:
     """Return scores as `Predictions` has them."""
     if target.task == "regression":
-        return np.asarray(model.predict(rows), np.float32).reshape(len(rows), -1)
+        return np.asarray(model.predict(rows), np.float64).reshape(len(rows), -1)
     shares = np.asarray(model.predict_proba(rows), np.float32)
     if target.task == "multilabel":
-        return shares
+        return shares[:, -target.outputs :]  # of a single label both classes come
     full = np.zeros((len(rows), target.classes), np.float32)
     full[:, np.asarray(model.classes_, np.int64)] = shares  # a class that no training row had gets 0
     return full[:, 1] if target.task == "binary" else full
@@ -218,7 +217,8 @@ def layers_of(data: Dataset, asked: str | None) -> list[int]:
 
 def of_layer(data: Dataset, target: Target, seed: int, layer: int, *, pooled: bool = False) -> Reading:
     """Return what a probe on one layer reads: its row of the last step, of each step, or with `pooled` the mean over steps."""
-    options: dict[str, Any] = {"steps": [layer]}
+    by_number = data.schema.steps == "layer" or data.layer_numbers("sequences") is not None  # otherwise a position
+    options: dict[str, Any] = {"layers" if by_number else "steps": [layer]}
     if data.schema.layer_axis is not None:
         options = {"layers": [layer], **({} if pooled or target.level == "step" else {"steps": [-1]})}
     features = _mean_over_steps if target.level == "record" else _steps
@@ -249,7 +249,7 @@ def probe_layers(data: Dataset, target: Target, layers: list[int], seed: int) ->
     """Fit a linear probe on each layer; return the scores of all, and the predictions of the best on validation."""
     scores: dict[str, list[Any]] = {"val": [], "test": [], "intervals": []}
     groups = data.select("test", "sequences").texts("groups")
-    best: tuple[Reading, Any] | None = None
+    best: tuple[float, Reading, Any] | None = None
     width = int(np.prod(data.schema.stored_sequence.shape))
     for layer in layers:
         reading = of_layer(data, target, seed, layer)
@@ -259,10 +259,11 @@ def probe_layers(data: Dataset, target: Target, layers: list[int], seed: int) ->
             scores[split].append(main_metric(predictions))
         test = found["test"]
         scores["intervals"].append(main_interval(test, [groups[position] for position in test.positions]))
-        if best is None or scores["val"][-1] >= max(scores["val"]):
-            best = reading, model
+        score = float(np.nan_to_num(scores["val"][-1], nan=-np.inf))
+        if best is None or score > best[0]:  # among ties the first, like `LayerScores.best`
+            best = score, reading, model
     assert best is not None
-    reading, model = best
+    _, reading, model = best
     whole = {split: reading.scored(model, split) for split in ("val", "test")}
     return LayerScores(layers=layers, metric=target.metric, **scores), whole
 

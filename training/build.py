@@ -49,7 +49,7 @@ def make_loader(
         "batch_size": batch_size or config.batch_size // world_size,
         "shuffle": split == "train" if shuffle is None else shuffle,
         "seed": config.seed,
-        "layers": parse_layers(config.layers),
+        "layers": parse_layers(config.layers_for(name)),
         "device": device,
         "num_workers": num_workers,
         "num_partitions": config.num_partitions if split == "train" else 1,
@@ -69,7 +69,7 @@ def step_features(schema: Schema, config: TrainConfig) -> int:
     shape = list(schema.sequence.shape)
     if schema.layer_axis is not None:
         numbers = schema.layers or range(shape[schema.layer_axis])
-        chosen = len(to_positions(parse_layers(config.layers), numbers))
+        chosen = len(to_positions(parse_layers(config.layers_for("lstm")), numbers))
         shape[schema.layer_axis] = 1 if config.over == "layer" else chosen
     return int(np.prod(shape))
 

@@ -51,7 +51,7 @@ def ceiling(name: ModelName, data: Dataset, config: TrainConfig, options: Option
     loader = make_loader(name, data, config, "train", conduct.device, num_workers=conduct.num_workers, world_size=shares)
     if not loader.num_records:
         raise DataError(f"split 'train' of {data.root} has no records of {loader.kind}, which {name} trains on; expected some")
-    target = find_target(data, loader.kind, config.target, config.task, splits=("train",))
+    target = find_target(data, loader.kind, config.target, config.task, layers=config.layers, splits=("train",))
     _, step = trial(name, loader, config, target, processes)
     batch = next(iter(loader))
 

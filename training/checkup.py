@@ -30,7 +30,7 @@ def examine_training(options: Options, config: TrainConfig, processes: Processes
         data = find_data(options)
         name = models_for(data, config.models, config.level)[0]
         config, _ = resolved(data, replace(config, models=(name,)))
-        target = find_target(data, kind_of(name), config.target, config.task, splits=("train",))
+        target = find_target(data, kind_of(name), config.target, config.task, layers=config.layers, splits=("train",))
     conduct = options.conduct
     setup = Setup(
         batch_size=config.batch_size, num_workers=conduct.num_workers, device=conduct.device, layers=parse_layers(config.layers)

@@ -84,6 +84,7 @@ class TrainConfig:
         task: "binary", "multiclass", "multilabel" or "regression"; None for what the target's type says.
         over: What the LSTM runs over where a step has layers: the "layer" axis of the last step, or the "token" axis; "auto"
             chooses by the target.
+        token_layers: Layers that the LSTM reads of each token, if others than `layers`.
         readout: How the nodes of a graph become one row: "last", "mean", "sum" or "max"; "auto" chooses by the edges.
         num_partitions: Number of disjoint sets of shards of the training split, so that each node reads its own.
         precision: Precision of the forward pass.
@@ -107,6 +108,7 @@ class TrainConfig:
     target: str = "label"
     task: str | None = None
     over: Over = "auto"
+    token_layers: str | None = None
     readout: Readout = "auto"
     num_partitions: int = 1
     precision: Precision = "fp32"
@@ -131,6 +133,10 @@ class TrainConfig:
     def level(self) -> str:
         """What has one target each: "record", "step" or "node"."""
         return "record" if self.target == "label" else self.target.partition(".")[0]
+
+    def layers_for(self, name: str) -> str | None:
+        """Return the layers that a model reads."""
+        return self.token_layers if name == "lstm" and self.token_layers is not None else self.layers
 
     def check_shares(self, world_size: int) -> None:
         """Raise UsageError unless the batch size is a multiple of the number of processes times `accumulate`."""

@@ -88,7 +88,7 @@ def weighted(found: Predictions, threshold: Threshold, weights_SM: Floats) -> di
         gaps_MB[np.arange(len(hits)), bins[:, number]] += confidence[:, number].astype(np.float64) - hits[:, number]
     total_S = weights_SM.sum(axis=1)
     right_M = (found.chosen(threshold) == found.labels).reshape(len(found.labels), -1).mean(axis=1)
-    counted = np.full(true.shape, True) if found.task == "binary" else claimed + real > 0
+    counted = claimed + real > 0 if found.task == "multiclass" else np.full(true.shape, True)
     return {
         "auroc": weighted_auroc(found, weights_SM),
         "average_precision": weighted_average_precision(found, weights_SM),
@@ -167,8 +167,7 @@ def weighted_false_positive_rate(found: Predictions, weights_SM: Floats) -> Floa
             at_S = enough_SK.argmax(axis=1)
             rate_S = false_SK[np.arange(len(at_S)), at_S] / false_SK[:, -1]
         rates.append(np.where(found_SK[:, -1] > 0, rate_S, np.nan))
-    rates_SC = np.stack(rates, axis=1)
-    return _mean(rates_SC, np.isfinite(rates_SC))
+    return _class_mean(rates, weights_SM)
 
 
 def weighted_auroc(found: Predictions, weights_SM: Floats) -> Floats:
@@ -180,8 +179,7 @@ def weighted_auroc(found: Predictions, weights_SM: Floats) -> Floats:
         below_SK = np.cumsum(misses_SK, axis=1) - misses_SK / 2
         with np.errstate(invalid="ignore"):
             areas.append((hits_SK * below_SK).sum(axis=1) / (hits_SK.sum(axis=1) * misses_SK.sum(axis=1)))
-    areas_SC = np.stack(areas, axis=1)
-    return _mean(areas_SC, np.isfinite(areas_SC))
+    return _class_mean(areas, weights_SM)
 
 
 def weighted_average_precision(found: Predictions, weights_SM: Floats) -> Floats:
@@ -193,8 +191,7 @@ def weighted_average_precision(found: Predictions, weights_SM: Floats) -> Floats
         found_SK, all_SK = np.cumsum(hits_SK, axis=1), np.cumsum(hits_SK + misses_SK, axis=1)
         with np.errstate(invalid="ignore"):
             means.append((hits_SK * found_SK / all_SK.clip(1e-12)).sum(axis=1) / hits_SK.sum(axis=1))
-    means_SC = np.stack(means, axis=1)
-    return _mean(means_SC, np.isfinite(means_SC))
+    return _class_mean(means, weights_SM)
 
 
 def _by_score(scores_M: Floats, hits_M: Floats, weights_SM: Floats) -> tuple[Floats, Floats]:
@@ -210,6 +207,14 @@ def _mean(values_SC: Floats, counted_SC: Floats) -> Floats:
     """Return the mean over the classes that count in each row, (S,); NaN if none does."""
     with np.errstate(invalid="ignore"):
         return np.asarray(np.where(counted_SC, values_SC, 0).sum(axis=1) / counted_SC.sum(axis=1))
+
+
+def _class_mean(values: Sequence[Floats], weights_SM: Floats) -> Floats:
+    """Return the mean over classes of what is finite, (S,); NaN if no class occurs beside others."""
+    if not values:
+        return np.full(len(weights_SM), np.nan)
+    values_SC = np.stack(values, axis=1)
+    return _mean(values_SC, np.isfinite(values_SC))
 
 
 def _interval(values_S: Floats) -> list[float]:

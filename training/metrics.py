@@ -27,9 +27,11 @@ class Predictions:
         ids: Ids of the records.
         positions: (R,) int64, the records' numbers in their split.
         counts: (R,) int64, rows of each record.
-        scores: (M,) probability of label 1 of two classes, (M, C) of each of several, (M, K) of each label; (M, K) values.
-        labels: (M,) int64 classes, below 0 where not known; (M, K) int64 of labels; (M, K) float values.
+        scores: (M,) probability of label 1 of two classes, (M, C) of each of several, (M, K) of each label; (M, K) float64
+            values.
+        labels: (M,) int64 classes, below 0 where not known; (M, K) int64 of labels; (M, K) float64 values, NaN where not known.
         loss: Mean over the records.
+        level: What a row is: "record", "step" or "node".
     """
 
     task: Task
@@ -39,6 +41,7 @@ class Predictions:
     scores: npt.NDArray[np.float32]
     labels: Floats
     loss: float
+    level: str = "record"
 
     def rows(self, chosen: Sequence[int]) -> Predictions:
         """Return some of the records, in the order given; the loss stays that of all."""
@@ -56,7 +59,7 @@ class Predictions:
 
     def known(self) -> Predictions:
         """Return the rows whose target is known: no class below 0, no NaN."""
-        known_MK: Floats = self.labels >= 0 if self.task != "regression" else ~np.isnan(self.labels)
+        known_MK: Floats = self.labels >= 0 if self.task != "regression" else np.isfinite(self.labels)
         return self.where(np.all(known_MK, axis=tuple(range(1, known_MK.ndim))))
 
     def where(self, kept_M: Any) -> Predictions:
@@ -69,7 +72,7 @@ class Predictions:
 
     def of_rows(self, groups: Sequence[bytes]) -> list[bytes]:
         """Return the group of every row from those of the records."""
-        if len(self.scores) == len(groups):
+        if (self.counts == 1).all():
             return list(groups)
         return [group for group, count in zip(groups, self.counts.tolist(), strict=True) for _ in range(count)]
 

@@ -21,7 +21,9 @@ class Objective:
 
     def __init__(self, target: Target, device: torch.device) -> None:
         self.target = target
-        self._mean, self._spread = (torch.tensor(numbers).to(device) for numbers in (target.mean, target.spread))
+        self._mean, self._spread = (
+            torch.tensor(numbers, dtype=torch.float64).to(device) for numbers in (target.mean, target.spread)
+        )
 
     def __call__(self, output: Output, batch: Batch) -> torch.Tensor:
         """Return the loss plus the penalty of each record, (B,) float32; raises DataError if the batch has no target."""
@@ -50,13 +52,13 @@ class Objective:
         """Return the loss of each of M rows, (M,)."""
         task = self.target.task
         if task == "multiclass":
-            return functional.cross_entropy(logits_MK, values.flatten(), reduction="none")
-        values_MK = values.reshape(logits_MK.shape).float()
+            return functional.cross_entropy(logits_MK, values.flatten().long(), reduction="none")
+        values_MK = values.reshape(logits_MK.shape)
         if task == "regression":
-            wanted_MK = (values_MK - self._mean) / self._spread
+            wanted_MK = ((values_MK - self._mean) / self._spread).float()  # float64 up to here, for a large mean
             losses_MK = functional.huber_loss(logits_MK, wanted_MK, reduction="none")
         else:
-            losses_MK = functional.binary_cross_entropy_with_logits(logits_MK, values_MK, reduction="none")
+            losses_MK = functional.binary_cross_entropy_with_logits(logits_MK, values_MK.float(), reduction="none")
         return losses_MK.mean(dim=1) if losses_MK.shape[1] > 1 else losses_MK[:, 0]  # a mean of one is a kernel for nothing
 
 

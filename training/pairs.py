@@ -33,10 +33,16 @@ def paired(folders: Sequence[Path], task: Task) -> list[dict[str, Any]]:
     pairs: list[tuple[str, str]] = [(one, other) for other, one in combinations(detectors, 2)]
     pairs += [(one, other) for one in detectors for other in runs[0] if other not in MODELS]
     for one, other in pairs:
-        ours, theirs = ([run[name] for run in runs if name in run] for name in (one, other))
+        whole = [run[other] for run in runs if other in run]
+        only = whole[0] if len(whole) == 1 else None  # a baseline that one run alone has stands beside all
+        sides = [(run[one], run.get(other, only)) for run in runs if one in run]
+        ours = [mine for mine, other_side in sides if other_side is not None]
+        theirs = [other_side for _, other_side in sides if other_side is not None]
+        if len(ours) < 2:
+            continue
         first, groups = ours[0]
         common = set(first.ids) & set(theirs[0][0].ids)
-        if len(ours) < 2 or not common:
+        if not common:
             continue
         names = [id_ for id_ in first.ids if id_ in common]
         by_id = dict(zip(first.ids, groups, strict=True))

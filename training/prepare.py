@@ -135,7 +135,7 @@ def check_settings(data: Dataset, config: TrainConfig, folder: Path, options: Op
     check_resume(options.resume, config.models, options.runs)
     check_trace(options.trace)
     for name, part in ((name, part) for _, part, _ in runs_of(options, config, data) for name in config.models):
-        find_target(part, kind_of(name), config.target, config.task)
+        find_target(part, kind_of(name), config.target, config.task, layers=config.layers)
         for split in data.splits:
             loader = make_loader(
                 name, part, config, split, conduct.device, num_workers=conduct.num_workers, world_size=world_size

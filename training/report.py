@@ -42,14 +42,14 @@ def prediction_table(found: Predictions, groups: Sequence[bytes], split: str) ->
         "id": pa.array(ids.tolist(), pa.string()),
         "group": pa.array([group.decode() for group in found.of_rows(groups)], pa.string()),
     }
-    if len(ids) != len(found.ids) or found.counts.max(initial=1) > 1:
+    if found.level != "record":
         columns["row"] = pa.array(np.concatenate([np.arange(count) for count in counts]), pa.int64())
     values = found.task == "regression"
     labels = found.labels.reshape(len(found.labels), -1)
     for number, column in enumerate(labels.T):
-        unknown = np.isnan(column) if values else column < 0
+        unknown = ~np.isfinite(column) if values else column < 0
         name = "label" if labels.shape[1] == 1 else f"label_{number}"
-        columns[name] = pa.array(column, pa.float32() if values else pa.int64(), mask=unknown)
+        columns[name] = pa.array(column, pa.float64() if values else pa.int64(), mask=unknown)
     scores = found.scores.reshape(len(found.scores), -1)
     for number, column in enumerate(scores.T):
         word = "prediction" if values else "score"
@@ -87,6 +87,7 @@ def read_predictions(path: Path, task: Task, split: str = "test") -> dict[str, t
             labels = np.nan_to_num(labels.astype(np.float64), nan=-1).astype(np.int64)
         predictions = Predictions(
             task=task,
+            level="step" if "row" in own.column_names else "record",
             ids=[ids[begin] for begin in begins],
             positions=np.arange(len(begins)),
             counts=np.diff([*begins, len(ids)]),

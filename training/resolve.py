@@ -55,6 +55,6 @@ def _over(data: Dataset, config: TrainConfig) -> tuple[TrainConfig, list[str]]:
         numbers = schema.layers or range(schema.sequence.shape[schema.layer_axis])  # type: ignore[union-attr]
         middle = numbers[len(numbers) // 2]
         said = f"over tokens, of layer {middle}, the middle one (--layers)"
-        return replace(config, over=over, layers=str(middle)), [said]
+        return replace(config, over=over, token_layers=str(middle)), [said]
     said = "over the layers of the last token (--over)" if over == "layer" else "over tokens (--over)"
     return replace(config, over=over), [said] if config.over == "auto" else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from math import isfinite, nan
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, cast
@@ -60,7 +61,7 @@ def summarise(runs: Sequence[Mapping[str, Any]], over: str, differences: Sequenc
         for split in ("test", "val"):
             values = {name: [run[split][name] for run in own] for name in metrics_of(first.get("task", "binary"))}
             metrics[split] = {name: fmean(of_runs) for name, of_runs in values.items()}
-            metrics[f"{split}_std"] = {name: stdev(of_runs) if len(own) > 1 else 0.0 for name, of_runs in values.items()}
+            metrics[f"{split}_std"] = {name: spread(of_runs) for name, of_runs in values.items()}
         metrics["runs"] = len(own)
         if "seed" in first:
             metrics[over] = [run["seed"] for run in own] if over == "seeds" else list(range(len(own)))
@@ -84,6 +85,13 @@ def read_baselines(folder: Path) -> dict[str, Any]:
         return read_metrics(folder, BASELINES_NAME)
     except UsageError:
         return {}
+
+
+def spread(values: Sequence[float]) -> float:
+    """Return the standard deviation; 0 of one value, NaN if one is no finite number."""
+    if not all(map(isfinite, values)):
+        return nan
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 def print_table(

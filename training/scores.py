@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
@@ -18,7 +19,7 @@ from torch import nn
 from dali_pipeline import DataError, Dataset, Schema, UsageError
 from dali_pipeline.loaders.loader import Loader
 from dali_pipeline.loaders.options import OnNan
-from dali_pipeline.reading.damage import TRIED
+from dali_pipeline.reading.damage import TRIED, log
 from dali_pipeline.reading.source import NotFiniteError
 from dali_pipeline.runtime.outside import as_output
 from dali_pipeline.runtime.progress import progress_bar
@@ -98,7 +99,7 @@ def write_scores(
     name, target, config = trained.name, trained.target, trained.config
     torch.set_num_threads(default_threads())
     splits = data.splits if split is None else (split,)
-    has = same_kind(targets_of(trained.schema).get(target.name), targets_of(data.schema).get(target.name))
+    has = knows_targets(trained, data, splits)
     reads = config if has else replace(config, target="label")  # scores need no targets
     loaders = {name_: make_loader(name, data, reads, name_, device, shuffle=False, on_nan=on_nan) for name_ in splits}
     device_of = loaders[splits[0]].device
@@ -129,6 +130,21 @@ def write_scores(
         stream(written, tables())
     counts.tally, counts.name = tally, name
     return counts
+
+
+def knows_targets(trained: Trained, data: Dataset, splits: Sequence[str]) -> bool:
+    """Return whether the records have targets of the detector's kind, each a finite number; logs it if one is not."""
+    name = trained.target.name
+    field = targets_of(data.schema).get(name)
+    if field is None or not same_kind(targets_of(trained.schema).get(name), field):
+        return False
+    if name != "label" and field.dtype.startswith(("float", "bfloat")):  # labels are finite
+        for split in splits:
+            for values, _, _ in data.select(split, kind_of(trained.name)).field_values(name, field):
+                if not np.isfinite(values).all():
+                    log.warning("%s of %s holds values that are not finite in split %r: no table", name, data.root, split)
+                    return False
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +202,13 @@ def settings_of(checkpoint: Path, state: Mapping[str, Any]) -> TrainConfig:
 
 def check_fits(checkpoint: Path, name: str, schema: Schema, data: Dataset) -> None:
     """Raise DataError unless the records have the shapes of those that the model was trained on; types may differ."""
+    axes = [(owner.layer_axis, owner.steps) for owner in (schema, data.schema)]
+    if name == "lstm" and axes[0] != axes[1]:
+        ours, theirs = (
+            f"steps named {steps!r} and {'no axis' if axis is None else f'axis {axis} of a step'} named layer"
+            for axis, steps in reversed(axes)
+        )
+        raise DataError(f"{data.root} does not fit {checkpoint}: it has {ours}; expected {theirs}, as in training")
     fields = ("sequence",) if name == "lstm" else ("x", "edge_attr")
     for field in fields:
         theirs, ours = (getattr(owner, field) for owner in (schema, data.schema))

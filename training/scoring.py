@@ -47,17 +47,14 @@ class Scored:
 
     def predictions(self, target: Target) -> Predictions:
         """Return the predictions, in the present order."""
-        width = len(target.shape)
-        labels = self.labels.flatten(1) if width else self.labels
-        if target.task == "regression":
-            labels = labels.float().reshape(len(self.labels), -1)
         return Predictions(
             task=target.task,
+            level=target.level,
             ids=self.ids,
             positions=self.positions.numpy(),
             counts=self.counts.numpy(),
             scores=self._scores(target),
-            labels=(labels.long() if target.task == "multilabel" else labels).numpy(),
+            labels=plain_targets(self.labels, target),
             loss=float(self.losses.mean()),
         )
 
@@ -106,6 +103,20 @@ def score_batches(
             yield before()
     if coming is not None:
         yield coming()
+
+
+def plain_targets(values: torch.Tensor, target: Target) -> np.ndarray[Any, Any]:
+    """Return targets as `Predictions` has them: (M,) int64 classes, (M, K) int64 of labels, (M, K) float64 values.
+
+    A number that is no class, or no label, is one that is not known.
+    """
+    rows = values.reshape(len(values), target.outputs) if target.task != "multiclass" else values.reshape(len(values), 1)
+    if target.task == "regression":
+        return rows.double().numpy()
+    whole = rows.long()
+    allowed = (whole == rows) & (whole >= 0) & ((whole <= 1) | (target.task != "multilabel"))
+    plain = torch.where(allowed.all(dim=1, keepdim=True), whole, -1).numpy()
+    return plain if target.task == "multilabel" else plain[:, 0]
 
 
 def _targets(batch: Batch, target: Target, logits: torch.Tensor, there: bool) -> torch.Tensor:

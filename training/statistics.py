@@ -45,7 +45,9 @@ def feature_statistics(name: ModelName, data: Dataset, config: TrainConfig) -> S
     mean and spread 0.
     """
     stored, schema = data.manifest.statistics, data.schema
-    plain = config.layers is None and not isinstance(data, View) and (schema.layer_axis is None or config.over == "token")
+    plain = (
+        config.layers_for(name) is None and not isinstance(data, View) and (schema.layer_axis is None or config.over == "token")
+    )
     if kind_of(name) == "sequences" and stored is not None and plain:
         return Statistics(stored.mean, stored.std)
     rows, edges = Moments(), Moments()

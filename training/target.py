@@ -11,6 +11,7 @@ import torch
 
 from dali_pipeline import DataError, Dataset, GraphBatch, SequenceBatch, UsageError
 from dali_pipeline.format.encoding import TEXT
+from dali_pipeline.format.layers import Layers, parse_layers, to_positions
 from dali_pipeline.format.schema import Field, Schema
 from dali_pipeline.types import Kind
 from training.config import TASKS, Task
@@ -67,7 +68,7 @@ class Target:
     def of(self, batch: Batch) -> torch.Tensor | None:
         """Return the targets of a batch: (B, *shape), (B, T, *shape) of steps, (N, *shape) of nodes; None if it has none.
 
-        Classes are int64, several labels bool or int64, values float.
+        In the type that the loader delivers: `Objective` and `Scored` make classes of bools and whole floats.
         """
         short = self.name.partition(".")[2]
         if self.name == "label":
@@ -76,8 +77,6 @@ class Target:
             values = batch.graphs[short] if isinstance(batch, GraphBatch) and short in batch.graphs else None
         else:
             values = batch.fields.get(short)
-        if values is not None and self.classes and values.dtype != torch.int64:
-            values = values.long()
         return values
 
     def known(self, values: torch.Tensor) -> torch.Tensor:
@@ -88,7 +87,8 @@ class Target:
 
     def scaled(self, logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Return values (M, K) from a detector's outputs, which are deviations in standard deviations."""
-        return np.asarray(logits * np.array(self.spread, np.float32) + np.array(self.mean, np.float32))
+        # float64: values about a large mean differ by less than a float32 can tell
+        return np.asarray(logits.astype(np.float64) * np.array(self.spread) + np.array(self.mean))
 
 
 def level_of_target(name: str) -> str:
@@ -154,7 +154,13 @@ class Seen:
 
 
 def find_target(
-    data: Dataset, kind: Kind, name: str = "label", task: str | None = None, *, splits: Sequence[str] = SPLITS
+    data: Dataset,
+    kind: Kind,
+    name: str = "label",
+    task: str | None = None,
+    *,
+    layers: str | None = None,
+    splits: Sequence[str] = SPLITS,
 ) -> Target:
     """Look at every value of a target, and return what can be learned; reads that column alone.
 
@@ -163,6 +169,7 @@ def find_target(
         kind: Kind of record whose targets are looked at.
         name: "label", "record.NAME", "step.NAME" or "node.NAME".
         task: Task, or None for what the values are: bools and whole numbers are classes, real numbers values.
+        layers: Steps or graphs of each record that are trained on, in the form that `parse_layers` reads. Default: all.
         splits: Splits that have to have it, the training split first. Default: train, val and test.
 
     Raises:
@@ -173,10 +180,11 @@ def find_target(
     if task is not None and task not in TASKS:
         raise UsageError(f"task is {task!r}; expected one of {', '.join(TASKS)}")
     where = f"{name} of {data.root}"
+    of_layers = layers_of_target(data, kind, name, layers)
     if name == "label" and data.schema.labels.kind == "class" and task in (None, "binary", "multiclass"):
         seen = {split: _counted(data.label_counts(split, kind)) for split in splits if split in data.splits}
     else:
-        seen = {split: _look(data, split, kind, name, stored) for split in splits if split in data.splits}
+        seen = {split: _look(data, split, kind, name, stored, task, of_layers) for split in splits if split in data.splits}
     asked = task or _task_of(stored, seen)
     _check_task(asked, stored, seen, where)
     if missing := [split for split in splits if split not in seen or not seen[split].known]:
@@ -186,19 +194,37 @@ def find_target(
         _check_spread(seen, where)
         mean, spread = seen["train"].moments()
         return Target(name=name, task=asked, shape=stored.shape, mean=mean, spread=spread)
+    most = max(one.most for one in seen.values())
+    if asked != "multilabel" and most >= MOST_CLASSES:
+        raise DataError(
+            f"{data.root} has the {'label' if name == 'label' else name} {most:.0f}, and a detector has an output for every "
+            f"number up to it; expected classes below {MOST_CLASSES}: number the classes 0, 1, 2 … and write the set anew, or "
+            "give --task regression"
+        )
     _check_classes(asked, seen, where, (str(data.root), "labels" if name == "label" else name, kind))
     if asked == "multilabel":
         return Target(name=name, task=asked, shape=stored.shape)
     named = len(data.schema.labels.names) if name == "label" else 0
     classes = max(2, named, *(int(one.most) + 1 for one in seen.values()))
-    if classes > MOST_CLASSES:
-        raise DataError(
-            f"{data.root} has the {'label' if name == 'label' else name} {classes - 1}, and a detector has an output for every "
-            f"number up to it; expected classes below {MOST_CLASSES}: number the classes 0, 1, 2 … and write the set anew"
-        )
+    if asked == "binary" and task is None and classes > 2:  # names of more classes than occur
+        asked = "multiclass"
     if asked == "binary" and classes > 2:
         raise UsageError(f"task binary on {where}, whose classes reach {classes - 1}; expected 0 and 1, or --task multiclass")
     return Target(name=name, task="binary" if classes == 2 and task is None else asked, classes=classes)
+
+
+def layers_of_target(data: Dataset, kind: Kind, name: str, layers: str | None) -> Layers:
+    """Return the positions of the steps or graphs whose targets are trained on; None for all.
+
+    Layers of tokens choose no steps, so they leave out no target.
+    """
+    chosen = parse_layers(layers)
+    if chosen is None or level_of_target(name) == "record" or (kind == "sequences" and data.schema.layer_axis is not None):
+        return None
+    numbers, axis = data.layer_numbers(kind), "step" if kind == "sequences" else "graph"
+    if numbers is not None and data.select("train", kind).bounds(axis) == (len(numbers), len(numbers)):
+        return to_positions(chosen, numbers)
+    return chosen
 
 
 def _counted(counts: Mapping[int, int]) -> Seen:
@@ -211,11 +237,12 @@ def _counted(counts: Mapping[int, int]) -> Seen:
     return Seen(known=int(total.sum()), least=min(counts), most=max(counts), counts=total)
 
 
-def _look(data: Dataset, split: str, kind: Kind, name: str, stored: Field) -> Seen:
-    """Look at all values of one split."""
+def _look(data: Dataset, split: str, kind: Kind, name: str, stored: Field, task: str | None, layers: Layers) -> Seen:
+    """Look at all values of one split, of these layers."""
     seen, selection = Seen(), data.select(split, kind)
-    marks = not stored.shape and level_of_target(name) != "record"  # a class below 0: not labelled
-    for values, counts, positions in selection.field_values("labels" if name == "label" else name, stored):
+    # a class below 0: not known
+    marks = _is_whole(stored) and task != "regression" and not stored.shape and level_of_target(name) != "record"
+    for values, counts, positions in selection.field_values("labels" if name == "label" else name, stored, layers):
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             row = int(np.argmax(~np.isfinite(values).reshape(len(values), -1).all(axis=1)))
             record = int(positions[np.searchsorted(np.cumsum(counts), row, side="right")])
@@ -225,7 +252,7 @@ def _look(data: Dataset, split: str, kind: Kind, name: str, stored: Field) -> Se
                 f"split {split!r}; expected finite targets: leave such records out when the set is written"
             )
         numbers = values.astype(np.float64) if values.dtype.kind == "f" else values.astype(np.int64)
-        if marks and values.dtype.kind == "i":
+        if marks:
             numbers = numbers[numbers >= 0]
         if not len(numbers):
             continue

@@ -73,7 +73,9 @@ class Trainer:
         processes: Processes,
     ) -> None:
         config = processes.first(lambda: resolved(data, config)[0])
-        self.target = processes.first(lambda: find_target(data, kind_of(model_name), config.target, config.task))
+        self.target = processes.first(
+            lambda: find_target(data, kind_of(model_name), config.target, config.task, layers=config.layers)
+        )
         self.name, self.data, self.config, self.folder, self.conduct = model_name, data, config, folder, conduct
         self.interrupts, self.processes = interrupts, processes
         self.loaders = {

@@ -10,6 +10,7 @@ import xxhash
 
 from dali_pipeline.errors import FormatError
 from dali_pipeline.format.digest import EpochDigest
+from dali_pipeline.format.layers import Layers, select
 from dali_pipeline.format.manifest import ShardTable, shard_path
 from dali_pipeline.format.schema import Field, level_of
 from dali_pipeline.format.shard import Shard, SoundMap
@@ -193,12 +194,13 @@ class Selection:
         labels = [shard.read("labels")[rows] for shard, rows in self._by_entry()]
         return np.concatenate(labels) if labels else np.zeros(0, np.int64)
 
-    def field_values(self, name: str, field: Field) -> Iterator[tuple[Array, Ints, Array]]:
+    def field_values(self, name: str, field: Field, layers: Layers = None) -> Iterator[tuple[Array, Ints, Array]]:
         """Read a step, node or record field of every record, or the labels, a shard at a time; reads no other values.
 
         Args:
             name: Name of the array in the shards, such as "step.is_right", or "labels".
             field: Its field.
+            layers: Steps, or graphs, of each record whose rows are read. Default: all.
 
         Yields:
             The values (M, *shape) as a loader delivers them, M counted over the records; (n,) int64 rows of each of the n
@@ -212,10 +214,23 @@ class Selection:
                 values = values[rows]
             else:
                 offsets = shard.read("sequence.offsets" if level == "step" else "graphs.offsets")
-                if level == "node":
-                    offsets = shard.read("x.offsets")[offsets]
                 begins, counts = offsets[rows], offsets[rows + 1] - offsets[rows]
-                values = values[np.repeat(begins - np.cumsum(counts) + counts, counts) + np.arange(int(counts.sum()))]
+                if layers is not None:
+                    parts = [
+                        begin + np.array(select(layers, count)) for begin, count in zip(begins, counts.tolist(), strict=True)
+                    ]
+                    begins, counts = np.concatenate(parts), np.array([len(part) for part in parts])
+                    ends = begins + 1
+                else:
+                    ends = begins + counts
+                if level == "node":
+                    nodes = shard.read("x.offsets")
+                    per_part = nodes[ends] - nodes[begins]
+                    owners = np.repeat(np.arange(len(rows)), counts) if layers is not None else np.arange(len(rows))
+                    begins, ends = nodes[begins], nodes[ends]
+                    counts = np.bincount(owners, per_part, len(rows)).astype(np.int64)
+                widths = ends - begins
+                values = values[np.repeat(begins - np.cumsum(widths) + widths, widths) + np.arange(int(widths.sum()))]
             yield field.values(values), counts, np.arange(done, done + len(rows))
             done += len(rows)
 

@@ -20,9 +20,11 @@ import dali_pipeline as dp
 from models import Output
 from tests.helpers.commands import predict, train
 from training.config import METRICS, VALUE_METRICS, TrainConfig
-from training.intervals import difference
+from training.intervals import difference, intervals
 from training.metrics import Predictions, best_threshold, measure
 from training.objective import Objective
+from training.pairs import paired
+from training.report import prediction_table, read_predictions, write_predictions
 from training.target import Target, find_target
 
 pytestmark = pytest.mark.usefixtures("restored")
@@ -123,8 +125,10 @@ CASES = {
     "step.risk": ("regression", "r2"),
 }
 
+SLOW = ("record.place", "step.risk", "record.score")  # like others that are not
 
-@pytest.mark.parametrize("name", list(CASES))
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES])
 def test_every_target_of_a_sequence_is_learned_and_scored_anew(
     tokens: dp.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
@@ -167,7 +171,7 @@ def test_every_target_of_a_sequence_is_learned_and_scored_anew(
         assert sum(row["label"] is None for row in again) == (steps if name == "step.kind" else 0)
 
 
-@pytest.mark.parametrize("name", ["label", "node.on", "node.charge"])
+@pytest.mark.parametrize("name", [pytest.param("label", marks=pytest.mark.slow), "node.on", "node.charge"])
 def test_graphs_predict_values_and_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     data = molecules(tmp_path / "set")
     found = run(monkeypatch, data, tmp_path / "out", "--target", name)
@@ -217,7 +221,7 @@ def test_over_layers_and_tokens(tokens: dp.Dataset, tmp_path: Path, monkeypatch:
         run(monkeypatch, tokens, tmp_path / str(number), "--epochs", 1, *more)
         config = torch.load(tmp_path / str(number) / "lstm-best.pt", weights_only=True)["config"]
         assert config["over"] == more[1]
-        assert config["layers"] == ["2", "1,2", None][number]
+        assert (config["layers"], config["token_layers"]) == [(None, "2"), ("1,2", None), (None, None)][number]
     states = torch.load(tmp_path / "0" / "lstm-best.pt", weights_only=True)["model"]
     assert states["embed.0.mean"].shape == (FEATURES,)
     assert torch.load(tmp_path / "1" / "lstm-best.pt", weights_only=True)["model"]["embed.0.mean"].shape == (2 * FEATURES,)
@@ -371,7 +375,7 @@ def test_the_examples_of_the_documentation_run(tmp_path: Path, monkeypatch: pyte
     assert len(Path("spans.csv").read_text().splitlines()) > 500
 
 
-@pytest.mark.parametrize("over", ["seeds", "folds"])
+@pytest.mark.parametrize("over", ["seeds", pytest.param("folds", marks=pytest.mark.slow)])
 def test_several_runs_tell_every_difference_with_its_interval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], over: str
 ) -> None:
@@ -421,3 +425,200 @@ def test_a_wide_spread_over_trainings_widens_the_interval() -> None:
     assert both["difference"] == pytest.approx(0.25, abs=1e-6)
     assert both["interval"][0] < 0.01
     assert both["interval"][1] > 0.49
+
+
+def rows_of_groups(counts: list[int], labels: list[int]) -> Predictions:
+    return Predictions(
+        task="binary",
+        level="step",
+        ids=[str(at) for at in range(len(counts))],
+        positions=np.arange(len(counts)),
+        counts=np.array(counts),
+        scores=np.linspace(0, 1, sum(counts)).astype(np.float32),
+        labels=np.array(labels),
+        loss=0.0,
+    )
+
+
+def test_a_row_stays_with_its_record() -> None:
+    """Also where as many rows are known as there are records; and where a split has one row per record."""
+    found = rows_of_groups([2, 2, 1], [0, 1, -1, -1, 1])
+    assert found.known().of_rows([b"A", b"B", b"C"]) == [b"A", b"A", b"C"]
+    one, table = rows_of_groups([1, 1, 1], [0, 1, 1]), prediction_table
+    assert table(one, [b"A", b"B", b"C"], "val").column_names == table(found, [b"A", b"B", b"C"], "test").column_names
+
+
+def test_predictions_are_read_as_they_were_written(tmp_path: Path) -> None:
+    found = {"test": rows_of_groups([1, 1, 1], [0, 1, -1]), "val": rows_of_groups([2, 1], [0, 1, 1])}
+    groups = {"test": [b"A", b"B", b"C"], "val": [b"A", b"B"]}
+    write_predictions(tmp_path / "p.parquet", {"lstm": found}, {"lstm": groups})
+    for split, expected in found.items():
+        read, of_records = read_predictions(tmp_path / "p.parquet", "binary", split)["lstm"]
+        assert of_records == groups[split]
+        assert read.ids == expected.ids
+        for part in ("counts", "scores", "labels"):
+            np.testing.assert_array_equal(getattr(read, part), getattr(expected, part))
+
+
+def test_an_interval_of_labels_that_never_come_holds_what_was_measured() -> None:
+    labels = np.stack([np.arange(40) % 2, np.arange(40) % 3 == 0, np.zeros(40)], axis=1).astype(np.int64)
+    found = Predictions(
+        task="multilabel",
+        ids=[str(at) for at in range(40)],
+        positions=np.arange(40),
+        counts=np.ones(40, np.int64),
+        scores=labels.astype(np.float32) * 0.8,
+        labels=labels,
+        loss=0.0,
+    )
+    measured = measure(found, [0.5] * 3)
+    within = intervals(found, [str(at).encode() for at in range(40)], [0.5] * 3)
+    for name, (low, high) in within.items():
+        assert low - 1e-9 <= measured[name] <= high + 1e-9, name
+
+
+def test_values_far_from_zero_and_below_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole numbers with a sign as values, and times in milliseconds, which a float32 cannot tell apart."""
+    fields = {"step.delta": dp.Field(dtype="int16"), "record.time": dp.Field(dtype="int64")}
+    records = token_records(150)
+    for record in records:
+        delta = (20 * record["fields"]["step.risk"]).round()
+        time = 1_700_000_000_000 + round(100 * float(record["fields"]["record.place"][0]))
+        record["fields"] = {"step.delta": delta, "record.time": time}
+    data = written(tmp_path / "set", records, fields=fields)
+    target = find_target(data, "sequences", "step.delta", "regression")
+    truth = np.concatenate(
+        [data.record("train", at).fields["step.delta"] for at in range(data.num_records("train", "sequences"))]
+    )
+    assert (truth < 0).any()
+    assert target.mean[0] == pytest.approx(truth.mean())
+    assert target.spread[0] == pytest.approx(truth.std())
+    for name in fields:
+        found = run(monkeypatch, data, tmp_path / name, "--target", name, "--task", "regression")["lstm"]["test"]
+        assert found["r2"] > 0.3, (name, found)
+        assert found["mae"] > 0.5
+    rows = pq.read_table(tmp_path / "record.time" / "predictions.parquet").to_pylist()
+    assert {row["label"] for row in rows} <= {float(record["fields"]["record.time"]) for record in records}
+    assert find_target(data, "sequences", "step.delta", "regression").task == "regression"
+    with pytest.raises(dp.DataError, match=r"has the record\.time 1700000000\d+, and .* or give --task regression"):
+        find_target(data, "sequences", "record.time")
+
+
+def test_one_label_of_several_and_names_that_do_not_occur(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = token_records(120)
+    for record in records:
+        record["fields"] = {"record.one": [record["fields"]["record.tags"][0]]}
+    label = dp.Label(class_names=("no", "yes", "maybe"))
+    data = written(tmp_path / "set", records, fields={"record.one": dp.Field(dtype="bool", shape=(1,))}, label=label)
+    found = run(monkeypatch, data, tmp_path / "one", "--target", "record.one")
+    assert found["lstm"]["task"] == "multilabel"
+    baselines = json.loads((tmp_path / "one" / "baselines.json").read_text())
+    assert baselines["linear_probe"]["test"]["auroc"] > 0.8
+    assert baselines["mlp"]["test"]["auroc"] > 0.6
+    named = find_target(data, "sequences")
+    assert (named.task, named.classes) == ("multiclass", 3)
+
+
+def test_layers_by_their_numbers_are_probed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a set whose steps are layers 3, 7 and 30, the last of which tells the label."""
+    rng = np.random.default_rng(0)
+    schema = dp.Schema(sequence=dp.Field(dtype="float16", shape=(5,)), step_axis="layer", layers=(3, 7, 30))
+    with dp.ShardWriter(tmp_path / "set", schema) as writer:
+        for number in range(150):
+            rows = rng.normal(size=(3, 5))
+            rows[2, 0] += 4 * (number % 2)
+            writer.write({"id": number, "label": number % 2, "sequence": rows})
+    run(monkeypatch, dp.open_dataset(tmp_path / "set"), tmp_path / "out", "--epochs", 1)
+    with (tmp_path / "out" / "layers.csv").open() as file:
+        rows_by_layer = {row["layer"]: float(row["test_auroc"]) for row in csv.DictReader(file)}
+    assert list(rows_by_layer) == ["3", "7", "30"]
+    assert rows_by_layer["30"] > 0.95 > 0.8 > rows_by_layer["3"]
+    baselines = json.loads((tmp_path / "out" / "baselines.json").read_text())
+    assert baselines["linear_probe"]["test"]["auroc"] == pytest.approx(rows_by_layer["30"])
+
+
+def test_the_middle_layer_of_tokens_is_none_of_the_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = token_records(80)
+    rng = np.random.default_rng(0)
+    for record in records:
+        x = torch.tensor(rng.normal(size=(4, 3)) + record["label"], dtype=torch.float32)
+        record["graphs"] = [Data(x=x, edge_index=torch.tensor([[0, 1, 2], [1, 2, 3]]))]
+    data = written(tmp_path / "set", records, x=dp.Field(dtype="float32", shape=(3,)))
+    run(monkeypatch, data, tmp_path / "out", "--over", "token", "--epochs", 1)
+    for model, layers in (("lstm", "2"), ("gnn_lstm", "2")):
+        config = torch.load(tmp_path / "out" / f"{model}-best.pt", weights_only=True)["config"]
+        assert (config["layers"], config["token_layers"], config["readout"]) == (None, layers, "last")
+
+
+def test_only_the_graphs_that_are_trained_on_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    schema = dp.Schema(x=dp.Field(dtype="float32", shape=(2,)), fields={"node.on": dp.Field(dtype="bool")})
+    with dp.ShardWriter(tmp_path / "set", schema) as writer:
+        for number in range(60):
+            x = torch.tensor(rng.normal(size=(3, 2)), dtype=torch.float32)
+            edges = torch.tensor([[0, 1], [1, 2]])
+            graphs = [Data(x=x, edge_index=edges, on=(x[:, 0] > 0) & bool(layer)) for layer in range(2)]
+            writer.write({"id": number, "label": number % 2, "graphs": graphs})
+    data = dp.open_dataset(tmp_path / "set")
+    assert find_target(data, "graphs", "node.on", layers="1").task == "binary"
+    given = ("--data", data.root, "--target", "node.on", "--model", "gnn_lstm", "--epochs", 1, "--device", "cpu")
+    assert train(monkeypatch, *given, "--layers", 0, "--output-dir", tmp_path / "out") == 2
+    assert "has node.on all 0 in its graphs" in capsys.readouterr().err
+    assert train(monkeypatch, *given, "--layers", 1, "--output-dir", tmp_path / "one") == 0
+
+
+def test_scores_of_data_whose_targets_are_others(
+    tokens: dp.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fractions are no classes, 3 is no label, infinite values are no targets: told, scored all the same."""
+    fields = {**FIELDS, "record.tags": dp.Field(dtype="uint8", shape=(3,))}
+    whole = changed(token_records(90), "record.score", lambda record: float(int(record["id"]) % 3))
+    data = written(tmp_path / "set", whole, fields=fields)
+    run(monkeypatch, data, tmp_path / "score", "--target", "record.score", "--task", "multiclass", "--epochs", 1)
+    run(monkeypatch, data, tmp_path / "tags", "--target", "record.tags", "--epochs", 1)
+    run(monkeypatch, data, tmp_path / "kind", "--target", "step.kind", "--epochs", 1)
+    run(monkeypatch, data, tmp_path / "place", "--target", "record.place", "--epochs", 1)
+    capsys.readouterr()
+    halves = changed(token_records(30), "record.score", lambda record: float(int(record["id"]) % 3) / 2)
+    other = written(
+        tmp_path / "other", changed(halves, "record.tags", lambda record: [3, 0, int(record["id"]) % 2]), fields=fields
+    )
+
+    def scored(name: str, place: object, *more: object) -> str:
+        out = tmp_path / f"{name}.parquet"
+        assert predict(monkeypatch, "--checkpoint", tmp_path / name / "lstm-best.pt", place, "--output", out, *more) == 0
+        return capsys.readouterr().out
+
+    scored("score", other.root)
+    labels = [row["label"] for row in pq.read_table(tmp_path / "score.parquet").to_pylist()]
+    assert {label for label in labels if label is not None} == {0, 1}
+    assert labels.count(None) == 10
+    assert "no table" in scored("tags", other.root)
+    assert "lstm, set, all splits" in scored("kind", data.root, "--batch-size", 1)
+    bad = written(tmp_path / "bad", changed(token_records(30), "record.place", lambda _: [np.inf, 0.0]), fields=fields)
+    assert "no table" in scored("place", bad.root)
+    flat = dp.Schema(
+        sequence=dp.Field(dtype="float32", shape=(LAYERS, FEATURES)), step_axis="token", label=dp.Label(kind="none")
+    )
+    with dp.ShardWriter(tmp_path / "flat", flat) as writer:
+        for record in token_records(9):
+            writer.write({"id": record["id"], "sequence": record["sequence"]})
+    assert predict(monkeypatch, "--checkpoint", tmp_path / "kind" / "lstm-best.pt", tmp_path / "flat") == 2
+    assert "it has steps named 'token' and no axis named layer; expected" in capsys.readouterr().err
+
+
+def test_a_baseline_that_one_fold_lacks_is_paired_with_its_own_folds(tmp_path: Path) -> None:
+    """Of three runs the middle one has no probe: the other two are beside their own."""
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        found = {"lstm": rows_of_groups([1] * 40, (rng.random(40) < 0.5).astype(int).tolist())}
+        if number != 1:
+            found["linear_probe"] = found["lstm"]
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        groups = {model: {"test": [str(at).encode() for at in range(40)]} for model in found}
+        write_predictions(folder / "predictions.parquet", {model: {"test": one} for model, one in found.items()}, groups)
+    (row,) = paired([tmp_path / str(number) for number in range(3)], "binary")
+    assert (row["difference"], row["trainings"]) == (0.0, 2)
