@@ -27,6 +27,7 @@ import numpy as np
 import typer
 
 import dali_pipeline as dp
+import training.scoring
 from benchmarks.graphs import made as made_graphs
 from benchmarks.graphs import written
 from benchmarks.harness import Results, alternately
@@ -156,6 +157,7 @@ def anatomy(results: Results, where: Path, epochs: int) -> None:
             with ExitStack() as wrapped:
                 for owner, name, part in (
                     (trainer.stepper, "step", "model"),
+                    (training.scoring, "forward", "model"),  # of validation
                     (trainer, "predict", "validation"),
                     (trainer, "save", "checkpoint"),
                     (trainer, "_save_best", "checkpoint"),

@@ -49,18 +49,27 @@ def make_loader(
         "batch_size": batch_size or config.batch_size // world_size,
         "shuffle": split == "train" if shuffle is None else shuffle,
         "seed": config.seed,
-        "layers": parse_layers(config.layers_for(name)),
         "device": device,
         "num_workers": num_workers,
         "num_partitions": config.num_partitions if split == "train" else 1,
         "on_nan": on_nan,
-        "fields": [] if config.target == "label" else [config.target.partition(".")[2]],
+        **parts_of_records(name, data.schema, config),
         **({"rank": 0, "world_size": 1} if alone else {}),
     }
     if kind_of(name) == "graphs":
         return GraphLoader(data, **common)
-    last_step = data.schema.layer_axis is not None and config.over == "layer"
-    return SequenceLoader(data, **common, steps=[-1] if last_step else None, engine=engine)
+    return SequenceLoader(data, **common, engine=engine)
+
+
+def parts_of_records(name: ModelName, schema: Schema, config: TrainConfig) -> dict[str, Any]:
+    """Return what a model reads of each record, as arguments of its loader: layers, fields, and steps of sequences."""
+    parts: dict[str, Any] = {
+        "layers": parse_layers(config.layers_for(name)),
+        "fields": () if config.target == "label" else (config.target.partition(".")[2],),
+    }
+    if kind_of(name) == "sequences":
+        parts["steps"] = [-1] if schema.layer_axis is not None and config.over == "layer" else None
+    return parts
 
 
 def step_features(schema: Schema, config: TrainConfig) -> int:

@@ -9,11 +9,11 @@ from typing import Any
 
 from dali_pipeline import UsageError
 from dali_pipeline.cli.checkup import check_up
-from dali_pipeline.format.layers import parse_layers
 from dali_pipeline.loaders.loader import Loader
 from dali_pipeline.tools import doctor
 from dali_pipeline.tools.knobs import Setup
 from dali_pipeline.tools.stages import Train
+from training.build import parts_of_records
 from training.config import ModelName, TrainConfig, kind_of
 from training.prepare import Options, find_data, models_for
 from training.processes import Processes
@@ -33,7 +33,10 @@ def examine_training(options: Options, config: TrainConfig, processes: Processes
         target = find_target(data, kind_of(name), config.target, config.task, layers=config.layers, splits=("train",))
     conduct = options.conduct
     setup = Setup(
-        batch_size=config.batch_size, num_workers=conduct.num_workers, device=conduct.device, layers=parse_layers(config.layers)
+        batch_size=config.batch_size,
+        num_workers=conduct.num_workers,
+        device=conduct.device,
+        **parts_of_records(name, data.schema, config),
     )
     seconds = doctor.SECONDS
     return check_up(

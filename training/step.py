@@ -81,7 +81,9 @@ class Stepper:
         self._optimizer.zero_grad(set_to_none=True)
         share = torch.zeros((), device=self.device)
         pieces = cut(batch, self.config.accumulate)
-        engine = self._engine = self._engine or self._compiled(pieces[0], noise_key)
+        if self._engine is None:  # not by its truth: a compiled module asks for a length that the model does not have
+            self._engine = self._compiled(pieces[0], noise_key)
+        engine = self._engine
         for piece in pieces:
             with self.processes.unsynchronised(engine, apart=piece is not pieces[-1]):
                 with span("forward"), autocast(self.device, self.config.precision):

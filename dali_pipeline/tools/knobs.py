@@ -26,7 +26,13 @@ FASTER_DISK = 2.0  # speed relative to now
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """The loader options that doctor changes, and the layers. record_bytes: size of a record, for num_workers="auto"."""
+    """The loader options that doctor changes, and what it reads of each record.
+
+    Attributes:
+        record_bytes: Size of a record, for num_workers="auto".
+        layers, steps, fields: As those of a loader; `steps` of sequences alone.
+        Others: As those of a loader.
+    """
 
     batch_size: int
     num_workers: int | Literal["auto"] = "auto"
@@ -36,12 +42,16 @@ class Setup:
     window_bytes: int = WINDOW_BYTES
     record_bytes: float = 0.0
     layers: Layers = None
+    steps: Layers = None
+    fields: tuple[str, ...] | None = None
 
     def loader(self, data: Dataset, kind: Kind) -> Loader[Any]:
         """Return a loader of the training split with these options."""
-        names = ("batch_size", "num_workers", "dtype", "device", "window_bytes", "layers")
+        names = ("batch_size", "num_workers", "dtype", "device", "window_bytes", "layers", "fields")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return SequenceLoader(data, engine=self.engine, **options) if kind == "sequences" else GraphLoader(data, **options)
+        if kind == "graphs":
+            return GraphLoader(data, **options)
+        return SequenceLoader(data, engine=self.engine, steps=self.steps, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
