@@ -667,9 +667,9 @@ def test_half_precision_learns_what_can_be_learned(make: Callable[..., dp.Datase
 
 @pytest.mark.slow
 def test_a_compiled_model_learns_the_same(make: Callable[..., dp.Dataset], tmp_path: Path) -> None:
-    curves = []
+    curves, data = [], make(60)
     for compiled in (False, True):
-        trainer = fresh(make(60), tmp_path / str(compiled), epochs=1, dropout=0.0, compile=compiled)
+        trainer = fresh(data, tmp_path / str(compiled), epochs=1, dropout=0.0, compile=compiled)
         curves.append(trainer.train_epoch(lambda step, share: None)["train_loss"])
         trainer.writer.wait()
         assert not any("_orig_mod" in name for name in trainer.model.state_dict())
