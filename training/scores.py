@@ -73,7 +73,8 @@ class Counts:
 def write_scores(
     checkpoint: Path, data: Dataset, output: Path, split: str | None, batch_size: int, device: str, on_nan: OnNan = "raise"
 ) -> Counts:
-    """Score a data set, and write `output`. Memory holds a few batches, and the names of one split's groups.
+    """Score a data set, and write `output`. Memory holds a few batches, the names of one split's groups, and, if
+    the records have targets, some 100 bytes of each for the table, of at most 5 million.
 
     Args:
         checkpoint: File that train.py kept.

@@ -16,7 +16,7 @@ from training.metrics import Predictions, Threshold, measure
 from training.results import print_table, read_metrics
 from training.target import Target
 
-MOST_ROWS = 20_000_000  # of a table: some 30 bytes of memory each
+MOST_ROWS = 5_000_000  # of a table: some 100 bytes of memory each
 
 
 class Tally:
