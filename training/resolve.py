@@ -43,7 +43,8 @@ def _over(data: Dataset, config: TrainConfig) -> tuple[TrainConfig, list[str]]:
         own: Over = "layer" if steps == "layer" else "token"
         if config.over not in ("auto", own):
             raise UsageError(
-                f"--over {config.over}, and the steps of {data.root} are named {steps!r}, with no other axis to run over"
+                f"--over {config.over}, and the steps of {data.root} are named {steps!r}, with no other axis to run over; "
+                f"expected --over {own}"
             )
         return replace(config, over=own), []
     over: Over = config.over if config.over != "auto" else "token" if config.level == "step" else "layer"
