@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import csv
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ import numpy as np
 import torch
 from sklearn.compose import TransformedTargetRegressor
 from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.neural_network import MLPClassifier, MLPRegressor
@@ -126,8 +129,12 @@ class Reading:
         rows = features.flatten(chosen.dim()) if features.dim() > chosen.dim() else features.unsqueeze(-1)
         return rows[chosen].numpy(), found
 
-    def fitted(self, model: Any) -> Any:
-        """Fit a model on the first MOST_ROWS rows of the training split whose target is known, and return it."""
+    def fitted(self, make: Callable[[int, int], Any]) -> Any:
+        """Fit a model on the first MOST_ROWS rows of the training split whose target is known, and return it.
+
+        Args:
+            make: Returns the model for a number of rows and of features.
+        """
         rows, labels, count = [], [], 0
         for features, found in self.parts("train"):
             known = replace(found, scores=np.arange(len(features), dtype=np.float32)).known()
@@ -141,7 +148,10 @@ class Reading:
             raise DataError(f"the {len(wanted):,} rows looked at of split 'train' have {self.target.name} all {wanted[0]}")
         if wanted.ndim == 2 and wanted.shape[1] == 1:
             wanted = wanted[:, 0]
-        return model.fit(np.concatenate(rows), wanted)
+        values = np.concatenate(rows)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the number of iterations is part of the baseline
+            return make(*values.shape).fit(values, wanted)
 
     def scored(self, model: Any, split: str, most: int | None = None) -> Predictions:
         """Return the predictions of a fitted model on a split, in file order; of about `most` rows at most."""
@@ -174,11 +184,11 @@ def scores_of(model: Any, rows: Floats, target: Target) -> Floats:
     return full[:, 1] if target.task == "binary" else full
 
 
-def linear(target: Target, width: int) -> Any:
+def linear(target: Target, rows: int, width: int) -> Any:
     """Return a linear model behind standardised features, of many of them the first principal components."""
     steps: list[Any] = [StandardScaler()]
     if width > COMPONENTS:
-        steps.append(PCA(COMPONENTS, random_state=0))
+        steps.append(PCA(min(COMPONENTS, rows), random_state=0))
     if target.task == "regression":
         return make_pipeline(*steps, RidgeCV(np.logspace(-1, 5, 13)))
     logistic = LogisticRegression(C=0.1, max_iter=1000)
@@ -250,10 +260,9 @@ def probe_layers(data: Dataset, target: Target, layers: list[int], seed: int) ->
     scores: dict[str, list[Any]] = {"val": [], "test": [], "intervals": []}
     groups = data.select("test", "sequences").texts("groups")
     best: tuple[float, Reading, Any] | None = None
-    width = int(np.prod(data.schema.stored_sequence.shape))
     for layer in layers:
         reading = of_layer(data, target, seed, layer)
-        model = reading.fitted(linear(target, width))
+        model = reading.fitted(partial(linear, target))
         found = {split: reading.scored(model, split, MOST_ROWS) for split in ("val", "test")}
         for split, predictions in found.items():
             scores[split].append(main_metric(predictions))
@@ -331,6 +340,6 @@ def _field(name: str, *, mean: bool) -> Callable[[Any], torch.Tensor]:
 
 def baseline(name: str, reading: Reading, seed: int) -> Splits:
     """Fit one baseline, and return its predictions of validation and test."""
-    width = int(next(reading.parts("train"))[0].shape[1])
-    model = reading.fitted(mlp(reading.target, seed) if name == "mlp" else linear(reading.target, width))
+    target = reading.target
+    model = reading.fitted(partial(linear, target) if name != "mlp" else lambda _rows, _width: mlp(target, seed))
     return {split: reading.scored(model, split) for split in ("val", "test")}

@@ -173,12 +173,15 @@ def fitted_baselines(job: Job, target: Target) -> tuple[LayerScores | None, dict
     layers: LayerScores | None = None
     found: dict[str, tuple[Kind, Splits]] = {}
     data, seed = job.data, job.config.seed
+    by_layer = target.level == "record" or (target.level == "step" and data.schema.layer_axis is not None)
+    # never of something else under the same name, if there are layers that cannot be probed
+    left_out: tuple[str, ...] = ("linear_probe", "mlp") if by_layer else ()
     with extra(job.folder / "layers.csv"):
-        by_layer = target.level == "record" or (target.level == "step" and data.schema.layer_axis is not None)
         if by_layer and (numbers := layers_of(data, asked_layers(job.config, data))):
             layers, splits = probe_layers(data, target, numbers, seed)
             found["linear_probe"] = "sequences", splits
             write_layers(job.folder / "layers.csv", layers)
+        left_out = ()
     best = None if layers is None else layers.layers[layers.best]
     if layers is not None:
         print(
@@ -187,6 +190,8 @@ def fitted_baselines(job: Job, target: Target) -> tuple[LayerScores | None, dict
             flush=True,
         )
     for name, reading in readings(data, target, job.config, best).items():
+        if name in left_out:
+            continue
         with extra(job.folder / f"baseline {name}"):
             found[name] = "graphs" if reading.graphs else "sequences", baseline(name, reading, seed)
     return layers, {name: found[name] for name in BASELINES if name in found}

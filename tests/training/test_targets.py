@@ -537,6 +537,22 @@ def test_layers_by_their_numbers_are_probed(tmp_path: Path, monkeypatch: pytest.
     assert baselines["linear_probe"]["test"]["auroc"] == pytest.approx(rows_by_layer["30"])
 
 
+def test_more_features_than_records_are_probed_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    rng = np.random.default_rng(0)
+    with dp.ShardWriter(
+        tmp_path / "set", dp.Schema(sequence=dp.Field(dtype="float16", shape=(150,)), step_axis="layer")
+    ) as writer:
+        for number in range(60):
+            writer.write({"id": number, "label": number % 2, "sequence": rng.normal(size=(2, 150)) + number % 2})
+    found = run(monkeypatch, dp.open_dataset(tmp_path / "set"), tmp_path / "out", "--epochs", 1)
+    assert list(found) == ["lstm"]
+    assert set(json.loads((tmp_path / "out" / "baselines.json").read_text())) == {"linear_probe", "mlp"}
+    assert caplog.records == []
+    assert capsys.readouterr().err == ""
+
+
 def test_the_middle_layer_of_tokens_is_none_of_the_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = token_records(80)
     rng = np.random.default_rng(0)
