@@ -203,13 +203,6 @@ def settings_of(checkpoint: Path, state: Mapping[str, Any]) -> TrainConfig:
 
 def check_fits(checkpoint: Path, name: str, schema: Schema, data: Dataset) -> None:
     """Raise DataError unless the records have the shapes of those that the model was trained on; types may differ."""
-    axes = [(owner.layer_axis, owner.steps) for owner in (schema, data.schema)]
-    if name == "lstm" and axes[0] != axes[1]:
-        ours, theirs = (
-            f"steps named {steps!r} and {'no axis' if axis is None else f'axis {axis} of a step'} named layer"
-            for axis, steps in reversed(axes)
-        )
-        raise DataError(f"{data.root} does not fit {checkpoint}: it has {ours}; expected {theirs}, as in training")
     fields = ("sequence",) if name == "lstm" else ("x", "edge_attr")
     for field in fields:
         theirs, ours = (getattr(owner, field) for owner in (schema, data.schema))
@@ -218,6 +211,10 @@ def check_fits(checkpoint: Path, name: str, schema: Schema, data: Dataset) -> No
             raise DataError(
                 f"{data.root} does not fit {checkpoint}: its {field} has {found}; expected {expected}, as in training"
             )
+    axes = (data.schema.layer_axis, schema.layer_axis)
+    if name == "lstm" and axes[0] != axes[1]:
+        found, expected = ("no axis" if axis is None else f"axis {axis} of a step" for axis in axes)
+        raise DataError(f"{data.root} does not fit {checkpoint}: {found} is named layer; expected {expected}, as in training")
 
 
 def stream(output: Path, tables: Iterator[pa.Table]) -> None:

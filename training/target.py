@@ -139,7 +139,7 @@ class Seen:
 
     known: int = 0
     least: float = np.inf
-    most: float = -np.inf
+    most: float = -np.inf  # an int of whole labels, which a float may round
     whole: bool = True
     counts: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(0, np.int64))
     sums: Any = 0.0
@@ -197,7 +197,7 @@ def find_target(
     most = max(one.most for one in seen.values())
     if asked != "multilabel" and most >= MOST_CLASSES:
         raise DataError(
-            f"{data.root} has the {'label' if name == 'label' else name} {most:.0f}, and a detector has an output for every "
+            f"{data.root} has the {'label' if name == 'label' else name} {int(most)}, and a detector has an output for every "
             f"number up to it; expected classes below {MOST_CLASSES}: number the classes 0, 1, 2 … and write the set anew, or "
             "give --task regression"
         )

@@ -25,11 +25,12 @@ FRAMEWORKS = tuple(TRIED)
 QUICK = FRAMEWORKS[:3]  # PyG alone takes four seconds to import
 IMPORTED = (  # modules that training imports, most of them only when they are needed, hours after the start
     *("matplotlib.axes", "matplotlib.figure", "matplotlib.ticker", "msgspec", "numpy", "numpy.typing"),
-    *("pyarrow", "pyarrow.csv", "pyarrow.parquet", "rich", "rich.console", "rich.progress", "rich.table"),
-    *("sklearn.decomposition", "sklearn.linear_model", "sklearn.metrics", "sklearn.pipeline", "sklearn.preprocessing"),
+    *("pyarrow", "pyarrow.compute", "pyarrow.csv", "pyarrow.parquet", "rich", "rich.console", "rich.progress", "rich.table"),
+    *("sklearn.compose", "sklearn.decomposition", "sklearn.exceptions", "sklearn.linear_model", "sklearn.metrics"),
+    *("sklearn.multiclass", "sklearn.neural_network", "sklearn.pipeline", "sklearn.preprocessing"),
     *("tensorboard.compat.proto.event_pb2", "tensorboard.compat.proto.summary_pb2", "tensorboard.summary.writer.record_writer"),
     *("torch", "torch._dynamo.exc", "torch.distributed", "torch.nn", "torch.nn.parallel", "torch.nn.utils.rnn"),
-    *("torch_geometric.data", "torch_geometric.nn", "typer", "typer.core", "xxhash", "yaml"),
+    *("torch_geometric.data", "torch_geometric.nn", "torch_geometric.utils", "typer", "typer.core", "xxhash", "yaml"),
 )
 RECORDS, STEPS, FEATURES = 8, 3, 4
 

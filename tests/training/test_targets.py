@@ -216,7 +216,7 @@ def test_stopped_and_gone_on_with_and_in_pieces(tmp_path: Path, monkeypatch: pyt
 
 
 def test_over_layers_and_tokens(tokens: dp.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By name, with the layers asked for; a set of layers alone has one axis."""
+    """Each by its name, with the layers asked for."""
     for number, more in enumerate((["--over", "token"], ["--over", "token", "--layers", "1,2"], ["--over", "layer"])):
         run(monkeypatch, tokens, tmp_path / str(number), "--epochs", 1, *more)
         config = torch.load(tmp_path / str(number) / "lstm-best.pt", weights_only=True)["config"]
@@ -520,7 +520,7 @@ def test_one_label_of_several_and_names_that_do_not_occur(tmp_path: Path, monkey
 
 
 def test_layers_by_their_numbers_are_probed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a set whose steps are layers 3, 7 and 30, the last of which tells the label."""
+    """A set whose steps are layers 3, 7 and 30, the last of which tells the label."""
     rng = np.random.default_rng(0)
     schema = dp.Schema(sequence=dp.Field(dtype="float16", shape=(5,)), step_axis="layer", layers=(3, 7, 30))
     with dp.ShardWriter(tmp_path / "set", schema) as writer:
@@ -622,11 +622,11 @@ def test_scores_of_data_whose_targets_are_others(
         for record in token_records(9):
             writer.write({"id": record["id"], "sequence": record["sequence"]})
     assert predict(monkeypatch, "--checkpoint", tmp_path / "kind" / "lstm-best.pt", tmp_path / "flat") == 2
-    assert "it has steps named 'token' and no axis named layer; expected" in capsys.readouterr().err
+    assert "no axis is named layer; expected axis 0 of a step, as in training" in capsys.readouterr().err
 
 
 def test_a_baseline_that_one_fold_lacks_is_paired_with_its_own_folds(tmp_path: Path) -> None:
-    """Of three runs the middle one has no probe: the other two are beside their own."""
+    """The middle one of three runs has no probe: the other two are beside their own."""
     rng = np.random.default_rng(0)
     for number in range(3):
         found = {"lstm": rows_of_groups([1] * 40, (rng.random(40) < 0.5).astype(int).tolist())}
