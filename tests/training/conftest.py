@@ -19,3 +19,9 @@ def restored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def no_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without baselines, which take as long as the training of so few records."""
+    monkeypatch.setattr("training.run.fitted_baselines", lambda *_: (None, {}))

@@ -33,7 +33,7 @@ from training.trainer import Trainer
 
 ROOT = Path(train_module.__file__).parent
 
-pytestmark = pytest.mark.usefixtures("restored")
+pytestmark = pytest.mark.usefixtures("restored", "no_baselines")
 
 
 def write(

@@ -37,7 +37,7 @@ from training.trainer import Trainer
 ROOT = Path(train_module.__file__).parent
 ALONE = Processes(dp.World())
 
-pytestmark = pytest.mark.usefixtures("restored")
+pytestmark = pytest.mark.usefixtures("restored", "no_baselines")
 
 
 def history(folder: Path) -> list[dict[str, str]]:

@@ -18,6 +18,7 @@ from dali_pipeline.runtime.checks import one_of, real, shown
 
 Layout = Literal["record-per-file", "stacked"]
 RECIPE_BYTES = 1 << 16  # a file of some lines; anything larger is no recipe
+MOST_BRACKETS = 500  # the time that YAML takes grows with the cube of their depth
 STEP_AXES = ("token", "step", "time")  # an axis with one of these names becomes the steps
 
 
@@ -207,6 +208,8 @@ def _parsed(path: Path) -> Mapping[Any, Any]:
         if len(data) > RECIPE_BYTES:
             raise UsageError(f"{path} is larger than {RECIPE_BYTES >> 10} KiB; expected a recipe of some lines")
         text = data.decode()
+        if (brackets := text.count("[") + text.count("{")) > MOST_BRACKETS:
+            raise UsageError(f"{path} cannot be read as YAML ({brackets} brackets); expected at most {MOST_BRACKETS}")
         if any(isinstance(token, yaml.AliasToken | yaml.AnchorToken | yaml.TagToken) for token in yaml.scan(text)):
             raise UsageError(f"{path} uses anchors, aliases or tags of YAML; expected plain names and values")
         content = yaml.load(text, Loader=yaml.BaseLoader)
