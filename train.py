@@ -29,7 +29,7 @@ from dali_pipeline.cli.arguments import CACHE_BYTES, CACHE_DIR, FILES_ROOT, pars
 from dali_pipeline.runtime.threads import parse_threads
 from dali_pipeline.storage.cachedfile import Place
 from training.commandline import GroupedCommand, flag, print_config, take_config
-from training.config import MODELS, Conduct, Over, Readout, TrainConfig, kind_of
+from training.config import MODELS, Conduct, Over, Readout, TrainConfig
 from training.folder import BASELINES_NAME, DIFFERENCES_NAME, METRICS_NAME, FolderLock, claim_folder, lacks
 from training.interrupt import Interrupted, Interrupts
 from training.prepare import Options, check_settings, find_data, find_folder, models_for, open_same, runs_of
@@ -72,7 +72,7 @@ def main(options: Options, config: TrainConfig) -> None:
 
 def prepare(options: Options, config: TrainConfig, world_size: int, lock: FolderLock | None = None) -> Prepared:
     """Find data and folder, refuse settings that cannot work, then claim and lock the folder."""
-    from training.target import find_target, target_field
+    from training.target import target_field
 
     data = find_data(options)
     target_field(data, config.target)
@@ -82,8 +82,6 @@ def prepare(options: Options, config: TrainConfig, world_size: int, lock: Folder
     if finished:
         print(f"{folder}: finished before; --resume never trains again")
     else:
-        for kind in dict.fromkeys(map(kind_of, config.models)):
-            find_target(data, kind, config.target, config.task, layers=config.layers)
         from training.resolve import resolved
 
         config, chosen = resolved(data, config)

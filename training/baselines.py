@@ -37,6 +37,8 @@ from sklearn.preprocessing import StandardScaler
 from dali_pipeline import DataError, Dataset, GraphBatch, GraphLoader, SequenceLoader
 from dali_pipeline.format.layers import parse_layers, select, to_positions
 from dali_pipeline.storage.whole import write_whole
+from models.gnn_lstm import node_features
+from models.gvae_lstm import nodes_of_records, records_of_nodes
 from training.config import TrainConfig
 from training.intervals import main_interval
 from training.metrics import Floats, Predictions, main_metric
@@ -161,14 +163,7 @@ class Reading:
             count += len(features)
             if most is not None and count >= most:
                 break
-        joined = replace(
-            parts[0],
-            ids=[id_ for part in parts for id_ in part.ids],
-            positions=np.concatenate([part.positions for part in parts]),
-            counts=np.concatenate([part.counts for part in parts]),
-            scores=np.concatenate([part.scores for part in parts]),
-            labels=np.concatenate([part.labels for part in parts]),
-        )
+        joined = Predictions.join(parts)
         return joined.rows(np.argsort(joined.positions, kind="stable").tolist())
 
 
@@ -248,11 +243,10 @@ def _steps(batch: Any) -> torch.Tensor:
 
 def _mean_over_nodes(batch: GraphBatch) -> torch.Tensor:
     """Return the mean over the nodes of all graphs of each record, (B, F)."""
-    per_graph = batch.graphs._slice_dict["x"].diff()
-    record_N = torch.repeat_interleave(torch.arange(len(batch)), batch.graphs_per_record).repeat_interleave(per_graph)
-    x_NF = batch.graphs.x.reshape(len(batch.graphs.x), -1).float()
+    record_N = records_of_nodes(batch.graphs, batch.graphs_per_record)
+    x_NF = node_features(batch.graphs).float()
     totals: torch.Tensor = x_NF.new_zeros(len(batch), x_NF.shape[1]).index_add(0, record_N, x_NF)
-    return totals / torch.bincount(record_N, minlength=len(batch)).clamp(min=1)[:, None]
+    return totals / nodes_of_records(record_N, len(batch)).clamp(min=1)[:, None]
 
 
 def probe_layers(data: Dataset, target: Target, layers: list[int], seed: int) -> tuple[LayerScores, Splits]:

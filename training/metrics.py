@@ -43,6 +43,18 @@ class Predictions:
     loss: float
     level: str = "record"
 
+    @classmethod
+    def join(cls, parts: Sequence[Predictions]) -> Predictions:
+        """Return the predictions of several batches as one, in their order; the loss stays that of the first."""
+        return replace(
+            parts[0],
+            ids=[id_ for part in parts for id_ in part.ids],
+            positions=np.concatenate([part.positions for part in parts]),
+            counts=np.concatenate([part.counts for part in parts]),
+            scores=np.concatenate([part.scores for part in parts]),
+            labels=np.concatenate([part.labels for part in parts]),
+        )
+
     def rows(self, chosen: Sequence[int]) -> Predictions:
         """Return some of the records, in the order given; the loss stays that of all."""
         begins, picked = np.cumsum(self.counts) - self.counts, np.asarray(chosen, np.int64)
@@ -169,8 +181,9 @@ def best_threshold(found: Predictions) -> Threshold:
 def measure(found: Predictions, threshold: Threshold = None) -> dict[str, float]:
     """Return all metrics of the task on the rows whose target is known.
 
-    Of several classes the highest score decides. Of several classes or labels, all but accuracy and ece are means over these;
-    of several numbers of a value, all are.
+    With several classes, the class with the highest score is the prediction. With several classes or labels, every metric
+    except accuracy and ece is the mean of the values for each class or label. If a value has several numbers, every metric is
+    the mean of the values for each number.
     """
     found = found.known()
     if found.task == "regression":

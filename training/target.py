@@ -10,9 +10,11 @@ import numpy as np
 import torch
 
 from dali_pipeline import DataError, Dataset, GraphBatch, SequenceBatch, UsageError
+from dali_pipeline.dataset.single import text_at
 from dali_pipeline.format.encoding import TEXT
 from dali_pipeline.format.layers import Layers, parse_layers, to_positions
 from dali_pipeline.format.schema import Field, Schema
+from dali_pipeline.storage.files import Files
 from dali_pipeline.types import Kind
 from training.config import TASKS, Task
 
@@ -247,8 +249,9 @@ def _look(data: Dataset, split: str, kind: Kind, name: str, stored: Field, task:
             row = int(np.argmax(~np.isfinite(values).reshape(len(values), -1).all(axis=1)))
             record = int(positions[np.searchsorted(np.cumsum(counts), row, side="right")])
             shards, number, at = selection.at(record)
+            record_id = text_at(shards.open(number, Files(1)), "ids", at)
             raise DataError(
-                f"{name} of {data.root} holds a value that is no finite number in record {data_id(shards, number, at)!r} of "
+                f"{name} of {data.root} holds a value that is no finite number in record {record_id!r} of "
                 f"split {split!r}; expected finite targets: leave such records out when the set is written"
             )
         numbers = values.astype(np.float64) if values.dtype.kind == "f" else values.astype(np.int64)
@@ -276,14 +279,6 @@ def _added(seen: Seen, numbers: np.ndarray[Any, Any], stored: Field) -> np.ndarr
     more = np.bincount(np.minimum(numbers, MOST_CLASSES).astype(np.int64), minlength=len(seen.counts))
     more[: len(seen.counts)] += seen.counts
     return more
-
-
-def data_id(shards: Any, number: int, row: int) -> str:
-    """Return the id of a record."""
-    from dali_pipeline.dataset.single import text_at
-    from dali_pipeline.storage.files import Files
-
-    return text_at(shards.open(number, Files(1)), "ids", row)
 
 
 def _task_of(stored: Field, seen: Mapping[str, Seen]) -> Task:

@@ -57,13 +57,7 @@ class Tally:
             raise UsageError(f"no table: more than {MOST_ROWS:,} rows; score one split at a time by --split")
         if not self._parts:
             raise UsageError(f"no table: no record has both a {name} that this detector knows and a finite score")
-        joined = replace(
-            self._parts[0],
-            **{  # type: ignore[arg-type]
-                part: np.concatenate([getattr(one, part) for one in self._parts])
-                for part in ("positions", "counts", "scores", "labels")
-            },
-        )
+        joined = Predictions.join(self._parts)
         if (joined.labels == joined.labels[0]).all():
             raise UsageError(f"no table: {name} is constant in what was scored")
         return {
