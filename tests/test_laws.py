@@ -63,6 +63,16 @@ def sequences(**options: Any) -> Asked:
     return Asked(options={"batch_size": 16, "window_bytes": 6000, **options}, case=case)
 
 
+def resident(**options: Any) -> Asked:
+    """A window of several groups, each of several batches, so that batches come from the resident window.
+
+    Its memory is counted in tests/loaders/test_resident.py.
+    """
+    asked = sequences(batch_size=4, window_bytes=60_000, **options)
+    changes = [*asked.case["changes"], {"window": "gather"}]
+    return replace(asked, case={**asked.case, "changes": changes}, only=tuple(law for law in Asked.only if law != "08"))
+
+
 def graphs(*, slow: bool = False, **options: Any) -> Asked:
     changes = [{"num_workers": 0}, {"num_workers": 1}, {"num_workers": 2}, {"num_workers": "auto"}]
     worlds: Worlds = (({}, (1, 2, 3)), ({"batch_size": 4, "num_partitions": 4, "window_bytes": 1}, (2,)))
@@ -164,10 +174,15 @@ def made_of_others(name: str, *, whole: str) -> dict[str, Asked]:
 FEW = ("04", "06", "12", "loops")
 IN_PLACE = ("01", "02", "03", "04", "05", "06", "07", "11", "12", "13", "loops")  # of bytes and shards test_in_place.py speaks
 KINDS: dict[str, Asked] = {
-    "dali": sequences(engine="dali"),
-    "dali, no thread": replace(sequences(engine="dali", num_workers=0), only=FEW),
-    "torch": sequences(engine="torch"),
-    "torch, threads": replace(sequences(engine="torch", num_workers=3), only=FEW),
+    "dali": sequences(engine="dali", window="gather"),
+    "dali, no thread": replace(sequences(engine="dali", num_workers=0, window="gather"), only=FEW),
+    "torch": sequences(engine="torch", window="gather"),
+    "torch, threads": replace(sequences(engine="torch", num_workers=3, window="gather"), only=FEW),
+    "window, dali": resident(engine="dali"),
+    "window, torch": resident(engine="torch"),
+    "window, no thread": replace(resident(engine="torch", num_workers=0), only=FEW),
+    "window, in place": replace(resident(engine="dali"), base=lambda sets: sets.in_place, only=FEW),
+    "window, packed": replace(resident(engine="torch", packed=True), only=FEW),
     "in place": replace(sequences(engine="torch"), base=lambda sets: sets.in_place, only=IN_PLACE),
     "in place, dali": replace(sequences(engine="dali"), base=lambda sets: sets.in_place, only=FEW),
     "bucket_by_length": bucketed(),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ class EpochDigest:
     """Number of records, and the sum of the XXH3-64 of their ids modulo 2**64.
 
     The sum is the same in any order, and `+` merges ranks. A lost, doubled or exchanged record changes it, with one chance in
-    2**64 of a miss. Costs a sixth of a microsecond per record.
+    2**64 of a miss.
 
     Attributes:
         records: Number of records delivered. Default: 0.
@@ -140,13 +139,13 @@ class Delivered:
         self._drawn, self._records, self._total, self._left_out = drawn, 0, 0, 0
         self._hashes: list[npt.NDArray[np.uint64]] = []
 
-    def add(self, ids: Sequence[str], valid: Mask, left_out: int = 0) -> None:
-        """Add one batch, and the number of its records that were left out."""
-        hashes = list(map(xxhash.xxh3_64_intdigest, map(str.encode, ids if valid.all() else compress(ids, valid))))
-        self._records, self._total = self._records + len(hashes), self._total + sum(hashes)
+    def add(self, hashes: npt.NDArray[np.uint64], valid: Mask, left_out: int = 0) -> None:
+        """Add one batch, (B,) hashes of its ids, and the number of its records that were left out."""
+        hashes = hashes[valid]
+        self._records, self._total = self._records + len(hashes), self._total + int(hashes.sum())  # sums modulo 2**64
         self._left_out += left_out
         if self._drawn:
-            self._hashes.append(np.array(hashes, np.uint64))
+            self._hashes.append(hashes)
 
     @property
     def digest(self) -> EpochDigest:

@@ -13,7 +13,7 @@ from torch_geometric.data import Batch, Data
 
 from dali_pipeline.format.encoding import BFLOAT16
 from dali_pipeline.format.schema import Field, Schema, level_of
-from dali_pipeline.loaders.fields import RecordBatch, field_tensors, moved_fields, tensors_of
+from dali_pipeline.loaders.fields import RecordBatch, moved_fields, moved_with_fields, tensors_of
 from dali_pipeline.loaders.sidestream import to_device
 from dali_pipeline.reading.graphrows import GraphRows, ends_of
 from dali_pipeline.runtime.memory import Buffers
@@ -137,7 +137,7 @@ class Collator:
             valid=valid_B.bool(),
             ids=rows.ids,
             positions=torch.from_numpy(rows.positions),
-            fields=field_tensors(rows.fields, self._schema, self._dtype, self._device),
+            fields=moved_with_fields([], rows.fields, self._schema, self._dtype, self._device)[1],
         )
 
     def values(self, rows: GraphRows) -> dict[str, torch.Tensor]:

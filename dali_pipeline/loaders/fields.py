@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 import torch
 
 from dali_pipeline.format.encoding import BFLOAT16
-from dali_pipeline.format.schema import Field, Schema
-from dali_pipeline.loaders.sidestream import to_device
+from dali_pipeline.format.schema import Schema
+from dali_pipeline.loaders.sidestream import to_device_together
 from dali_pipeline.reading.rows import FieldRows
 from dali_pipeline.types import Array
 
@@ -33,33 +33,36 @@ class RecordBatch:
         return len(self.ids)
 
 
-def field_tensors(rows: Mapping[str, FieldRows], schema: Schema, dtype: torch.dtype, device: torch.device) -> Fields:
-    """Move the step and record fields of several batches to the device.
+def moved_with_fields(
+    tensors: Sequence[torch.Tensor], rows: Mapping[str, FieldRows], schema: Schema, dtype: torch.dtype, device: torch.device
+) -> tuple[list[torch.Tensor], Fields]:
+    """Move tensors, and the step and record fields of several batches, to the device in one copy.
 
     Args:
+        tensors: Further tensors of the same batches.
         rows: Stored rows by the names after their dots.
         schema: The schema, which has the fields.
         dtype: Floating type of the loader.
         device: Device of the result.
 
     Returns:
-        Real numbers in `dtype`, or wider if they are stored so; whole numbers as int64; bools; texts as they are.
+        The tensors; and the fields: real numbers in `dtype`, or wider if they are stored so; whole numbers as int64; bools;
+        texts as they are.
     """
-    fields = {name.partition(".")[2]: field for name, field in {**schema.step_fields, **schema.record_fields}.items()}
-    return {
-        name: stored if isinstance(stored, list) else _tensor(stored, fields[name], dtype, device)
-        for name, stored in rows.items()
-    }
+    schema_fields = {**schema.step_fields, **schema.record_fields} if rows else {}
+    stored_types = {name.partition(".")[2]: field.dtype for name, field in schema_fields.items()}
+    stored = {name: _stored(column, stored_types[name]) for name, column in rows.items() if not isinstance(column, list)}
+    moved = to_device_together([*tensors, *stored.values()], device)
+    fields: Fields = dict(rows)
+    for name, tensor in zip(stored, moved[len(tensors) :], strict=True):
+        fields[name] = tensor.to(torch.promote_types(tensor.dtype, dtype)) if tensor.is_floating_point() else tensor
+    return moved[: len(tensors)], fields
 
 
-def _tensor(stored: Array, field: Field, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    if field.dtype == BFLOAT16:
-        bits = to_device(torch.from_numpy(stored.view("int16")), device).view(torch.bfloat16)
-        return bits.to(torch.promote_types(torch.bfloat16, dtype))
-    if stored.dtype.kind in "iu":
-        return to_device(torch.from_numpy(stored.astype("int64")), device)
-    tensor = to_device(torch.from_numpy(stored), device)
-    return tensor if tensor.dtype == torch.bool else tensor.to(torch.promote_types(tensor.dtype, dtype))
+def _stored(rows: Array, dtype: str) -> torch.Tensor:
+    if dtype == BFLOAT16:
+        return torch.from_numpy(rows.view("int16")).view(torch.bfloat16)
+    return torch.from_numpy(rows.astype("int64") if rows.dtype.kind in "iu" else rows)
 
 
 def cut_fields(fields: Fields, schema: Schema, sizes: Sequence[int], steps: Sequence[int], *, packed: bool) -> Iterator[Fields]:

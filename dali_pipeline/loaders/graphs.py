@@ -191,7 +191,7 @@ class GraphLoader(Loader[GraphBatch]):
                     for rows, valid, cursors in superbatch.batches():
                         with span("collate"), on_threads(self.cores):
                             batch = self._collator.batch(rows, valid)
-                        yield LoadedBatch(batch, batch.ids, valid, superbatch.left_out, cursors)
+                        yield LoadedBatch(batch, rows.hashes, valid, superbatch.left_out, cursors)
                 if error is not None:
                     raise error
 

@@ -25,7 +25,7 @@ from dali_pipeline.runtime.checks import shown, whole
 from dali_pipeline.runtime.world import FORKED, WorkersRefused, World
 from dali_pipeline.sampling.budget import BudgetPlan
 from dali_pipeline.sampling.plan import EpochPlan
-from dali_pipeline.types import Ints, Kind, Mask
+from dali_pipeline.types import Array, Ints, Kind, Mask
 
 Batch = TypeVar("Batch", covariant=True)
 
@@ -41,12 +41,12 @@ class Position(NamedTuple):
 class LoadedBatch(NamedTuple, Generic[Batch]):
     """A batch from a subclass, with what the loader needs to count it.
 
-    ids: of its rows. valid: (B,) bool on the CPU. left_out: the reason for each record that was left out. cursors: records
-    delivered of each partition after this batch, with a budget.
+    hashes: (B,) uint64, XXH3-64 of the ids of its rows. valid: (B,) bool on the CPU. left_out: the reason for each record that
+    was left out. cursors: records delivered of each partition after this batch, with a budget.
     """
 
     batch: Batch
-    ids: list[str]
+    hashes: Array
     valid: Mask
     left_out: tuple[str, ...] = ()
     cursors: tuple[int, ...] = ()
@@ -213,11 +213,11 @@ class Loader(IterableDataset[Batch]):
         self._newest_iterator, self._delivered = token, delivered
         left_out = self.left_out = []
         plan = self.plan(epoch)
-        with closing(ReadAhead(self._source, plan, self.world)) as ahead, closing(self._batches(plan, begin)) as batches:
+        with closing(self._read_ahead_of(plan)) as ahead, closing(self._batches(plan, begin)) as batches:
             ahead.begin(step, begin.cursors)
-            for batch, ids, valid, faults, cursors in batches:
+            for batch, hashes, valid, faults, cursors in batches:
                 step += 1
-                delivered.add(ids, valid, len(faults))
+                delivered.add(hashes, valid, len(faults))
                 tell(epoch, faults, left_out)
                 if self._newest_iterator is token:
                     self._position = Position(epoch, step, cursors)
@@ -229,6 +229,9 @@ class Loader(IterableDataset[Batch]):
             log.warning("epoch %d: %d records left out in all", epoch, len(left_out))
         if self._newest_iterator is token:
             self._position = self._next  # epoch + 1, unless set_epoch chose another one meanwhile
+
+    def _read_ahead_of(self, plan: EpochPlan) -> ReadAhead:
+        return ReadAhead(self._source, plan, self.world)
 
     @abstractmethod
     def gathered(self, plan: EpochPlan, step: int) -> Any:

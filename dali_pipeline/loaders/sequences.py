@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import chain, repeat
@@ -21,14 +21,24 @@ from dali_pipeline.format.schema import Schema
 from dali_pipeline.loaders.dali import check_dali, device_id, import_dali, iterate
 from dali_pipeline.loaders.decoding import Decoding, sequence_graph
 from dali_pipeline.loaders.device import check_memory
-from dali_pipeline.loaders.fields import RecordBatch, cut_fields, field_tensors, moved_fields, tensors_of
+from dali_pipeline.loaders.fields import RecordBatch, cut_fields, moved_fields, moved_with_fields, tensors_of
 from dali_pipeline.loaders.loader import LoadedBatch, Loader, Position
 from dali_pipeline.loaders.options import LoaderOptions, NumWorkers, OnError, OnNan, plain_selection
+from dali_pipeline.loaders.resident import RAGGED_ROOM, ResidentWindow, Shape, WindowMemory, torch_type
 from dali_pipeline.loaders.sidestream import UnderWay, a_batch_ahead, to_device
 from dali_pipeline.reading.graphrows import ends_of
+from dali_pipeline.reading.readahead import ReadAhead
+from dali_pipeline.reading.residency import Residency
 from dali_pipeline.reading.source import Padded, SequenceSource
 from dali_pipeline.reading.superbatch import SUPERBATCH_BYTES, Part, SequenceGatherer, Superbatch, superbatches
-from dali_pipeline.runtime.ahead import background_threads, belonging_to_this_process, cores_beside, map_ahead, on_threads
+from dali_pipeline.runtime.ahead import (
+    LONG_RECORD_BYTES,
+    background_threads,
+    belonging_to_this_process,
+    cores_beside,
+    map_ahead,
+    on_threads,
+)
 from dali_pipeline.runtime.checks import one_of, refuses_old_keywords, shown, truth
 from dali_pipeline.runtime.memory import Buffers
 from dali_pipeline.runtime.trace import span, spans
@@ -38,8 +48,10 @@ from dali_pipeline.types import Array, Ints
 
 log = logging.getLogger("dali_pipeline")
 Engine = Literal["dali", "torch"]
+WindowKind = Literal["auto", "resident", "gather"]
 PREFETCH_SUPERBATCHES = 2  # number of superbatches that DALI prefetches
 SUPERBATCH_STEPS = 64
+WINDOW_THREADS = 2  # at least so many read pieces: one waits for the disk while another hashes
 DALI_THREADS = 2
 NOT_FOR_DALI = ("float64",)  # neither fn.pad nor the arithmetic of decoding supports it
 
@@ -151,6 +163,11 @@ class SequenceLoader(Loader[SequenceBatch]):
         count_padding: Whether `max_steps` counts the padding of a batch, which is what memory and time grow with.
         packed: Whether to deliver the steps of all records one after the other, (S, *row), with `cu_seqlens`, as attention
             kernels for variable lengths take them, instead of padded (B, T, *row). Step fields are packed alike.
+        window: Where batches are put together. "resident": in the memory of the device, which the shuffle's window is read into
+            whole, in large pieces; takes 1.5 `window_bytes` per partition there, on a GPU as delivered. "gather": on the host,
+            record by record, from the page cache. "auto" is "resident" on a GPU, and on a CPU for records below 32 KiB, if it
+            can be: shuffled, without budget, buckets and draws, and this process reads whole partitions; otherwise "gather".
+            Both deliver the same batches.
         class_balanced: Whether an epoch draws from all classes in equal numbers: as many draws as there are records, each class
             without replacement within its own pass.
         group_weights: How often each group is drawn, relative to 1 for groups that are not named; draws as with
@@ -199,12 +216,14 @@ class SequenceLoader(Loader[SequenceBatch]):
         max_steps: int | None = None,
         count_padding: bool = True,
         packed: bool = False,
+        window: WindowKind = "auto",
         class_balanced: bool = False,
         group_weights: Mapping[str, float] | None = None,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
         one_of("engine", engine, get_args(Engine))
+        one_of("window", window, get_args(WindowKind))
         if engine == "dali":
             import_dali()
         options = LoaderOptions(
@@ -235,6 +254,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         if on_gpu:
             check_dali()
         layers, row_layers = self._chosen(options.layers, plain_selection("steps", steps))
+        self._steps = layers  # which steps are read
         self._fill_by(layers)
         self.engine, self.packed = engine, truth("packed", packed)
         if field_scales_by_step(data.schema) and self.packed:
@@ -261,6 +281,8 @@ class SequenceLoader(Loader[SequenceBatch]):
             and not self.budgeted
         )
         self._pads_in_dali = self._decodes_in_dali and not equal_lengths
+        # in a resident window; a layer axis is moved to its place when a batch is taken, and constants fit only there
+        self._decodes_at_load = self.device.type == "cuda" and data.schema.layer_axis is None
         record_bytes = self.selection.record_bytes
         batch_bytes = int(self.batch_size * record_bytes)
         self._longest_superbatch = max(1, min(SUPERBATCH_STEPS, SUPERBATCH_BYTES // max(1, batch_bytes)))
@@ -281,8 +303,17 @@ class SequenceLoader(Loader[SequenceBatch]):
             check_memory(self.device, nbytes, f"a batch of {self.batch_size} sequences of {longest} steps")
             source.use(Buffers(pinned=True))
         bits, skips = self._decoding.bfloat16, self.skips
-        padded: Padded = "packed" if self.packed else None if self._pads_in_dali else "batch"
-        self._superbatches = SequenceGatherer(source, self.world, self.batch_size, padded, bits=bits, skips=skips)
+        self._padded: Padded = "packed" if self.packed else None if self._pads_in_dali else "batch"
+        self._superbatches = SequenceGatherer(source, self.world, self.batch_size, self._padded, bits=bits, skips=skips)
+        self.window = self._window_kind(window)
+        # they read long pieces, without the interpreter lock
+        self._window_threads = max(self._threads, WINDOW_THREADS) if self.num_workers == "auto" else self._threads
+        self._unused_memory: list[WindowMemory] = []  # of windows of iterators that have ended
+        self._kept_memory: WindowMemory | None = None  # once all records of this rank are in a window
+
+    def _read_ahead_of(self, plan: EpochPlan) -> ReadAhead:
+        reads_whole = self.window == "resident" and self._window_threads > 0  # the window reads ahead itself
+        return ReadAhead(self._source, plan, self.world, idle=reads_whole and self.selection.cache_bytes is None)
 
     def _chosen(self, layers: Layers, steps: Layers) -> tuple[Layers, tuple[int, list[int]] | None]:
         """Return the positions of the steps to read; and, if an axis of the rows is named layer, that axis and its positions.
@@ -338,10 +369,163 @@ class SequenceLoader(Loader[SequenceBatch]):
             return a_batch_ahead(batches, lambda loaded: loaded.batch.tensors(), self.device)
         return batches
 
+    def _window_kind(self, asked: WindowKind) -> WindowKind:
+        """Return "resident" or "gather"; raise UsageError if a resident window is asked for and cannot be."""
+        if asked == "gather" or (asked == "auto" and not self._window_pays()):
+            return "gather"
+        why = self._no_window()
+        if why and asked == "resident":
+            raise UsageError(f"window='resident' {why}; or window='gather'")
+        return "gather" if why else "resident"
+
+    def _window_pays(self) -> bool:
+        """Return whether a resident window is faster than a gather, and takes no more memory beside batches than that."""
+        if self.device.type == "cuda":
+            return True
+        shortest, longest = self.selection.bounds("step") or (1, 1)
+        padded_bytes = self.batch_size * longest * self._source.row_bytes  # a batch as stored, with its longest record
+        return (
+            self.selection.record_bytes < LONG_RECORD_BYTES
+            and self.selection.cache_bytes is None
+            and (shortest == longest or padded_bytes <= SUPERBATCH_BYTES)
+        )
+
+    def _no_window(self) -> str:
+        """Return why there can be no resident window, or ""."""
+        order = self.order
+        reasons = {
+            "shuffle=False": not order.shuffle,
+            "max_steps": self.budgeted,
+            "bucket_by_length": order.bucket_by_length,
+            "class_balanced or group_weights": bool(self.selection.draws),
+        }
+        for name, holds in reasons.items():
+            if holds:
+                return f"does not go with {name}"
+        if not self.selection.num_records:
+            return "has no records to hold"
+        residency = Residency.of(self._first_plan, self.world.rank, self.world.world_size)
+        if residency is None:
+            return (
+                "needs whole partitions per process and batches of at most half a window; expected num_partitions to be a "
+                f"multiple of {self.world.world_size} processes, or more window_bytes than {order.window_bytes}"
+            )
+        if self.device.type == "cuda":
+            per_step = self._source.row_bytes // self._source.unit.storage.itemsize * self.dtype.itemsize
+            nbytes = self._slot_steps(residency) * residency.num_slots * per_step
+            try:
+                check_memory(self.device, nbytes, "the resident window")
+            except UsageError as error:
+                return f"does not fit: {error}"
+        return ""
+
+    def _slot_steps(self, residency: Residency) -> int:
+        """Return the steps that a slot of the window has room for; if lengths differ, some more than its bytes can hold."""
+        shortest, longest = self.selection.bounds("step") or (1, 1)
+        most = len(select(self._steps, longest))
+        if shortest == longest:
+            return residency.slot_records * most
+        assert self.data.schema.sequence is not None
+        by_bytes = RAGGED_ROOM * residency.slot_bytes / max(1, self.data.schema.sequence.row_bytes)
+        return min(residency.slot_records * most, int(by_bytes) + 2 * most)
+
     def _on_device(self, plan: EpochPlan, start: Position) -> Generator[LoadedBatch[SequenceBatch], None, None]:
-        through = self._through_dali if self.engine == "dali" else self._through_torch
-        with UnderWay(self.device) as under_way, closing(self._read_ahead(plan, start)) as loaded:
-            yield from through(loaded, under_way)
+        with UnderWay(self.device) as under_way:
+            if self.window == "resident" and plan.num_steps:
+                yield from self._through_window(plan, start, under_way)
+                return
+            through = self._through_dali if self.engine == "dali" else self._through_torch
+            with closing(self._read_ahead(plan, start)) as loaded:
+                yield from through(loaded, under_way)
+
+    def _through_window(
+        self, plan: EpochPlan, start: Position, under_way: UnderWay
+    ) -> Generator[LoadedBatch[SequenceBatch], None, None]:
+        """Yield batches from the resident window; gather those whose records it could not read."""
+        rank, world_size = self.world.rank, self.world.world_size
+        known = self._unused_memory if self._kept_memory is None else [self._kept_memory]
+        least = max((memory.slot_records for memory in known), default=1)
+        residency = Residency.of(plan, rank, world_size, least)
+        assert residency is not None
+        memory = self._memory_for(residency)
+        window = ResidentWindow(
+            memory,
+            residency,
+            start.step,
+            self._source,
+            decoding=self._decoding if self._decodes_at_load and not self._decodes_in_dali else None,
+            device=self.device,
+            threads=self._window_threads,
+            record_bytes=self.selection.record_bytes,
+            bits=self._decoding.bfloat16,
+            through_dali=self._pieces_through_dali if self.engine == "dali" else None,
+        )
+        step, longest = start.step, 1
+        with closing(window):
+            while step < plan.num_steps:
+                stop = min(window.reach(step, under_way), step + longest, plan.num_steps)
+                steps, longest = range(step, stop), min(2 * longest, SUPERBATCH_STEPS)
+                batches = (
+                    self._from_window(window, memory, steps)
+                    if window.serves(steps)
+                    else self._gather_steps(plan, steps, under_way)
+                )
+                for loaded in batches:
+                    yield loaded
+                    window.passed(step, under_way)
+                    step += 1
+        if memory.kept:
+            self._kept_memory, self._unused_memory = memory, []
+        else:
+            self._unused_memory.append(memory)
+
+    def _memory_for(self, residency: Residency) -> WindowMemory:
+        """Return memory for the window of one iterator."""
+        if self._kept_memory is not None:
+            return self._kept_memory
+        while self._unused_memory:
+            memory = self._unused_memory.pop()
+            if memory.slot_records == residency.slot_records:
+                return memory
+        source, (shortest, longest) = self._source, self.selection.bounds("step") or (1, 1)
+        stored = torch.int16 if self._decoding.bfloat16 else torch_type(source.unit.storage)
+        shape = Shape(
+            steps=len(select(self._steps, longest)) if shortest == longest else None,
+            parts=source.parts_per_record,
+            row=source.unit.shape,
+            dtype=self.dtype if self._decodes_at_load else stored,
+        )
+        return WindowMemory.of(shape, source, self.data.schema, residency, self._slot_steps(residency), self.device)
+
+    def _pieces_through_dali(self, feed: Callable[[], Array]) -> Iterator[torch.Tensor]:
+        """Yield the output of DALI for each piece that `feed` returns."""
+        iterator = self._dali(feed, batch_size=1, decoding=self._decoding if self._decodes_in_dali else None)
+        with belonging_to_this_process(iterator):
+            for (out,) in spans("dali", iterator):
+                yield out["sequences"][0]
+
+    def _from_window(self, window: ResidentWindow, memory: WindowMemory, steps: range) -> Iterator[LoadedBatch[SequenceBatch]]:
+        superbatch, index, counts = window.superbatch(steps, self.world.rank, self.world.world_size, packed=self.packed)
+        parts, longest = self._source.parts_per_record, superbatch.longest
+
+        def values(index: torch.Tensor) -> Iterator[torch.Tensor]:
+            for rows, steps in zip(torch.split(index, counts), longest, strict=True):
+                with span("select"):
+                    selected = memory.select(rows, packed=self.packed)
+                yield self._batch_view(selected, len(selected) // parts if self.packed else steps)
+
+        return self._deliver(superbatch, values, [torch.from_numpy(index)], decoded=self._decodes_at_load)
+
+    def _gather_steps(self, plan: EpochPlan, steps: range, under_way: UnderWay) -> Iterator[LoadedBatch[SequenceBatch]]:
+        """Gather the batches of these steps."""
+        bits, padded = self._decoding.bfloat16, cast("Padded", "packed" if self.packed else "batch")
+        gatherer = SequenceGatherer(self._source, self.world, self.batch_size, padded, bits=bits, skips=self.skips)
+        for part in gatherer.parts(plan, steps):
+            loaded, error = gatherer.gather(plan, part)
+            for superbatch in loaded:
+                yield from self._torch_batches(superbatch, under_way)
+            if error is not None:
+                raise error
 
     def _read_ahead(self, plan: EpochPlan, start: Position) -> Loaded:
         """Yield superbatches in order, split so that their batches need little padding."""
@@ -373,7 +557,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         values = torch.from_numpy(superbatch.rows.values)
         try:
             split = self._decode_unpadded if superbatch.sparse else self._split
-            yield from self._deliver(superbatch, split(superbatch, values))
+            yield from self._deliver(superbatch, lambda: split(superbatch, values), decoded=superbatch.sparse)
         finally:
             under_way.keep(values)
 
@@ -413,12 +597,20 @@ class SequenceLoader(Loader[SequenceBatch]):
             ahead.append(superbatch)
             return self._samples(superbatch)
 
-        iterator = self._dali(feed)
+        # a sample is a record if DALI pads, a batch if DALI only decodes, otherwise a whole superbatch
+        samples = self._longest_superbatch if self._decodes_in_dali else 1
+        iterator = self._dali(
+            feed,
+            batch_size=samples * self.batch_size if self._pads_in_dali else samples,
+            decoding=self._decoding if self._decodes_in_dali else None,
+            pads=self._pads_in_dali,
+        )
         with belonging_to_this_process(iterator):
             while True:
                 for (out,) in spans("dali", iterator):
                     superbatch = ahead.popleft()
-                    yield from self._deliver(superbatch, self._dali_values(superbatch, out["sequences"]))
+                    values = partial(self._dali_values, superbatch, out["sequences"])
+                    yield from self._deliver(superbatch, values, decoded=self._decodes_in_dali)
                 if failures:
                     raise failures[0]
                 if not passing:
@@ -426,15 +618,15 @@ class SequenceLoader(Loader[SequenceBatch]):
                 yield from self._torch_batches(passing.popleft(), under_way)
                 iterator.reset()
 
-    def _dali(self, feed: Callable[[], Array | list[Array]]) -> Any:
+    def _dali(
+        self, feed: Callable[[], Array | list[Array]], *, batch_size: int, decoding: Decoding | None, pads: bool = False
+    ) -> Any:
         """Return an iterator over DALI's outputs for the samples that `feed` returns."""
-        # a sample is a record if DALI pads, a batch if DALI only decodes, otherwise a whole superbatch
-        samples = self._longest_superbatch if self._decodes_in_dali else 1
         pipeline = sequence_graph(
             feed,
-            decoding=self._decoding if self._decodes_in_dali else None,
-            pads=self._pads_in_dali,
-            batch_size=samples * self.batch_size if self._pads_in_dali else samples,
+            decoding=decoding,
+            pads=pads,
+            batch_size=batch_size,
             num_threads=DALI_THREADS,
             device_id=device_id(self.device),
             prefetch_queue_depth=PREFETCH_SUPERBATCHES,
@@ -455,50 +647,67 @@ class SequenceLoader(Loader[SequenceBatch]):
             values = values.view(-1, self.batch_size, *values.shape[1:])
         return (batch[:, :steps] for batch, steps in zip(values.unbind(), superbatch.longest, strict=True))
 
-    def _deliver(self, superbatch: Superbatch, values: Iterable[torch.Tensor]) -> Iterator[LoadedBatch[SequenceBatch]]:
-        """Yield the batches of a superbatch, from the values of each batch."""
-        rows, sizes = superbatch.rows, superbatch.sizes.tolist()
-        columns = [torch.from_numpy(column) for column in (superbatch.valid, rows.lengths, rows.positions)]
-        stored_labels = None if rows.labels is None else torch.from_numpy(rows.labels)
+    def _deliver(
+        self,
+        superbatch: Superbatch,
+        values: Callable[..., Iterable[torch.Tensor]],
+        moved_along: Sequence[torch.Tensor] = (),
+        *,
+        decoded: bool,
+    ) -> Iterator[LoadedBatch[SequenceBatch]]:
+        """Yield the batches of a superbatch.
+
+        Args:
+            superbatch: The batches.
+            values: Function that yields the values of each batch, (B, T, *row), from `moved_along` on the device.
+            moved_along: Tensors that are moved to the device together with labels and fields.
+            decoded: Whether the values are decoded already.
+        """
+        rows, sizes, schema = superbatch.rows, superbatch.sizes.tolist(), self.data.schema
+        small = [*moved_along, torch.from_numpy(superbatch.valid)]
+        small += [] if rows.labels is None else [torch.from_numpy(rows.labels)]
         with span("copy", self.device.type != "cpu"):
-            columns[0] = to_device(columns[0], self.device)
-            labels_on_device = None if stored_labels is None else to_device(stored_labels, self.device)
-            all_fields = field_tensors(rows.fields, self.data.schema, self.dtype, self.device)
-        batch_columns = (torch.split(column, sizes) for column in columns)
-        batch_labels = repeat(None) if labels_on_device is None else torch.split(labels_on_device, sizes)
-        batch_fields = cut_fields(
-            all_fields,
-            self.data.schema,
+            small, all_fields = moved_with_fields(small, rows.fields, schema, self.dtype, self.device)
+        by_batch = zip(
+            superbatch.begins,
             sizes,
-            superbatch.rows_per_batch if self.packed else superbatch.longest,
-            packed=self.packed,
+            values(*small[: len(moved_along)]),
+            torch.split(small[len(moved_along)], sizes),
+            repeat(None) if rows.labels is None else torch.split(small[-1], sizes),
+            torch.split(torch.from_numpy(rows.lengths), sizes),
+            torch.split(torch.from_numpy(rows.positions), sizes),
+            cut_fields(
+                all_fields, schema, sizes, superbatch.rows_per_batch if self.packed else superbatch.longest, packed=self.packed
+            )
+            if all_fields
+            else repeat({}),
+            superbatch.cursors or repeat(()),
+            strict=False,
         )
-        cursors = superbatch.cursors or repeat(())
-        by_batch = zip(superbatch.begins, sizes, values, *batch_columns, batch_fields, strict=True)
-        for (begin, size, batch, valid, lengths, positions, fields), labels, after in zip(
-            by_batch, batch_labels, cursors, strict=False
-        ):
+        for begin, size, batch, valid, labels, lengths, positions, fields, cursors in by_batch:
             end = begin + size
-            if not (self._decodes_in_dali or superbatch.sparse):
-                with span("decode"), on_threads(self.cores):
+            if not decoded:
+                with nullcontext() if self._decoding.idle else span("decode"), self._on_threads():
                     ends = np.array([batch.shape[1]]) if self.packed else rows.lengths[begin:end]
                     batch = self._decoding.run(batch, ends)
             cu_seqlens = None
             if self.packed:
                 batch = batch[0]
                 cu_seqlens = to_device(torch.from_numpy(ends_of(rows.lengths[begin:end]).astype(np.int32)), self.device)
-            ids = rows.ids[begin:end]
             delivered = SequenceBatch(
                 sequences=batch if self._source.layered else batch.contiguous(),
                 lengths=lengths,
                 labels=cast("torch.Tensor", labels),
                 valid=valid,
-                ids=ids,
+                ids=rows.ids[begin:end],
                 positions=positions,
                 fields=fields,
                 cu_seqlens=cu_seqlens,
             )
-            yield LoadedBatch(delivered, ids, superbatch.valid[begin:end], superbatch.left_out, after)
+            yield LoadedBatch(delivered, rows.hashes[begin:end], superbatch.valid[begin:end], superbatch.left_out, cursors)
+
+    def _on_threads(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._decoding.idle else on_threads(self.cores)
 
 
 def field_scales_by_step(schema: Schema) -> bool:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from functools import cache
+from itertools import accumulate
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
+ALIGNED = 16  # bytes: where a tensor of any type may begin
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -21,6 +23,23 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda" or values.is_cuda:
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
+
+
+def to_device_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Return tensors on the device; to a GPU in one copy, as views of one tensor there."""
+    if device.type != "cuda" or not tensors:
+        return list(tensors)
+    ends = list(accumulate(-(-tensor.nbytes // ALIGNED) * ALIGNED for tensor in tensors))
+    packed = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=True)
+    begins = [0, *ends[:-1]]
+
+    def part(memory: torch.Tensor, tensor: torch.Tensor, begin: int) -> torch.Tensor:
+        return memory[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+    for tensor, begin in zip(tensors, begins, strict=True):
+        part(packed, tensor, begin).copy_(tensor)
+    moved = packed.to(device, non_blocking=True)
+    return [part(moved, tensor, begin) for tensor, begin in zip(tensors, begins, strict=True)]
 
 
 class UnderWay:

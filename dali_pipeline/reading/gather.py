@@ -157,7 +157,8 @@ def _gather(
     first_inner, last_inner = starts // block_bytes, (stops - 1) // block_bytes
     first, last = block + first_inner, block + last_inner
     cached = any(file.stamps is not None for file in files)
-    direct &= last < first + (2 if cached else MOST_BLOCKS)
+    fits = direct
+    direct = fits & (last < first + (2 if cached else MOST_BLOCKS))
     known = direct.copy()  # reads of blocks whose hashes were right
     known[known] = (sound[first[known]] & sound[last[known]]) > 0
     for inner in range(1, int((last - first)[known].max(initial=0))):
@@ -165,22 +166,25 @@ def _gather(
     # other records that lie elsewhere are read whole, and hashed in memory
     whole = direct & ~known & (starts == 0) & (stops == nbytes) if hashed_here and not cached else np.zeros_like(direct)
     direct = known | whole
+    sizes, offsets, addresses = stops - starts, begin + starts, out.ctypes.data + reads.out_begins * width
+    if not cached and not hashed_here and not known[fits].all():
+        candidates = np.flatnonzero(fits)
+        heads = _heads(offsets[candidates], addresses[candidates], sizes[candidates], fds[candidates])
+        long = np.add.reduceat(sizes[candidates], heads) >= 2 * block_bytes[candidates[heads]]
+        direct[candidates[np.repeat(long, np.diff(np.append(heads, len(candidates))))]] = True
     if cached:  # Blocks of a store's cache may be evicted at any time. An unchanged stamp proves that they were not.
         own_blocks = slot + first_inner, slot + last_inner
         stamps = _stamps(files, number, *own_blocks)
         direct &= (stamps >= FIRST_STAMP).all(axis=0)
     direct_reads = np.flatnonzero(direct)
-    sizes, offsets, addresses = (
-        (stops - starts)[direct_reads],
-        (begin + starts)[direct_reads],
-        out.ctypes.data + reads.out_begins[direct_reads] * width,
-    )
-    fds = fds[direct_reads]
-    is_head = np.ones(len(direct_reads), bool)  # False if a read continues the one before, in the file and in memory
-    is_head[1:] = (offsets[1:] != (offsets + sizes)[:-1]) | (addresses[1:] != (addresses + sizes)[:-1]) | (fds[1:] != fds[:-1])
-    heads = np.flatnonzero(is_head)
+    sizes, offsets, addresses, fds = (array[direct_reads] for array in (sizes, offsets, addresses, fds))
+    heads = _heads(offsets, addresses, sizes, fds)
     expected = np.add.reduceat(sizes, heads)
     complete = read_many(fds[heads], offsets[heads], addresses[heads], expected) == expected
+    unchecked = np.flatnonzero(complete & ~np.logical_and.reduceat((known | whole)[direct_reads], heads))
+    for run in unchecked.tolist():
+        read = int(direct_reads[heads[run]])
+        complete[run] = _hash_run(locations, reads, read, int(starts[read]), int(expected[run]))
     direct[direct_reads] = np.repeat(complete, np.diff(np.append(heads, len(direct_reads))))
     if cached:
         direct &= (_stamps(files, number, *own_blocks) == stamps).all(axis=0)
@@ -189,6 +193,46 @@ def _gather(
     # The others one by one: to hash a block, to widen, to complete a short read, or to report what is wrong.
     for read in np.flatnonzero(~direct & (starts != stops)).tolist():
         _gather_one(locations, reads, read)
+
+
+def _heads(offsets: Ints, addresses: Ints, sizes: Ints, fds: Ints) -> Ints:
+    """Return the reads that do not continue the one before, in the file and in memory."""
+    is_head = np.ones(len(offsets), bool)
+    is_head[1:] = (offsets[1:] != (offsets + sizes)[:-1]) | (addresses[1:] != (addresses + sizes)[:-1]) | (fds[1:] != fds[:-1])
+    return np.flatnonzero(is_head)
+
+
+def _hash_run(locations: Locations, reads: _Reads, read: int, start: int, nbytes: int) -> bool:
+    """Hash the blocks of neighbouring records that were read at once, and were not hashed before; return whether all are right.
+
+    Blocks that lie wholly in them are hashed in memory. The two at the edges are read whole once more.
+
+    Args:
+        locations: Locations of the records.
+        reads: The reads.
+        read: The first one of those records.
+        start: Its first byte in the array.
+        nbytes: Bytes of all of them.
+    """
+    part = locations.parts[int(locations.which[reads.records[read]])]
+    shard, name = part.shard, reads.name
+    layout, stop = shard.array(name), start + nbytes
+    size, first_block = layout.block_bytes, part.first_block + layout.first_block
+    first_byte = int(reads.out_begins[read]) * reads.width
+    data = reads.out.reshape(-1).view(np.uint8).data[first_byte : first_byte + nbytes]
+    for block in range(start // size, (stop - 1) // size + 1):
+        begin, end = block * size, min((block + 1) * size, layout.nbytes)
+        if locations.sound[first_block + block]:
+            continue
+        if begin >= start and end <= stop:
+            if not shard.check(name, block, data[begin - start : end - start]):
+                return False
+        else:
+            try:
+                shard.prefetch(name, begin, end)
+            except FormatError:  # whose record it is shows when each is read on its own
+                return False
+    return True
 
 
 def _stamps(files: list[OpenFile], which: Ints, first: Ints, last: Ints) -> Array:

@@ -26,6 +26,7 @@ class GraphRows:
         graphs_per_record: (B,) int64.
         labels: (B, *shape) in the stored type, or None.
         ids: B texts.
+        hashes: (B,) uint64, XXH3-64 of each id.
         positions: (B,) int64.
         fields: Further fields of records as stored, by the names after their dots: (B, *shape), or B texts.
     """
@@ -38,6 +39,7 @@ class GraphRows:
     graphs_per_record: Ints
     labels: Array | None
     ids: list[str]
+    hashes: Array
     positions: Ints
     fields: Mapping[str, FieldRows] = field(default_factory=dict)
 
@@ -59,6 +61,7 @@ class GraphRows:
                 graphs_per_record=self.graphs_per_record[record],
                 labels=None if self.labels is None else self.labels[record],
                 ids=self.ids[record],
+                hashes=self.hashes[record],
                 positions=self.positions[record],
                 fields={name: rows[record] for name, rows in self.fields.items()},
             )

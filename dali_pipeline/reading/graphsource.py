@@ -109,6 +109,7 @@ class GraphSource(BatchSource):
             graphs_per_record=graphs_per_record,
             labels=locations.labels,
             ids=locations.ids,
+            hashes=locations.hashes,
             positions=positions,
             fields=self._read_record_fields(locations),
         )

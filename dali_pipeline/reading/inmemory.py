@@ -34,11 +34,13 @@ class _Table:
         records: (N, 3) label, first graph, number of graphs.
         graphs: (G, 5) first row and number of nodes, first row and number of edges, layer.
         ids: (N,) texts, as objects.
+        hashes: (N,) uint64, XXH3-64 of each id.
     """
 
     records: Ints
     graphs: Ints
     ids: npt.NDArray[np.object_]
+    hashes: Array
 
 
 class InMemoryGraphs:
@@ -103,6 +105,7 @@ class InMemoryGraphs:
             graphs_per_record=graphs_per_record,
             labels=labels,
             ids=table.ids[positions].tolist(),
+            hashes=table.hashes[positions],
             positions=positions,
         )
 
@@ -129,7 +132,7 @@ class InMemoryGraphs:
                 num_rows = nbytes // sum(field.row_bytes for field in fields.values())
                 self._arrays[name] = np.empty((num_rows, *field.shape), field.storage)
         filled = dict.fromkeys(LEVELS, 0)
-        records, graphs, ids = [], [], []
+        records, graphs, ids, hashes = [], [], [], []
         for part in self._index.parts():
             table, spans = part.table, part.spans
             if not len(spans):
@@ -153,6 +156,8 @@ class InMemoryGraphs:
             layers = spread(np.zeros_like(first), graphs_per_record)
             graphs.append(np.column_stack([nodes, counts[:, 0], edges, counts[:, 1], layers]))
             ids.append(part.ids)
+            hashes.append(part.hashes)
             filled = {level: end + rows[level][1] - rows[level][0] for level, end in filled.items()}
             yield len(table)
-        self._table = _Table(records=np.concatenate(records), graphs=np.concatenate(graphs), ids=np.concatenate(ids))
+        joined = [np.concatenate(columns) for columns in (records, graphs, ids, hashes)]
+        self._table = _Table(records=joined[0], graphs=joined[1], ids=joined[2], hashes=joined[3])

@@ -32,10 +32,16 @@ class ReadAhead:
 
     From a store, a whole window is downloaded ahead of what is gathered, from before the first batch on, so that the network is
     never idle. The cache is told when the next epoch needs what this one has finished with.
+
+    Args:
+        source: Where records are read.
+        plan: Order of the epoch.
+        world: This process among all.
+        idle: Whether to do nothing, because a resident window reads everything in large pieces anyway. Default: False.
     """
 
-    def __init__(self, source: BatchSource, plan: EpochPlan, world: World) -> None:
-        self._source, self._plan, self._world = source, plan, world
+    def __init__(self, source: BatchSource, plan: EpochPlan, world: World, *, idle: bool = False) -> None:
+        self._source, self._plan, self._world, self._idle = source, plan, world, idle
         self._requested: dict[int, int] = {}  # by partition, the group after the last one requested
         self._pool: ThreadPoolExecutor | None = None
         self._unchecked: list[tuple[int, int]] = []  # runs recently due that were not checked
@@ -58,6 +64,8 @@ class ReadAhead:
 
         Costs microseconds, except once per half window.
         """
+        if self._idle:
+            return
         due = []
         for partition, group in self._plan.groups(step, self._world.rank, self._world.world_size, cursors):
             begin = self._requested.get(partition, max(0, group - 1))

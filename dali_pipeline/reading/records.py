@@ -13,7 +13,7 @@ import numpy as np
 from dali_pipeline.errors import FormatError
 from dali_pipeline.format.encoding import TEXT
 from dali_pipeline.format.schema import Field
-from dali_pipeline.format.shard import Shard
+from dali_pipeline.format.shard import Shard, hash_texts
 from dali_pipeline.runtime.workerprocess import SharedBytes
 from dali_pipeline.storage.files import Files, Recent
 from dali_pipeline.types import Array, Ints
@@ -37,6 +37,7 @@ class IndexPart:
         table: (n, 3) int64, row in the shard, and where the rows of the first ragged array begin and end.
         labels: (n, *shape) in the stored type, or None.
         ids: (n,) texts, as objects.
+        hashes: (n,) uint64, XXH3-64 of each id.
         columns: (n, *shape) values of each short record field, or (n,) texts, as objects.
         step_columns: (rows of the first ragged array, *shape) values of each short step field.
         spans: (rows of the first ragged array, 2 per other ragged array), where its rows begin and end.
@@ -47,6 +48,7 @@ class IndexPart:
     table: Ints
     labels: Array | None
     ids: Array
+    hashes: Array
     columns: Mapping[str, Array]
     step_columns: Mapping[str, Array]
     spans: Ints
@@ -56,7 +58,7 @@ class IndexPart:
         """Bytes of memory, approximately."""
         texts = [self.ids, *(column for column in self.columns.values() if column.dtype == object)]
         characters = sum(sum(map(len, column)) for column in texts)
-        arrays = [self.spans, *self.columns.values(), *self.step_columns.values()]
+        arrays = [self.spans, self.hashes, *self.columns.values(), *self.step_columns.values()]
         arrays += [] if self.labels is None else [self.labels]
         return 100 * len(self.ids) * len(texts) + characters + sum(array.nbytes for array in arrays)
 
@@ -73,6 +75,7 @@ class Locations:
         begins: (N,) int64, first row of each record in the first ragged array.
         ends: (N,) int64, row after its last one.
         ids: N texts.
+        hashes: (N,) uint64, XXH3-64 of each id.
         columns: (N, *shape) values of each short record field, or (N,) texts, as objects.
         sound: (blocks,) uint8 of the whole index, 1 once a block's hash was right.
         files_at_once: Number of files that may be open.
@@ -85,6 +88,7 @@ class Locations:
     begins: Ints
     ends: Ints
     ids: list[str]
+    hashes: Array
     columns: Mapping[str, Array]
     sound: Array
     files_at_once: int
@@ -126,6 +130,7 @@ class Locations:
             begins=self.begins[part],
             ends=self.ends[part],
             ids=self.ids[part],
+            hashes=self.hashes[part],
             columns={name: column[part] for name, column in self.columns.items()},
         )
 
@@ -216,6 +221,7 @@ class RecordIndex:
             begins=begins,
             ends=ends,
             ids=joined(part.ids for part in parts).tolist(),
+            hashes=joined(part.hashes for part in parts),
             columns={name: joined(part.columns[name] for part in parts) for name in self._columns},
             sound=self._sound,
             files_at_once=self._files.limit,
@@ -267,7 +273,10 @@ class RecordIndex:
         for name in ("ids", *self._texts):
             cuts = offsets.pop(name)
             data = shard.read(name, int(cuts[0]), int(cuts[-1])).tobytes()
-            texts[name] = np.array(_texts(shard, name, data, (cuts - cuts[0]).tolist()), object)
+            bounds = (cuts - cuts[0]).tolist()
+            texts[name] = np.array(_texts(shard, name, data, bounds), object)
+            if name == "ids":
+                hashes = hash_texts(data[begin:stop] for begin, stop in itertools.pairwise(bounds))
         rows = offsets.pop(leading)
         return IndexPart(
             shard=shard,
@@ -275,6 +284,7 @@ class RecordIndex:
             table=np.stack([np.arange(first, end), rows[:-1], rows[1:]], axis=1, dtype=np.int64),
             labels=shard.read("labels", first, end) if self._labels else None,
             ids=texts.pop("ids"),
+            hashes=hashes,
             columns={name: texts[name] if name in texts else shard.read(name, first, end) for name in self._columns},
             step_columns={name: shard.read(name, begin_row, end_row) for name in self._step_columns},
             spans=np.stack([bound for array in offsets.values() for bound in (array[:-1], array[1:])] or [cuts[:0]], axis=1),

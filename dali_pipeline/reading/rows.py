@@ -21,6 +21,7 @@ class SequenceRows:
         lengths: (N,) int64, number of its rows.
         labels: (N, *shape) in the stored type, or None.
         ids: N texts.
+        hashes: (N,) uint64, XXH3-64 of each id.
         positions: (N,) int64.
         fields: Further fields as stored, by the names after their dots: of steps, rows of all records, each padded to the
             longest of its batch; of records, (N, *shape), or N texts.
@@ -31,5 +32,6 @@ class SequenceRows:
     lengths: Ints
     labels: Array | None
     ids: list[str]
+    hashes: Array
     positions: Ints
     fields: Mapping[str, FieldRows] = field(default_factory=dict)

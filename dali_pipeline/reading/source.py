@@ -119,6 +119,10 @@ class BatchSource:
         locations = self._index.locate(np.array([position]))
         return f"{locations.shard(0).path}: record {locations.ids[0]!r}"
 
+    def reported_positions(self, positions: Ints) -> Ints:
+        """Return what a batch reports as the positions of these records."""
+        return self._selection.reported_positions(positions)
+
     @property
     def num_records(self) -> int:
         """Number of records; positions are below it."""
@@ -192,7 +196,9 @@ class BatchSource:
         """Take the memory of rows from these buffers from now on."""
         self._buffers = memory
 
-    def _allocate(self, name: str, rows: int, field: Field, locations: Locations, begin: int) -> Array:
+    def _allocate(
+        self, name: str, rows: int, field: Field, locations: Locations, begin: int, buffers: Buffers | None = None
+    ) -> Array:
         """Return memory for `rows` rows; the first is row `begin` of array `name` in the shard of the first record.
 
         It has the same offset in its cache line as the first row in the file. If memory is 1 to 31 bytes beyond the file's
@@ -201,7 +207,7 @@ class BatchSource:
         phase = (locations.shard(0).array(name).begin + begin * field.row_bytes) % 64
         if phase % field.storage.itemsize:
             phase = 0
-        return self._buffers.take(rows * field.row_bytes, phase).view(field.storage).reshape(rows, *field.shape)
+        return (buffers or self._buffers).take(rows * field.row_bytes, phase).view(field.storage).reshape(rows, *field.shape)
 
     def _check_finite(self, name: str, field: Field, values: Array, starts: Ints, locations: Locations, records: Ints) -> None:
         """Raise NotFiniteError if a value is not finite; `starts` (n,) are the first rows of these `records`."""
@@ -238,6 +244,11 @@ class BatchSource:
 def chosen_fields(fields: Mapping[str, Field], names: Collection[str] | None) -> dict[str, Field]:
     """Return the fields whose names, without their level, are asked for; None asks for all."""
     return {name: field for name, field in fields.items() if names is None or name.partition(".")[2] in names}
+
+
+def stored_pad(field: Field) -> Any:
+    """Return what a step field has behind a sequence's end, as stored."""
+    return 0 if field.pad is msgspec.UNSET else encode(np.array([field.pad]), field.dtype, None)[0][0]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -319,7 +330,9 @@ class SequenceSource(BatchSource):
         lengths = self.locate(positions).lengths
         return np.stack([lengths, np.zeros_like(lengths)], axis=1)
 
-    def read(self, located: Located, batches: Ints, padded: Padded) -> SequenceRows:
+    def read(
+        self, located: Located, batches: Ints, padded: Padded, out: Array | None = None, buffers: Buffers | None = None
+    ) -> SequenceRows:
         """Read the records of several batches.
 
         Costs one read per record, layer of its rows, and run of steps that does not continue the one before; and one per record
@@ -330,6 +343,8 @@ class SequenceSource(BatchSource):
             batches: (batches,) records of each batch.
             padded: "batch" pads each record to the longest of its batch; None does not pad; "packed" does not pad, and puts
                 each layer of all records of a batch together. Step fields are padded unless it is "packed".
+            out: Rows to read the values into. Default: memory of its own.
+            buffers: Where that memory is taken from. Default: the buffers in use.
         """
         locations, lengths, positions = located.locations, located.lengths, located.positions
         begins, ends, records = locations.begins, locations.ends, np.arange(len(positions))
@@ -348,7 +363,7 @@ class SequenceSource(BatchSource):
             totals = np.add.reduceat(lengths, first_records)
             batch_starts, strides = np.repeat(starts[first_records], batches), np.repeat(totals, batches)
             bases = batch_starts * self.parts_per_record + starts - batch_starts
-        values = self._read_values(locations, reads, sizes, bases, strides)
+        values = self._read_values(locations, reads, sizes, bases, strides, out, buffers or self._buffers)
         if self._finite:
             part_starts = (bases[:, None] + strides[:, None] * np.arange(self.parts_per_record)).reshape(-1)
             order = np.argsort(part_starts, kind="stable")
@@ -376,10 +391,20 @@ class SequenceSource(BatchSource):
             positions=self._selection.reported_positions(positions),
             labels=locations.labels,
             ids=locations.ids,
+            hashes=locations.hashes,
             fields=fields,
         )
 
-    def _read_values(self, locations: Locations, reads: _Reads, sizes: Ints, bases: Ints, strides: Ints) -> Array:
+    def _read_values(
+        self,
+        locations: Locations,
+        reads: _Reads,
+        sizes: Ints,
+        bases: Ints,
+        strides: Ints,
+        out: Array | None,
+        buffers: Buffers,
+    ) -> Array:
         """Read the sequences into rows of `unit`.
 
         Args:
@@ -388,6 +413,8 @@ class SequenceSource(BatchSource):
             sizes: (N,) steps that each record takes in the output, padding included.
             bases: (N,) row of each record's first layer.
             strides: (N,) rows from one of its layers to the next.
+            out: Rows to read into. Default: memory from `buffers`.
+            buffers: Memory.
         """
         unit, parts, field = self.unit, self.parts_per_record, self._schema.sequence
         assert field is not None
@@ -410,7 +437,7 @@ class SequenceSource(BatchSource):
             ends = begins + counts
             out_begins = bases[records] + part_number * strides[records] + np.repeat(reads.offsets(), parts)
             first = int(begins[0])
-        values = self._allocate("sequence", int(sizes.sum()) * parts, unit, locations, first)
+        values = self._allocate("sequence", int(sizes.sum()) * parts, unit, locations, first, buffers) if out is None else out
         for record in np.flatnonzero(lengths < sizes).tolist():
             begin, size = int(bases[record]), int(sizes[record])
             values[begin : begin + size * parts].reshape(parts, size, *unit.shape)[:, int(lengths[record]) :] = 0
@@ -432,7 +459,7 @@ class SequenceSource(BatchSource):
     def _padded_rows(field: Field, lengths: Ints, sizes: Ints, starts: Ints) -> Array:
         """Return memory for a step field, (sum of sizes, *row), with the padding of records shorter than their size."""
         out = np.empty((int(sizes.sum()), *field.shape), field.storage)
-        pad = 0 if field.pad is msgspec.UNSET else encode(np.array([field.pad]), field.dtype, None)[0][0]
+        pad = stored_pad(field)
         for record in np.flatnonzero(lengths < sizes).tolist():
             out[starts[record] + lengths[record] : starts[record] + sizes[record]] = pad
         return out

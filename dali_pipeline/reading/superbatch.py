@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -204,7 +204,7 @@ class SequenceGatherer:
     def _gather(self, shares: Shares, part: Part, left_out: tuple[str, ...] = ()) -> Superbatch:
         located = part.located or self._source.locate(shares.positions)
         sizes = np.full(len(shares.positions) // self._batch_size, self._batch_size)
-        rows = _signed(self._source.read(located, sizes, None if part.sparse else self._padded), self._bits)
+        rows = signed(self._source.read(located, sizes, None if part.sparse else self._padded), self._bits)
         return Superbatch(
             rows=rows,
             valid=shares.valid,
@@ -252,7 +252,7 @@ class SequenceGatherer:
         rows = self._source.read(self._source.locate(portion.shares.positions), portion.sizes, self._padded)
         lone = len(portion.sizes) == 1 and rows.values.nbytes > SUPERBATCH_BYTES
         return Superbatch(
-            rows=_signed(rows, self._bits),
+            rows=signed(rows, self._bits),
             valid=portion.shares.valid,
             sizes=portion.sizes,
             cursors=portion.cursors,
@@ -265,9 +265,12 @@ class SequenceGatherer:
         return self._source.lengths(positions)
 
 
-def _signed(rows: SequenceRows, bits: bool) -> SequenceRows:
+WIDER: dict[str, type[np.signedinteger[Any]]] = {"uint16": np.int32, "uint32": np.int64}
+
+
+def signed(rows: SequenceRows, bits: bool) -> SequenceRows:
     """View `bits` as int16, and widen uint16 and uint32 to signed types, because DALI and torch support them little."""
     if bits:
         return replace(rows, values=rows.values.view(np.int16))
-    wider = {"uint16": np.int32, "uint32": np.int64}.get(rows.values.dtype.name)
+    wider = WIDER.get(rows.values.dtype.name)
     return rows if wider is None else replace(rows, values=rows.values.astype(wider))

@@ -47,7 +47,7 @@ class Buffers:
         piece_bytes = -(-(nbytes + _PAGE) // _UNIT) * _UNIT
         base = self._find(piece_bytes)
         if base is None:
-            base = pinned_bytes(piece_bytes) if self._pinned else _fresh(piece_bytes)  # the base of every view
+            base = pinned_bytes(piece_bytes) if self._pinned else fresh_bytes(piece_bytes)  # the base of every view
         view: Array = base[phase : phase + nbytes]
         self._pieces.append(base)
         while sum(len(piece) for piece in list(self._pieces)) > _KEPT_BYTES:
@@ -79,7 +79,8 @@ def pinned_bytes(nbytes: int) -> Array:
     return memory
 
 
-def _fresh(nbytes: int) -> Array:
+def fresh_bytes(nbytes: int) -> Array:
+    """Return `nbytes` bytes, uint8, zero, in huge pages if the system has them; pages that are never written take no memory."""
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages

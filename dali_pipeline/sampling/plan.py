@@ -33,6 +33,23 @@ class Shares:
     valid: npt.NDArray[np.bool_]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Blocks:
+    """The blocks of a partition's shuffle, (G + 1,), in steps; and its groups, (G,). Block b draws from groups b - 1 and b.
+
+    Attributes:
+        begins: The step in which each block begins.
+        filled: The first step that lies wholly behind the begin; the same one if the block begins between two batches.
+        group_records: Records of each group.
+        group_bytes: Bytes of each group, approximately.
+    """
+
+    begins: Ints
+    filled: Ints
+    group_records: Ints
+    group_bytes: Ints
+
+
 class EpochPlan:
     """The batches of one epoch, for every rank.
 
@@ -184,6 +201,24 @@ class EpochPlan:
             for number, shuffle in shuffles
             if isinstance(shuffle, WindowShuffle)
         ]
+
+    def owned(self, rank: int = 0, world_size: int = 1) -> list[int] | None:
+        """Return the partitions of which `rank` delivers every record; None if it shares one, or in an epoch of draws."""
+        partitions = self.order.num_partitions
+        if self._drawn or partitions % world_size:
+            return None
+        return list(range(rank * partitions // world_size, (rank + 1) * partitions // world_size))
+
+    def blocks(self, partition: int, world_size: int = 1) -> Blocks:
+        """Return the blocks and groups of a partition's shuffle; not for an epoch of draws."""
+        shuffle, share = self._shuffle_of(partition), self.rows(world_size) * world_size // self.order.num_partitions
+        assert isinstance(shuffle, WindowShuffle)
+        return Blocks(
+            begins=shuffle.block_starts // share,
+            filled=-(-shuffle.block_starts // share),
+            group_records=shuffle.group_records,
+            group_bytes=shuffle.group_bytes,
+        )
 
     def runs(self, partition: int, group: int) -> list[tuple[int, int]]:
         """Return first position and number of records of each run of a partition's group, which are read together."""

@@ -55,6 +55,7 @@ class WindowShuffle:
             line = np.argsort(hashed_keys(starts, self._key[RUNS]), kind="stable")
             starts, records, nbytes = starts[line], records[line], nbytes[line]
         self._run_starts = starts  # (runs,) first record of each run, as a position in the split
+        self._run_bytes = nbytes  # (runs,) bytes of each run, approximately
         self._run_ends = np.cumsum(records)  # (runs,) where each run ends in the line
         # group_ends: (groups,) where each group ends in the line
         group_bytes = window_bytes if fits else window_bytes // 2
@@ -89,6 +90,21 @@ class WindowShuffle:
     def group(self, cursor: int) -> int:
         """Return the later one of the two groups that the records around this cursor come from."""
         return min(bisect.bisect_right(self._block_ends, cursor), len(self._group_ends) - 1)
+
+    @property
+    def group_records(self) -> Ints:
+        """(G,) records of each group."""
+        return np.diff(self._group_ends, prepend=0)
+
+    @property
+    def group_bytes(self) -> Ints:
+        """(G,) bytes of each group, approximately."""
+        return np.add.reduceat(self._run_bytes, np.concatenate([[0], self._last_runs[:-1] + 1]))
+
+    @property
+    def block_starts(self) -> Ints:
+        """(G + 1,) cursor at which each block begins; block b draws from groups b - 1 and b, as far as these exist."""
+        return np.concatenate([[0], self._block_ends[:-1]]).astype(np.int64)
 
     def runs(self, group: int) -> list[tuple[int, int]]:
         """Return first position and number of records of each run of a group; none beyond the last group."""

@@ -63,6 +63,7 @@ def test_a_long_record_is_gathered_without_its_padding(
 ) -> None:
     data, rows = written(tmp_path / "set", tail())
     options: dict[str, Any] = {"engine": engine, "num_workers": num_workers, "bucket_by_length": bucket_by_length}
+    options["window"] = "gather"
     loader = dp.SequenceLoader(data, batch_size=BATCH, **options)
     seen: set[str] = set()
     for batch in loader:

@@ -90,7 +90,7 @@ def test_blocks_are_read_and_hashed_before_they_are_asked_for(wide: dp.Dataset, 
 
 def test_layers_alone_are_asked_for(wide: dp.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     for layers, rows in ((slice(1, 3), 2), ([3], 1), (None, 4)):
-        loader = dp.SequenceLoader(wide, batch_size=8, engine="torch", layers=layers)
+        loader = dp.SequenceLoader(wide, batch_size=8, engine="torch", layers=layers, window="gather")
         list(loader)  # every block is known
         asked: list[tuple[int, int]] = []
         monkeypatch.setattr(shard, "prefetch", lambda _, offset, nbytes, asked=asked: asked.append((offset, nbytes)) or True)
@@ -117,7 +117,7 @@ def test_a_system_that_cannot_tell_is_asked_all_the_same(wide: dp.Dataset, monke
     asked = []
     monkeypatch.setattr(reads, "_CACHESTAT", 100_000)  # no such call
     monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: asked.append(arguments))
-    loader = dp.SequenceLoader(wide, batch_size=8, engine="torch")
+    loader = dp.SequenceLoader(wide, batch_size=8, engine="torch", window="gather")
     list(loader)
     asked.clear()
     assert len(list(loader)) == 75
@@ -144,7 +144,7 @@ def test_a_lock_held_elsewhere_while_the_process_forks_is_free_in_the_child() ->
 
 
 def test_later_epochs_look_at_few_runs_until_one_is_not_there(wide: dp.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    loader = dp.SequenceLoader(wide, batch_size=8, engine="torch")
+    loader = dp.SequenceLoader(wide, batch_size=8, engine="torch", window="gather")
     list(loader)  # every block is known
     asked: list[tuple[int, int]] = []
     there = True

@@ -17,6 +17,7 @@ from torch_geometric.data import Batch
 import dali_pipeline as dp
 from dali_pipeline.format import header as header_module
 from dali_pipeline.format import shardfile as shardfile_module
+from dali_pipeline.reading import gather as gather_module
 from dali_pipeline.reading import records as records_module
 from dali_pipeline.sampling import shuffle as shuffle_module
 from dali_pipeline.storage import files as files_module
@@ -100,7 +101,7 @@ def test_resuming_reads_at_most_one_window(tmp_path: Path, monkeypatch: pytest.M
             writer.write({"id": number, "label": 0, "sequence": rows, "graphs": graphs})
     data = dp.open_dataset(tmp_path / "set")
     read = 0
-    preadv = os.preadv
+    preadv, read_many = os.preadv, gather_module.read_many
 
     def counted(fd: int, buffers: Any, offset: int) -> int:
         nonlocal read
@@ -108,7 +109,14 @@ def test_resuming_reads_at_most_one_window(tmp_path: Path, monkeypatch: pytest.M
         read += got
         return got
 
+    def counted_many(*arguments: Any) -> Any:
+        nonlocal read
+        got = read_many(*arguments)
+        read += int(got.sum())
+        return got
+
     monkeypatch.setattr(os, "preadv", counted)
+    monkeypatch.setattr(gather_module, "read_many", counted_many)
     for window_bytes in (6 << 20, 12 << 20):
         options: dict[str, Any] = {"batch_size": 32, "window_bytes": window_bytes, "num_workers": 0}
 

@@ -1,0 +1,428 @@
+"""ResidentWindow: the shuffle window in the memory of the device, filled piece by piece; a batch is one `index_select`.
+
+1. A piece, some MiB of neighbouring records of one group, is read by a thread, checked against its hashes.
+2. It is moved into its group's slot of the window, in one copy. If the device is a GPU, DALI or torch decodes it on the way. On
+   a CPU values stay as stored, so that the window takes no more memory than the bytes that are shuffled.
+3. A batch's rows are found by arithmetic (`residency`), for many batches at once.
+
+What belongs to records or steps besides their values (lengths, labels, ids, fields) stays in tables on the host, and follows
+many batches at a time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from dali_pipeline.errors import PipelineError
+from dali_pipeline.format.encoding import TEXT
+from dali_pipeline.format.schema import Schema
+from dali_pipeline.loaders.decoding import Decoding
+from dali_pipeline.loaders.sidestream import UnderWay
+from dali_pipeline.reading.records import spread
+from dali_pipeline.reading.residency import Group, Piece, RecordNumbers, Residency
+from dali_pipeline.reading.rows import SequenceRows
+from dali_pipeline.reading.source import Located, SequenceSource, stored_pad
+from dali_pipeline.reading.superbatch import WIDER, Superbatch, signed
+from dali_pipeline.runtime.memory import Buffers, fresh_bytes
+from dali_pipeline.runtime.trace import span
+from dali_pipeline.types import Array, Ints
+
+STAGED_AHEAD = 4  # pieces that are read before they are needed, beside one per thread
+RAGGED_ROOM = 1.05  # steps of a slot, relative to what its bytes hold: runs are cut by the average size of a shard's records
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shape:
+    """What a window holds of each record.
+
+    Attributes:
+        steps: Steps of every record as read, T; None if their numbers differ.
+        parts: Layers of each step that lie apart, as in `SequenceSource.parts_per_record`; otherwise 1.
+        row: Shape of a row: one step of one part.
+        dtype: Type of the values in the window.
+    """
+
+    steps: int | None
+    parts: int
+    row: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(eq=False)
+class WindowMemory:
+    """Memory of one window, used again by later epochs.
+
+    Record r has number r in every table. Its rows in `values` begin at `starts[r] * parts`: all its steps of part 0, then those
+    of part 1.
+
+    Attributes:
+        shape: What the window holds of each record.
+        values: (R + 1, *row) rows on the device; the last one is padding, zero.
+        slot_records: Records that a slot has room for.
+        slot_steps: Steps that a slot has room for.
+        lengths, starts, hashes: (N,) of each record.
+        ids: (N,) texts, as objects.
+        labels: (N, *shape) in the stored type, or None.
+        record_fields: By the names after their dots, (N, *shape); texts as objects.
+        step_fields: Likewise, (steps + 1, *shape), the last one `Field.pad`.
+        numbers: Numbers of the records that are there.
+        kept: Whether all records of the partitions are there, for good.
+    """
+
+    shape: Shape
+    values: torch.Tensor
+    slot_records: int
+    slot_steps: int
+    lengths: Ints
+    starts: Ints
+    hashes: Array
+    ids: Array
+    labels: Array | None
+    record_fields: dict[str, Array]
+    step_fields: dict[str, Array]
+    numbers: RecordNumbers = field(default_factory=RecordNumbers)
+    kept: bool = False
+
+    @classmethod
+    def of(
+        cls, shape: Shape, source: SequenceSource, schema: Schema, residency: Residency, slot_steps: int, device: torch.device
+    ) -> WindowMemory:
+        """Allocate the memory; pages of the host that are never written take no space."""
+        records = residency.num_records
+        steps = residency.num_slots * slot_steps
+        size = (steps * shape.parts + 1, *shape.row)
+        nbytes = int(np.prod(size)) * shape.dtype.itemsize
+        if device.type == "cpu":
+            values = torch.from_numpy(fresh_bytes(nbytes)).view(shape.dtype).view(size)
+        else:
+            values = torch.empty(size, dtype=shape.dtype, device=device)
+        values[-1].zero_()
+        step_fields = {}
+        for name, stored in source.step_fields.items():
+            step_fields[name.partition(".")[2]] = rows = np.empty((steps + 1, *stored.shape), stored.storage)
+            rows[-1] = stored_pad(stored)
+        record_fields = {
+            name.partition(".")[2]: np.empty((records, *stored.shape), object if stored.dtype == TEXT else stored.storage)
+            for name, stored in source.record_fields.items()
+        }
+        return cls(
+            shape=shape,
+            values=values,
+            slot_records=residency.slot_records,
+            slot_steps=slot_steps,
+            lengths=np.zeros(records, np.int64),
+            starts=np.zeros(records, np.int64),
+            hashes=np.zeros(records, np.uint64),
+            ids=np.empty(records, object),
+            labels=None if schema.labels.dtype is None else np.zeros((records, *schema.labels.shape), schema.labels.dtype),
+            record_fields=record_fields,
+            step_fields=step_fields,
+        )
+
+    def note(self, piece: Piece, rows: SequenceRows, first_step: int) -> None:
+        """Enter a piece, whose steps lie in the window from `first_step` on, into the tables."""
+        part = slice(piece.first, piece.first + len(rows.lengths))
+        self.lengths[part], self.starts[part], self.hashes[part] = rows.lengths, first_step + rows.starts, rows.hashes
+        self.ids[part] = rows.ids
+        if self.labels is not None:
+            self.labels[part] = rows.labels
+        for name, column in self.record_fields.items():
+            column[part] = rows.fields[name]
+        steps = int(rows.lengths.sum())
+        for name, column in self.step_fields.items():
+            column[first_step : first_step + steps] = rows.fields[name]
+        self.numbers.add(piece)
+
+    def rows(self, numbers: Ints, sizes: Ints, positions: Ints, *, packed: bool) -> SequenceRows:
+        """Return everything about these records (N,) but their values; step fields padded to each batch's longest."""
+        lengths, padded = self.lengths[numbers], np.zeros(0, np.int64)
+        if self.step_fields:
+            longest = np.maximum.reduceat(lengths, np.cumsum(sizes) - sizes)
+            padded = self._steps(numbers, lengths if packed else np.repeat(longest, sizes))
+        fields: dict[str, Any] = {name: column[padded] for name, column in self.step_fields.items()}
+        for name, column in self.record_fields.items():
+            taken = column[numbers]
+            fields[name] = taken.tolist() if taken.dtype == object else taken
+        return SequenceRows(
+            values=np.zeros(0, np.uint8),
+            starts=np.zeros(len(numbers), np.int64),
+            lengths=lengths,
+            labels=None if self.labels is None else self.labels[numbers],
+            ids=self.ids[numbers].tolist(),
+            hashes=self.hashes[numbers],
+            positions=positions,
+            fields=fields,
+        )
+
+    def _steps(self, numbers: Ints, sizes: Ints) -> Ints:
+        """Return the steps of records, each padded to its size: numbers of rows of `step_fields`, -1 for padding."""
+        steps = spread(self.starts[numbers], sizes)
+        offsets = spread(np.zeros_like(sizes), sizes)
+        steps[offsets >= np.repeat(self.lengths[numbers], sizes)] = -1
+        return steps
+
+    def index(self, numbers: Ints, sizes: Ints, *, packed: bool) -> tuple[Ints, list[int]]:
+        """Return what `select` takes of the records of several batches, and how much of it belongs to each batch.
+
+        These are the numbers of the records if all have one length; otherwise the rows: of each batch part by part.
+        """
+        parts = self.shape.parts
+        if self.shape.steps is not None and not (packed and parts > 1):
+            return numbers, sizes.tolist()
+        lengths = self.lengths[numbers]
+        begins = np.cumsum(sizes) - sizes
+        if not packed:
+            padded = np.repeat(np.maximum.reduceat(lengths, begins), sizes)
+            counts = np.repeat(padded, parts)
+            first = (self.starts[numbers][:, None] * parts + lengths[:, None] * np.arange(parts)).reshape(-1)
+            rows = spread(first, counts)
+            rows[spread(np.zeros_like(counts), counts) >= np.repeat(np.repeat(lengths, parts), counts)] = len(self.values) - 1
+            return rows, (np.add.reduceat(padded, begins) * parts).tolist()
+        rows_of_batches = []
+        for begin, size in zip(begins.tolist(), sizes.tolist(), strict=True):
+            chosen, counts = numbers[begin : begin + size], lengths[begin : begin + size]
+            rows_of_batches += [spread(self.starts[chosen] * parts + part * counts, counts) for part in range(parts)]
+        return np.concatenate(rows_of_batches), (np.add.reduceat(lengths, begins) * parts).tolist()
+
+    def select(self, index: torch.Tensor, *, packed: bool) -> torch.Tensor:
+        """Return the rows of one batch, (rows, *row), from its part of the index, on the device."""
+        if self.shape.steps is not None and not (packed and self.shape.parts > 1):
+            per_record = self.shape.steps * self.shape.parts
+            records = self.values[:-1].view(-1, per_record, *self.shape.row)
+            return records.index_select(0, index).view(-1, *self.shape.row)
+        return self.values.index_select(0, index)
+
+
+@dataclass(eq=False)
+class Read:
+    """A piece that is being read, or is read.
+
+    Attributes:
+        piece: The piece.
+        first_step: Where its first step lies in the window.
+        result: Its rows, or the error of reading it.
+    """
+
+    piece: Piece
+    first_step: int
+    result: Future[SequenceRows]
+
+
+class ResidentWindow:
+    """Fills the window along one epoch, and serves its batches.
+
+    Args:
+        memory: The memory, unused by others.
+        residency: What lies in it when.
+        start: The first step that is delivered.
+        source: Where pieces are read.
+        decoding: How values are decoded on their way into the window; None keeps them as stored.
+        device: Device of the window.
+        threads: Threads that read; 0 reads in the caller's thread.
+        record_bytes: Bytes of a record as stored, on average.
+        bits: Whether values are the bits of bfloat16.
+        through_dali: Function from one that feeds pieces to an iterator over DALI's outputs for them; None moves pieces by torch.
+    """
+
+    def __init__(
+        self,
+        memory: WindowMemory,
+        residency: Residency,
+        start: int,
+        source: SequenceSource,
+        *,
+        decoding: Decoding | None,
+        device: torch.device,
+        threads: int,
+        record_bytes: float,
+        bits: bool,
+        through_dali: Callable[[Callable[[], Array]], Iterator[torch.Tensor]] | None,
+    ) -> None:
+        self._memory, self._residency, self._source, self._record_bytes = memory, residency, source, record_bytes
+        self._decoding, self._device, self._bits = decoding, device, bits
+        groups = [] if memory.kept else [group for group in residency.groups if group.last > start]
+        self._complete = residency.whole and len(groups) == len(residency.groups)
+        if groups:
+            memory.numbers = RecordNumbers()
+        self._groups, self._upcoming = deque(groups), deque[Piece]()
+        self._left: Counter[int] = Counter()  # pieces that are not moved yet, by the step that needs them
+        self._reads: deque[Read] = deque()  # in order, not yet taken
+        self._fed: deque[Read] = deque()  # inside DALI
+        self._filled: Counter[int] = Counter()  # steps used of each slot, by the slot's number
+        self._failed: list[Group] = []
+        self._free_until = 0  # the next step: slots whose groups are behind it may be written
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="window") if threads and groups else None
+        # read straight into the window, if values stay there as stored
+        self._direct = device.type == "cpu" and through_dali is None and (bits or source.unit.storage.name not in WIDER)
+        self._buffers = Buffers(2 * (threads + STAGED_AHEAD), pinned=device.type == "cuda")
+        self._moved = None if through_dali is None else through_dali(self._feed)
+
+    def serves(self, steps: range) -> bool:
+        """Return whether all records of these steps are in the window; not if one of their groups could not be read."""
+        return not any(group.needed < steps.stop and steps.start < group.last for group in self._failed)
+
+    def reach(self, step: int, under_way: UnderWay) -> int:
+        """Move every piece into the window that `step` needs; return the first step that needs more, or the number of steps."""
+        self._free_until = max(self._free_until, step)
+        while (piece := self._next()) is not None and piece.group.needed <= step:
+            self._move(under_way)
+        if piece is None and self._complete and not self._failed:
+            self._memory.kept = True
+        return self._residency.plan.num_steps if piece is None else piece.group.needed
+
+    def passed(self, step: int, under_way: UnderWay) -> None:
+        """Move some pieces that later steps need, so that they come evenly; `step` is delivered."""
+        self._free_until = step + 1
+        if (piece := self._next()) is None:
+            return
+        needed = piece.group.needed
+        for _ in range(-(-self._left[needed] // max(1, needed - step))):
+            piece = self._next()
+            if piece is None or piece.group.needed != needed or piece.group.free > self._free_until:
+                break
+            self._move(under_way)
+        self._read_ahead()
+
+    def superbatch(self, steps: range, rank: int, world_size: int, *, packed: bool) -> tuple[Superbatch, Ints, list[int]]:
+        """Return the batches of these steps without their values, and the index that `select` takes, with its sizes."""
+        shares = self._residency.plan.batches(steps, rank, world_size)
+        numbers = self._memory.numbers.of(shares.positions)
+        sizes = np.full(len(steps), len(numbers) // len(steps))
+        rows = self._memory.rows(numbers, sizes, self._source.reported_positions(shares.positions), packed=packed)
+        index, counts = self._memory.index(numbers, sizes, packed=packed)
+        return Superbatch(rows=rows, valid=shares.valid, sizes=sizes), index, counts
+
+    def close(self) -> None:
+        """Wait for the reads in flight; leave no thread behind."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _next(self) -> Piece | None:
+        """Return the first piece that is not moved yet."""
+        for waiting in (self._fed, self._reads):
+            if waiting:
+                return waiting[0].piece
+        return self._unread()
+
+    def _unread(self) -> Piece | None:
+        """Return the first piece that is not being read yet."""
+        while not self._upcoming and self._groups:
+            pieces = list(self._residency.pieces(self._groups.popleft(), self._record_bytes))
+            self._left[pieces[0].group.needed] += len(pieces)
+            self._upcoming.extend(pieces)
+        return self._upcoming[0] if self._upcoming else None
+
+    def _read_ahead(self) -> None:
+        """Begin to read the next pieces, one per thread and some more, as far as they may be written."""
+        while self._pool is not None and len(self._reads) < self._threads + STAGED_AHEAD:
+            piece = self._unread()
+            if piece is None or (self._direct and piece.group.free > self._free_until):
+                return
+            self._reads.append(self._begin())
+
+    def _begin(self) -> Read:
+        """Begin to read the next piece; without threads, read it."""
+        piece = self._upcoming.popleft()
+        memory, failed = self._memory, Future[SequenceRows]()
+        slot = piece.first // self._residency.slot_records
+        if piece.first == piece.group.first and not self._residency.whole:
+            self._filled[slot] = 0
+        try:
+            located = None
+            steps = memory.shape.steps
+            if steps is None:  # where the next piece begins depends on the lengths in this one
+                located = self._source.locate(piece.positions)
+                count, first_step = int(located.lengths.sum()), slot * memory.slot_steps + self._filled[slot]
+                self._filled[slot] += count
+                if self._filled[slot] > memory.slot_steps:
+                    raise PipelineError(
+                        f"a group has {self._filled[slot]} steps or more; its slot has room for {memory.slot_steps}"
+                    )
+            else:
+                count, first_step = sum(records for _, records in piece.runs) * steps, piece.first * steps
+            out = None
+            if self._direct:
+                rows = memory.values[first_step * memory.shape.parts : (first_step + count) * memory.shape.parts]
+                out = rows.numpy().view(self._source.unit.storage)
+            if self._pool is not None:
+                return Read(piece, first_step, self._pool.submit(self._read, piece, located, out))
+            failed.set_result(self._read(piece, located, out))
+        except PipelineError as error:
+            failed.set_exception(error)
+            first_step = 0
+        return Read(piece, first_step, failed)
+
+    def _read(self, piece: Piece, located: Located | None, out: Array | None) -> SequenceRows:
+        with span("read piece"):
+            located = self._source.locate(piece.positions) if located is None else located
+            one_by_one = np.ones(len(located.lengths), np.int64)
+            return signed(self._source.read(located, one_by_one, "packed", out, self._buffers), self._bits)
+
+    def _take(self) -> tuple[Read, SequenceRows | None]:
+        """Return the next piece and its rows; None if it could not be read."""
+        read = self._reads.popleft() if self._reads else self._begin()
+        try:
+            return read, read.result.result()
+        except PipelineError:  # the batches that need its group are gathered, and say what is wrong, or leave it out
+            return read, None
+
+    def _feed(self) -> Array:
+        """Return the values of the next piece as a sample for DALI; a row of zeros if it could not be read."""
+        if self._unread() is None and not self._reads:
+            raise StopIteration
+        read, rows = self._take()
+        self._fed.append(read)
+        if rows is None:
+            steps, parts, storage = self._memory.shape.steps or 1, self._memory.shape.parts, self._source.unit.storage
+            values = np.zeros(
+                (steps * parts, *self._memory.shape.row), np.int16 if self._bits else WIDER.get(storage.name, storage)
+            )
+        else:
+            values = rows.values
+        return self._by_record(values)[None]
+
+    def _by_record(self, values: Array) -> Array:
+        """Return values as (records, rows of a record, *row) if all records have one length; otherwise (rows, *row)."""
+        steps, parts = self._memory.shape.steps, self._memory.shape.parts
+        return values if steps is None else values.reshape(-1, steps * parts, *values.shape[1:])
+
+    def _move(self, under_way: UnderWay) -> None:
+        """Move the next piece into the window; if it could not be read, note its group."""
+        values: torch.Tensor | None = None
+        if self._moved is not None:
+            values = next(self._moved)
+            read = self._fed.popleft()
+            rows = None if read.result.exception() is not None else read.result.result()
+        else:
+            read, rows = self._take()
+        group = read.piece.group
+        self._left[group.needed] -= 1
+        if rows is None:
+            self._failed.append(group)
+            return
+        if self._moved is None and not self._direct:
+            stored = torch.from_numpy(self._by_record(rows.values))
+            with span("copy", self._device.type != "cpu"):
+                values = stored.to(self._device, non_blocking=True)
+            under_way.keep(stored)
+        memory = self._memory
+        if values is not None:
+            if self._decoding is not None:
+                framed = values[None] if memory.shape.steps is None else values
+                values = self._decoding.run(framed, np.array([framed.shape[1]]))
+            begin, count = read.first_step * memory.shape.parts, int(rows.lengths.sum()) * memory.shape.parts
+            memory.values[begin : begin + count].copy_(values.view(count, *memory.shape.row))
+        memory.note(read.piece, rows, read.first_step)
+
+
+def torch_type(storage: np.dtype[Any]) -> torch.dtype:
+    """Return the type of stored values in torch, where unsigned ones are widened to signed ones."""
+    return torch.from_numpy(np.empty(0, WIDER.get(storage.name, storage))).dtype

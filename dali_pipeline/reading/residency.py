@@ -1,0 +1,170 @@
+"""Residency: which records of a rank's partitions are in a window's memory at each step, and under which numbers.
+
+The memory of a partition has three slots, each for one group of the shuffle (half a window). Group g lies in slot g % 3. Block
+b of the shuffle draws from groups b - 1 and b; meanwhile group b + 1 is read into the third slot. So the memory is 1.5 windows.
+
+This module is arithmetic on the plan of an epoch: nothing is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from dali_pipeline.sampling.plan import EpochPlan
+from dali_pipeline.types import Ints
+
+SLOTS = 3
+PIECE_BYTES = 4 << 20  # about: a longer read is no faster
+
+
+class Group(NamedTuple):
+    """A group of one partition.
+
+    Attributes:
+        partition: Number of the partition.
+        number: Number of the group within its partition.
+        needed: The first step that draws from it.
+        last: The first step that does not draw from it any more.
+        free: The first step before which its slot must not be written.
+        first: Number of its first record in the window.
+    """
+
+    partition: int
+    number: int
+    needed: int
+    last: int
+    free: int
+    first: int
+
+
+class Piece(NamedTuple):
+    """Runs, or a part of one, that are read at once.
+
+    Attributes:
+        group: The group that they belong to.
+        runs: (first position, records) of each run.
+        first: Number of the first record in the window.
+    """
+
+    group: Group
+    runs: list[tuple[int, int]]
+    first: int
+
+    @property
+    def positions(self) -> Ints:
+        """Positions of its records in the split, in the order in which they lie in the window."""
+        return np.concatenate([np.arange(start, start + count) for start, count in self.runs])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Residency:
+    """The groups of an epoch in the order in which they are read, and the size of the window.
+
+    Attributes:
+        plan: Order of the epoch.
+        groups: Groups in the order in which they are needed.
+        slot_records: Records that a slot has room for.
+        slot_bytes: Most bytes of records in a slot, with all their fields, approximately.
+        num_slots: Number of slots.
+        whole: Whether all groups fit at once. They are then in one slot, one behind the other, and stay in memory.
+    """
+
+    plan: EpochPlan
+    groups: list[Group]
+    slot_records: int
+    slot_bytes: int
+    num_slots: int
+    whole: bool
+
+    @classmethod
+    def of(cls, plan: EpochPlan, rank: int, world_size: int, least_records: int = 1) -> Residency | None:
+        """Return the residency of an epoch, with room for `least_records` per slot; None if a window does not serve it.
+
+        It does not if the rank shares a partition with another, if an epoch consists of draws, or if a batch needs more groups
+        than the window has slots.
+        """
+        partitions = plan.owned(rank, world_size)
+        if partitions is None or not plan.num_steps:
+            return None
+        groups, sizes, slots = [], [], []
+        for order, partition in enumerate(partitions):
+            blocks = plan.blocks(partition, world_size)
+            for number, needed in enumerate(blocks.begins[:-1].tolist()):
+                last = int(blocks.filled[number + 2]) if number + 2 < len(blocks.filled) else plan.num_steps
+                free = int(blocks.filled[number - 1]) if number >= SLOTS else 0
+                if free > needed:
+                    return None
+                groups.append(Group(partition, number, needed, last, free, 0))
+                slots.append(order * SLOTS + number % SLOTS)
+            sizes.append(np.stack([blocks.group_records, blocks.group_bytes]))
+        whole = all(records.shape[1] <= SLOTS for records in sizes)
+        records, nbytes = np.concatenate(sizes, axis=1)
+        if whole:  # one group behind the other
+            slot_records, slot_bytes = max(least_records, int(records.sum())), int(nbytes.sum())
+            firsts = (np.cumsum(records) - records).tolist()
+        else:
+            slot_records, slot_bytes = max(least_records, int(records.max())), int(nbytes.max())
+            firsts = [slot * slot_records for slot in slots]
+        groups = [group._replace(first=first) for group, first in zip(groups, firsts, strict=True)]
+        groups.sort(key=lambda group: (group.needed, group.partition))
+        num_slots = 1 if whole else SLOTS * len(partitions)
+        return cls(plan=plan, groups=groups, slot_records=slot_records, slot_bytes=slot_bytes, num_slots=num_slots, whole=whole)
+
+    @property
+    def num_records(self) -> int:
+        """Number of records that the window has room for."""
+        return self.slot_records * self.num_slots
+
+    def pieces(self, group: Group, record_bytes: float) -> Iterator[Piece]:
+        """Yield the pieces of a group; neighbours in a shard stay neighbours, so that they are read at once."""
+        most, first = max(1, int(PIECE_BYTES // max(1, record_bytes))), group.first
+        runs: list[tuple[int, int]] = []
+        taken = 0
+        for start, count in sorted(self.plan.runs(group.partition, group.number)):
+            while count:
+                part = min(count, most - taken)
+                runs.append((start, part))
+                start, count, taken = start + part, count - part, taken + part
+                if taken == most:
+                    yield Piece(group, runs, first)
+                    first, taken, runs = first + taken, 0, []
+        if runs:
+            yield Piece(group, runs, first)
+
+
+class RecordNumbers:
+    """Numbers in the window of the records that are in it, by their positions in the split."""
+
+    def __init__(self) -> None:
+        self._runs: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # by slot: first position, records, first number
+        self._starts = self._counts = self._firsts = np.zeros(0, np.int64)
+        self._current = True
+
+    def add(self, piece: Piece) -> None:
+        """Note that a piece is in the window; forget what was in the slot before, with a group's first piece."""
+        group = piece.group
+        slot = group.partition, group.number % SLOTS
+        if piece.first == group.first:
+            self._runs[slot] = []
+        first = piece.first
+        for start, count in piece.runs:
+            self._runs[slot].append((start, count, first))
+            first += count
+        self._current = False
+
+    def of(self, positions: Ints) -> Ints:
+        """Return the numbers of the records at these positions, (N,), all of which are in the window."""
+        if not self._current:
+            table = np.array(sorted(run for runs in self._runs.values() for run in runs), np.int64).reshape(-1, 3)
+            self._starts, self._counts, self._firsts = np.ascontiguousarray(table.T)
+            self._current = True
+        run = np.searchsorted(self._starts, positions, side="right") - 1
+        offsets = positions - self._starts[run]
+        assert (run >= 0).all()
+        assert (offsets < self._counts[run]).all(), "a record that is not in the window"
+        numbers: Ints = self._firsts[run] + offsets
+        return numbers

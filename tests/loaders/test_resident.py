@@ -1,0 +1,219 @@
+"""The resident window: the batches of the gather, from the memory of the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import dali_pipeline as dp
+from dali_pipeline.loaders import resident as resident_module
+from dali_pipeline.reading.residency import SLOTS, Residency
+from tests.helpers.batches import assert_same
+
+FIELDS = {
+    "step.token": dp.Field(dtype="int32", pad=-1),
+    "step.probability": dp.Field(dtype="bfloat16"),
+    "record.score": dp.Field(dtype="float32", shape=(2,)),
+    "record.prompt": dp.Field(dtype="text"),
+}
+
+
+def written(
+    root: Path, *, count: int = 600, dtype: str = "float16", longest: int = 9, uniform: bool = False, **schema: Any
+) -> dp.Dataset:
+    """A set of `count` records of 64 shards or so; values are whole numbers, which every type holds."""
+    rng = np.random.default_rng(0)
+    field = schema.pop("sequence", dp.Field(dtype=dtype, shape=(8,)))
+    made = dp.Schema(sequence=field, fields=FIELDS, **{"step_axis": "token", **schema})
+    with dp.ShardWriter(root, made, split=dp.SplitRule.parse("100/0/0"), shard_bytes=4096) as writer:
+        for number in range(count):
+            steps = longest if uniform else int(rng.integers(1, longest + 1))
+            fields = {
+                "step.token": rng.integers(0, 99, steps).astype(np.int32),
+                "step.probability": rng.integers(0, 9, steps).astype(np.float32),
+                "record.score": rng.random(2).astype(np.float32),
+                "record.prompt": f"why {number}?",
+            }
+            values = rng.integers(0, 50, (steps, *field.shape)).astype("float32" if dtype == "bfloat16" else dtype)
+            writer.write({"id": number, "label": number % 3, "sequence": values, "fields": fields})
+    return dp.open_dataset(root)
+
+
+def both(data: dp.Dataset, **options: Any) -> tuple[dp.SequenceLoader, dp.SequenceLoader]:
+    options = {"batch_size": 4, "window_bytes": 60_000, **options}
+    return dp.SequenceLoader(data, window="resident", **options), dp.SequenceLoader(data, window="gather", **options)
+
+
+def check(resident: dp.SequenceLoader, gathered: dp.SequenceLoader, epochs: int = 2) -> None:
+    for _ in range(epochs):
+        batches = list(resident)
+        assert len(batches) == len(gathered) > 0
+        for ours, theirs in zip(batches, gathered, strict=True):
+            assert_same([ours], [theirs])
+        assert resident.digest == gathered.digest
+        assert resident.left_out == gathered.left_out
+
+
+@pytest.fixture(scope="module")
+def ragged(tmp_path_factory: pytest.TempPathFactory) -> dp.Dataset:
+    return written(tmp_path_factory.mktemp("resident") / "ragged")
+
+
+@pytest.mark.parametrize("engine", ["torch", "dali"])
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "uint16", "int8"])
+def test_the_window_delivers_what_the_gather_does(tmp_path: Path, dtype: str, uniform: bool, engine: Any) -> None:
+    data = written(tmp_path / "set", dtype=dtype, uniform=uniform, count=300)
+    check(*both(data, engine=engine))
+    check(
+        *both(data, engine=engine, normalize=dtype != "uint16", steps=[0] if not uniform else [4, 1, -1], dtype=torch.bfloat16),
+        1,
+    )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("layers", [None, [2], [3, 0]])
+@pytest.mark.parametrize("uniform", [False, True])
+def test_layers_of_a_step(tmp_path: Path, uniform: bool, layers: Any, packed: bool) -> None:
+    field = dp.Field(dtype="float16", shape=(4, 3), axes=("layer", "feature"))
+    data = written(tmp_path / "set", uniform=uniform, sequence=field, count=300)
+    check(*both(data, engine="torch", layers=layers, packed=packed, normalize=True), 1)
+
+
+def test_the_window_is_larger_than_its_memory(ragged: dp.Dataset) -> None:
+    """The set is many windows, the memory one and a half of one."""
+    loader, _ = both(ragged)
+    residency = Residency.of(loader.plan(0), 0, 1)
+    assert residency is not None
+    assert len(residency.groups) > 3 * SLOTS
+    assert not residency.whole
+    assert residency.num_slots == SLOTS
+    list(loader)
+    (memory,) = loader._unused_memory
+    # the schedule counts whole shards per run of so small sets, so groups are much smaller than half a window
+    assert memory.values.nbytes < 1.6 * 60_000
+    address = memory.values.data_ptr()
+    list(loader)
+    assert [again.values.data_ptr() for again in loader._unused_memory] == [address]
+
+
+def test_a_set_that_fits_is_read_once(ragged: dp.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[object] = []
+    begin = resident_module.ResidentWindow._begin
+    monkeypatch.setattr(resident_module.ResidentWindow, "_begin", lambda self: reads.append(self) or begin(self))
+    loader, gathered = both(ragged, window_bytes=10**7, num_partitions=2)
+    check(loader, gathered, 1)
+    assert reads
+    reads.clear()
+    check(loader, gathered, 3)
+    assert not reads
+
+
+@pytest.mark.parametrize("window_bytes", [60_000, 10**7])
+def test_two_iterators_at_once_and_one_that_is_left(ragged: dp.Dataset, window_bytes: int) -> None:
+    loader, gathered = both(ragged, window_bytes=window_bytes)
+    expected = [list(gathered) for _ in range(3)]
+    first, second = iter(loader), iter(loader)
+    for ours, theirs in zip(expected[0], expected[1], strict=True):
+        assert_same([next(first)], [ours])
+        assert_same([next(second)], [theirs])
+    for number, batch in enumerate(loader):
+        assert_same([batch], [expected[2][number]])
+        if number == 20:
+            break
+    loader.set_epoch(2)
+    for ours, theirs in zip(loader, expected[2], strict=True):
+        assert_same([ours], [theirs])
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Iterator[dp.Dataset]:
+    data = written(tmp_path / "set")
+    path = data.shard_path("train", "sequences", 5)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"why ")  # texts lie behind the sequences
+    content[at - 600] ^= 1
+    path.write_bytes(content)
+    yield dp.open_dataset(tmp_path / "set")
+
+
+@pytest.mark.parametrize("engine", ["torch", "dali"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_damage_is_named_or_left_out_as_by_the_gather(damaged: dp.Dataset, engine: Any, num_workers: int) -> None:
+    loader, gathered = both(damaged, engine=engine, num_workers=num_workers)
+    delivered: list[int] = []
+    messages = []
+    for one in (loader, gathered):
+        count = 0
+        with pytest.raises(dp.FormatError) as caught:
+            for _ in one:
+                count += 1
+        delivered.append(count)
+        messages.append(str(caught.value))
+    assert delivered[0] == delivered[1]
+    assert messages[0] == messages[1]
+    assert "sequences-00005.safetensors" in messages[0]
+    skipping, gathered = both(damaged, engine=engine, num_workers=num_workers, on_error="skip")
+    check(skipping, gathered)
+    assert skipping.left_out
+
+
+def test_nan_is_named(tmp_path: Path) -> None:
+    schema = dp.Schema(sequence=dp.Field(dtype="float16", shape=(8,)))
+    with dp.ShardWriter(tmp_path / "set", schema, split=dp.SplitRule.parse("100/0/0"), shard_bytes=4096) as writer:
+        for number in range(300):
+            writer.write({"id": number, "label": 0, "sequence": np.full((3, 8), np.nan if number == 77 else 1.0)})
+    data = dp.open_dataset(tmp_path / "set")
+    loader, gathered = both(data, on_nan="skip", engine="torch")
+    check(loader, gathered, 1)
+    assert len(loader.left_out) == 1
+    with pytest.raises(dp.DataError, match="record '77' holds NaN"):
+        list(both(data, on_nan="raise", engine="torch")[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"shuffle": False}, "does not go with shuffle=False"),
+        ({"max_steps": 50}, "does not go with max_steps"),
+        ({"bucket_by_length": True}, "does not go with bucket_by_length"),
+        ({"class_balanced": True}, "does not go with class_balanced or group_weights"),
+        ({"batch_size": 400}, "batches of at most half a window"),
+        ({"rank": 0, "world_size": 2}, "multiple of 2 processes"),
+    ],
+)
+def test_what_a_window_cannot_do_is_refused_and_gathered_by_default(
+    ragged: dp.Dataset, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(dp.UsageError, match=words):
+        both(ragged, **options)
+    options = {"batch_size": 4, "window_bytes": 60_000, **options}
+    assert dp.SequenceLoader(ragged, **options).window == "gather"
+
+
+def test_the_default(ragged: dp.Dataset, tmp_path: Path) -> None:
+    assert dp.SequenceLoader(ragged).window == "resident"
+    assert dp.SequenceLoader(ragged, window="gather").window == "gather"
+    wide = written(tmp_path / "wide", uniform=True, count=20, sequence=dp.Field(dtype="float16", shape=(2048,)))
+    assert dp.SequenceLoader(wide, batch_size=4).window == "gather"  # 36 KB a record
+    assert dp.SequenceLoader(wide, batch_size=4, window="resident").window == "resident"
+    with pytest.raises(dp.UsageError, match=r"window is 'disk'; expected"):
+        dp.SequenceLoader(ragged, window="disk")  # type: ignore[arg-type]
+
+
+def test_partitions_over_ranks(ragged: dp.Dataset) -> None:
+    """Each rank holds the windows of its own partitions; together they deliver what one process does."""
+    options: dict[str, Any] = {"num_partitions": 4, "window_bytes": 60_000, "engine": "torch"}
+    alone = dp.SequenceLoader(ragged, batch_size=8, **options, window="resident")
+    ranks = [
+        dp.SequenceLoader(ragged, batch_size=4, **options, rank=rank, world_size=2, window="resident") for rank in range(2)
+    ]
+    whole = [(list(batch.ids), batch.valid.tolist()) for batch in alone]
+    parts = [[(list(batch.ids), batch.valid.tolist()) for batch in loader] for loader in ranks]
+    assert len(whole) > 20
+    assert whole == [(a[0] + b[0], a[1] + b[1]) for a, b in zip(*parts, strict=True)]
