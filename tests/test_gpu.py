@@ -19,8 +19,10 @@ import dali_pipeline as dp
 from dali_pipeline.format.manifest import FeatureStatistics
 from dali_pipeline.loaders.decoding import Decoding, sequence_graph
 from dali_pipeline.loaders.sidestream import UnderWay, to_device
+from dali_pipeline.reading.residency import Residency
 from dali_pipeline.runtime.memory import Buffers
 from models import GNNLSTMDetector, LSTMDetector
+from tests.helpers.batches import assert_same
 from tests.helpers.records import FIELDS, SCHEMA, make_records, with_fields, write
 from tests.pretended_gpu import Log
 from tests.pretended_gpu.cuda import PretendedEvent
@@ -123,9 +125,9 @@ def test_a_step_waits_for_nothing_whatever_the_target(gpu_log: Log, tmp_path: Pa
 
 # Per batch of 8 records, over an epoch of 5, at most: kernels, and copies of pinned memory. Labels cross per superbatch.
 BATCH = {
-    "sequences, torch": (1, 2.2),
-    "sequences, torch, normalized": (6, 3.2),
-    "sequences, dali": (0.2, 1.2),
+    "sequences, torch": (1, 1.8),
+    "sequences, torch, normalized": (6, 2.8),
+    "sequences, dali": (0.2, 1),
     "graphs": (11, 4),
     "graphs, processes": (11, 4),
 }
@@ -135,7 +137,12 @@ def loader_of(name: str, data: dp.Dataset) -> Any:
     if name.startswith("graphs"):
         return dp.GraphLoader(data, batch_size=8, device="cuda", num_workers=2 if "processes" in name else "auto")
     return dp.SequenceLoader(
-        data, batch_size=8, device="cuda", engine="torch" if "torch" in name else "dali", normalize="normalized" in name
+        data,
+        batch_size=8,
+        device="cuda",
+        engine="torch" if "torch" in name else "dali",
+        normalize="normalized" in name,
+        window="gather",
     )
 
 
@@ -150,6 +157,42 @@ def test_a_batch_waits_for_nothing(gpu_log: Log, shape: tuple[str, dp.Dataset], 
     kernels, copies = BATCH[name]
     assert gpu_log.number("kernel") <= kernels * len(loader)
     assert gpu_log.number("pinned copy") <= copies * len(loader)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", ["torch", "dali"])
+@pytest.mark.parametrize("uniform", [False, True])
+def test_a_batch_from_the_window_is_one_kernel(gpu_log: Log, tmp_path: Path, uniform: bool, engine: Any) -> None:
+    """One copy per piece, and one of indices, labels and fields for up to 64 batches; no wait, no pageable copy."""
+    rng, names = np.random.default_rng(0), [name for name in FIELDS if name.startswith(("step", "record"))]
+    schema = dp.Schema(
+        sequence=dp.Field(dtype="int8", shape=(8,), scale=((0.5,) * 8,)), fields={name: FIELDS[name] for name in names}
+    )
+    with dp.ShardWriter(tmp_path / "set", schema, split=dp.SplitRule.parse("100/0/0"), shard_bytes=4096) as writer:
+        for number in range(1000):
+            steps = 5 if uniform else int(rng.integers(1, 9))
+            values = rng.integers(-50, 50, (steps, 8)).astype(np.float32)
+            fields = with_fields(replace(make_records(1)[0], sequence=values), number).fields
+            writer.write({"id": number, "label": 0, "sequence": values, "fields": fields})
+    data = dp.open_dataset(tmp_path / "set")
+    options: dict[str, Any] = {"batch_size": 4, "window_bytes": 60_000, "engine": engine, "normalize": True}
+    loader = dp.SequenceLoader(data, device="cuda", **options)
+    assert loader.window == "resident"
+    residency = Residency.of(loader.plan(0), 0, 1)
+    assert residency is not None
+    groups = len(residency.groups)
+    pieces = sum(len(list(residency.pieces(group, loader.selection.record_bytes))) for group in residency.groups)
+    gpu_log.clear()
+    batches = list(loader)
+    assert groups > 5
+    assert len(batches) == 250
+    assert [line for line in gpu_log.lines("wait") if "event.synchronize" not in line] == []
+    assert gpu_log.lines("pageable copy") == []
+    superbatches = 7 + groups + len(batches) // 64  # of 1, 2, 4 ... 64 batches, ended by each group
+    assert gpu_log.number("pinned copy") <= (pieces if engine == "torch" else 0) + superbatches
+    assert gpu_log.number("kernel") <= len(batches) + 6 * pieces + 3 * superbatches  # decoding a piece, widening the fields
+    for ours, theirs in zip(batches, dp.SequenceLoader(data, device="cpu", window="gather", **options), strict=True):
+        assert_same([ours.to("cpu")], [theirs])
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dali_pipeline.errors import PipelineError, UsageError
+from dali_pipeline.types import Array
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +82,13 @@ def check_dali() -> None:
 def device_id(device: torch.device) -> int | None:
     """Return DALI's number of a GPU, or None for the CPU."""
     return (device.index or 0) if device.type == "cuda" else None
+
+
+def pinned_samples(samples: Array) -> Any:
+    """Return samples in pinned memory, (N, ...), in the form that DALI copies to a GPU at once, not twice as an array."""
+    from nvidia.dali.backend import TensorListCPU
+
+    return TensorListCPU(samples, is_pinned=True)
 
 
 def iterate(pipeline: Any) -> Any:

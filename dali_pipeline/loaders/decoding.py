@@ -34,6 +34,7 @@ class Decoding:
         inverse: (*row) float32, 1 / standard deviation, or None.
         dtype: Type of the result.
         idle: Whether stored values are delivered unchanged.
+        on_host: Scale, mean and inverse on the CPU, where DALI takes them without a wait for the GPU.
     """
 
     bfloat16: bool
@@ -42,6 +43,7 @@ class Decoding:
     inverse: torch.Tensor | None
     dtype: torch.dtype
     idle: bool = False
+    on_host: tuple[torch.Tensor | None, ...] = (None, None, None)
 
     @classmethod
     def of(
@@ -78,10 +80,11 @@ class Decoding:
                 None if tensor is None else tensor.index_select(tensor.dim() - len(field.shape) + axis, index)
                 for tensor in (scale, mean, inverse)
             )
-        scale, mean, inverse = (None if tensor is None else tensor.to(device) for tensor in (scale, mean, inverse))
+        on_host = (scale, mean, inverse)
+        scale, mean, inverse = (None if tensor is None else tensor.to(device) for tensor in on_host)
         bfloat16 = field.dtype == BFLOAT16
         idle = scale is None and mean is None and field.dtype == str(dtype).removeprefix("torch.")
-        return cls(bfloat16=bfloat16, scale=scale, mean=mean, inverse=inverse, dtype=dtype, idle=idle)
+        return cls(bfloat16=bfloat16, scale=scale, mean=mean, inverse=inverse, dtype=dtype, idle=idle, on_host=on_host)
 
     @property
     def in_dali(self) -> bool:
@@ -139,22 +142,24 @@ class Decoding:
         """
         from nvidia.dali import fn, types
 
-        if self.scale is not None or self.mean is not None:
+        scale, mean, inverse = (
+            None if tensor is None else types.Constant(tensor.numpy(), device=device) for tensor in self.on_host
+        )
+        if scale is not None or mean is not None:
             values = fn.cast(values, dtype=types.FLOAT)
-        if self.scale is not None:
-            values = values * types.Constant(self.scale.cpu().numpy(), device=device)
-        if self.mean is not None and self.inverse is not None:
-            mean, inverse = (types.Constant(tensor.cpu().numpy(), device=device) for tensor in (self.mean, self.inverse))
+        if scale is not None:
+            values = values * scale
+        if mean is not None and inverse is not None:
             values = (values - mean) * inverse
         return fn.cast(values, dtype=getattr(types, DALI_DTYPES[self.dtype]))
 
 
-def sequence_graph(feed: Callable[[], Array | list[Array]], *, decoding: Decoding | None, pads: bool, **pipeline: Any) -> Any:
+def sequence_graph(feed: Callable[[], Any], *, decoding: Decoding | None, pads: bool, **pipeline: Any) -> Any:
     """Return a DALI graph of external_source, decode and pad; on the GPU `device_id`, or on the CPU if that is None.
 
     Args:
-        feed: Returns up to batch_size samples, an array (N, ..., T, F) or a list of (T_i, F), or raises StopIteration. The
-            samples must stay unchanged until their output is handed out.
+        feed: Returns up to batch_size samples, an array (N, ..., T, F), a list of (T_i, F) or DALI's own list, or raises
+            StopIteration. The samples must stay unchanged until their output is handed out.
         decoding: None if torch decodes, which casts three times faster on the CPU.
         pads: Whether to pad samples to the longest. If False, all samples have equal lengths.
         **pipeline: Arguments of DALI's `pipeline_def`.

@@ -23,6 +23,7 @@ import torch
 from dali_pipeline.errors import PipelineError
 from dali_pipeline.format.encoding import TEXT
 from dali_pipeline.format.schema import Schema
+from dali_pipeline.loaders.dali import pinned_samples
 from dali_pipeline.loaders.decoding import Decoding
 from dali_pipeline.loaders.sidestream import UnderWay
 from dali_pipeline.reading.records import spread
@@ -228,7 +229,8 @@ class ResidentWindow:
         threads: Threads that read; 0 reads in the caller's thread.
         record_bytes: Bytes of a record as stored, on average.
         bits: Whether values are the bits of bfloat16.
-        through_dali: Function from one that feeds pieces to an iterator over DALI's outputs for them; None moves pieces by torch.
+        through_dali: Function from one that feeds pieces to an iterator over DALI's outputs for them. None moves pieces by
+            torch.
     """
 
     def __init__(
@@ -243,7 +245,7 @@ class ResidentWindow:
         threads: int,
         record_bytes: float,
         bits: bool,
-        through_dali: Callable[[Callable[[], Array]], Iterator[torch.Tensor]] | None,
+        through_dali: Callable[[Callable[[], Any]], Iterator[torch.Tensor]] | None,
     ) -> None:
         self._memory, self._residency, self._source, self._record_bytes = memory, residency, source, record_bytes
         self._decoding, self._device, self._bits = decoding, device, bits
@@ -374,7 +376,7 @@ class ResidentWindow:
         except PipelineError:  # the batches that need its group are gathered, and say what is wrong, or leave it out
             return read, None
 
-    def _feed(self) -> Array:
+    def _feed(self) -> Any:
         """Return the values of the next piece as a sample for DALI; a row of zeros if it could not be read."""
         if self._unread() is None and not self._reads:
             raise StopIteration
@@ -387,7 +389,8 @@ class ResidentWindow:
             )
         else:
             values = rows.values
-        return self._by_record(values)[None]
+        samples = self._by_record(values)[None]
+        return pinned_samples(samples) if self._device.type == "cuda" and rows is not None else samples
 
     def _by_record(self, values: Array) -> Array:
         """Return values as (records, rows of a record, *row) if all records have one length; otherwise (rows, *row)."""
@@ -412,7 +415,6 @@ class ResidentWindow:
             stored = torch.from_numpy(self._by_record(rows.values))
             with span("copy", self._device.type != "cpu"):
                 values = stored.to(self._device, non_blocking=True)
-            under_way.keep(stored)
         memory = self._memory
         if values is not None:
             if self._decoding is not None:
@@ -420,6 +422,7 @@ class ResidentWindow:
                 values = self._decoding.run(framed, np.array([framed.shape[1]]))
             begin, count = read.first_step * memory.shape.parts, int(rows.lengths.sum()) * memory.shape.parts
             memory.values[begin : begin + count].copy_(values.view(count, *memory.shape.row))
+            under_way.keep(rows.values)  # DALI, or the copy, may still read it
         memory.note(read.piece, rows, read.first_step)
 
 

@@ -497,7 +497,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         )
         return WindowMemory.of(shape, source, self.data.schema, residency, self._slot_steps(residency), self.device)
 
-    def _pieces_through_dali(self, feed: Callable[[], Array]) -> Iterator[torch.Tensor]:
+    def _pieces_through_dali(self, feed: Callable[[], Any]) -> Iterator[torch.Tensor]:
         """Yield the output of DALI for each piece that `feed` returns."""
         iterator = self._dali(feed, batch_size=1, decoding=self._decoding if self._decodes_in_dali else None)
         with belonging_to_this_process(iterator):
@@ -618,9 +618,7 @@ class SequenceLoader(Loader[SequenceBatch]):
                 yield from self._torch_batches(passing.popleft(), under_way)
                 iterator.reset()
 
-    def _dali(
-        self, feed: Callable[[], Array | list[Array]], *, batch_size: int, decoding: Decoding | None, pads: bool = False
-    ) -> Any:
+    def _dali(self, feed: Callable[[], Any], *, batch_size: int, decoding: Decoding | None, pads: bool = False) -> Any:
         """Return an iterator over DALI's outputs for the samples that `feed` returns."""
         pipeline = sequence_graph(
             feed,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +104,12 @@ def test_the_window_is_larger_than_its_memory(ragged: dp.Dataset) -> None:
 def test_a_set_that_fits_is_read_once(ragged: dp.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[object] = []
     begin = resident_module.ResidentWindow._begin
-    monkeypatch.setattr(resident_module.ResidentWindow, "_begin", lambda self: reads.append(self) or begin(self))
+
+    def counted(self: Any) -> Any:
+        reads.append(self)
+        return begin(self)
+
+    monkeypatch.setattr(resident_module.ResidentWindow, "_begin", counted)
     loader, gathered = both(ragged, window_bytes=10**7, num_partitions=2)
     check(loader, gathered, 1)
     assert reads
@@ -132,14 +136,14 @@ def test_two_iterators_at_once_and_one_that_is_left(ragged: dp.Dataset, window_b
 
 
 @pytest.fixture
-def damaged(tmp_path: Path) -> Iterator[dp.Dataset]:
+def damaged(tmp_path: Path) -> dp.Dataset:
     data = written(tmp_path / "set")
     path = data.shard_path("train", "sequences", 5)
     content = bytearray(path.read_bytes())
     at = content.index(b"why ")  # texts lie behind the sequences
     content[at - 600] ^= 1
     path.write_bytes(content)
-    yield dp.open_dataset(tmp_path / "set")
+    return dp.open_dataset(tmp_path / "set")
 
 
 @pytest.mark.parametrize("engine", ["torch", "dali"])

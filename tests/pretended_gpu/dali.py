@@ -14,7 +14,9 @@ from tests.pretended_gpu.tensor import on_the_cpu, pretended
 def dali_on_the_cpu() -> Iterator[None]:
     """Build the loaders' graphs for the CPU inside the block."""
     import nvidia.dali.plugin.pytorch as plugin
+    from nvidia.dali.backend import TensorListCPU
 
+    import dali_pipeline.loaders.resident as resident
     import dali_pipeline.loaders.sequences as sequences
 
     graph, iterator = sequences.sequence_graph, plugin.DALIGenericIterator
@@ -37,5 +39,9 @@ def dali_on_the_cpu() -> Iterator[None]:
                 found = super().__next__()
             return [{name: pretended(one) for name, one in each.items()} for each in found] if self._says_gpu else found
 
-    with mock.patch.object(sequences, "sequence_graph", on_cpu), mock.patch.object(plugin, "DALIGenericIterator", OnGpu):
+    with (
+        mock.patch.object(sequences, "sequence_graph", on_cpu),
+        mock.patch.object(resident, "pinned_samples", TensorListCPU),  # DALI asks a driver about pinned memory
+        mock.patch.object(plugin, "DALIGenericIterator", OnGpu),
+    ):
         yield

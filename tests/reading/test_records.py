@@ -21,6 +21,7 @@ from dali_pipeline.reading import gather as gather_module
 from dali_pipeline.reading import records as records_module
 from dali_pipeline.sampling import shuffle as shuffle_module
 from dali_pipeline.storage import files as files_module
+from dali_pipeline.storage import reads
 from dali_pipeline.storage.files import Recent
 from tests.helpers.graphs import as_data
 from tests.helpers.records import make_records, write
@@ -101,7 +102,7 @@ def test_resuming_reads_at_most_one_window(tmp_path: Path, monkeypatch: pytest.M
             writer.write({"id": number, "label": 0, "sequence": rows, "graphs": graphs})
     data = dp.open_dataset(tmp_path / "set")
     read = 0
-    preadv, read_many = os.preadv, gather_module.read_many
+    preadv, read_many = os.preadv, reads.read_many
 
     def counted(fd: int, buffers: Any, offset: int) -> int:
         nonlocal read
