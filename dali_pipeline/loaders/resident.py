@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,15 +27,15 @@ from dali_pipeline.loaders.dali import pinned_samples
 from dali_pipeline.loaders.decoding import Decoding
 from dali_pipeline.loaders.sidestream import UnderWay
 from dali_pipeline.reading.records import spread
-from dali_pipeline.reading.residency import Group, Piece, RecordNumbers, Residency
+from dali_pipeline.reading.residency import Piece, RecordNumbers, Residency
 from dali_pipeline.reading.rows import SequenceRows
 from dali_pipeline.reading.source import Located, SequenceSource, stored_pad
 from dali_pipeline.reading.superbatch import WIDER, Superbatch, signed
+from dali_pipeline.reading.window import STAGED_AHEAD, Read, WindowFiller
 from dali_pipeline.runtime.memory import Buffers, fresh_bytes
 from dali_pipeline.runtime.trace import span
 from dali_pipeline.types import Array, Ints
 
-STAGED_AHEAD = 4  # pieces that are read before they are needed, beside one per thread
 RAGGED_ROOM = 1.05  # steps of a slot, relative to what its bytes hold: runs are cut by the average size of a shard's records
 
 
@@ -201,22 +201,7 @@ class WindowMemory:
         return self.values.index_select(0, index)
 
 
-@dataclass(eq=False)
-class Read:
-    """A piece that is being read, or is read.
-
-    Attributes:
-        piece: The piece.
-        first_step: Where its first step lies in the window.
-        result: Its rows, or the error of reading it.
-    """
-
-    piece: Piece
-    first_step: int
-    result: Future[SequenceRows]
-
-
-class ResidentWindow:
+class ResidentWindow(WindowFiller[SequenceRows]):
     """Fills the window along one epoch, and serves its batches.
 
     Args:
@@ -229,6 +214,7 @@ class ResidentWindow:
         threads: Threads that read; 0 reads in the caller's thread.
         record_bytes: Bytes of a record as stored, on average.
         bits: Whether values are the bits of bfloat16.
+        under_way: Keeps pinned memory while a GPU reads it.
         through_dali: Function from one that feeds pieces to an iterator over DALI's outputs for them. None moves pieces by
             torch.
     """
@@ -245,53 +231,20 @@ class ResidentWindow:
         threads: int,
         record_bytes: float,
         bits: bool,
+        under_way: UnderWay,
         through_dali: Callable[[Callable[[], Any]], Iterator[torch.Tensor]] | None,
     ) -> None:
-        self._memory, self._residency, self._source, self._record_bytes = memory, residency, source, record_bytes
-        self._decoding, self._device, self._bits = decoding, device, bits
-        groups = [] if memory.kept else [group for group in residency.groups if group.last > start]
-        self._complete = residency.whole and len(groups) == len(residency.groups)
-        if groups:
-            memory.numbers = RecordNumbers()
-        self._groups, self._upcoming = deque(groups), deque[Piece]()
-        self._left: Counter[int] = Counter()  # pieces that are not moved yet, by the step that needs them
-        self._reads: deque[Read] = deque()  # in order, not yet taken
-        self._fed: deque[Read] = deque()  # inside DALI
-        self._filled: Counter[int] = Counter()  # steps used of each slot, by the slot's number
-        self._failed: list[Group] = []
-        self._free_until = 0  # the next step: slots whose groups are behind it may be written
-        self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="window") if threads and groups else None
         # read straight into the window, if values stay there as stored
-        self._direct = device.type == "cpu" and through_dali is None and (bits or source.unit.storage.name not in WIDER)
+        direct = device.type == "cpu" and through_dali is None and (bits or source.unit.storage.name not in WIDER)
+        super().__init__(residency, start, threads=threads, record_bytes=record_bytes, direct=direct, kept=memory.kept)
+        self._memory, self._source, self._decoding, self._device, self._bits = memory, source, decoding, device, bits
+        if not memory.kept:
+            memory.numbers = RecordNumbers()
+        self._under_way = under_way
+        self._fed: deque[Read[SequenceRows]] = deque()  # inside DALI
+        self._filled: Counter[int] = Counter()  # steps used of each slot, by the slot's number
         self._buffers = Buffers(2 * (threads + STAGED_AHEAD), pinned=device.type == "cuda")
-        self._moved = None if through_dali is None else through_dali(self._feed)
-
-    def serves(self, steps: range) -> bool:
-        """Return whether all records of these steps are in the window; not if one of their groups could not be read."""
-        return not any(group.needed < steps.stop and steps.start < group.last for group in self._failed)
-
-    def reach(self, step: int, under_way: UnderWay) -> int:
-        """Move every piece into the window that `step` needs; return the first step that needs more, or the number of steps."""
-        self._free_until = max(self._free_until, step)
-        while (piece := self._next()) is not None and piece.group.needed <= step:
-            self._move(under_way)
-        if piece is None and self._complete and not self._failed:
-            self._memory.kept = True
-        return self._residency.plan.num_steps if piece is None else piece.group.needed
-
-    def passed(self, step: int, under_way: UnderWay) -> None:
-        """Move some pieces that later steps need, so that they come evenly; `step` is delivered."""
-        self._free_until = step + 1
-        if (piece := self._next()) is None:
-            return
-        needed = piece.group.needed
-        for _ in range(-(-self._left[needed] // max(1, needed - step))):
-            piece = self._next()
-            if piece is None or piece.group.needed != needed or piece.group.free > self._free_until:
-                break
-            self._move(under_way)
-        self._read_ahead()
+        self._outputs = None if through_dali is None else through_dali(self._feed)
 
     def superbatch(self, steps: range, rank: int, world_size: int, *, packed: bool) -> tuple[Superbatch, Ints, list[int]]:
         """Return the batches of these steps without their values, and the index that `select` takes, with its sizes."""
@@ -302,128 +255,79 @@ class ResidentWindow:
         index, counts = self._memory.index(numbers, sizes, packed=packed)
         return Superbatch(rows=rows, valid=shares.valid, sizes=sizes), index, counts
 
-    def close(self) -> None:
-        """Wait for the reads in flight; leave no thread behind."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-
     def _next(self) -> Piece | None:
-        """Return the first piece that is not moved yet."""
-        for waiting in (self._fed, self._reads):
-            if waiting:
-                return waiting[0].piece
-        return self._unread()
+        return self._fed[0].piece if self._fed else super()._next()
 
-    def _unread(self) -> Piece | None:
-        """Return the first piece that is not being read yet."""
-        while not self._upcoming and self._groups:
-            pieces = list(self._residency.pieces(self._groups.popleft(), self._record_bytes))
-            self._left[pieces[0].group.needed] += len(pieces)
-            self._upcoming.extend(pieces)
-        return self._upcoming[0] if self._upcoming else None
-
-    def _read_ahead(self) -> None:
-        """Begin to read the next pieces, one per thread and some more, as far as they may be written."""
-        while self._pool is not None and len(self._reads) < self._threads + STAGED_AHEAD:
-            piece = self._unread()
-            if piece is None or (self._direct and piece.group.free > self._free_until):
-                return
-            self._reads.append(self._begin())
-
-    def _begin(self) -> Read:
-        """Begin to read the next piece; without threads, read it."""
-        piece = self._upcoming.popleft()
-        memory, failed = self._memory, Future[SequenceRows]()
+    def _plan_read(self, piece: Piece) -> tuple[int, Callable[[], SequenceRows]]:
+        """Return the first step of the piece in the window, and the function that reads it."""
+        memory, steps, located = self._memory, self._memory.shape.steps, None
         slot = piece.first // self._residency.slot_records
         if piece.first == piece.group.first and not self._residency.whole:
             self._filled[slot] = 0
-        try:
-            located = None
-            steps = memory.shape.steps
-            if steps is None:  # where the next piece begins depends on the lengths in this one
-                located = self._source.locate(piece.positions)
-                count, first_step = int(located.lengths.sum()), slot * memory.slot_steps + self._filled[slot]
-                self._filled[slot] += count
-                if self._filled[slot] > memory.slot_steps:
-                    raise PipelineError(
-                        f"a group has {self._filled[slot]} steps or more; its slot has room for {memory.slot_steps}"
-                    )
-            else:
-                count, first_step = sum(records for _, records in piece.runs) * steps, piece.first * steps
-            out = None
-            if self._direct:
-                rows = memory.values[first_step * memory.shape.parts : (first_step + count) * memory.shape.parts]
-                out = rows.numpy().view(self._source.unit.storage)
-            if self._pool is not None:
-                return Read(piece, first_step, self._pool.submit(self._read, piece, located, out))
-            failed.set_result(self._read(piece, located, out))
-        except PipelineError as error:
-            failed.set_exception(error)
-            first_step = 0
-        return Read(piece, first_step, failed)
+        if steps is None:  # where the next piece begins depends on the lengths in this one
+            located = self._source.locate(piece.positions)
+            count, first_step = int(located.lengths.sum()), slot * memory.slot_steps + self._filled[slot]
+            self._filled[slot] += count
+            if self._filled[slot] > memory.slot_steps:
+                raise PipelineError(f"a group has more than the {memory.slot_steps} steps that its slot has room for")
+        else:
+            count, first_step = piece.num_records * steps, piece.first * steps
+        out = None
+        if self._direct:
+            rows = memory.values[first_step * memory.shape.parts : (first_step + count) * memory.shape.parts]
+            out = rows.numpy().view(self._source.unit.storage)
+        return first_step, partial(self._read, piece, located, out)
 
     def _read(self, piece: Piece, located: Located | None, out: Array | None) -> SequenceRows:
-        with span("read piece"):
-            located = self._source.locate(piece.positions) if located is None else located
-            one_by_one = np.ones(len(located.lengths), np.int64)
-            return signed(self._source.read(located, one_by_one, "packed", out, self._buffers), self._bits)
-
-    def _take(self) -> tuple[Read, SequenceRows | None]:
-        """Return the next piece and its rows; None if it could not be read."""
-        read = self._reads.popleft() if self._reads else self._begin()
-        try:
-            return read, read.result.result()
-        except PipelineError:  # the batches that need its group are gathered, and say what is wrong, or leave it out
-            return read, None
+        located = self._source.locate(piece.positions) if located is None else located
+        one_by_one = np.ones(len(located.lengths), np.int64)
+        return signed(self._source.read(located, one_by_one, "packed", out, self._buffers), self._bits)
 
     def _feed(self) -> Any:
-        """Return the values of the next piece as a sample for DALI; a row of zeros if it could not be read."""
+        """Return the values of the next piece as a sample for DALI; a record of zeros if it could not be read."""
         if self._unread() is None and not self._reads:
             raise StopIteration
         read, rows = self._take()
         self._fed.append(read)
-        if rows is None:
-            steps, parts, storage = self._memory.shape.steps or 1, self._memory.shape.parts, self._source.unit.storage
-            values = np.zeros(
-                (steps * parts, *self._memory.shape.row), np.int16 if self._bits else WIDER.get(storage.name, storage)
-            )
-        else:
-            values = rows.values
-        samples = self._by_record(values)[None]
-        return pinned_samples(samples) if self._device.type == "cuda" and rows is not None else samples
+        if rows is not None:
+            samples = self._by_record(rows.values)[None]
+            return pinned_samples(samples) if self._device.type == "cuda" else samples
+        shape, storage = self._memory.shape, self._source.unit.storage
+        size = ((shape.steps or 1) * shape.parts, *shape.row)
+        return self._by_record(np.zeros(size, np.int16 if self._bits else WIDER.get(storage.name, storage)))[None]
 
     def _by_record(self, values: Array) -> Array:
         """Return values as (records, rows of a record, *row) if all records have one length; otherwise (rows, *row)."""
         steps, parts = self._memory.shape.steps, self._memory.shape.parts
         return values if steps is None else values.reshape(-1, steps * parts, *values.shape[1:])
 
-    def _move(self, under_way: UnderWay) -> None:
-        """Move the next piece into the window; if it could not be read, note its group."""
-        values: torch.Tensor | None = None
-        if self._moved is not None:
-            values = next(self._moved)
-            read = self._fed.popleft()
-            rows = None if read.result.exception() is not None else read.result.result()
-        else:
-            read, rows = self._take()
-        group = read.piece.group
-        self._left[group.needed] -= 1
-        if rows is None:
-            self._failed.append(group)
+    def _enter_next(self) -> None:
+        if self._outputs is None:
+            super()._enter_next()
             return
-        if self._moved is None and not self._direct:
+        values, read = next(self._outputs), self._fed.popleft()
+        failed = read.result.exception() is not None
+        if not failed:
+            self._place(read, read.result.result(), values)
+        self._note(read, None if failed else read.result.result())
+
+    def _enter(self, read: Read[SequenceRows], rows: SequenceRows) -> None:
+        if self._outputs is None and not self._direct:
             stored = torch.from_numpy(self._by_record(rows.values))
             with span("copy", self._device.type != "cpu"):
                 values = stored.to(self._device, non_blocking=True)
-        memory = self._memory
-        if values is not None:
-            if self._decoding is not None:
-                framed = values[None] if memory.shape.steps is None else values
-                values = self._decoding.run(framed, np.array([framed.shape[1]]))
-            begin, count = read.first_step * memory.shape.parts, int(rows.lengths.sum()) * memory.shape.parts
-            memory.values[begin : begin + count].copy_(values.view(count, *memory.shape.row))
-            under_way.keep(rows.values)  # DALI, or the copy, may still read it
-        memory.note(read.piece, rows, read.first_step)
+            self._place(read, rows, values)
+        self._memory.note(read.piece, rows, read.place)
+
+    def _place(self, read: Read[SequenceRows], rows: SequenceRows, values: torch.Tensor) -> None:
+        """Decode the values of a piece, which are on the device, and copy them into the window."""
+        memory, parts = self._memory, self._memory.shape.parts
+        if self._decoding is not None:
+            framed = values[None] if memory.shape.steps is None else values
+            values = self._decoding.run(framed, np.array([framed.shape[1]]))
+        begin, count = read.place * parts, int(rows.lengths.sum()) * parts
+        memory.values[begin : begin + count].copy_(values.view(count, *memory.shape.row))
+        self._under_way.keep(rows.values)  # DALI, or the copy, may still read it
 
 
 def torch_type(storage: np.dtype[Any]) -> torch.dtype:

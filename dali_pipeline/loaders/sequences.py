@@ -458,12 +458,13 @@ class SequenceLoader(Loader[SequenceBatch]):
             threads=self._window_threads,
             record_bytes=self.selection.record_bytes,
             bits=self._decoding.bfloat16,
+            under_way=under_way,
             through_dali=self._pieces_through_dali if self.engine == "dali" else None,
         )
         step, longest = start.step, 1
         with closing(window):
             while step < plan.num_steps:
-                stop = min(window.reach(step, under_way), step + longest, plan.num_steps)
+                stop = min(window.reach(step), step + longest, plan.num_steps)
                 steps, longest = range(step, stop), min(2 * longest, SUPERBATCH_STEPS)
                 batches = (
                     self._from_window(window, memory, steps)
@@ -472,10 +473,10 @@ class SequenceLoader(Loader[SequenceBatch]):
                 )
                 for loaded in batches:
                     yield loaded
-                    window.passed(step, under_way)
+                    window.passed(step)
                     step += 1
-        if memory.kept:
-            self._kept_memory, self._unused_memory = memory, []
+        if window.holds_all or memory.kept:
+            memory.kept, self._kept_memory, self._unused_memory = True, memory, []
         else:
             self._unused_memory.append(memory)
 

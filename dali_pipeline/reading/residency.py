@@ -55,6 +55,11 @@ class Piece(NamedTuple):
     first: int
 
     @property
+    def num_records(self) -> int:
+        """Number of its records."""
+        return sum(count for _, count in self.runs)
+
+    @property
     def positions(self) -> Ints:
         """Positions of its records in the split, in the order in which they lie in the window."""
         return np.concatenate([np.arange(start, start + count) for start, count in self.runs])

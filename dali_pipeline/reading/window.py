@@ -1,0 +1,162 @@
+"""WindowFiller: read the pieces of a window in order, a few ahead, and enter them before they are needed."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from dali_pipeline.errors import PipelineError
+from dali_pipeline.reading.residency import Group, Piece, Residency
+from dali_pipeline.runtime.trace import span
+
+STAGED_AHEAD = 4  # pieces that are read before they are needed, beside one per thread
+
+Rows = TypeVar("Rows")
+
+
+@dataclass(eq=False)
+class Read(Generic[Rows]):
+    """A piece that is being read, or is read.
+
+    Attributes:
+        piece: The piece.
+        place: Where it goes in the window; of a kind that `WindowFiller._plan_read` chooses.
+        result: Its rows, or the error of reading it.
+    """
+
+    piece: Piece
+    place: Any
+    result: Future[Rows]
+
+
+class WindowFiller(Generic[Rows]):
+    """Fills a window along one epoch. A subclass says where a piece goes, how it is read, and how it is entered.
+
+    A piece that cannot be read leaves its group out of the window: `serves` is False for the steps that draw from it. Whoever
+    gathers their records meets the same error, and reports it or leaves records out.
+
+    Args:
+        residency: What lies in the window when.
+        start: The first step that is delivered; what only earlier ones draw from is not read.
+        threads: Threads that read; 0 reads in the caller's thread.
+        record_bytes: Bytes of a record as stored, on average.
+        direct: Whether reading a piece writes to the window, so that it must wait until its slot is free.
+        kept: Whether everything is in the window already.
+    """
+
+    def __init__(
+        self, residency: Residency, start: int, *, threads: int, record_bytes: float, direct: bool, kept: bool
+    ) -> None:
+        self._residency, self._record_bytes, self._direct, self._threads = residency, record_bytes, direct, threads
+        groups = [] if kept else [group for group in residency.groups if group.last > start]
+        self._fills_all = residency.whole and len(groups) == len(residency.groups)
+        self._groups, self._upcoming = deque(groups), deque[Piece]()
+        self._left: Counter[int] = Counter()  # pieces that are not entered yet, by the step that needs them
+        self._reads: deque[Read[Rows]] = deque()  # in order, not yet taken
+        self._failed: list[Group] = []
+        self._free_until = 0  # the next step: slots whose groups are behind it may be written
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="window") if threads and groups else None
+
+    def serves(self, steps: range) -> bool:
+        """Return whether all records of these steps are in the window; not if one of their groups could not be read."""
+        return not any(group.needed < steps.stop and steps.start < group.last for group in self._failed)
+
+    def reach(self, step: int) -> int:
+        """Enter every piece that `step` needs; return the first step that needs more, or the number of steps."""
+        self._free_until = max(self._free_until, step)
+        while (piece := self._next()) is not None and piece.group.needed <= step:
+            self._enter_next()
+        return self._residency.plan.num_steps if piece is None else piece.group.needed
+
+    def passed(self, step: int) -> None:
+        """Enter some pieces that later steps need, so that they come evenly; `step` is delivered."""
+        self._free_until = step + 1
+        if (piece := self._next()) is None:
+            return
+        needed = piece.group.needed
+        for _ in range(-(-self._left[needed] // max(1, needed - step))):
+            piece = self._next()
+            if piece is None or piece.group.needed != needed or piece.group.free > self._free_until:
+                break
+            self._enter_next()
+        self._read_ahead()
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether all records are in the window, and stay there."""
+        return self._fills_all and not self._failed and self._next() is None
+
+    def close(self) -> None:
+        """Wait for the reads in flight; leave no thread behind."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    @abstractmethod
+    def _plan_read(self, piece: Piece) -> tuple[Any, Callable[[], Rows]]:
+        """Return where a piece goes in the window, and the function that reads it; called in order. May raise PipelineError."""
+
+    @abstractmethod
+    def _enter(self, read: Read[Rows], rows: Rows) -> None:
+        """Enter a piece that is read into the window."""
+
+    def _next(self) -> Piece | None:
+        """Return the first piece that is not entered yet."""
+        return self._reads[0].piece if self._reads else self._unread()
+
+    def _unread(self) -> Piece | None:
+        """Return the first piece that is not being read yet."""
+        while not self._upcoming and self._groups:
+            pieces = list(self._residency.pieces(self._groups.popleft(), self._record_bytes))
+            self._left[pieces[0].group.needed] += len(pieces)
+            self._upcoming.extend(pieces)
+        return self._upcoming[0] if self._upcoming else None
+
+    def _read_ahead(self) -> None:
+        """Begin to read the next pieces, one per thread and some more, as far as they may be written."""
+        while self._pool is not None and len(self._reads) < self._threads + STAGED_AHEAD:
+            piece = self._unread()
+            if piece is None or (self._direct and piece.group.free > self._free_until):
+                return
+            self._reads.append(self._begin())
+
+    def _begin(self) -> Read[Rows]:
+        """Begin to read the next piece; without threads, read it."""
+        piece, place, done = self._upcoming.popleft(), None, Future[Rows]()
+        try:
+            place, read = self._plan_read(piece)
+            if self._pool is not None:
+                return Read(piece, place, self._pool.submit(_spanned, read))
+            done.set_result(_spanned(read))
+        except PipelineError as error:
+            done.set_exception(error)
+        return Read(piece, place, done)
+
+    def _take(self) -> tuple[Read[Rows], Rows | None]:
+        """Return the next piece and its rows; None if it could not be read."""
+        self._read_ahead()
+        read = self._reads.popleft() if self._reads else self._begin()
+        self._read_ahead()
+        try:
+            return read, read.result.result()
+        except PipelineError:
+            return read, None
+
+    def _enter_next(self) -> None:
+        """Enter the next piece; if it could not be read, note its group."""
+        self._note(*self._take())
+
+    def _note(self, read: Read[Rows], rows: Rows | None) -> None:
+        self._left[read.piece.group.needed] -= 1
+        if rows is None:
+            self._failed.append(read.piece.group)
+        else:
+            self._enter(read, rows)
+
+
+def _spanned(read: Callable[[], Rows]) -> Rows:
+    with span("read piece"):
+        return read()
