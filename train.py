@@ -25,7 +25,14 @@ import typer
 from dali_pipeline import Dataset, World
 from dali_pipeline.cli.app import new_app
 from dali_pipeline.cli.app import run as run_command_line
-from dali_pipeline.cli.arguments import CACHE_BYTES, CACHE_DIR, FILES_ROOT, parse_cache_bytes, parse_num_workers
+from dali_pipeline.cli.arguments import (
+    CACHE_BYTES,
+    CACHE_DIR,
+    FILES_ROOT,
+    parse_cache_bytes,
+    parse_count_or_auto,
+    parse_num_workers,
+)
 from dali_pipeline.runtime.threads import parse_threads
 from dali_pipeline.storage.cachedfile import Place
 from training.commandline import GroupedCommand, flag, print_config, take_config
@@ -204,13 +211,14 @@ def command_line(
         flag("Data", "Task on the target. [default: what its type says]", "--task regression", show_default=False),
     ] = None,
     num_partitions: Annotated[
-        int,
+        str,
         flag(
             "Data",
-            "Number of disjoint sets of shards; give the number of nodes, and each node reads only its own.",
+            "Number of disjoint sets of shards, of which each process or node reads only its own. By default as many, up to "
+            "8, as the batch and the shards allow; the number of processes does not matter.",
             "--num-partitions 2",
         ),
-    ] = 1,
+    ] = "auto",
     num_workers: Annotated[
         str,
         flag(
@@ -364,7 +372,7 @@ def command_line(
         task=task,
         over=over,
         readout=readout,
-        num_partitions=num_partitions,
+        num_partitions=parse_count_or_auto("num partitions", num_partitions, 1),
         precision=precision,
         accumulate=accumulate,
         clip_norm=clip_norm,

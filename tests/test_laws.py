@@ -123,7 +123,7 @@ def steps(**options: Any) -> Asked:
 
 
 def bucketed() -> Asked:
-    asked = sequences(engine="torch", bucket_by_length=True, window_bytes=10**6)
+    asked = sequences(engine="torch", bucket_by_length=True, window_bytes=10**6, window="gather")
     refusals = (*REFUSALS, ({"steps": [0, 1]}, "filled by the steps 0,1; this loader"))
     return replace(asked, case={**asked.case, "refusals": refusals})
 

@@ -51,7 +51,7 @@ def make_loader(
         "seed": config.seed,
         "device": device,
         "num_workers": num_workers,
-        "num_partitions": config.num_partitions if split == "train" else 1,
+        "num_partitions": config.num_partitions if split == "train" and config.num_partitions != "auto" else 1,
         "on_nan": on_nan,
         **parts_of_records(name, data.schema, config),
         **({"rank": 0, "world_size": 1} if alone else {}),

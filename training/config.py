@@ -86,7 +86,8 @@ class TrainConfig:
             chooses by the target.
         token_layers: Layers that the LSTM reads of each token, if others than `layers`.
         readout: How the nodes of a graph become one row: "last", "mean", "sum" or "max"; "auto" chooses by the edges.
-        num_partitions: Number of disjoint sets of shards of the training split, so that each node reads its own.
+        num_partitions: Number of disjoint sets of shards of the training split, so that each process or node reads its own.
+            "auto" is the largest power of two up to 8 that divides the batch and leaves 4 shards for each; otherwise 1.
         precision: Precision of the forward pass.
         accumulate: Number of pieces into which each process's part of a batch is split.
         clip_norm: Maximum norm of all gradients together; 0 turns clipping off.
@@ -110,7 +111,7 @@ class TrainConfig:
     over: Over = "auto"
     token_layers: str | None = None
     readout: Readout = "auto"
-    num_partitions: int = 1
+    num_partitions: int | Literal["auto"] = "auto"
     precision: Precision = "fp32"
     accumulate: int = 1
     clip_norm: float = 1.0
@@ -118,7 +119,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0), ("accumulate", 1), ("num_partitions", 1)):
-            if getattr(self, name) < least:
+            if getattr(self, name) != "auto" and getattr(self, name) < least:
                 raise UsageError(f"{name.replace('_', ' ')} is {getattr(self, name)}; expected at least {least}")
         if not 0 < self.lr < math.inf:
             raise UsageError(f"lr is {self.lr}; expected more than 0")
@@ -147,7 +148,7 @@ class TrainConfig:
     def to_dict(self, data: Dataset) -> dict[str, Any]:
         """Return the settings and the data set's digest in plain JSON types."""
         settings = {**asdict(self), "models": list(self.models), "data_digest": data.digest, "architecture": ARCHITECTURE}
-        if self.num_partitions == 1:  # like before the setting existed, so that older runs continue
+        if self.num_partitions in (1, "auto"):  # like before the setting existed, so that older runs continue
             del settings["num_partitions"]
         return settings
 

@@ -8,6 +8,8 @@ from dali_pipeline import Dataset, UsageError
 from training.config import Over, Readout, TrainConfig, kind_of
 from training.statistics import run_forward
 
+MOST_PARTITIONS, LEAST_SHARDS = 8, 4
+
 
 def resolved(data: Dataset, config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     """Return the configuration with what "auto" stands for on these data, and a sentence on each choice.
@@ -20,6 +22,8 @@ def resolved(data: Dataset, config: TrainConfig) -> tuple[TrainConfig, list[str]
         UsageError: There is no such axis, or it does not go with the target.
     """
     kinds, chosen = {kind_of(name) for name in config.models}, list[str]()
+    if config.num_partitions == "auto":
+        config = replace(config, num_partitions=partitions_for(data, config))
     if "sequences" in kinds:
         config, chosen = _over(data, config)
     elif config.over != "auto":
@@ -34,6 +38,19 @@ def resolved(data: Dataset, config: TrainConfig) -> tuple[TrainConfig, list[str]
     why = "all edges run to later nodes or to themselves" if forward else "edges run to earlier nodes too"
     readout: Readout = "last" if forward else "sum"
     return replace(config, readout=readout), [*chosen, f"readout: {readout}, as {why} (--readout)"]
+
+
+def partitions_for(data: Dataset, config: TrainConfig) -> int:
+    """Return the number of partitions that "auto" stands for; it depends on the split and the batch alone.
+
+    The largest power of two up to MOST_PARTITIONS that divides the batch and leaves every partition LEAST_SHARDS shards,
+    otherwise 1. So 1, 2, 4 and 8 processes read whole partitions, and agree on the order.
+    """
+    shards = min(len(data.select("train", kind).records) for kind in {kind_of(name) for name in config.models})
+    partitions = MOST_PARTITIONS
+    while partitions > 1 and (config.batch_size % partitions or shards < LEAST_SHARDS * partitions):
+        partitions //= 2
+    return partitions
 
 
 def _over(data: Dataset, config: TrainConfig) -> tuple[TrainConfig, list[str]]:

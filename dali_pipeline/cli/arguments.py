@@ -55,8 +55,13 @@ def parse_blocks(text: str) -> tuple[int, ...] | None:
 
 def parse_num_workers(text: str) -> int | Literal["auto"]:
     """Parse `auto` or a whole number."""
+    return parse_count_or_auto("workers", text, 0)
+
+
+def parse_count_or_auto(name: str, text: str, least: int) -> int | Literal["auto"]:
+    """Parse `auto` or a whole number of at least `least`; raise UsageError, which calls the argument by `name`."""
     if text == "auto":
         return "auto"
-    if not (text.isascii() and text.isdigit()):
-        raise UsageError(f"workers is {text!r}; expected auto or a whole number")
+    if not (text.isascii() and text.isdigit()) or int(text) < least:
+        raise UsageError(f"{name} is {text!r}; expected auto or a whole number" + (f" of at least {least}" if least else ""))
     return int(text)

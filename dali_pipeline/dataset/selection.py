@@ -117,6 +117,13 @@ class Selection:
         """Bytes of a record as stored, on average; 0 if there is none."""
         return int(self.nbytes.sum()) / max(1, self.num_records)
 
+    @property
+    def mean_rows(self) -> float:
+        """Steps, or nodes, of a record on average, over the whole splits; 1 if unknown."""
+        tables = [shards.table for shards in self.shards if shards.table.steps]
+        records = sum(sum(table.records) for table in tables)
+        return sum(sum(table.steps) for table in tables) / records if records else 1.0
+
     def bounds(self, axis: str) -> tuple[int, int] | None:
         """Return the fewest and most rows of a record on an axis (step, graph, node, edge) in the splits, or None."""
         bounds = [shards.table.rows[axis] for shards in self.shards if axis in shards.table.rows]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -16,10 +16,12 @@ from dali_pipeline.format.schema import Field, Schema, level_of
 from dali_pipeline.loaders.fields import RecordBatch, moved_fields, moved_with_fields, tensors_of
 from dali_pipeline.loaders.sidestream import to_device
 from dali_pipeline.reading.graphrows import GraphRows, ends_of
+from dali_pipeline.reading.superbatch import WIDER
 from dali_pipeline.runtime.memory import Buffers
 from dali_pipeline.runtime.trace import span
-from dali_pipeline.types import Array, Mask
+from dali_pipeline.types import Array, Ints, Mask
 
+Selector: TypeAlias = Callable[[str], torch.Tensor]
 _EMPTY = Batch(_base_cls=Data)  # constructing a Batch takes PyG 0.2 ms; copying this one takes almost no time
 
 
@@ -95,80 +97,138 @@ class Collator:
         one_graph: bool,
     ) -> None:
         self._schema, self._fields = schema, fields
+        self.delivered = {name: delivered_type(name, field, dtype) for name, field in fields.items()}
         self._device, self._dtype = device, dtype
         self._buffers, self._copies, self._labels_are_y = Buffers(), copies, one_graph
 
-    def batch(self, rows: GraphRows, valid: Mask) -> GraphBatch:
-        """Return one batch; has no loop over graphs or records."""
-        num_graphs = len(rows.node_counts)
-        # boundaries at which PyG separates the graphs, on the CPU like in PyG: (G + 1,) each
-        first_rows = {"node": ends_of(rows.node_counts), "edge": ends_of(rows.edge_counts), "graph": np.arange(num_graphs + 1)}
-        cuts = {level: torch.from_numpy(ends) for level, ends in first_rows.items()}
-        small = [rows.node_counts, rows.edge_counts, first_rows["node"], rows.layer_index, valid]
-        labels: torch.Tensor | None = None
-        if rows.labels is not None and rows.labels.dtype == np.int64:
-            small.append(rows.labels)  # classes: in the same copy
-        node_counts, edge_counts, node_ptr, layer_index, valid_B, *classes = self._move_together(small)
+    def batches(
+        self,
+        rows: GraphRows,
+        valid: Mask,
+        sizes: Ints,
+        select: Selector | None = None,
+        begins: Mapping[str, Ints] | None = None,
+    ) -> Iterator[GraphBatch]:
+        """Yield several batches; has no loop over graphs or records.
+
+        On a GPU all of them are made at once, with one copy and as many kernels as one takes, and are views.
+
+        Args:
+            rows: Graphs of all batches.
+            valid: (N,) bool, False for padding.
+            sizes: Records of each batch.
+            select: Function from the name of a field to the window's rows of it, on the device, if `rows` has no values.
+            begins: By level, (G,) first row of each graph in the window, if there is one.
+        """
+        if self._device.type != "cpu":
+            yield from self._made_at_once(rows, valid, sizes, select, begins or {})
+            return
+        ends = ends_of(sizes).tolist()
+        for number, part in enumerate(rows.cut(sizes)):
+            yield from self._made_at_once(part, valid[ends[number] : ends[number + 1]], sizes[number : number + 1], None, {})
+
+    def _made_at_once(
+        self, rows: GraphRows, valid: Mask, sizes: Ints, select: Selector | None, begins: Mapping[str, Ints]
+    ) -> Iterator[GraphBatch]:
+        cuts, parts = rows.cuts(sizes), list(rows.cut(sizes))
+        num_nodes, num_edges = cuts[-1][2:]
+        node_ends = [ends_of(part.node_counts) for part in parts]  # within each batch
+        first_nodes = np.concatenate([ends[:-1] for ends in node_ends])
+        small = {
+            "valid": valid,
+            "node_counts": rows.node_counts,
+            "edge_counts": rows.edge_counts,
+            "layer_index": rows.layer_index,
+            "ptr": np.concatenate(node_ends),
+            "first_nodes": first_nodes,
+            "last_nodes": first_nodes + rows.node_counts - 1,
+            "graph_numbers": np.concatenate([np.arange(len(part.node_counts)) for part in parts]),
+            **{f"begins.{level}": starts for level, starts in begins.items()},
+        }
         if rows.labels is not None:
-            labels = classes[0] if classes else self._move(rows.labels)
-        graphs, slices, increments = copy(_EMPTY), {}, {}
-        numbers, zeros = torch.arange(num_graphs, device=self._device), torch.zeros(num_graphs, dtype=torch.int64)
-        for name, values in self.values(rows).items():
-            attribute = name.rpartition(".")[2]
-            graphs[attribute] = values
-            slices[attribute], increments[attribute] = cuts[level_of(name)], zeros
+            small["labels"] = rows.labels
+        tensors = {name: torch.from_numpy(array) for name, array in small.items()}
+        if select is None:
+            tensors |= {f"values.{name}": stored_tensor(rows.arrays[name], bits=self._bits(name)) for name in self._fields}
+            tensors["values.edge_index"] = stored_tensor(rows.edge_index, bits=False)
+        with span("copy", self._device.type != "cpu"):
+            moved, all_fields = moved_with_fields(list(tensors.values()), rows.fields, self._schema, self._dtype, self._device)
+        on_device = dict(zip(tensors, moved, strict=True))
+        if select is not None:
+            chosen = {
+                "node": _ranges(on_device["begins.node"], on_device["node_counts"], num_nodes),
+                "edge": _ranges(on_device["begins.edge"], on_device["edge_counts"], num_edges),
+                "graph": on_device["begins.graph"],
+            }
+            values = {name: select(name).index_select(0, chosen[level_of(name)]) for name in self._fields}
+            local_edges = select("edge_index").index_select(0, chosen["edge"])
+        else:
+            values = {name: self._delivered(name, on_device[f"values.{name}"]) for name in self._fields}
+            local_edges = on_device["values.edge_index"]
         # (E, 2) local to the graph -> (2, E) numbered through the batch
-        edge_index = torch.empty((2, len(rows.edge_index)), dtype=torch.int64, device=self._device)
-        edge_index.copy_(self._move(rows.edge_index).t())
-        edge_index += first_nodes(node_ptr, edge_counts, len(rows.edge_index))
+        edge_index = torch.empty((2, num_edges), dtype=torch.int64, device=self._device)
+        edge_index.copy_(local_edges.t())
+        edge_index += _repeat(on_device["first_nodes"], on_device["edge_counts"], num_edges)
+        graph_of_node = _repeat(on_device["graph_numbers"], on_device["node_counts"], num_nodes)
+        for number, part in enumerate(parts):
+            spans = [slice(*span) for span in zip(cuts[number], cuts[number + 1], strict=True)]
+            levels = dict(zip(("record", "graph", "node", "edge"), spans, strict=True))
+            record, graph = levels["record"], levels["graph"]
+            labels = on_device["labels"][record] if "labels" in on_device else None
+            graphs = self._graphs(
+                {name: column[levels[level_of(name)]] for name, column in values.items()},
+                edge_index[:, levels["edge"]].contiguous(),
+                labels if self._labels_are_y else None,
+                node_ends[number],
+                ends_of(part.edge_counts),
+            )
+            graphs.batch = graph_of_node[levels["node"]]
+            graphs.ptr = on_device["ptr"][graph.start + number : graph.stop + number + 1]
+            yield GraphBatch(
+                graphs=graphs,
+                graphs_per_record=torch.from_numpy(part.graphs_per_record),
+                layer_index=on_device["layer_index"][graph],
+                last_node=on_device["last_nodes"][graph],
+                labels=cast("torch.Tensor", labels),
+                valid=on_device["valid"][record],
+                ids=part.ids,
+                positions=torch.from_numpy(part.positions),
+                fields={name: column[record] for name, column in all_fields.items()},
+            )
+
+    @staticmethod
+    def _graphs(
+        values: Mapping[str, torch.Tensor], edge_index: torch.Tensor, y: torch.Tensor | None, node_ends: Ints, edge_ends: Ints
+    ) -> Batch:
+        """Return a PyG `Batch` of these values, which can be taken apart again; without `batch` and `ptr`."""
+        num_graphs = len(node_ends) - 1
+        # boundaries at which PyG separates the graphs, on the CPU like in PyG: (G + 1,) each
+        first_rows = {"node": node_ends, "edge": edge_ends, "graph": np.arange(num_graphs + 1)}
+        cuts = {level: torch.from_numpy(ends) for level, ends in first_rows.items()}
+        graphs, slices, increments = copy(_EMPTY), {}, {}
+        zeros = torch.zeros(num_graphs, dtype=torch.int64)
+        for name, value in values.items():
+            attribute = name.rpartition(".")[2]
+            graphs[attribute] = value
+            slices[attribute], increments[attribute] = cuts[level_of(name)], zeros
         graphs.edge_index, slices["edge_index"], increments["edge_index"] = edge_index, cuts["edge"], cuts["node"][:-1]
-        if self._labels_are_y and labels is not None:
-            graphs.y, slices["y"], increments["y"] = labels, cuts["graph"], zeros
-        graphs.batch = _repeat(numbers, node_counts, len(rows.arrays["x"]))
-        graphs.ptr = node_ptr
+        if y is not None:
+            graphs.y, slices["y"], increments["y"] = y, cuts["graph"], zeros
         # Batch.to_data_list and indexing need these
         graphs._num_graphs, graphs._slice_dict, graphs._inc_dict = num_graphs, slices, increments
-        return GraphBatch(
-            graphs=graphs,
-            graphs_per_record=torch.from_numpy(rows.graphs_per_record),
-            layer_index=layer_index,
-            last_node=node_ptr[1:] - 1,
-            labels=cast("torch.Tensor", labels),
-            valid=valid_B.bool(),
-            ids=rows.ids,
-            positions=torch.from_numpy(rows.positions),
-            fields=moved_with_fields([], rows.fields, self._schema, self._dtype, self._device)[1],
-        )
+        return graphs
 
     def values(self, rows: GraphRows) -> dict[str, torch.Tensor]:
-        """Return each field as it is delivered, by its stored name."""
-        return {
-            name: self._values(rows.arrays[name], field, activations=name in ("x", "edge_attr"))
-            for name, field in self._fields.items()
-        }
+        """Return each field of gathered rows as it is delivered, by its stored name."""
+        stored = {name: stored_tensor(rows.arrays[name], bits=self._bits(name)) for name in self._fields}
+        return {name: self._delivered(name, to_device(tensor, self._device)) for name, tensor in stored.items()}
 
-    def _move(self, array: Array) -> torch.Tensor:
-        with span("copy", self._device.type != "cpu"):
-            return to_device(torch.from_numpy(array), self._device)
+    def _bits(self, name: str) -> bool:
+        return self._fields[name].dtype == BFLOAT16
 
-    def _move_together(self, arrays: Sequence[Array]) -> Sequence[torch.Tensor]:
-        """Return arrays of whole numbers on the device; on a GPU as int64, moved in one copy."""
-        if self._device.type == "cpu":
-            return [torch.from_numpy(array) for array in arrays]
-        return torch.split(self._move(np.concatenate(arrays, dtype=np.int64)), [len(array) for array in arrays])
-
-    def _values(self, array: Array, field: Field, *, activations: bool) -> torch.Tensor:
-        """Return stored rows of a field on the device.
-
-        Activations become `dtype`. Other real numbers become `dtype` or stay wider; whole numbers become int64, bools stay.
-        """
-        bits = field.dtype == BFLOAT16
-        stored = self._move(array.view("int16")).view(torch.bfloat16) if bits else self._move(array)
-        dtype = self._dtype
-        if not activations and stored.is_floating_point():
-            dtype = torch.promote_types(stored.dtype, dtype)
-        elif not activations:
-            dtype = torch.bool if stored.dtype == torch.bool else torch.int64
+    def _delivered(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        """Return stored rows of a field, which are on the device, in its delivered type."""
+        dtype = self.delivered[name]
         unchanged = stored.dtype == dtype and not self._copies
         if self._device.type != "cpu" or unchanged or not stored.numel():
             return stored.to(dtype)
@@ -177,9 +237,34 @@ class Collator:
             return torch.from_numpy(memory).view(dtype).view(stored.shape).copy_(stored)
 
 
-def first_nodes(node_ptr: torch.Tensor, edge_counts: torch.Tensor, num_edges: int) -> torch.Tensor:
-    """Return, for every edge, the number in the batch of its graph's first node: (E,) int64."""
-    return _repeat(node_ptr[:-1], edge_counts, num_edges)
+def delivered_type(name: str, field: Field, dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which a field of graphs is delivered.
+
+    Activations (x and edge_attr) become `dtype`. Other real numbers become `dtype` or stay wider; whole numbers become int64,
+    bools stay.
+    """
+    if name in ("x", "edge_attr"):
+        return dtype
+    if field.dtype == BFLOAT16:
+        return torch.promote_types(torch.bfloat16, dtype)
+    if field.dtype == "bool":
+        return torch.bool
+    if field.storage.kind in "iu":
+        return torch.int64
+    return torch.promote_types(torch.from_numpy(np.empty(0, field.storage)).dtype, dtype)
+
+
+def stored_tensor(array: Array, *, bits: bool) -> torch.Tensor:
+    """Return stored values as a tensor: bits as bfloat16, and unsigned numbers that a GPU hardly knows as signed ones."""
+    if bits:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array.astype(WIDER[array.dtype.name]) if array.dtype.name in WIDER else array)
+
+
+def _ranges(begins: torch.Tensor, counts: torch.Tensor, total: int) -> torch.Tensor:
+    """Return the numbers from each begin on, `counts` of them, concatenated: (total,) int64, without a wait for a GPU."""
+    before = torch.cumsum(counts, 0) - counts
+    return _repeat(begins - before, counts, total) + torch.arange(total, device=begins.device)
 
 
 def _repeat(values: torch.Tensor, counts: torch.Tensor, total: int) -> torch.Tensor:

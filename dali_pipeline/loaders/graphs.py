@@ -8,37 +8,42 @@ from contextlib import closing
 from functools import partial
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 
 from dali_pipeline.dataset.dataset import Dataset
 from dali_pipeline.errors import UsageError
 from dali_pipeline.format.layers import Layers, select
-from dali_pipeline.format.schema import Schema, level_of
+from dali_pipeline.format.schema import LEVELS, Field, Schema, level_of
 from dali_pipeline.loaders.collate import Collator, GraphBatch
 from dali_pipeline.loaders.device import check_memory
 from dali_pipeline.loaders.loader import LoadedBatch, Loader, Position
-from dali_pipeline.loaders.options import LoaderOptions, NumWorkers, OnError, OnNan
+from dali_pipeline.loaders.options import LoaderOptions, NumWorkers, OnError, OnNan, WindowKind
+from dali_pipeline.loaders.residentgraphs import ROOM, GraphMemory, GraphWindow, ResidentSuperbatch
 from dali_pipeline.loaders.sidestream import a_batch_ahead
 from dali_pipeline.reading.graphsource import GraphSource
 from dali_pipeline.reading.graphsuperbatch import GraphGatherer, GraphSuperbatch, Loaded, gather_into
+from dali_pipeline.reading.residency import Residency
 from dali_pipeline.reading.superbatch import superbatches
+from dali_pipeline.reading.window import Memories
 from dali_pipeline.runtime.ahead import background_threads, cores_beside, map_ahead, on_threads
 from dali_pipeline.runtime.checks import one_of, real, refuses_old_keywords
 from dali_pipeline.runtime.processes import map_in_processes
 from dali_pipeline.runtime.trace import span
+from dali_pipeline.sampling.budget import Portion
 from dali_pipeline.sampling.order import WINDOW_BYTES
 from dali_pipeline.sampling.plan import EpochPlan
 
 SUPERBATCH_BYTES = 32 << 20  # a gather costs a millisecond of Python, whatever its size
 SUPERBATCH_STEPS = 64
+_EDGES = Field(dtype="uint8", shape=(2,))  # the narrowest that edges are stored in, so the most of them
 Oversize = Literal["alone", "raise"]
 
 
 class GraphLoader(Loader[GraphBatch]):
     """Iterate over the batches of one split's graphs: whole PyG batches of this rank, epoch after epoch.
 
-    An `IterableDataset` with `__len__` that yields `GraphBatch`; epochs, state and cost are those of `SequenceLoader`. Records
-    of 4 KiB and less are kept in memory if all fit in `window_bytes` and this process is alone on its node.
+    An `IterableDataset` with `__len__` that yields `GraphBatch`; epochs, state and cost are those of `SequenceLoader`.
 
     Args:
         data: What `open_dataset`, `mix`, `folds` or `subset` returns.
@@ -55,6 +60,8 @@ class GraphLoader(Loader[GraphBatch]):
         dtype: Floating type of x and edge_attr as delivered.
         window_bytes, num_partitions, on_error: Like in `SequenceLoader`.
         on_nan: Like in `SequenceLoader`; checks the values of all fields.
+        window: Like in `SequenceLoader`; "auto" is "gather" with worker processes, and with a budget if the split does not fit
+            in the window.
         class_balanced, group_weights, rank, world_size: Like in `SequenceLoader`.
         max_nodes: Budget of nodes per batch: a batch takes the next records in order while their nodes fit. With several
             partitions, their number must be a multiple of the world size, or the world size a multiple of their number.
@@ -92,6 +99,7 @@ class GraphLoader(Loader[GraphBatch]):
         num_partitions: int = 1,
         on_error: OnError = "raise",
         on_nan: OnNan = "keep",
+        window: WindowKind = "auto",
         class_balanced: bool = False,
         group_weights: Mapping[str, float] | None = None,
         rank: int | None = None,
@@ -134,9 +142,6 @@ class GraphLoader(Loader[GraphBatch]):
             data.schema,
             options.wanted(layers),
             min_weight=min_weight,
-            may_hold=self.order.shuffle
-            and self.num_workers in ("auto", 0)
-            and self.world.alone,  # in order, reads are long anyway
         )
         self._gatherer = GraphGatherer(source, self.world, self.skips)
         shared = self.num_workers not in ("auto", 0)  # the arrays of a worker process are valid only until its next superbatch
@@ -148,6 +153,8 @@ class GraphLoader(Loader[GraphBatch]):
         check_memory(self.device, self.batch_size * record_bytes, f"a batch of {self.batch_size} records of graphs")
         self._threads = background_threads(self.device, record_bytes, self.num_workers)
         self.cores = cores_beside(self._threads if self.device.type == "cpu" else 0)  # for torch in the caller's thread
+        self._memories: Memories[GraphMemory] = Memories()
+        self._choose_window(window, "num_workers, which are processes" if shared else "")
         self._superbatch_records = SUPERBATCH_BYTES // record_bytes
         self._longest_superbatch = max(1, min(SUPERBATCH_STEPS, self._superbatch_records // self.batch_size))
         if self.budgeted:
@@ -158,6 +165,44 @@ class GraphLoader(Loader[GraphBatch]):
         batch_bytes = sum(field.row_bytes * limits[level_of(name)] for name, field in source.fields.items())
         batch_bytes += 16 * limits["edge"]
         self._arena_bytes = max(1 << 20, 2 * records * record_bytes, 2 * batch_bytes)
+
+    def _window_rows(self, residency: Residency) -> dict[str, int]:
+        """Return the nodes, edges and graphs that a slot of a window has room for, somewhat more than usual.
+
+        On a CPU they are what the slot's bytes can hold at most, as memory that is never written takes no space.
+        """
+        fields, records = {"edge_index": _EDGES, **self._source.fields}, residency.slot_records
+        widths = {level: sum(field.row_bytes for name, field in fields.items() if level_of(name) == level) for level in LEVELS}
+        most = {level: ROOM * residency.slot_bytes / max(1, widths[level]) for level in LEVELS}
+        graphs = self.selection.bounds("graph")
+        most["graph"] = float(records * graphs[1]) if graphs is not None else most["graph"]
+        if self.device.type != "cpu":
+            nodes = ROOM * records * self.selection.mean_rows
+            most["node"] = min(most["node"], nodes)
+            most["edge"] = max(0.0, ROOM * residency.slot_bytes - nodes * widths["node"]) / max(1, widths["edge"])
+        bounds = {level: (self.selection.bounds(level) or (0, 0))[1] for level in LEVELS}
+        return {level: int(most[level]) + 2 * bounds[level] + 1 for level in LEVELS}
+
+    def _window_nbytes(self, residency: Residency) -> int:
+        rows = self._window_rows(residency)
+        widths = {
+            name: math.prod(field.shape) * self._collator.delivered[name].itemsize
+            for name, field in self._source.fields.items()
+        }
+        widths["edge_index"] = 2 * self._edge_type().itemsize
+        return residency.num_slots * sum(rows[level_of(name)] * width for name, width in widths.items())
+
+    def _edge_type(self) -> torch.dtype:
+        """Return the smallest type for numbers of nodes within a graph."""
+        nodes = self.selection.bounds("node")
+        if nodes is None or nodes[1] > 1 << 31:
+            return torch.int64
+        return torch.int16 if nodes[1] <= 1 << 15 else torch.int32
+
+    def _window_memory(self, residency: Residency) -> GraphMemory:
+        delivered = {"edge_index": self._edge_type(), **self._collator.delivered}
+        rows = self._window_rows(residency)
+        return GraphMemory.of(self._source, self.data.schema, residency, rows, delivered, self.device)
 
     def gathered(self, plan: EpochPlan, step: int) -> GraphSuperbatch:
         """Gather one batch as stored."""
@@ -174,9 +219,8 @@ class GraphLoader(Loader[GraphBatch]):
 
     def collated(self, gathered: GraphSuperbatch) -> GraphBatch:
         """Decode a gathered batch, number its nodes through, and return it as delivered."""
-        ((rows, valid, _),) = gathered.batches()
         with on_threads(self.cores):
-            return self._collator.batch(rows, valid)
+            return next(self._collated_batches(gathered))
 
     def _batches(self, plan: EpochPlan, start: Position) -> Generator[LoadedBatch[GraphBatch], None, None]:
         batches = self._collated(plan, start)
@@ -185,15 +229,60 @@ class GraphLoader(Loader[GraphBatch]):
         return batches
 
     def _collated(self, plan: EpochPlan, start: Position) -> Generator[LoadedBatch[GraphBatch], None, None]:
-        with closing(self._gathered(plan, start)) as gathered:
+        superbatches_of = self._from_window if self.window == "resident" else self._gathered
+        with closing(superbatches_of(plan, start)) as gathered:
             for loaded, error in gathered:
                 for superbatch in loaded:
+                    batches = self._collated_batches(superbatch)
                     for rows, valid, cursors in superbatch.batches():
                         with span("collate"), on_threads(self.cores):
-                            batch = self._collator.batch(rows, valid)
+                            batch = next(batches)
                         yield LoadedBatch(batch, rows.hashes, valid, superbatch.left_out, cursors)
                 if error is not None:
                     raise error
+
+    def _collated_batches(self, superbatch: GraphSuperbatch) -> Iterator[GraphBatch]:
+        rows, portion = superbatch.rows, superbatch.portion
+        if not isinstance(superbatch, ResidentSuperbatch):
+            return self._collator.batches(rows, portion.shares.valid, portion.sizes)
+        select = superbatch.memory.values.__getitem__
+        return self._collator.batches(rows, portion.shares.valid, portion.sizes, select, superbatch.begins)
+
+    def _from_window(self, plan: EpochPlan, start: Position) -> Generator[Loaded, None, None]:
+        """Yield superbatches from the resident window; gather those whose records it could not read."""
+        residency = self._residency(plan)
+        assert residency is not None
+        memory = self._memories.take(residency, self._window_memory)
+        record_bytes = self.selection.record_bytes
+        threads = self._window_threads
+        window = GraphWindow(memory, residency, start.step, self._source, threads=threads, record_bytes=record_bytes)
+        with closing(window):
+            if self.budgeted:
+                window.reach(start.step)
+                budget = self._budget(plan)
+                for packed in self._packed_batches(budget, start, self._longest_superbatch, self._superbatch_records):
+                    if isinstance(packed, list) and window.serves(range(plan.num_steps)):
+                        yield [window.superbatch(budget.portion(packed))], None
+                    else:
+                        yield self._gatherer.gather_packed(budget, packed)
+            else:
+                yield from self._steps_from_window(window, plan, start.step)
+        self._memories.give_back(memory, kept=window.holds_all)
+
+    def _steps_from_window(self, window: GraphWindow, plan: EpochPlan, step: int) -> Iterator[Loaded]:
+        longest = 1
+        while step < plan.num_steps:
+            steps = range(step, min(window.reach(step), step + longest, plan.num_steps))
+            longest = min(2 * longest, self._longest_superbatch)
+            if window.serves(steps):
+                shares = plan.batches(steps, self.world.rank, self.world.world_size)
+                sizes = np.full(len(steps), len(shares.positions) // len(steps))
+                yield [window.superbatch(Portion(shares=shares, sizes=sizes))], None
+            else:
+                yield self._gatherer.gather(plan, steps)
+            for delivered in steps:
+                window.passed(delivered)
+            step = steps.stop
 
     def _gathered(self, plan: EpochPlan, start: Position) -> Generator[Loaded, None, None]:
         work: Callable[[Any], Loaded] = partial(self._gatherer.gather, plan)

@@ -6,7 +6,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import closing
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, get_args
 
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -15,19 +15,23 @@ from dali_pipeline.dataset.mix import reweighed
 from dali_pipeline.errors import DataError, PipelineError, UsageError
 from dali_pipeline.format.digest import Delivered, EpochDigest
 from dali_pipeline.format.layers import Layers, described, to_positions
-from dali_pipeline.loaders.device import resolve_device
-from dali_pipeline.loaders.options import LoaderOptions
+from dali_pipeline.loaders.device import check_memory, resolve_device
+from dali_pipeline.loaders.options import LoaderOptions, WindowKind
 from dali_pipeline.loaders.state import LoaderState, StateError
 from dali_pipeline.reading.damage import TOLD, log, tell
 from dali_pipeline.reading.readahead import ReadAhead
+from dali_pipeline.reading.residency import Residency
 from dali_pipeline.reading.source import BatchSource
-from dali_pipeline.runtime.checks import shown, whole
+from dali_pipeline.reading.window import Memories
+from dali_pipeline.runtime.ahead import LONG_RECORD_BYTES
+from dali_pipeline.runtime.checks import one_of, shown, whole
 from dali_pipeline.runtime.world import FORKED, WorkersRefused, World
 from dali_pipeline.sampling.budget import BudgetPlan
 from dali_pipeline.sampling.plan import EpochPlan
 from dali_pipeline.types import Array, Ints, Kind, Mask
 
 Batch = TypeVar("Batch", covariant=True)
+WINDOW_THREADS = 2  # at least so many read pieces of a window: one waits for the disk while another hashes
 
 
 class Position(NamedTuple):
@@ -71,6 +75,8 @@ class Loader(IterableDataset[Batch]):
 
     kind: Kind
     _source: BatchSource
+    _memories: Memories[Any]
+    _threads: int
     _oversize = "alone"  # what becomes of a record that exceeds the budget on its own
     _epoch_steps = (-1, 0)  # an epoch, and its number of steps with the budget
 
@@ -231,7 +237,71 @@ class Loader(IterableDataset[Batch]):
             self._position = self._next  # epoch + 1, unless set_epoch chose another one meanwhile
 
     def _read_ahead_of(self, plan: EpochPlan) -> ReadAhead:
-        return ReadAhead(self._source, plan, self.world)
+        reads_whole = self.window == "resident" and self._window_threads > 0  # the window reads ahead itself
+        return ReadAhead(self._source, plan, self.world, idle=reads_whole and self.selection.cache_bytes is None)
+
+    def _choose_window(self, asked: WindowKind, unfit: str) -> None:
+        """Set where batches are put together; raise UsageError if a resident window is asked for and cannot be.
+
+        Args:
+            asked: The loader's argument.
+            unfit: An argument that no resident window goes with, or "".
+        """
+        one_of("window", asked, get_args(WindowKind))
+        # they read long pieces, without the interpreter lock
+        self._window_threads = max(self._threads, WINDOW_THREADS) if self.num_workers == "auto" else self._threads
+        self.window: WindowKind = "gather"
+        if asked == "gather" or (asked == "auto" and not self._window_pays()):
+            return
+        why = f"does not go with {unfit}" if unfit else self._no_window()
+        if why and asked == "resident":
+            raise UsageError(f"window='resident' {why}; or window='gather'")
+        self.window = "gather" if why else "resident"
+
+    def _window_pays(self) -> bool:
+        """Return whether a resident window is faster than a gather."""
+        short = self.selection.record_bytes < LONG_RECORD_BYTES and self.selection.cache_bytes is None
+        return self.device.type == "cuda" or short
+
+    @property
+    def _needs_all(self) -> str:
+        """The argument for which records are needed in another order than that of the shuffle, or ""."""
+        needs = {
+            "shuffle=False": not self.order.shuffle,
+            "bucket_by_length": self.order.bucket_by_length,
+            "max_nodes or max_edges": self.budgeted,
+        }
+        return next((name for name, holds in needs.items() if holds), "")
+
+    def _residency(self, plan: EpochPlan) -> Residency | None:
+        rank, world_size, least = self.world.rank, self.world.world_size, self._memories.slot_records
+        return Residency.of(plan, rank, world_size, least, at_once=bool(self._needs_all))
+
+    def _no_window(self) -> str:
+        """Return why there can be no resident window, or ""."""
+        if self.selection.draws:
+            return "does not go with class_balanced, group_weights or the weights of a mix"
+        if not self.selection.num_records:
+            return "has no records to hold"
+        residency = self._residency(self._first_plan)
+        if residency is None and self._needs_all:
+            more = f"expected more window_bytes than {self.order.window_bytes}"
+            return f"with {self._needs_all} needs a split that fits in the window; {more}"
+        if residency is None:
+            return (
+                "needs whole partitions per process and batches of at most half a window; expected num_partitions to be a "
+                f"multiple of {self.world.world_size} processes, or more window_bytes than {self.order.window_bytes}"
+            )
+        if self.device.type == "cuda":
+            try:
+                check_memory(self.device, self._window_nbytes(residency), "the resident window")
+            except UsageError as error:
+                return f"does not fit: {error}"
+        return ""
+
+    def _window_nbytes(self, residency: Residency) -> int:
+        """Return the bytes of a resident window on a GPU."""
+        raise NotImplementedError
 
     @abstractmethod
     def gathered(self, plan: EpochPlan, step: int) -> Any:

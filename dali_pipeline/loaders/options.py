@@ -18,6 +18,7 @@ from dali_pipeline.sampling.order import Order
 NumWorkers = int | Literal["auto"]
 OnError = Literal["raise", "skip"]
 OnNan = Literal["keep", "raise", "skip"]
+WindowKind = Literal["auto", "resident", "gather"]
 TRUTHS = ("shuffle", "bucket_by_length", "class_balanced", "count_padding")
 
 

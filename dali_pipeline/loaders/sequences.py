@@ -23,16 +23,15 @@ from dali_pipeline.loaders.decoding import Decoding, sequence_graph
 from dali_pipeline.loaders.device import check_memory
 from dali_pipeline.loaders.fields import RecordBatch, cut_fields, moved_fields, moved_with_fields, tensors_of
 from dali_pipeline.loaders.loader import LoadedBatch, Loader, Position
-from dali_pipeline.loaders.options import LoaderOptions, NumWorkers, OnError, OnNan, plain_selection
+from dali_pipeline.loaders.options import LoaderOptions, NumWorkers, OnError, OnNan, WindowKind, plain_selection
 from dali_pipeline.loaders.resident import RAGGED_ROOM, ResidentWindow, Shape, WindowMemory, torch_type
 from dali_pipeline.loaders.sidestream import UnderWay, a_batch_ahead, to_device
 from dali_pipeline.reading.graphrows import ends_of
-from dali_pipeline.reading.readahead import ReadAhead
 from dali_pipeline.reading.residency import Residency
 from dali_pipeline.reading.source import Padded, SequenceSource
 from dali_pipeline.reading.superbatch import SUPERBATCH_BYTES, Part, SequenceGatherer, Superbatch, superbatches
+from dali_pipeline.reading.window import Memories
 from dali_pipeline.runtime.ahead import (
-    LONG_RECORD_BYTES,
     background_threads,
     belonging_to_this_process,
     cores_beside,
@@ -48,10 +47,8 @@ from dali_pipeline.types import Array, Ints
 
 log = logging.getLogger("dali_pipeline")
 Engine = Literal["dali", "torch"]
-WindowKind = Literal["auto", "resident", "gather"]
 PREFETCH_SUPERBATCHES = 2  # number of superbatches that DALI prefetches
 SUPERBATCH_STEPS = 64
-WINDOW_THREADS = 2  # at least so many read pieces: one waits for the disk while another hashes
 DALI_THREADS = 2
 NOT_FOR_DALI = ("float64",)  # neither fn.pad nor the arithmetic of decoding supports it
 
@@ -165,9 +162,9 @@ class SequenceLoader(Loader[SequenceBatch]):
             kernels for variable lengths take them, instead of padded (B, T, *row). Step fields are packed alike.
         window: Where batches are put together. "resident": in the memory of the device, which the shuffle's window is read into
             whole, in large pieces; takes 1.5 `window_bytes` per partition there, on a GPU as delivered. "gather": on the host,
-            record by record, from the page cache. "auto" is "resident" on a GPU, and on a CPU for records below 32 KiB, if it
-            can be: shuffled, without budget, buckets and draws, and this process reads whole partitions; otherwise "gather".
-            Both deliver the same batches.
+            record by record, from the page cache. Both deliver the same batches. "auto" is "resident" on a GPU, and on a CPU
+            for records below 32 KiB, if it can be: without max_steps and draws; and, unless the split fits in the window,
+            shuffled, without buckets, and with whole partitions for each process. Otherwise it is "gather".
         class_balanced: Whether an epoch draws from all classes in equal numbers: as many draws as there are records, each class
             without replacement within its own pass.
         group_weights: How often each group is drawn, relative to 1 for groups that are not named; draws as with
@@ -223,7 +220,6 @@ class SequenceLoader(Loader[SequenceBatch]):
         world_size: int | None = None,
     ) -> None:
         one_of("engine", engine, get_args(Engine))
-        one_of("window", window, get_args(WindowKind))
         if engine == "dali":
             import_dali()
         options = LoaderOptions(
@@ -305,15 +301,8 @@ class SequenceLoader(Loader[SequenceBatch]):
         bits, skips = self._decoding.bfloat16, self.skips
         self._padded: Padded = "packed" if self.packed else None if self._pads_in_dali else "batch"
         self._superbatches = SequenceGatherer(source, self.world, self.batch_size, self._padded, bits=bits, skips=skips)
-        self.window = self._window_kind(window)
-        # they read long pieces, without the interpreter lock
-        self._window_threads = max(self._threads, WINDOW_THREADS) if self.num_workers == "auto" else self._threads
-        self._unused_memory: list[WindowMemory] = []  # of windows of iterators that have ended
-        self._kept_memory: WindowMemory | None = None  # once all records of this rank are in a window
-
-    def _read_ahead_of(self, plan: EpochPlan) -> ReadAhead:
-        reads_whole = self.window == "resident" and self._window_threads > 0  # the window reads ahead itself
-        return ReadAhead(self._source, plan, self.world, idle=reads_whole and self.selection.cache_bytes is None)
+        self._memories: Memories[WindowMemory] = Memories()
+        self._choose_window(window, "max_steps" if self.budgeted else "")
 
     def _chosen(self, layers: Layers, steps: Layers) -> tuple[Layers, tuple[int, list[int]] | None]:
         """Return the positions of the steps to read; and, if an axis of the rows is named layer, that axis and its positions.
@@ -369,55 +358,14 @@ class SequenceLoader(Loader[SequenceBatch]):
             return a_batch_ahead(batches, lambda loaded: loaded.batch.tensors(), self.device)
         return batches
 
-    def _window_kind(self, asked: WindowKind) -> WindowKind:
-        """Return "resident" or "gather"; raise UsageError if a resident window is asked for and cannot be."""
-        if asked == "gather" or (asked == "auto" and not self._window_pays()):
-            return "gather"
-        why = self._no_window()
-        if why and asked == "resident":
-            raise UsageError(f"window='resident' {why}; or window='gather'")
-        return "gather" if why else "resident"
-
     def _window_pays(self) -> bool:
-        """Return whether a resident window is faster than a gather, and takes no more memory beside batches than that."""
-        if self.device.type == "cuda":
-            return True
         shortest, longest = self.selection.bounds("step") or (1, 1)
         padded_bytes = self.batch_size * longest * self._source.row_bytes  # a batch as stored, with its longest record
-        return (
-            self.selection.record_bytes < LONG_RECORD_BYTES
-            and self.selection.cache_bytes is None
-            and (shortest == longest or padded_bytes <= SUPERBATCH_BYTES)
-        )
+        return super()._window_pays() and (shortest == longest or padded_bytes <= SUPERBATCH_BYTES)
 
-    def _no_window(self) -> str:
-        """Return why there can be no resident window, or ""."""
-        order = self.order
-        reasons = {
-            "shuffle=False": not order.shuffle,
-            "max_steps": self.budgeted,
-            "bucket_by_length": order.bucket_by_length,
-            "class_balanced or group_weights": bool(self.selection.draws),
-        }
-        for name, holds in reasons.items():
-            if holds:
-                return f"does not go with {name}"
-        if not self.selection.num_records:
-            return "has no records to hold"
-        residency = Residency.of(self._first_plan, self.world.rank, self.world.world_size)
-        if residency is None:
-            return (
-                "needs whole partitions per process and batches of at most half a window; expected num_partitions to be a "
-                f"multiple of {self.world.world_size} processes, or more window_bytes than {order.window_bytes}"
-            )
-        if self.device.type == "cuda":
-            per_step = self._source.row_bytes // self._source.unit.storage.itemsize * self.dtype.itemsize
-            nbytes = self._slot_steps(residency) * residency.num_slots * per_step
-            try:
-                check_memory(self.device, nbytes, "the resident window")
-            except UsageError as error:
-                return f"does not fit: {error}"
-        return ""
+    def _window_nbytes(self, residency: Residency) -> int:
+        per_step = self._source.row_bytes // self._source.unit.storage.itemsize * self.dtype.itemsize
+        return self._slot_steps(residency) * residency.num_slots * per_step
 
     def _slot_steps(self, residency: Residency) -> int:
         """Return the steps that a slot of the window has room for; if lengths differ, some more than its bytes can hold."""
@@ -442,12 +390,9 @@ class SequenceLoader(Loader[SequenceBatch]):
         self, plan: EpochPlan, start: Position, under_way: UnderWay
     ) -> Generator[LoadedBatch[SequenceBatch], None, None]:
         """Yield batches from the resident window; gather those whose records it could not read."""
-        rank, world_size = self.world.rank, self.world.world_size
-        known = self._unused_memory if self._kept_memory is None else [self._kept_memory]
-        least = max((memory.slot_records for memory in known), default=1)
-        residency = Residency.of(plan, rank, world_size, least)
+        residency = self._residency(plan)
         assert residency is not None
-        memory = self._memory_for(residency)
+        memory = self._memories.take(residency, self._window_memory)
         window = ResidentWindow(
             memory,
             residency,
@@ -475,19 +420,9 @@ class SequenceLoader(Loader[SequenceBatch]):
                     yield loaded
                     window.passed(step)
                     step += 1
-        if window.holds_all or memory.kept:
-            memory.kept, self._kept_memory, self._unused_memory = True, memory, []
-        else:
-            self._unused_memory.append(memory)
+        self._memories.give_back(memory, kept=window.holds_all)
 
-    def _memory_for(self, residency: Residency) -> WindowMemory:
-        """Return memory for the window of one iterator."""
-        if self._kept_memory is not None:
-            return self._kept_memory
-        while self._unused_memory:
-            memory = self._unused_memory.pop()
-            if memory.slot_records == residency.slot_records:
-                return memory
+    def _window_memory(self, residency: Residency) -> WindowMemory:
         source, (shortest, longest) = self._source, self.selection.bounds("step") or (1, 1)
         stored = torch.int16 if self._decoding.bfloat16 else torch_type(source.unit.storage)
         shape = Shape(

@@ -43,13 +43,17 @@ class GraphRows:
     positions: Ints
     fields: Mapping[str, FieldRows] = field(default_factory=dict)
 
-    def cut(self, sizes: Ints) -> Iterator[GraphRows]:
-        """Yield consecutive parts of `sizes` records each, as views."""
+    def cuts(self, sizes: Ints) -> list[list[int]]:
+        """Return the record, graph, node and edge at which each part of `sizes` records begins, and the last one ends."""
         records = ends_of(sizes)
         graphs = ends_of(self.graphs_per_record)[records]
         nodes, edges = ends_of(self.node_counts)[graphs], ends_of(self.edge_counts)[graphs]
-        cuts = np.stack([records, graphs, nodes, edges], axis=1).tolist()
-        for begin, end in itertools.pairwise(cuts):
+        cuts: list[list[int]] = np.stack([records, graphs, nodes, edges], axis=1).tolist()
+        return cuts
+
+    def cut(self, sizes: Ints) -> Iterator[GraphRows]:
+        """Yield consecutive parts of `sizes` records each, as views."""
+        for begin, end in itertools.pairwise(self.cuts(sizes)):
             record, graph, node, edge = (slice(*span) for span in zip(begin, end, strict=True))
             level_rows = {"node": node, "edge": edge, "graph": graph}
             yield GraphRows(

@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dali_pipeline.errors import FormatError
-from dali_pipeline.format.encoding import all_finite
 from dali_pipeline.format.schema import LEVELS, Field, Schema, level_of
 from dali_pipeline.reading.gather import gather
 from dali_pipeline.reading.graphrows import GraphRows, wrong_graphs
-from dali_pipeline.reading.inmemory import InMemoryGraphs
 from dali_pipeline.reading.records import Locations, spread
 from dali_pipeline.reading.source import ALL, BatchSource, Wanted, chosen_fields
 from dali_pipeline.types import Array, Ints
@@ -29,7 +27,6 @@ class GraphSource(BatchSource):
     Args:
         selection, schema, wanted: As in `BatchSource`.
         min_weight: Edges with a smaller edge_attr are left out. Default: None.
-        may_hold: Whether this process may keep a window in memory if that is faster. Default: False.
     """
 
     kind = "graphs"
@@ -43,30 +40,20 @@ class GraphSource(BatchSource):
         wanted: Wanted = ALL,
         *,
         min_weight: float | None = None,
-        may_hold: bool = False,
     ) -> None:
         super().__init__(selection, schema, wanted)
         own = {name: field for name, field in schema.of_graphs.items() if name not in schema.named}
         self.fields = own | chosen_fields(schema.named, wanted.fields)
         self.streamed = ("edge_index", *self.fields)
         self._min_weight = min_weight
-        self._in_memory: InMemoryGraphs | None = None
-        nodes = selection.bounds("node")  # fewest and most per record
-        simple = schema.labels.kind == "class" and not self.record_fields
-        may_hold = may_hold and simple and wanted.layers is None and InMemoryGraphs.fits(selection, wanted.window_bytes)
-        if may_hold and nodes is not None:
-            indices = Field(dtype=np.min_scalar_type(max(0, nodes[1] - 1)).name, shape=(2,))
-            self._in_memory = InMemoryGraphs({"edge_index": indices, **self.fields}, self._index, selection)
 
     def gather(self, positions: Ints) -> GraphRows:
         """Read the records at `positions` (B,), any order, repeats allowed.
 
-        Costs one read per record, array and span of layers that does not continue the one before; none once records are in
-        memory. Raises FormatError for a graph without nodes and for an edge that leaves its graph.
+        Costs one read per record, array and span of layers that does not continue the one before. Raises FormatError for a
+        graph without nodes and for an edge that leaves its graph.
         """
-        rows = None if self._in_memory is None else self._in_memory.take(positions, self._buffers)
-        if rows is None or (self._finite and not self._all_finite(rows)):
-            rows = self._read(positions)
+        rows = self._read(positions)
         rows = replace(rows, positions=self._selection.reported_positions(positions))
         if self._min_weight is None:
             return rows
@@ -125,10 +112,6 @@ class GraphSource(BatchSource):
         sizes: Ints = totals[ends] - totals[ends - graphs_per_record]
         return sizes
 
-    def prefetch(self, start: int, count: int) -> bool:
-        """Like `BatchSource.prefetch`; a no-op once all records are in memory."""
-        return not (self._in_memory is not None and self._in_memory.complete) and super().prefetch(start, count)
-
     def _value_spans(self, start: int, count: int) -> Iterator[tuple[str, Iterable[tuple[int, int]]]]:
         if self._layers is None:
             yield from super()._value_spans(start, count)
@@ -168,9 +151,6 @@ class GraphSource(BatchSource):
         chosen = {count: np.array(self._chosen(count)) for count in np.unique(counts).tolist()}
         layers = [chosen[count] for count in counts.tolist()]
         return np.array([len(record_layers) for record_layers in layers], np.int64), np.concatenate(layers)
-
-    def _all_finite(self, rows: GraphRows) -> bool:
-        return all(all_finite(rows.arrays[name], field.dtype) for name, field in self.fields.items())
 
     def _check_edges(self, edge_index: Array, counted: Ints, locations: Locations, record: Ints, layers: Ints) -> None:
         """Raise FormatError for an edge beyond the nodes of its graph; `counted` is (G, 2) nodes and edges."""

@@ -86,27 +86,39 @@ class Residency:
     whole: bool
 
     @classmethod
-    def of(cls, plan: EpochPlan, rank: int, world_size: int, least_records: int = 1) -> Residency | None:
-        """Return the residency of an epoch, with room for `least_records` per slot; None if a window does not serve it.
+    def of(
+        cls, plan: EpochPlan, rank: int, world_size: int, least_records: int = 1, *, at_once: bool = False
+    ) -> Residency | None:
+        """Return the residency of an epoch; None if a window does not serve it.
 
-        It does not if the rank shares a partition with another, if an epoch consists of draws, or if a batch needs more groups
-        than the window has slots.
+        It serves every epoch but one of draws if all records that the rank reads fit at once. Otherwise it does not if the rank
+        shares a partition with another, or if a batch needs more groups than the window has slots.
+
+        Args:
+            plan: Order of the epoch.
+            rank: This process.
+            world_size: Number of processes.
+            least_records: Records that a slot must have room for. Default: 1.
+            at_once: Whether records are needed in another order than that of the shuffle, so all must fit. Default: False.
         """
-        partitions = plan.owned(rank, world_size)
-        if partitions is None or not plan.num_steps:
+        if plan.drawn or not plan.num_steps:
             return None
+        partitions = plan.read_by(rank, world_size)
+        shared = bool(plan.order.num_partitions % world_size)
+        overlaps = False
         groups, sizes, slots = [], [], []
         for order, partition in enumerate(partitions):
             blocks = plan.blocks(partition, world_size)
             for number, needed in enumerate(blocks.begins[:-1].tolist()):
                 last = int(blocks.filled[number + 2]) if number + 2 < len(blocks.filled) else plan.num_steps
                 free = int(blocks.filled[number - 1]) if number >= SLOTS else 0
-                if free > needed:
-                    return None
+                overlaps |= free > needed
                 groups.append(Group(partition, number, needed, last, free, 0))
                 slots.append(order * SLOTS + number % SLOTS)
             sizes.append(np.stack([blocks.group_records, blocks.group_bytes]))
         whole = all(records.shape[1] <= SLOTS for records in sizes)
+        if not whole and (shared or overlaps or at_once):
+            return None
         records, nbytes = np.concatenate(sizes, axis=1)
         if whole:  # one group behind the other
             slot_records, slot_bytes = max(least_records, int(records.sum())), int(nbytes.sum())
@@ -116,6 +128,8 @@ class Residency:
             firsts = [slot * slot_records for slot in slots]
         groups = [group._replace(first=first) for group, first in zip(groups, firsts, strict=True)]
         groups.sort(key=lambda group: (group.needed, group.partition))
+        if at_once:
+            groups = [group._replace(needed=0, last=plan.num_steps, free=0) for group in groups]
         num_slots = 1 if whole else SLOTS * len(partitions)
         return cls(plan=plan, groups=groups, slot_records=slot_records, slot_bytes=slot_bytes, num_slots=num_slots, whole=whole)
 

@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from dali_pipeline.errors import PipelineError
 from dali_pipeline.reading.residency import Group, Piece, Residency
@@ -16,6 +16,48 @@ from dali_pipeline.runtime.trace import span
 STAGED_AHEAD = 4  # pieces that are read before they are needed, beside one per thread
 
 Rows = TypeVar("Rows")
+
+
+class WindowMemory(Protocol):
+    """Memory of one window: records that a slot has room for, and whether all records are there for good."""
+
+    slot_records: int
+    kept: bool
+
+
+Memory = TypeVar("Memory", bound=WindowMemory)
+
+
+class Memories(Generic[Memory]):
+    """Memory of a loader's windows, one per iterator that is under way; used again, and shared once everything is in it."""
+
+    def __init__(self) -> None:
+        self._unused: list[Memory] = []
+        self._kept: Memory | None = None
+
+    @property
+    def slot_records(self) -> int:
+        """Records that a slot of the memory there is has room for; 1 if there is none."""
+        known = self._unused if self._kept is None else [self._kept]
+        return max((memory.slot_records for memory in known), default=1)
+
+    def take(self, residency: Residency, allocate: Callable[[Residency], Memory]) -> Memory:
+        """Return memory for the window of one iterator."""
+        if self._kept is not None:
+            return self._kept
+        while self._unused:
+            memory = self._unused.pop()
+            if memory.slot_records == residency.slot_records:
+                return memory
+        return allocate(residency)
+
+    def give_back(self, memory: Memory, *, kept: bool) -> None:
+        """Take the memory back; `kept` says that everything is in it for good."""
+        memory.kept |= kept
+        if memory.kept:
+            self._kept, self._unused = memory, []
+        else:
+            self._unused.append(memory)
 
 
 @dataclass(eq=False)

@@ -192,27 +192,29 @@ class EpochPlan:
 
         Current is at `step`, or at `cursors` if given. An epoch of draws has no groups.
         """
-        size, share = self.order.global_batch_size, self._share
-        partitions = range(rank * size // world_size // share, -(-(rank + 1) * size // world_size // share))
-        shuffles = [(number, self._shuffle_of(number)) for number in partitions]
-        cursor = min(step, self.num_steps - 1) * share
+        shuffles = [(number, self._shuffle_of(number)) for number in self.read_by(rank, world_size)]
+        cursor = min(step, self.num_steps - 1) * self._share
         return [
             (number, shuffle.group(cursors[number] if cursors else cursor))
             for number, shuffle in shuffles
             if isinstance(shuffle, WindowShuffle)
         ]
 
-    def owned(self, rank: int = 0, world_size: int = 1) -> list[int] | None:
-        """Return the partitions of which `rank` delivers every record; None if it shares one, or in an epoch of draws."""
-        partitions = self.order.num_partitions
-        if self._drawn or partitions % world_size:
-            return None
-        return list(range(rank * partitions // world_size, (rank + 1) * partitions // world_size))
+    def read_by(self, rank: int = 0, world_size: int = 1) -> range:
+        """Return the partitions that `rank` delivers records of."""
+        size, share = self.order.global_batch_size, self._share
+        return range(rank * size // world_size // share, -(-(rank + 1) * size // world_size // share))
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the epoch consists of draws, which have no groups."""
+        return self._drawn
 
     def blocks(self, partition: int, world_size: int = 1) -> Blocks:
         """Return the blocks and groups of a partition's shuffle; not for an epoch of draws."""
-        shuffle, share = self._shuffle_of(partition), self.rows(world_size) * world_size // self.order.num_partitions
+        shuffle = self._shuffle_of(partition)
         assert isinstance(shuffle, WindowShuffle)
+        share = max(1, self.rows(world_size) * world_size // self.order.num_partitions)
         return Blocks(
             begins=shuffle.block_starts // share,
             filled=-(-shuffle.block_starts // share),

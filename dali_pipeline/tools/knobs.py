@@ -14,6 +14,7 @@ from dali_pipeline.format.schema import Field, Schema
 from dali_pipeline.loaders.device import resolve_device
 from dali_pipeline.loaders.graphs import GraphLoader
 from dali_pipeline.loaders.loader import Loader
+from dali_pipeline.loaders.options import WindowKind
 from dali_pipeline.loaders.sequences import SequenceLoader
 from dali_pipeline.runtime.ahead import background_threads
 from dali_pipeline.runtime.container import allowed_cores
@@ -40,6 +41,7 @@ class Setup:
     dtype: torch.dtype = torch.float32
     device: str = "auto"
     window_bytes: int = WINDOW_BYTES
+    window: WindowKind = "auto"
     record_bytes: float = 0.0
     layers: Layers = None
     steps: Layers = None
@@ -47,7 +49,7 @@ class Setup:
 
     def loader(self, data: Dataset, kind: Kind) -> Loader[Any]:
         """Return a loader of the training split with these options."""
-        names = ("batch_size", "num_workers", "dtype", "device", "window_bytes", "layers", "fields")
+        names = ("batch_size", "num_workers", "dtype", "device", "window_bytes", "window", "layers", "fields")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         if kind == "graphs":
             return GraphLoader(data, **options)
@@ -77,7 +79,10 @@ def knobs_of(schema: Schema, kind: Kind, setup: Setup, larger_batch: float) -> d
     larger_batch: records per second of the model with batches twice as large, relative to now.
     """
     counts = [number for number in (0, 1, 2, 4) if number != _threads(setup) and number <= max(1, allowed_cores())]
-    knobs = {f"num_workers={number}": Knob(setup=replace(setup, num_workers=number)) for number in counts}
+    kind_of_window = setup.window if kind == "sequences" else "auto"  # processes that read graphs have no resident window
+    knobs = {
+        f"num_workers={number}": Knob(setup=replace(setup, num_workers=number, window=kind_of_window)) for number in counts
+    }
     if setup.dtype != torch.float16:
         knobs["dtype=torch.float16"] = Knob(setup=replace(setup, dtype=torch.float16))
     twice = replace(setup, batch_size=2 * setup.batch_size)

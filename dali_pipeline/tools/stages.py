@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import time
@@ -63,12 +64,16 @@ def measure_stages(
         islice(gathers(loader, plan, steps), LOOKED_AT)
     )  # also checks their hashes, and keeps their blocks in memory
     rates["gather"] = rate_of(gathers(loader, plan, steps), loader.batch_size, seconds, loader.device)
+    if loader.window == "resident":  # the batches themselves come from the window
+        whole = rate_of(itertools.chain.from_iterable(itertools.repeat(loader)), loader.batch_size, seconds, loader.device)
     tell("decode")
     rates["decode"] = rate_of(map(loader.decoded, _for_ever(gathered)), loader.batch_size, seconds, loader.device)
     if isinstance(loader, GraphLoader):
         tell("collate")
-        whole = rate_of(map(loader.collated, _for_ever(gathered)), loader.batch_size, seconds, loader.device)
-        rates["collate"] = 1 / max(1 / whole - 1 / rates["decode"], 0.01 / whole)  # without the time for decoding
+        collated = rate_of(map(loader.collated, _for_ever(gathered)), loader.batch_size, seconds, loader.device)
+        rates["collate"] = _without(collated, rates["decode"])
+    if loader.window == "resident":
+        rates["gather"] = _without(whole, collated if isinstance(loader, GraphLoader) else rates["decode"])
     if loader.device.type == "cuda":
         tell("host to device")
         rates["host to device"] = copy_rate(loader.device) / record_bytes
@@ -76,6 +81,11 @@ def measure_stages(
         tell("model")
         rates["model"] = model_rate(loader, step, seconds)
     return rates
+
+
+def _without(whole: float, part: float) -> float:
+    """Return the records per second of some work without a part of it, from those of all of it and of the part."""
+    return 1 / max(1 / whole - 1 / part, 0.01 / whole)
 
 
 def model_rate(loader: Loader[Any], step: Train, seconds: float) -> float:

@@ -14,7 +14,6 @@ import torch
 from torch_geometric.data import Batch
 
 import dali_pipeline as dp
-from dali_pipeline.loaders.collate import first_nodes
 from tests import laws
 from tests.helpers.batches import assert_same
 from tests.helpers.graphs import as_data
@@ -180,7 +179,7 @@ def test_auto_starts_a_thread_where_there_are_cores_for_it_and_no_process(
 ) -> None:
     for cores, threads in ((2, 0), (8, 1)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: range(cores))
-        loader, before = iter(dp.GraphLoader(data)), children()
+        loader, before = iter(dp.GraphLoader(data, window="gather")), children()
         next(loader)
         assert children() <= before
         assert sum(thread.name.startswith("gather") for thread in threading.enumerate()) == threads
@@ -226,11 +225,20 @@ def test_wrong_content_with_a_right_hash_is_named(
     assert only.ids == ["a"]
 
 
-def test_numbers_of_nodes_do_not_overflow() -> None:
-    """Nodes of a batch are counted in int64, also where the stored indices are narrow and the batch has more than 2**31."""
-    node_ptr = torch.tensor([0, 2**31 - 1, 2**31 + 9, 2**33])
-    found = first_nodes(node_ptr, torch.tensor([1, 0, 2]), 3)
-    assert found.tolist() == [0, 2**31 + 9, 2**31 + 9]
-    local = torch.tensor([[255, 1, 0], [0, 255, 3]], dtype=torch.uint8)
-    edge_index = torch.empty((2, 3), dtype=torch.int64).copy_(local) + found
-    assert int(edge_index.max()) == 2**31 + 9 + 255
+def test_numbers_of_nodes_do_not_overflow(tmp_path: Path) -> None:
+    """Nodes of a batch are numbered in int64, however narrow the stored indices are."""
+    schema = dp.Schema(x=dp.Field(dtype="float16", shape=(1,)))
+    with dp.ShardWriter(tmp_path / "set", schema, split=dp.SplitRule.parse("100/0/0")) as writer:
+        for number in range(400):
+            graphs = dp.Graphs(
+                x=np.zeros((200, 1)),
+                edge_index=np.array([[199, 0], [0, 199]]),
+                edge_attr=None,
+                node_counts=np.array([200]),
+                edge_counts=np.array([2]),
+            )
+            writer.write({"id": number, "label": 0, "graphs": graphs})
+    for window in ("resident", "gather"):
+        (batch,) = dp.GraphLoader(dp.open_dataset(tmp_path / "set"), batch_size=400, window=window)
+        assert batch.graphs.edge_index.dtype == torch.int64
+        assert batch.graphs.edge_index.max() == 400 * 200 - 1 > 2**16

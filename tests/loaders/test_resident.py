@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import dali_pipeline as dp
-from dali_pipeline.loaders import resident as resident_module
 from dali_pipeline.reading.residency import SLOTS, Residency
+from dali_pipeline.reading.window import WindowFiller
 from tests.helpers.batches import assert_same
 
 FIELDS = {
@@ -93,29 +93,34 @@ def test_the_window_is_larger_than_its_memory(ragged: dp.Dataset) -> None:
     assert not residency.whole
     assert residency.num_slots == SLOTS
     list(loader)
-    (memory,) = loader._unused_memory
+    (memory,) = loader._memories._unused
     # the schedule counts whole shards per run of so small sets, so groups are much smaller than half a window
     assert memory.values.nbytes < 1.6 * 60_000
     address = memory.values.data_ptr()
     list(loader)
-    assert [again.values.data_ptr() for again in loader._unused_memory] == [address]
+    assert [again.values.data_ptr() for again in loader._memories._unused] == [address]
 
 
 def test_a_set_that_fits_is_read_once(ragged: dp.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[object] = []
-    begin = resident_module.ResidentWindow._begin
+    begin = WindowFiller._begin
 
     def counted(self: Any) -> Any:
         reads.append(self)
         return begin(self)
 
-    monkeypatch.setattr(resident_module.ResidentWindow, "_begin", counted)
+    monkeypatch.setattr(WindowFiller, "_begin", counted)
     loader, gathered = both(ragged, window_bytes=10**7, num_partitions=2)
     check(loader, gathered, 1)
     assert reads
     reads.clear()
     check(loader, gathered, 3)
     assert not reads
+
+
+@pytest.mark.parametrize("options", [{"shuffle": False}, {"bucket_by_length": True}, {"rank": 1, "world_size": 3}])
+def test_a_set_that_fits_is_served_in_any_order(ragged: dp.Dataset, options: dict[str, Any]) -> None:
+    check(*both(ragged, window_bytes=10**7, **options))
 
 
 @pytest.mark.parametrize("window_bytes", [60_000, 10**7])
@@ -183,10 +188,10 @@ def test_nan_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"shuffle": False}, "does not go with shuffle=False"),
+        ({"shuffle": False}, "with shuffle=False needs a split that fits in the window"),
         ({"max_steps": 50}, "does not go with max_steps"),
-        ({"bucket_by_length": True}, "does not go with bucket_by_length"),
-        ({"class_balanced": True}, "does not go with class_balanced or group_weights"),
+        ({"bucket_by_length": True}, "with bucket_by_length needs a split that fits"),
+        ({"class_balanced": True}, "does not go with class_balanced, group_weights"),
         ({"batch_size": 400}, "batches of at most half a window"),
         ({"rank": 0, "world_size": 2}, "multiple of 2 processes"),
     ],

@@ -18,6 +18,8 @@ import train as train_module
 from dali_pipeline.cli.app import app, run
 from dali_pipeline.loaders.collate import Collator
 from dali_pipeline.loaders.decoding import Decoding
+from dali_pipeline.loaders.resident import ResidentWindow
+from dali_pipeline.loaders.residentgraphs import GraphWindow
 from dali_pipeline.reading.graphsuperbatch import GraphGatherer
 from dali_pipeline.reading.superbatch import SequenceGatherer
 from dali_pipeline.runtime import machine
@@ -37,9 +39,9 @@ def slowly(function: Any, pause: float = PAUSE) -> Any:
     return slow
 
 
-def examined(data: dp.Dataset, kind: Any, step: Any = lambda batch: None) -> dict[str, Any]:
+def examined(data: dp.Dataset, kind: Any, step: Any = lambda batch: None, window: Any = "gather") -> dict[str, Any]:
     told: list[str] = []
-    setup = Setup(batch_size=8, num_workers=0, engine="torch")
+    setup = Setup(batch_size=8, num_workers=0, engine="torch", window=window)
     found = doctor.examine(data, kind, setup, lambda loader: step, told.append, seconds=0.05)
     stages = ["disk", "page cache", "gather", "decode", *(["collate"] if kind == "graphs" else []), "model"]
     assert told == [*stages, "together", "twice the batch", "a change"]
@@ -76,8 +78,16 @@ def test_a_slow_gather_is_named_and_a_change_tried(data: dp.Dataset, kind: Any, 
     assert found["together"]["wait_share"] > 0.5
 
 
+@pytest.mark.parametrize("kind", ["sequences", "graphs"])
+def test_a_slow_window_is_a_slow_gather(data: dp.Dataset, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = ResidentWindow if kind == "sequences" else GraphWindow
+    monkeypatch.setattr(where, "superbatch", slowly(where.superbatch))
+    found = examined(data, kind, window="resident")
+    assert (found["narrowest"], found["verdict"]) == ("gather", "input-bound")
+
+
 def test_a_slow_collation_is_named(data: dp.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Collator, "batch", slowly(Collator.batch))
+    monkeypatch.setattr(Collator, "_graphs", staticmethod(slowly(Collator._graphs)))
     found = examined(data, "graphs")
     assert (found["narrowest"], found["verdict"]) == ("collate", "input-bound")
 
@@ -87,7 +97,7 @@ def test_a_slow_decode_is_named(data: dp.Dataset, kind: Any, monkeypatch: pytest
     if kind == "sequences":
         monkeypatch.setattr(Decoding, "run", slowly(Decoding.run))
     else:
-        monkeypatch.setattr(Collator, "_values", slowly(Collator._values))
+        monkeypatch.setattr(Collator, "_delivered", slowly(Collator._delivered))
     found = examined(data, kind)
     assert (found["narrowest"], found["verdict"]) == ("decode", "input-bound")
     assert found["next"] is not None
