@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from dali_pipeline.format.encoding import storage
 from dali_pipeline.format.header import DTYPES, METADATA_KEY, VERSION
 from dali_pipeline.format.references import HASHES
 from dali_pipeline.format.shard import ShardInfo
+from dali_pipeline.storage.behind import WriteBehind, write_at
 from dali_pipeline.storage.whole import sync_folder
 from dali_pipeline.types import BLOCK_BYTES, Array, Kind
 
@@ -24,8 +24,6 @@ BUFFER_BYTES = 2 << 20  # values not yet written: fits in a core's cache
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_BYTES = 2048  # reserved for a header, without its hashes
 _EXPECTED_BYTES = 16 << 30  # largest shard for whose hashes space is reserved: 256 KiB
-# starts writing to the disk early, so that the fsync at the end waits less; optional
-_START_WRITING, _SYNC_FILE_RANGE_WRITE = getattr(ctypes.CDLL(None), "sync_file_range", None), 2
 
 
 class ShardFile:
@@ -33,7 +31,7 @@ class ShardFile:
 
     The rows of one array, `name`, are appended, and hashed and written while they are in the processor's cache. All other
     arrays are given to `close`. The header stands at the start of the file, in space reserved for it and filled up with blanks.
-    Memory: BUFFER_BYTES.
+    Memory: twice BUFFER_BYTES.
 
     Args:
         path: The shard.
@@ -60,19 +58,21 @@ class ShardFile:
         on_rows: Callable[[Array], None] | None = None,
     ) -> None:
         self.path, self._kind, self._name, self._on_rows = path, kind, name, on_rows
-        row_bytes = storage(dtype).itemsize * math.prod(shape)
-        self._dtype, self._buffer = dtype, np.empty((max(1, BUFFER_BYTES // row_bytes), *shape), storage(dtype))
-        self._filled = 0
+        self._dtype, self._row_shape, self._row_bytes = dtype, shape, storage(dtype).itemsize * math.prod(shape)
         self._rows = 0  # rows written
         self._hashes: list[str] = []
         self._hash, self._hashed = xxhash.xxh3_64(), 0  # hash of the current block, and its bytes so far
         self._header_bytes = _HEADER_BYTES + 16 * (min(expected_bytes, _EXPECTED_BYTES) // BLOCK_BYTES + 16)
         self._temporary = path.with_name(path.name + ".tmp")
         self._fd = -1
+        self._rows_at_once = max(1, BUFFER_BYTES // self._row_bytes)
         try:
-            self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            self._behind = WriteBehind(fd, 8 + self._header_bytes, self._rows_at_once * self._row_bytes)
         except OSError as error:
             raise self._failed(error) from error
+        self._fd = fd
+        self._buffer, self._filled = self._next_buffer(), 0
 
     def append(self, rows: Array) -> None:
         """Append a copy of rows (N, *shape)."""
@@ -101,11 +101,12 @@ class ShardFile:
             referenced: Stored type and shape of each array that lies in files of others.
         """
         try:
-            self._spill()
+            self._take_rows(self._buffer[: self._filled])
+            self._behind.finish(self._filled * self._row_bytes)
             if self._hashed:
                 self._hashes.append(self._hash.hexdigest())
-            array_end = self._rows * self._buffer[:1].nbytes
-            shape = (self._rows, *self._buffer.shape[1:])
+            array_end = self._rows * self._row_bytes
+            shape = (self._rows, *self._row_shape)
             table, hashes = dict[str, object](), dict[str, str]()
             if self._name is not None:
                 table[self._name] = _entry(self._dtype, shape, 0, array_end)
@@ -115,7 +116,7 @@ class ShardFile:
             remaining = [("padding", np.zeros(padding_bytes, np.uint8)), *wide_first] if padding_bytes else wide_first
             for name, array in remaining:
                 data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-                self._write(data, 8 + self._header_bytes + array_end)
+                write_at(self._fd, data, 8 + self._header_bytes + array_end)
                 table[name] = _entry(array.dtype.name, array.shape, array_end, array_end + len(data))
                 hashes[name] = block_hashes(data)
                 array_end += len(data)
@@ -127,7 +128,7 @@ class ShardFile:
             if len(header) > self._header_bytes:
                 self._enlarge_header(len(header), array_end)
             head = self._header_bytes.to_bytes(8, "little") + header.ljust(self._header_bytes)
-            self._write(memoryview(head), 0)
+            write_at(self._fd, memoryview(head), 0)
             os.fsync(self._fd)
             self._temporary.replace(self.path)
             sync_folder(self.path.parent)
@@ -149,8 +150,18 @@ class ShardFile:
         self._close()
 
     def _spill(self) -> None:
-        """Write the buffered rows to the disk, the hash and `on_rows`."""
-        rows, self._filled = self._buffer[: self._filled], 0
+        """Write the full buffer to the disk, the hash and `on_rows`."""
+        rows = self._buffer
+        try:
+            self._behind.write(rows.nbytes)
+        except OSError as error:
+            self.discard()
+            raise self._failed(error) from error
+        self._take_rows(rows)
+        self._buffer, self._filled = self._next_buffer(), 0
+
+    def _take_rows(self, rows: Array) -> None:
+        """Count and hash rows, and hand them to `on_rows`."""
         if not len(rows):
             return
         data = rows.reshape(-1).view(np.uint8).data
@@ -164,22 +175,12 @@ class ShardFile:
                 self._hashes.append(self._hash.hexdigest())
                 self._hash.reset()
                 self._hashed = 0
-        try:
-            begin = 8 + self._header_bytes + self._rows * self._buffer[:1].nbytes
-            self._write(data, begin)
-            if _START_WRITING is not None:
-                _START_WRITING(self._fd, ctypes.c_int64(begin), ctypes.c_int64(len(data)), _SYNC_FILE_RANGE_WRITE)
-        except OSError as error:
-            self.discard()
-            raise self._failed(error) from error
         self._rows += len(rows)
         if self._on_rows is not None:
             self._on_rows(rows)
 
-    def _write(self, data: memoryview, at: int) -> None:
-        done = 0
-        while done < len(data):
-            done += os.pwrite(self._fd, data[done:], at + done)
+    def _next_buffer(self) -> Array:
+        return np.frombuffer(self._behind.free, storage(self._dtype)).reshape(self._rows_at_once, *self._row_shape)
 
     def _enlarge_header(self, header_bytes: int, data_bytes: int) -> None:
         """Move the data back, last bytes first, if the header is larger than the reserved space; rare and slow."""
@@ -187,7 +188,7 @@ class ShardFile:
         enlarged_bytes += -enlarged_bytes % 8
         for begin in reversed(range(0, data_bytes, BUFFER_BYTES)):
             data = os.pread(self._fd, min(BUFFER_BYTES, data_bytes - begin), 8 + self._header_bytes + begin)
-            self._write(memoryview(data), 8 + enlarged_bytes + begin)
+            write_at(self._fd, memoryview(data), 8 + enlarged_bytes + begin)
         self._header_bytes = enlarged_bytes
 
     def _failed(self, error: OSError) -> PipelineError:
@@ -195,6 +196,7 @@ class ShardFile:
 
     def _close(self) -> None:
         if self._fd >= 0:
+            self._behind.discard()  # its thread must not write to whatever gets this number next
             os.close(self._fd)
             self._fd = -1
 

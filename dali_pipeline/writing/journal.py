@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from dali_pipeline.errors import FormatError, UsageError
 from dali_pipeline.format.manifest import MANIFEST_NAME, shard_path
@@ -122,7 +123,7 @@ class WorkFolder:
 
     def save(self) -> None:
         """Write the journal atomically."""
-        write_whole(self.root / JOURNAL_NAME, msgspec.json.encode(self.journal))
+        write_whole(self.root / JOURNAL_NAME, msgspec.json.encode(self.journal, enc_hook=np.ndarray.tolist))
 
     def finish(self) -> None:
         """Remove the journal of a complete data set, and unlock the folder."""

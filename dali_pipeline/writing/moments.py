@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,14 +25,18 @@ class Moments:
     Pairwise update of Chan, Golub and LeVeque (1979). NaN, infinities and values that float32 cannot hold are left out.
 
     Attributes:
-        count: Number of values taken, per feature.
-        mean: Mean, per feature.
-        squares: Sum of squared deviations from the mean, per feature.
+        count: Number of values taken, per feature: an array, made of any sequence.
+        mean: Mean, per feature, the same.
+        squares: Sum of squared deviations from the mean, per feature, the same.
     """
 
-    count: list[int] = field(default_factory=list)
-    mean: list[float] = field(default_factory=list)
-    squares: list[float] = field(default_factory=list)
+    count: Any = ()
+    mean: Any = ()
+    squares: Any = ()
+
+    def __post_init__(self) -> None:
+        self.count = np.array(self.count, np.int64)
+        self.mean, self.squares = np.array(self.mean, np.float64), np.array(self.squares, np.float64)
 
     def update(self, rows: Array, *, bfloat16: bool = False) -> None:
         """Add rows (N, *shape), a chunk at a time: deviations in float32, all else in float64.
@@ -45,7 +50,7 @@ class Moments:
         """
         flat = rows.reshape(len(rows), -1)
         chunk_rows = max(1, CHUNK_BYTES // (4 * flat.shape[1]))
-        if not self.count or flat.dtype.itemsize > 4:
+        if not len(self.count) or flat.dtype.itemsize > 4:
             head, flat = (flat, flat[:0]) if flat.dtype.itemsize > 4 else (flat[:chunk_rows], flat[chunk_rows:])
             for begin in range(0, len(head), chunk_rows):
                 self._update_exactly(_decoded(head[begin : begin + chunk_rows], bfloat16))
@@ -72,7 +77,9 @@ class Moments:
                 if chunk_squares.max() < SURE_SQUARES or (
                     np.isfinite(chunk_squares).all() and all_finite(chunk, BFLOAT16 if bfloat16 else chunk.dtype.name)
                 ):
-                    count, sums, squares = count + len(chunk), sums + chunk_sums, squares + chunk_squares
+                    count += len(chunk)
+                    sums += chunk_sums
+                    squares += chunk_squares
                 else:
                     self._update_exactly(_decoded(chunk, bfloat16))
         mean = sums / max(count, 1)
@@ -81,9 +88,8 @@ class Moments:
 
     def _shift(self) -> Array | None:
         """Return the value that deviations are taken from, (features,) float32; None for 0."""
-        mean, squares = np.array(self.mean), np.array(self.squares)
-        small = mean**2 <= 16 * squares / np.maximum(self.count, 1)  # then four bits of 24 are lost at most
-        return None if small.all() else np.clip(mean, -MAX_SHIFT, MAX_SHIFT).astype(np.float32)
+        small = self.mean**2 <= 16 * self.squares / np.maximum(self.count, 1)  # then four bits of 24 are lost at most
+        return None if small.all() else np.clip(self.mean, -MAX_SHIFT, MAX_SHIFT).astype(np.float32)
 
     def _update_exactly(self, rows: Array) -> None:
         """Add rows in float64, without the values that are not finite."""
@@ -95,18 +101,17 @@ class Moments:
 
     def extend(self, other: Moments) -> None:
         """Add the values that other moments have counted."""
-        if other.count:
-            self._merge(np.array(other.count), np.array(other.mean), np.array(other.squares))
+        if len(other.count):
+            self._merge(other.count, other.mean, other.squares)
 
     def _merge(self, count: Array, mean: Array, squares: Array) -> None:
-        if not self.count:
-            self.count, self.mean, self.squares = [0] * len(count), [0.0] * len(count), [0.0] * len(count)
-        own_count, own_mean = np.array(self.count), np.array(self.mean)
-        total = np.maximum(own_count + count, 1)
-        delta = mean - own_mean
-        self.squares = (np.array(self.squares) + squares + delta**2 * (own_count * count / total)).tolist()
-        self.mean = (own_mean + delta * (count / total)).tolist()
-        self.count = (own_count + count).tolist()
+        if not len(self.count):
+            self.count, self.mean, self.squares = np.zeros(len(count), np.int64), np.zeros(len(count)), np.zeros(len(count))
+        total = np.maximum(self.count + count, 1)
+        delta = mean - self.mean
+        self.squares = self.squares + squares + delta**2 * (self.count * count / total)
+        self.mean = self.mean + delta * (count / total)
+        self.count = self.count + count
 
     def statistics(self, digits: int | None = None) -> FeatureStatistics | None:
         """Return mean and population standard deviation, 0 for a feature without a finite value; None before the first row.
@@ -114,14 +119,14 @@ class Moments:
         Args:
             digits: Significant digits that are kept. Default: all.
         """
-        if not self.count:
+        if not len(self.count):
             return None
-        std = np.sqrt(np.array(self.squares) / np.maximum(self.count, 1))
+        std = np.sqrt(self.squares / np.maximum(self.count, 1))
         mean, spread = (
             tuple(column if digits is None else [float(f"{number:.{digits}g}") for number in column])
-            for column in (self.mean, std.tolist())
+            for column in (self.mean.tolist(), std.tolist())
         )
-        return FeatureStatistics(mean=mean, std=spread, count=tuple(self.count))
+        return FeatureStatistics(mean=mean, std=spread, count=tuple(self.count.tolist()))
 
 
 def _decoded(rows: Array, bfloat16: bool) -> Array:
@@ -132,6 +137,8 @@ def _sum(rows: Array) -> Array:
     """Sum rows (N, F) to the same bits on every machine, which BLAS does not: the manifest's digest depends on them."""
     count, features = rows.shape
     rows_per_sum = max(1, SUMMED_TOGETHER // features)  # neighbouring rows
+    if rows_per_sum == 1:
+        return np.add.reduce(rows, axis=0)  # type: ignore[no-any-return]
     even_rows = count - count % rows_per_sum
     sums: Array = rows[:even_rows].reshape(-1, rows_per_sum * features).sum(axis=0).reshape(rows_per_sum, features).sum(axis=0)
     sums += rows[even_rows:].sum(axis=0)
