@@ -43,8 +43,10 @@ def encode(rows: Array, dtype: str, scale: Scale | Array | None) -> tuple[Array,
         return stored, not bool((np.abs(quotients) <= LARGEST).all())
     if dtype == BFLOAT16:
         with np.errstate(over="ignore"):
-            wide = rows.astype(np.float32)
+            wide = rows.astype(np.float32, copy=False)
         bits = wide.view(np.uint32)
+        if not np.bitwise_or.reduce(bits, axis=None) & 0xFFFF:  # they were bfloat16 before, as in many files
+            return _one_nan((bits >> 16).astype(np.uint16)), False
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
         rounded[np.isnan(wide)] = 0x7FC0
         return rounded, bool((((rounded & 0x7FFF) == 0x7F80) & np.isfinite(rows)).any())
@@ -53,6 +55,13 @@ def encode(rows: Array, dtype: str, scale: Scale | Array | None) -> tuple[Array,
     if cast.dtype.kind == "f":
         return cast, bool((np.isinf(cast) & np.isfinite(rows)).any())
     return cast, not np.array_equal(cast, rows)
+
+
+def _one_nan(bits: Array) -> Array:
+    """Give every NaN among bits of bfloat16 the same bits, in place, as rounding does; return them."""
+    if bits.view(np.int16).max(initial=0) > 0x7F80 or bits.max(initial=0) > 0xFF80:
+        bits[(bits & 0x7FFF) > 0x7F80] = 0x7FC0
+    return bits
 
 
 def decode(rows: Array, dtype: str, scale: Scale | Array | None, first: int = 0) -> Array:

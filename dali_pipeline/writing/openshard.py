@@ -11,6 +11,7 @@ import numpy as np
 
 from dali_pipeline.errors import DataError
 from dali_pipeline.format.digest import EpochDigest
+from dali_pipeline.format.encoding import encode
 from dali_pipeline.format.record import Record, graph_rows, named_rows, sequence_rows
 from dali_pipeline.format.schema import Schema
 from dali_pipeline.format.shard import ShardInfo
@@ -56,6 +57,10 @@ class Stack(NamedTuple):
         head = Record(id=self.ids[0], label=self.labels[0], sequence=self.sequences[0])
         if sequence_rows(head, schema.sequence) is head.sequence:
             return self.sequences  # all have the schema's type and shape
+        if not schema.sequence.scales:
+            stored, lost = encode(self.sequences, schema.sequence.dtype, None)
+            if not lost:
+                return stored
         return np.stack(
             [
                 sequence_rows(Record(id=name, label=label, sequence=sequence), schema.sequence)
