@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-import psutil
-
 ROOT = Path("/")
 
 
@@ -27,6 +25,8 @@ def allowed_cores(system: Path = ROOT) -> float:
 
 def allowed_memory(system: Path = ROOT) -> tuple[int, int]:
     """Return the bytes of memory, and the bytes available, which include the page cache because it gives way."""
+    import psutil  # not needed for cores, which every worker process of a conversion asks for
+
     memory = psutil.virtual_memory()
     total, available = int(memory.total), int(memory.available)
     names = (("memory.max", "memory.current", ""), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"))

@@ -9,8 +9,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
 from dali_pipeline.errors import UsageError
 from dali_pipeline.format.label import LabelKind
 from dali_pipeline.format.schema import LEVELS, SEQUENCE_LEVELS
@@ -202,6 +200,8 @@ def read_recipe(path: Path) -> Recipe:
 
 def _parsed(path: Path) -> Mapping[Any, Any]:
     """Return the names and values of a YAML file, every scalar as text."""
+    import yaml  # few conversions have a recipe in a file
+
     try:
         with path.open("rb") as file:
             data = file.read(RECIPE_BYTES + 1)
