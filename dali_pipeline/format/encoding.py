@@ -45,7 +45,7 @@ def encode(rows: Array, dtype: str, scale: Scale | Array | None) -> tuple[Array,
         with np.errstate(over="ignore"):
             wide = rows.astype(np.float32, copy=False)
         bits = wide.view(np.uint32)
-        if not np.bitwise_or.reduce(bits, axis=None) & 0xFFFF:  # they were bfloat16 before, as in many files
+        if wide is rows and not np.bitwise_or.reduce(bits, axis=None) & 0xFFFF:  # they were bfloat16 before, as in many files
             return _one_nan((bits >> 16).astype(np.uint16)), False
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
         rounded[np.isnan(wide)] = 0x7FC0

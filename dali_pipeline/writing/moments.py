@@ -18,7 +18,7 @@ LARGEST = float(np.finfo(np.float32).max)
 MAX_SHIFT = 2.0**15  # largest shift for which SURE_SQUARES holds
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Moments:
     """Running count, mean and sum of squared deviations of each feature.
 
@@ -37,6 +37,12 @@ class Moments:
     def __post_init__(self) -> None:
         self.count = np.array(self.count, np.int64)
         self.mean, self.squares = np.array(self.mean, np.float64), np.array(self.squares, np.float64)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Moments):
+            return NotImplemented
+        pairs = ((self.count, other.count), (self.mean, other.mean), (self.squares, other.squares))
+        return all(np.array_equal(own, theirs) for own, theirs in pairs)
 
     def update(self, rows: Array, *, bfloat16: bool = False) -> None:
         """Add rows (N, *shape), a chunk at a time: deviations in float32, all else in float64.
