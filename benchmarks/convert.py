@@ -24,6 +24,7 @@ import torch
 import typer
 import xxhash
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_tensors
 from torch_geometric.data import Data
 from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
 from torch_geometric.data.storage import GlobalStorage
@@ -37,11 +38,12 @@ LAYERS, HIDDEN = 33, 1024  # of sequences: 67,584 bytes a record in float16
 GRAPH_LAYERS, GRAPH_HIDDEN = 30, 576
 RECORDS_A_FILE, GRAPHS_A_FILE = 1500, 250
 ONE_RECORD = (32, 1024)  # of files with one record each: 64 KiB in float16
-STACKED = {  # by the suffix: scenario, and flags for convert
+STACKED = {  # by the suffix, or bfloat16 in .safetensors: scenario, and flags for convert
     "pt": ("stacked .pt", ()),
     "npz": (".npz", ()),
     "npy": ("stacked .npy", ("--sequence", "states_{row}", "--label", "labels_{row}")),
     "safetensors": ("stacked .safetensors", ("--sequence", "hidden_states", "--label", "labels")),
+    "bfloat16": ("stacked .safetensors of bfloat16", ("--sequence", "hidden_states", "--label", "labels")),
 }
 app = new_app()
 
@@ -57,6 +59,9 @@ def write_sequences(root: Path, nbytes: float, rng: np.random.Generator, suffix:
         path = folder / f"batch_{number}.{suffix}"
         if suffix == "safetensors":
             save_file({"hidden_states": values, "labels": labels}, path)
+        elif suffix == "bfloat16":
+            tensors = {"hidden_states": torch.from_numpy(values).bfloat16(), "labels": torch.from_numpy(labels)}
+            save_tensors(tensors, folder / f"batch_{number}.safetensors")
         elif suffix == "npy":
             np.save(folder / f"states_{number}.npy", values)
             np.save(folder / f"labels_{number}.npy", labels)
@@ -206,7 +211,7 @@ def measure_small_files(
     src = root / "small"
     write_small_files(src, files, rng, suffix)
     keys = () if suffix == "npy" else ("--sequence", "hidden_states")
-    work = partial(convert, src, workers=workers, flags=(*keys, "--labels-from", "labels.csv"))
+    work = partial(convert, src, workers=workers, flags=(*keys, "--labels-from", str(src / "labels.csv")))
     ours, theirs = alternately(work, partial(copy, src), files, root, repeats)
     scenario = f"{files:,} files .{suffix} of 64 KiB"
     results.add(scenario, f"convert, {workers} workers", "files/s", ours, "cp --reflink=never; sync", theirs, cache="warm")

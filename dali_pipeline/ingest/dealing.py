@@ -16,6 +16,7 @@ from dali_pipeline.writing.filler import Dealer
 from dali_pipeline.writing.split import KnownGroups, SplitRule
 
 WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
+_ANY_WORD = re.compile("train|val|dev|test")  # part of each of the words, and of EVAL
 EVAL = "eval"  # the validation split, or the test split if another name says validation
 
 
@@ -99,6 +100,13 @@ class OwnSplits:
         return f"{'; '.join(words)}; --split deals all records anew"
 
 
+def _words(name: str) -> set[str]:
+    """Return the whole words in a name, in lower case, that say a split."""
+    if not _ANY_WORD.search(name):  # nearly always; a folder may have a million files
+        return set()
+    return {word for word in re.split("[^a-z]+", name) if word in WORDS or word == EVAL}
+
+
 def splits_in_names(names: Sequence[str], split: SplitRule) -> tuple[OwnSplits, int] | None:
     """Return the splits that file names say, and the number of such names; None unless they say at least two splits.
 
@@ -108,7 +116,7 @@ def splits_in_names(names: Sequence[str], split: SplitRule) -> tuple[OwnSplits, 
     Raises:
         UsageError: A name says two splits.
     """
-    split_words = [{word for word in re.split("[^a-z]+", name.lower()) if word in WORDS or word == EVAL} for name in names]
+    split_words = [_words(name.lower()) for name in names]
     known = {WORDS[word] for words in split_words for word in words if word != EVAL}
     meaning = WORDS | {EVAL: "test" if "val" in known and "test" not in known else "val"}
     file_splits = [{meaning[word] for word in words} for words in split_words]

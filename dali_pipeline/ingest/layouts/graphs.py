@@ -232,7 +232,7 @@ def _open(plan: GraphPlan, part: Part, name: str) -> ForeignFile:
         container.close()
     ids, groups = texts.get("id"), texts.get("group") or texts["id"]
     if plan.table is not None:
-        given = from_table(plan, part, ids or groups)
+        given = from_table(plan, part.path, ids or groups, part.listed)
     where = f"{part.path}, record {{}}" if count > 1 else str(part.path)
     rule: LabelRule = plan.rule
     return ForeignFile(

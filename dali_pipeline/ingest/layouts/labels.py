@@ -58,16 +58,15 @@ class LabelRule:
         kind = self.label.kind
         if kind == "none":
             return None
+        if kind == "class" and self.threshold is None and isinstance(given, int | np.integer) and given >= 0:
+            return int(given)  # nearly always
         values = np.asarray(given)
         if given is None or (values.dtype.kind in "US" and str(given).strip().lower() in NO_TEXTS):
             raise FormatError(f"{where} has no label; expected one as every other record")
         if values.dtype.kind in "US":
             return self._of_text(where, str(given))
         if self.threshold is not None:
-            if values.size != 1 or not np.isfinite(values).all():
-                raise FormatError(f"{where} has the score {shown(values.tolist())}; expected one finite number")
-            number = float(values.reshape(()) if values.ndim == 0 else values.reshape(-1)[0])
-            return int(number > self.threshold if self.above else number < self.threshold)
+            return self._of_score(where, values, self.threshold)
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise FormatError(f"{where} has the label {shown(values.tolist())}, which is none; expected a finite number")
         if kind == "class":
@@ -77,6 +76,12 @@ class LabelRule:
         if values.shape != self.label.shape:
             raise FormatError(f"{where} has a label of shape {values.shape}; expected {self.label.shape} as in the first")
         return values.astype(np.bool_) if kind == "multilabel" and np.isin(values, (0, 1)).all() else values
+
+    def _of_score(self, where: str, values: Array, threshold: float) -> int:
+        if values.size != 1 or not np.isfinite(values).all():
+            raise FormatError(f"{where} has the score {shown(values.tolist())}; expected one finite number")
+        number = float(values.reshape(-1)[0])
+        return int(number > threshold if self.above else number < threshold)
 
     def _class(self, where: str, values: Array) -> int:
         number = values.reshape(-1)[0].item() if values.size == 1 else None

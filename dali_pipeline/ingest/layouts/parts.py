@@ -62,7 +62,7 @@ class SameParts(Mapping[Path, Part]):
     """
 
     def __init__(self, first: Part, files: Iterable[Path | str]) -> None:
-        self._first, self._files = first, [file if isinstance(file, Path) else Path(file) for file in files]
+        self._first, self._files = first, list(files)
 
     def __reduce__(self) -> tuple[type[SameParts], tuple[Part, list[str]]]:
         return SameParts, (self._first, list(map(str, self._files)))
@@ -72,7 +72,8 @@ class SameParts(Mapping[Path, Part]):
         return Part(path=path, places=first.places, row=first.row, keyed=first.keyed)
 
     def __iter__(self) -> Iterator[Path]:
-        return iter(self._files)
+        # paths are made here, because a worker process asks for the first of them alone
+        return (file if isinstance(file, Path) else Path(file) for file in self._files)
 
     def __len__(self) -> int:
         return len(self._files)

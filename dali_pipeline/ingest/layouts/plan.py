@@ -120,7 +120,7 @@ class Plan:
     def outside(self, path: Path, name: str) -> tuple[str, Any]:
         """Return the name and the label of the one record of a part, without opening it; raise FormatError for no label."""
         own = own_name(path, name)
-        given = None if self.table is None else from_table(self, self.parts[path], [own])[0]
+        given = None if self.table is None else from_table(self, path, [own])[0]
         return own, self.rule.of(str(path), given)
 
     @property
@@ -181,7 +181,7 @@ def open_part(plan: Plan, part: Part, name: str) -> ForeignFile:
             opened.close()
     ids, groups = texts.get("id"), texts.get("group") or texts["id"]
     if plan.table is not None:
-        given = from_table(plan, part, ids or groups)
+        given = from_table(plan, part.path, ids or groups, part.listed)
     where = f"{part.path}, record {{}}" if len(given) > 1 else str(part.path)
     labels = [plan.rule.of(where.format(repr(key)), label) for key, label in zip(ids or groups, given, strict=True)]
     return ForeignFile(
@@ -198,13 +198,18 @@ def open_part(plan: Plan, part: Part, name: str) -> ForeignFile:
     )
 
 
-def from_table(plan: Plan, part: Part, names: Sequence[str]) -> list[Any]:
-    """Return the labels of a part's records from the table: by id, or by order."""
-    assert plan.table is not None
-    if plan.table.rows is not None:
-        return [plan.table.of(f"{part.path}: record {name!r}", name) for name in names]
-    begin = plan.starts[part.listed or part.path]
-    return plan.table.values[begin : begin + len(names)]
+def from_table(plan: Plan, path: Path, names: Sequence[str], listed: Path | None = None) -> list[Any]:
+    """Return the labels of a part's records from the table: by id, or by order. listed: its path in the plan, if another."""
+    table = plan.table
+    assert table is not None
+    if table.rows is None:
+        begin = plan.starts[listed or path]
+        return table.values[begin : begin + len(names)]
+    rows = map(table.rows.get, names)
+    return [
+        table.of(f"{path}: record {name!r}", name) if row is None else table.values[row]
+        for name, row in zip(names, rows, strict=True)
+    ]
 
 
 def entries_of(part: OpenPart, name: str, per_file: bool) -> list[Any]:
