@@ -119,6 +119,8 @@ class Label:
 
 def whole_label(record_id: str, label: Any) -> int:
     """Return a class as an int, whatever number it came as; raise DataError if it is not whole, or below 0."""
+    if type(label) is int and 0 <= label < 2**63:  # nearly always
+        return label
     try:
         number = int(label)
         is_whole = not masked_values(label) and number == label and 0 <= number < 2**63

@@ -207,8 +207,8 @@ def check_counts(path: Path, **counts: int) -> None:
 
 
 def rows_at_a_time(row_bytes: int) -> int:
-    """Return how many stacked records to read together: about 1 MiB."""
-    return max(1, (1 << 20) // max(1, row_bytes))
+    """Return how many stacked records to read together: about 4 MiB."""
+    return max(1, (1 << 22) // max(1, row_bytes))
 
 
 LENGTHS = ("lengths", "length", "seq_lengths", "seq_lens", "sequence_lengths")

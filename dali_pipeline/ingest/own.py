@@ -77,7 +77,7 @@ def _sequences(data: Dataset, shard: Shard) -> Iterator[Values | Block]:
         yield Block(rows.reshape(end - begin, steps, *field.shape), narrow)
         begin = end
     while begin < shard.records:
-        # a block of records of one length, about 1 MiB
+        # a block of records of one length, about 4 MiB
         end = begin + rows_at_a_time(int(lengths[begin]) * field.row_bytes)
         other_lengths = np.flatnonzero(lengths[begin:end] != lengths[begin])
         end = begin + int(other_lengths[0]) if len(other_lengths) else min(end, shard.records)

@@ -38,7 +38,7 @@ class Pattern:
 
     @property
     def files_at_once(self) -> int:
-        """Number of files that are read into one block, about 1 MiB."""
+        """Number of files that are read into one block, about 4 MiB."""
         return rows_at_a_time(self.extent.nbytes)
 
     def block(self, plan: Plan, stored: Array, where: str) -> Block:

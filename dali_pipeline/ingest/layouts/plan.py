@@ -285,7 +285,7 @@ def where_of(part: OpenPart, name: str) -> str:
 
 
 def _blocks(plan: Plan, part: OpenPart, leaves: Mapping[str, Leaf], count: int) -> Iterator[Block]:
-    """Yield stacked records, about 1 MiB at a time."""
+    """Yield stacked records, about 4 MiB at a time."""
     for name, leaf in leaves.items():
         if not leaf.shape or leaf.shape[0] != count:
             entries = leaf.shape[0] if leaf.shape else 0
