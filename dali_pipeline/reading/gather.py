@@ -19,7 +19,17 @@ from dali_pipeline.types import Array, Ints
 MOST_BLOCKS = 64  # of a read that is not looked at block by block
 
 
-def gather(locations: Locations, name: str, records: Ints, begins: Ints, ends: Ints, out: Array, out_begins: Ints) -> None:
+def gather(
+    locations: Locations,
+    name: str,
+    records: Ints,
+    begins: Ints,
+    ends: Ints,
+    out: Array,
+    out_begins: Ints,
+    *,
+    merge: bool = False,
+) -> None:
     """Read rows begins[i] to ends[i] of an array, in the shard of record records[i], into out[out_begins[i]:].
 
     Blocks never read before are read whole and hashed. Rows between sound blocks are read straight into `out`, neighbours
@@ -33,7 +43,16 @@ def gather(locations: Locations, name: str, records: Ints, begins: Ints, ends: I
         ends: (n,) row after the last one.
         out: Contiguous (R, *row); a narrower stored type is widened.
         out_begins: (n,) first row of each read in `out`.
+        merge: Whether to read neighbours as one. An error then names the first of them. Default: False.
     """
+    if merge:
+        head = np.ones(len(records), bool)
+        which = locations.which[records]
+        head[1:] = (begins[1:] != ends[:-1]) | (which[1:] != which[:-1])
+        head[1:] |= out_begins[1:] != out_begins[:-1] + (ends - begins)[:-1]
+        heads = np.flatnonzero(head)
+        records, begins, out_begins = records[heads], begins[heads], out_begins[heads]
+        ends = ends[np.append(heads[1:], len(ends)) - 1]
     which = locations.which[records]
     width = out.dtype.itemsize * math.prod(out.shape[1:])
     elsewhere = np.array([part.shard.array(name).referenced for part in locations.parts])

@@ -448,11 +448,12 @@ class SequenceSource(BatchSource):
             totals = np.array([part.shard.array("sequence").shape[0] for part in locations.parts])[locations.which[records]]
             begins = field.layout.stored(np.repeat(begins, counts) + offsets, totals)
             ends = begins + 1
+        merge = buffers is not self._buffers  # a piece of a window; who meets an error there gathers again, one by one
         if self._step_major and not self.layered:
             rows, layers = values.reshape(-1, *self._schema.stored_sequence.shape), self.stored_layers
-            gather(locations, "sequence", records, begins * layers, ends * layers, rows, out_begins * layers)
+            gather(locations, "sequence", records, begins * layers, ends * layers, rows, out_begins * layers, merge=merge)
         else:
-            gather(locations, "sequence", records, begins, ends, values, out_begins)
+            gather(locations, "sequence", records, begins, ends, values, out_begins, merge=merge)
         return values
 
     @staticmethod
