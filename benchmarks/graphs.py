@@ -110,6 +110,10 @@ def compare(results: Results, scenario: str, folder: Path, records: Records, nam
     for num_workers in ("auto", 0, 2):
         loader = dp.GraphLoader(data, batch_size=batch_size, drop_last=True, num_workers=num_workers)
         counted[f"GraphLoader, workers={num_workers}"] = partial(epoch, loader)
+    small = max(1 << 20, int(sum(data.table("train", "graphs").bytes)) // 8)  # a window that the set does not fit in
+    for window in ("resident", "gather"):
+        loader = dp.GraphLoader(data, batch_size=batch_size, drop_last=True, window=window, window_bytes=small)
+        counted[f"GraphLoader, window={window!r} of an eighth"] = partial(epoch, loader)
     with running("graphs", names, folder / "arrays", folder, batch_size=batch_size, seconds=seconds) as peers:
         ways = {name: partial(rate, way, seconds) for name, way in counted.items()}
         rates = alternately(ways | {peer.label: peer.sample for peer in peers if not peer.why}, repeats)

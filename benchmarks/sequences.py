@@ -1,6 +1,7 @@
 """Measure the speed of sequence loading, and its limits: `python -m benchmarks.sequences`, some minutes on 2 cores.
 
-Warm page cache, shuffled, the loader alone; records `[33, 1024]` float16 by 32 and `[30, 64]` by 256. Every repeat runs all
+Warm page cache, shuffled, the loader alone; records `[33, 1024]` float16 by 32 and `[30, 64]` by 256, these from the resident
+window and gathered, with the usual window, which they fit in, and with a quarter of it. Every repeat runs all
 ways one after the other, each over the whole set for a second or more, after a turn that is not counted (it checks the hashes).
 The limits: numpy copying the same rows from memory into fresh batch arrays; the same and torch's cast to float32; the system
 copying them from the page cache into one array that is used again; DALI passing one constant array through. The peers
@@ -10,6 +11,7 @@ its fastest float16.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 import tempfile
@@ -32,8 +34,15 @@ from dali_pipeline.loaders.dali import device_id, iterate
 from dali_pipeline.loaders.decoding import sequence_graph
 from dali_pipeline.loaders.sequences import Engine
 from dali_pipeline.reading.superbatch import SUPERBATCH_BYTES
+from dali_pipeline.sampling.order import WINDOW_BYTES
 
 CAST, CONSTANT, PAGE_CACHE = "gather and cast", "DALI, a constant batch", "preadv from the page cache"
+WINDOWS: dict[str, dict[str, Any]] = {  # of the short records, which fit in the usual window
+    "": {},
+    ", gathered": {"window": "gather"},
+    ", resident, a quarter": {"window": "resident", "window_bytes": WINDOW_BYTES // 4},
+    ", gathered, a quarter": {"window": "gather", "window_bytes": WINDOW_BYTES // 4},
+}
 app = new_app()
 
 
@@ -115,9 +124,10 @@ def main(
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         data, values = made(Path(scratch) / "short", 8 * records, (30, 64))
         ways = {"gather": partial(gather, values, 256, cast=False)}
-        for engine in get_args(Engine):
-            loader = dp.SequenceLoader(data, batch_size=256, drop_last=True, engine=engine, dtype=torch.float16)
-            ways[f"{engine} engine, float16"] = partial(epoch, loader)
+        options: dict[str, Any] = {"batch_size": 256, "drop_last": True, "dtype": torch.float16}
+        for engine, (words, window) in itertools.product(get_args(Engine), WINDOWS.items()):
+            loader = dp.SequenceLoader(data, engine=engine, **options, **window)
+            ways[f"{engine} engine, float16{words}"] = partial(epoch, loader)
         rates = alternately({name: partial(rate, way, seconds) for name, way in ways.items()}, repeats)
         report(results, "[30, 64] float16, batch 256", rates, [], lambda _: "gather", [])
 

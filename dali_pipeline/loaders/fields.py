@@ -49,7 +49,9 @@ def moved_with_fields(
         The tensors; and the fields: real numbers in `dtype`, or wider if they are stored so; whole numbers as int64; bools;
         texts as they are.
     """
-    schema_fields = {**schema.step_fields, **schema.record_fields} if rows else {}
+    if not rows:
+        return to_device_together(tensors, device), {}
+    schema_fields = {**schema.step_fields, **schema.record_fields}
     stored_types = {name.partition(".")[2]: field.dtype for name, field in schema_fields.items()}
     stored = {name: _stored(column, stored_types[name]) for name, column in rows.items() if not isinstance(column, list)}
     moved = to_device_together([*tensors, *stored.values()], device)

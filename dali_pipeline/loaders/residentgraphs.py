@@ -200,7 +200,7 @@ class GraphWindow(WindowFiller[GraphRows]):
         return ResidentSuperbatch(rows=rows, portion=portion, memory=self._memory, begins=begins)
 
     def _plan_read(self, piece: Piece) -> tuple[None, Callable[[], GraphRows]]:
-        return None, partial(self._source.gather, piece.positions)
+        return None, partial(self._source.gather, piece.positions, merge=True)
 
     def _note(self, read: Read[GraphRows], rows: GraphRows | None) -> None:
         """Find the place of a piece; one that its slot has no room for counts as one that could not be read."""

@@ -164,7 +164,8 @@ class SequenceLoader(Loader[SequenceBatch]):
             whole, in large pieces; takes 1.5 `window_bytes` per partition there, on a GPU as delivered. "gather": on the host,
             record by record, from the page cache. Both deliver the same batches. "auto" is "resident" on a GPU, and on a CPU
             for records below 32 KiB, if it can be: without max_steps and draws; and, unless the split fits in the window,
-            shuffled, without buckets, and with whole partitions for each process. Otherwise it is "gather".
+            shuffled, without buckets, with whole partitions for each process, and on a CPU with engine="torch". Otherwise it is
+            "gather".
         class_balanced: Whether an epoch draws from all classes in equal numbers: as many draws as there are records, each class
             without replacement within its own pass.
         group_weights: How often each group is drawn, relative to 1 for groups that are not named; draws as with
@@ -361,6 +362,10 @@ class SequenceLoader(Loader[SequenceBatch]):
     def _window_pays(self) -> bool:
         shortest, longest = self.selection.bounds("step") or (1, 1)
         padded_bytes = self.batch_size * longest * self._source.row_bytes  # a batch as stored, with its longest record
+        if self.device.type == "cpu" and self.engine == "dali":  # which copies every piece once more on a CPU
+            residency = self._residency(self._first_plan) if self.selection.num_records else None
+            if residency is None or not residency.whole:
+                return False
         return super()._window_pays() and (shortest == longest or padded_bytes <= SUPERBATCH_BYTES)
 
     def _window_nbytes(self, residency: Residency) -> int:

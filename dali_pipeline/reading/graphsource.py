@@ -47,20 +47,21 @@ class GraphSource(BatchSource):
         self.streamed = ("edge_index", *self.fields)
         self._min_weight = min_weight
 
-    def gather(self, positions: Ints) -> GraphRows:
+    def gather(self, positions: Ints, *, merge: bool = False) -> GraphRows:
         """Read the records at `positions` (B,), any order, repeats allowed.
 
         Costs one read per record, array and span of layers that does not continue the one before. Raises FormatError for a
-        graph without nodes and for an edge that leaves its graph.
+        graph without nodes and for an edge that leaves its graph. With `merge` neighbours are read as one, and an error names
+        the first of them.
         """
-        rows = self._read(positions)
+        rows = self._read(positions, merge)
         rows = replace(rows, positions=self._selection.reported_positions(positions))
         if self._min_weight is None:
             return rows
         weights = self.fields["edge_attr"].values(rows.arrays["edge_attr"]).reshape(-1)
         return rows.without_light_edges(weights, self._min_weight)
 
-    def _read(self, positions: Ints) -> GraphRows:
+    def _read(self, positions: Ints, merge: bool) -> GraphRows:
         locations = self._index.locate(positions)
         graphs_per_record, layer_index, record, spans = self._graphs(locations)
         counted = spans[:, 1::2] - spans[:, ::2]  # (G, 2)
@@ -79,7 +80,7 @@ class GraphSource(BatchSource):
             records, begin, end = record[heads], begins[axis], ends[axis]
             starts = np.cumsum(end - begin) - (end - begin)
             out = self._allocate(name, int((end - begin).sum()), field, locations, int(begin[0]))
-            gather(locations, name, records, begin, end, out, starts)
+            gather(locations, name, records, begin, end, out, starts, merge=merge)
             if self._finite and name != "edge_index":
                 self._check_finite(name, field, out, starts, locations, records)
             return out
