@@ -13,6 +13,24 @@ import typer
 
 from dali_pipeline.cli.arguments import FilesRoot, SetArgument, parse_blocks, parse_num_workers, parse_size
 from dali_pipeline.cli.checkup import doctor_command
+from dali_pipeline.cli.generation import (
+    AttentionFeatures,
+    Chat,
+    GenerateSeed,
+    JudgeLabels,
+    LabelAbove,
+    LabelThreshold,
+    MatchRule,
+    MaxNewTokens,
+    PositionsOption,
+    Samples,
+    Shots,
+    Stop,
+    Temperature,
+    TopP,
+    parse_stops,
+    refuse_generation,
+)
 from dali_pipeline.cli.inspection import inspect_command
 from dali_pipeline.cli.versions import versions_command
 from dali_pipeline.errors import PipelineError, UsageError, needs_extra
@@ -373,7 +391,10 @@ def extract_command(
     prompts: Annotated[
         Path,
         typer.Option(
-            metavar="FILE.csv", help="Table with the columns prompt and label, and optionally id and group.", show_default=False
+            metavar="FILE",
+            help="CSV file with the columns prompt and label, and optionally id and group; with --generate CSV file or JSON "
+            "lines with prompt and answers (a text, or a list of texts), and optionally id and group.",
+            show_default=False,
         ),
     ],
     layers: Annotated[
@@ -397,6 +418,27 @@ def extract_command(
         bool,
         typer.Option("--truncate", help="Cut prompts longer than the model's context at their start, instead of stopping."),
     ] = False,
+    generate: Annotated[
+        bool,
+        typer.Option(
+            "--generate",
+            help="Let the model answer the prompts, keep the answers' traces, and label 1 what matches no reference.",
+        ),
+    ] = False,
+    max_new_tokens: MaxNewTokens = 64,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    samples: Samples = 1,
+    seed: GenerateSeed = 0,
+    chat: Chat = False,
+    shots: Shots = None,
+    stop: Stop = None,
+    match: MatchRule = "contains",
+    labels_from: JudgeLabels = None,
+    label_threshold: LabelThreshold = None,
+    label_above: LabelAbove = None,
+    positions: PositionsOption = "answer",
+    attention_features: AttentionFeatures = False,
     engine: EngineOption = "local",
     split: SplitOption = "70/15/15",
     split_seed: SplitSeed = 0,
@@ -409,15 +451,43 @@ def extract_command(
     Examples:
       python -m dali_pipeline extract --model ./SmolLM2-135M --prompts questions.csv data/traces
       python -m dali_pipeline extract --model ./SmolLM2-135M --prompts questions.csv data/traces --graph-layers 8,16,24
+      python -m dali_pipeline extract --generate --model ./SmolLM2-135M --prompts sciq.csv --shots shots.csv data/answers
+      python -m dali_pipeline extract --generate --chat --attention-features --model ./Llama-8B --prompts nq.jsonl data/nq
+      python -m dali_pipeline extract --generate --temperature 0.7 --samples 10 --model ./Llama-8B --prompts nq.jsonl data/ten
+      python -m dali_pipeline extract --generate --match rouge-l:0.3 --positions last --model ./Llama-8B --prompts qa.csv data/qa
+      python -m dali_pipeline extract --generate --match none --model ./Llama-8B --prompts open.csv data/unjudged
+      python -m dali_pipeline extract --generate --labels-from judged.csv:id:score --label-threshold 0.5 --model ./Llama-8B \\
+        --prompts open.csv data/judged
     """
     from dali_pipeline.ingest.convert import gigabytes
 
     with needs_extra("extract", "extract"):
         from dali_pipeline.ingest.extract.extract import extract
+        from dali_pipeline.ingest.extract.generate import GenerateConfig
+        from dali_pipeline.ingest.extract.matching import Match
         from dali_pipeline.ingest.extract.tracer import ExtractConfig
     from dali_pipeline.tools.describe import summary
 
+    generation: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "samples": samples,
+        "seed": seed,
+        "chat": chat,
+        "shots": shots,
+        "stop": parse_stops(stop),
+        "match": Match.parse(match),
+        "labels_from": labels_from,
+        "label_threshold": label_threshold,
+        "label_above": label_above,
+        "positions": positions,
+        "attention_features": attention_features,
+    }
+    if not generate:
+        refuse_generation(generation, GenerateConfig())
     config = ExtractConfig(
+        generate=GenerateConfig(**generation) if generate else None,
         layers=parse_blocks(layers),
         graph_layers=parse_blocks(graph_layers),
         truncate=truncate,
@@ -430,6 +500,7 @@ def extract_command(
     with _going_on():
         data = extract(model, prompts, out, config, device, engine)  # type: ignore[arg-type]
     print(f"{out}: {summary(data)}, {gigabytes(data.nbytes)}")
+    _print_facts(data.manifest.source)
 
 
 app.command("inspect")(inspect_command)

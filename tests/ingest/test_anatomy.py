@@ -15,7 +15,7 @@ from dali_pipeline.ingest.extract import extract as extract_module
 from dali_pipeline.ingest.extract.anatomy import examine
 from dali_pipeline.ingest.extract.extract import extract
 from dali_pipeline.ingest.extract.prompts import Prompt, read_prompts
-from dali_pipeline.ingest.extract.tracer import ExtractConfig, load_model, load_tokenizer, tokens_of
+from dali_pipeline.ingest.extract.tracer import ExtractConfig, forget_model, load_model, load_tokenizer, tokens_of
 from dali_pipeline.ingest.readers.traces import read_scores
 from tests.helpers.languagemodels import CONFIG, WORDS, make_model, write_prompts
 
@@ -48,8 +48,7 @@ HYBRID: dict[str, tuple[dict[str, Any], list[int]]] = {
 
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
-    load_model.cache_clear()
-    load_tokenizer.cache_clear()
+    forget_model()
 
 
 def save(folder: Path, name: str, settings: dict[str, Any]) -> str:

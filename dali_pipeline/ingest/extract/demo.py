@@ -8,15 +8,22 @@ import importlib.util
 import io
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from dali_pipeline.dataset.dataset import Dataset, open_dataset
 from dali_pipeline.errors import UsageError
 from dali_pipeline.format.manifest import MANIFEST_NAME
-from dali_pipeline.storage.whole import lock
+from dali_pipeline.storage.whole import lock, write_whole
 
 GRAPH_LAYERS = (12, 16, 20)  # better validation AUROC than 8, 16, 24 (docs/log.md)
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHOTS = (  # of our own, so that no packaged question is lost
+    ("What is the star at the centre of our planetary system called?", "sun"),
+    ("What force pulls objects towards the centre of the earth?", "gravity"),
+    ("What organ pumps blood through the body?", "heart"),
+    ("What is the liquid form of water vapor called when it falls from clouds?", "rain"),
+)
 QUESTIONS_FILE = "data/cleaned_data/36_sciq_tf.csv.zst"
 
 
@@ -48,12 +55,7 @@ def demo_dataset(folder: Path) -> Dataset:
 
 def write_prompts(path: Path) -> Path:
     """Write the questions as a prompts file without repeats; the group is the question, label 1 a wrong answer."""
-    import zstandard
-
-    source = _package_folder("sae_probes") / QUESTIONS_FILE
-    with source.open("rb") as file:
-        text = zstandard.ZstdDecompressor().stream_reader(file).read().decode()
-    answers = {row["prompt"]: row["target"] for row in csv.DictReader(io.StringIO(text))}
+    answers = _packaged_answers()
     questions: dict[str, int] = {}
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="", encoding="utf-8") as file_out:
@@ -64,6 +66,38 @@ def write_prompts(path: Path) -> Path:
             rows.writerow([f"answer-{number:04d}", f"question-{question:04d}", 1 - int(target), prompt])
     temporary.replace(path)
     return path
+
+
+def write_questions(path: Path) -> Path:
+    """Write the questions whose right answer is known as a file for `extract --generate`, without repeats."""
+    right = [prompt.split("\nA: ", 1) for prompt, target in _packaged_answers().items() if int(target) == 1]
+    return _write_table(
+        path, [(f"question-{number:04d}", f"{text}\nA:", answer) for number, (text, answer) in enumerate(right)]
+    )
+
+
+def write_shots(path: Path) -> Path:
+    """Write examples of questions and answers in the form of the packaged ones, for `extract --generate --shots`."""
+    return _write_table(path, [(f"shot-{number}", f"Q: {text}\nA:", answer) for number, (text, answer) in enumerate(SHOTS)])
+
+
+def _write_table(path: Path, rows: Sequence[tuple[str, str, str]]) -> Path:
+    text = io.StringIO(newline="")
+    table = csv.writer(text)
+    table.writerow(["id", "prompt", "answers"])
+    table.writerows(rows)
+    write_whole(path, text.getvalue().encode())
+    return path
+
+
+def _packaged_answers() -> dict[str, str]:
+    """Return the packaged prompts, each once, with their targets: "1" for a right answer."""
+    import zstandard
+
+    source = _package_folder("sae_probes") / QUESTIONS_FILE
+    with source.open("rb") as file:
+        text = zstandard.ZstdDecompressor().stream_reader(file).read().decode()
+    return {row["prompt"]: row["target"] for row in csv.DictReader(io.StringIO(text))}
 
 
 def unpack_model(folder: Path) -> Path:

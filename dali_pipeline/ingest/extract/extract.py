@@ -1,7 +1,8 @@
-"""extract: run prompts through a causal Hugging Face model, and write sequences (last token, every layer) and graphs."""
+"""extract: run prompts, or questions that it answers, through a causal Hugging Face model, and write sequences and graphs."""
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -19,9 +20,11 @@ from transformers.utils import logging as transformers_logging
 from dali_pipeline.dataset.dataset import Dataset, open_dataset
 from dali_pipeline.errors import UsageError
 from dali_pipeline.format.manifest import MANIFEST_NAME
-from dali_pipeline.format.record import Record
 from dali_pipeline.format.schema import Field, Schema
 from dali_pipeline.ingest.extract.anatomy import Anatomy, examine
+from dali_pipeline.ingest.extract.answers import ANSWERS_NAME, Answerer, answers_schema, describe_answers
+from dali_pipeline.ingest.extract.asking import Asking, read_asking, shared_tokens
+from dali_pipeline.ingest.extract.generate import Prompter
 from dali_pipeline.ingest.extract.prompts import Prompt, read_prompts
 from dali_pipeline.ingest.extract.tracer import (
     ExtractConfig,
@@ -43,6 +46,7 @@ from dali_pipeline.writing.journal import remove_leftovers
 from dali_pipeline.writing.writer import ShardWriter
 
 TOKENISED_TOGETHER = 1000  # number of prompts
+LATER = ("truncate", "generate")  # settings that a fingerprint has only if they are used, as they came later
 
 
 def extract(
@@ -51,11 +55,12 @@ def extract(
     """Write the data set `out`; continue an interrupted run with the same input and settings.
 
     The same model, prompts, settings, kind of machine and number of threads give the same bytes, on one machine or many,
-    interrupted or not. Memory: the model, one batch with all its attentions, and twice the records of a chunk (1 GiB at most).
+    interrupted or not. Memory: the model, one batch with all its attentions (with `config.generate` those of one block), and
+    twice the records of a chunk (1 GiB at most).
 
     Args:
         model_name: Folder of a model, or a name that transformers knows.
-        prompts_path: CSV file of prompts.
+        prompts_path: CSV file of prompts and labels; with `config.generate` CSV file or JSON lines of questions.
         out: Folder of the data set, new or unfinished.
         config: Settings.
         device: "auto", "cpu", "cuda" or "cuda:N".
@@ -71,25 +76,28 @@ def extract(
     """
     if engine not in get_args(Engine):
         raise UsageError(f"engine is {engine!r}; expected {' or '.join(get_args(Engine))}")
-    prompts, folder = read_prompts(prompts_path), Path(model_name)
+    asking = None if config.generate is None else read_asking(prompts_path, config.generate)
+    prompts: Sequence[Any] = read_prompts(prompts_path) if asking is None else asking.asks
+    folder = Path(model_name)
     if engine == "local":
         resolve_device(device, World())
     if engine == "ray":  # Ray workers have other working folders
         out = out.absolute()
         model_name = str(folder.absolute()) if folder.exists() else model_name
     transformers_logging.disable_progress_bar()
-    try:
-        model_config = AutoConfig.from_pretrained(model_name)
-        tokenizer = load_tokenizer(model_name)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{model_name} is not a model that transformers can load ({first_line(error)})") from error
+    model_config, tokenizer = _configured(model_name)
     asked = config.graph_layers
     config = _with_all_layers(config, int(model_config.get_text_config().num_hidden_layers))
-    _check_lengths(prompts_path, prompts, tokenizer, positions_of(model_config), config.truncate)
+    shared: list[int] = []
+    facts: dict[str, Any] = {"prompts": xxhash.xxh3_128_hexdigest(prompts_path.read_bytes())}
+    if asking is None:
+        _check_lengths(prompts_path, prompts, tokenizer, positions_of(model_config), config.truncate)
+    else:
+        shared, facts = _shared(prompts_path, asking, config, tokenizer, model_config), {"generate": asking.facts}
     described = {
-        **{name: value for name, value in asdict(config).items() if name != "truncate" or value},
+        **{name: value for name, value in asdict(replace(config, generate=None)).items() if name not in LATER or value},
         "model": _identity(model_name, model_config),
-        "prompts": xxhash.xxh3_128_hexdigest(prompts_path.read_bytes()),
+        **facts,
     }
     fingerprint = xxhash.xxh3_128_hexdigest(msgspec.json.encode(described, order="sorted"))
     if (out / MANIFEST_NAME).exists():
@@ -97,18 +105,13 @@ def extract(
         if data.manifest.source.get("fingerprint") != fingerprint:
             raise UsageError(f"{out} is a data set of another model, prompts or settings; expected a new folder")
         remove_leftovers(out)
+        shutil.rmtree(out / ANSWERS_NAME, ignore_errors=True)
         return data
     threads = torch.get_num_threads()
     # a model that cannot be loaded raises before a folder is made
     anatomy = _examined(model_name, device) if engine == "local" else _anatomy(model_config)
     config = _with_attention(model_name, config, asked, anatomy)
-    hidden, graphs = _width(model_name, config, anatomy), bool(config.graph_layers)
-    schema = Schema(
-        sequence=Field(dtype=config.dtype, shape=(hidden,)),
-        x=Field(dtype=config.dtype, shape=(hidden,)) if graphs else None,
-        edge_attr=Field(dtype=config.dtype) if graphs else None,
-        step_axis="layer",
-    )
+    schema = _schema(model_name, config, anatomy, asking)
     source = {
         "made_by": "extract",
         "model": Path(model_name).name,
@@ -125,14 +128,62 @@ def extract(
     ):
         writer.parts.mkdir(exist_ok=True)
         begun, every = writer.cursor, config.commit_every
-        show = shown(bar, "extract", len(prompts), begun)
-        numbers, tracer = range(-(-(len(prompts) - begun) // every)), partial(Tracer, model_name, schema, config, device)
-        work = partial(_write, tracer, threads, prompts[begun:], writer.parts)
+        tracer: Callable[[], Tracer | Answerer] = partial(Tracer, model_name, schema, config, device)
+        if asking is not None:
+            answers = out.absolute() / ANSWERS_NAME
+            answers.mkdir(exist_ok=True)
+            writer.commit(begun)  # answers outlive an interruption of the first part too
+            tracer = partial(Answerer, model_name, asking.shots, shared, answers, schema, config, device)
+        show = shown(bar, "extract" if asking is None else "answers", len(prompts), begun)
+        numbers = range(-(-(len(prompts) - begun) // every))
+        work = partial(_write, tracer, threads, prompts[begun:], begun, writer.parts)
         folders = [writer.parts, *([Path(model_name)] if folder.exists() else [])]
         with closing(deal(engine, work, numbers, 1, show, folders, partial(_asks, device, threads))) as results:
             for number, (part, contents) in results:
                 writer.adopt(part, contents, min(begun + (number + 1) * every, len(prompts)), {})
+        if asking is not None:
+            writer.source |= describe_answers(out / ANSWERS_NAME)
+    shutil.rmtree(out / ANSWERS_NAME, ignore_errors=True)
     return open_dataset(out)
+
+
+def _configured(model_name: str) -> tuple[Any, Any]:
+    """Return the configuration and the tokenizer of a model; raise UsageError if it has none."""
+    try:
+        return AutoConfig.from_pretrained(model_name), load_tokenizer(model_name)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{model_name} is not a model that transformers can load ({first_line(error)})") from error
+
+
+def _shared(path: Path, asking: Asking, config: ExtractConfig, tokenizer: Any, model_config: Any) -> list[int]:
+    """Return the tokens with which all prompts begin, after a check that the model has positions for every prompt."""
+    own, limit = config.generate, positions_of(model_config)
+    assert own is not None
+    if config.truncate and (own.chat or own.shots is not None):
+        raise UsageError("--truncate cuts prompts at their start, where --chat and --shots put words; leave --truncate out")
+    if config.truncate and limit is not None and limit <= own.max_new_tokens:
+        raise UsageError(f"the model has {limit:,} positions; expected --max-new-tokens below that")
+    cut = None if limit is None or not config.truncate else limit - own.max_new_tokens
+    prompter = Prompter(tokenizer, own, asking.shots, cut)
+    return shared_tokens(path, prompter, asking, own, limit, config.truncate)
+
+
+def _schema(model_name: str, config: ExtractConfig, anatomy: Anatomy, asking: Asking | None) -> Schema:
+    """Return the schema of the records; raise UsageError if the model cannot give what it names."""
+    hidden, graphs = _width(model_name, config, anatomy), bool(config.graph_layers)
+    if asking is None:
+        return Schema(
+            sequence=Field(dtype=config.dtype, shape=(hidden,)),
+            x=Field(dtype=config.dtype, shape=(hidden,)) if graphs else None,
+            edge_attr=Field(dtype=config.dtype) if graphs else None,
+            step_axis="layer",
+        )
+    assert config.generate is not None
+    counts = sorted(set(anatomy.heads.values()))
+    if config.generate.attention_features and len(counts) != 1:
+        what = f"{' and '.join(map(str, counts))} heads" if counts else "no attention from token to token"
+        raise UsageError(f"{model_name} has {what}; --attention-features needs blocks of equally many heads, so leave it out")
+    return answers_schema(config, hidden, (len(anatomy.heads), max(counts, default=0)), asking.label)
 
 
 def _asks(device: str, threads: int, gpus: float) -> Asks:
@@ -143,24 +194,26 @@ def _asks(device: str, threads: int, gpus: float) -> Asks:
 
 
 def _write(
-    tracer: Callable[[], Tracer], threads: int, prompts: Sequence[Prompt], parts: Path, number: int, advance: Advance
+    tracer: Callable[[], Tracer | Answerer],
+    threads: int,
+    prompts: Sequence[Any],
+    begun: int,
+    parts: Path,
+    number: int,
+    advance: Advance,
 ) -> tuple[Path, Contents]:
     """Write the records of `commit_every` prompts to a new folder, in file order, whatever the order of the batches.
 
     tracer: returns a Tracer, whose model a process loads once. threads: number of torch threads, on which the last bits of
-    results may depend.
+    results may depend. begun: number of prompts before these.
     """
     torch.set_num_threads(threads)
     trace = tracer()
     part, every = Path(tempfile.mkdtemp(prefix=f"{number}-", dir=parts)), trace.config.commit_every
     filler = ShardFiller(part, trace.schema, trace.config.shard_bytes, trace.config.split, Contents())
-    for chunk in trace.chunks(prompts[number * every : (number + 1) * every]):
-        records: dict[str, Record] = {}
-        for batch in trace.batches(chunk):
-            records.update((record.id, record) for record in trace.records(batch))
-            advance(len(batch))
-        for prompt, _ in chunk:
-            filler.write(records[prompt.id])
+    asked = range(number * every, min((number + 1) * every, len(prompts)))
+    for record in trace.in_order(prompts[asked.start : asked.stop], begun + asked.start, advance):
+        filler.write(record)
     filler.flush()
     return part, filler.contents
 
@@ -202,7 +255,8 @@ def _anatomy(model_config: Any) -> Anatomy:
         blocks = int(text.num_hidden_layers)
         types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ["attention"] * blocks
         having = [block for block, kind in enumerate(types, 1) if "attention" in kind and "linear" not in kind]
-        return Anatomy([int(text.hidden_size)] * (blocks + 1), {block: place for place, block in enumerate(having)})
+        heads = dict.fromkeys(having, int(getattr(text, "num_attention_heads", 0)))
+        return Anatomy([int(text.hidden_size)] * (blocks + 1), {block: place for place, block in enumerate(having)}, heads)
 
 
 def _with_attention(model_name: str, config: ExtractConfig, asked: tuple[int, ...] | None, anatomy: Anatomy) -> ExtractConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -16,10 +16,12 @@ from dali_pipeline.errors import DataError, UsageError
 from dali_pipeline.format.record import Graphs, Record
 from dali_pipeline.format.schema import Schema
 from dali_pipeline.ingest.extract.anatomy import call, examine
+from dali_pipeline.ingest.extract.generate import GenerateConfig
 from dali_pipeline.ingest.extract.prompts import Prompt
 from dali_pipeline.ingest.readers.attention import attention_edges
 from dali_pipeline.loaders.device import resolve_device
 from dali_pipeline.runtime.world import World
+from dali_pipeline.types import Array
 from dali_pipeline.writing.split import SplitRule
 from dali_pipeline.writing.writer import SHARD_BYTES
 
@@ -47,6 +49,7 @@ class ExtractConfig:
         commit_every: Number of prompts after which work is final; a restart continues there.
         shard_bytes: Maximum size of a shard in bytes.
         split: Rule that assigns groups to splits.
+        generate: Settings of answers that the model gives itself; None if the prompts hold the answers.
 
     Raises:
         UsageError: A value is out of range.
@@ -61,6 +64,7 @@ class ExtractConfig:
     commit_every: int = 512
     shard_bytes: int = SHARD_BYTES
     split: SplitRule = field(default_factory=SplitRule)
+    generate: GenerateConfig | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float16", "float32"):
@@ -78,15 +82,33 @@ def load_tokenizer(model_name: str) -> Any:
 
 
 @lru_cache(maxsize=1)
-def load_model(model_name: str, device: str) -> tuple[Any, Any, torch.device]:
-    """Return the tokenizer, the model without its language-model head, and the model's device."""
+def _loaded(model_name: str, device: str) -> tuple[Any, torch.device]:
+    """Return the model, on the CPU, and the device that is asked for."""
     resolved = resolve_device(device, World())
     try:
         dtype = torch.float32 if resolved.type == "cpu" else "auto"
         model = AutoModelForCausalLM.from_pretrained(model_name, attn_implementation="eager", dtype=dtype)
-        return load_tokenizer(model_name), model.base_model.to(resolved).eval(), resolved
+        return model.eval(), resolved
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"{model_name} cannot be loaded on {device} as a causal model ({first_line(error)})") from error
+
+
+def load_model(model_name: str, device: str) -> tuple[Any, Any, torch.device]:
+    """Return the tokenizer, the model without its language-model head, and the model's device."""
+    model, resolved = _loaded(model_name, device)
+    return load_tokenizer(model_name), model.base_model.to(resolved), resolved
+
+
+def load_causal_model(model_name: str, device: str) -> tuple[Any, Any, torch.device]:
+    """Return the tokenizer, the model with its head, and the model's device."""
+    model, resolved = _loaded(model_name, device)
+    return load_tokenizer(model_name), model.to(resolved), resolved
+
+
+def forget_model() -> None:
+    """Drop the model and the tokenizer that were loaded last."""
+    _loaded.cache_clear()
+    load_tokenizer.cache_clear()
 
 
 class Tracer:
@@ -97,6 +119,22 @@ class Tracer:
         self._tokenizer, self._model, self.device = load_model(model_name, device)
         self._attention = examine(self._model, self.device).attention if config.graph_layers else {}
         self._limit = positions_of(self._model.config) if config.truncate else None
+
+    def in_order(self, prompts: Sequence[Prompt], first: int, advance: Callable[[int], None]) -> Iterator[Record]:
+        """Yield the records of prompts in their order, whatever the order of the batches.
+
+        Args:
+            prompts: The prompts.
+            first: Number of the first one in the whole file; plays no part here.
+            advance: Called with the number of prompts of each batch.
+        """
+        for chunk in self.chunks(prompts):
+            records: dict[str, Record] = {}
+            for batch in self.batches(chunk):
+                records.update((record.id, record) for record in self.records(batch))
+                advance(len(batch))
+            for prompt, _ in chunk:
+                yield records.pop(prompt.id)
 
     def chunks(self, prompts: Sequence[Prompt]) -> Iterator[list[Tokens]]:
         """Yield the prompts with their tokens, in chunks whose records take at most CHUNK_BYTES."""
@@ -145,7 +183,9 @@ class Tracer:
             attention = torch.stack([self._mean_attention(out, layer) for layer in graph_layers], dim=1).cpu()
         for row, (prompt, tokens) in enumerate(batch):
             record = Record(id=prompt.id, group=prompt.group, label=prompt.label, sequence=sequences[row].numpy())
-            graphs = _graphs(nodes[row], attention[row], len(tokens), self.config.attention_threshold) if graph_layers else None
+            graphs = (
+                graphs_of(nodes[row], attention[row], len(tokens), self.config.attention_threshold) if graph_layers else None
+            )
             yield replace(record, graphs=graphs).stored(self.schema)
 
     def _mean_attention(self, out: Any, layer: int) -> torch.Tensor:
@@ -168,7 +208,9 @@ def positions_of(model_config: Any) -> int | None:
     return positions if isinstance(positions, int) and positions > 0 else None
 
 
-def _graphs(nodes: torch.Tensor, attention: torch.Tensor, count: int, threshold: float) -> Graphs:
+def graphs_of(
+    nodes: torch.Tensor, attention: torch.Tensor, count: int, threshold: float, fields: Mapping[str, Array] | None = None
+) -> Graphs:
     """Return the graphs of one record.
 
     nodes: (layers, width, hidden). attention: (layers, width, width). count: number of tokens, at most `width`.
@@ -180,6 +222,7 @@ def _graphs(nodes: torch.Tensor, attention: torch.Tensor, count: int, threshold:
         edge_attr=weights,
         node_counts=np.full(len(nodes), count),
         edge_counts=edge_counts,
+        fields=fields or {},
     )
 
 
