@@ -61,10 +61,10 @@ class Rows(harness.Results):
         super().__init__(theme, [])
         self.path = folder / self.path.name
         names = {"torch": "torch", "numpy": "numpy", "pyg": "torch-geometric", "dali": "nvidia-dali"}
-        self._common |= {
-            "command": self._common["command"].replace(f"benchmarks.{theme}", "benchmarks.gpu_day", 1),
+        self.facts |= {
+            "command": self.facts["command"].replace(f"benchmarks.{theme}", "benchmarks.gpu_day", 1),
             "versions": ", ".join(
-                [self._common["versions"], *(f"{names[key]} {versions[key]}" for key in names if key in versions)]
+                [self.facts["versions"], *(f"{names[key]} {versions[key]}" for key in names if key in versions)]
             ),
         }
 

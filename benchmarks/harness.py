@@ -218,13 +218,18 @@ def _version(package: str) -> str:
 
 
 class Results:
-    """Rows of one theme, printed one by one and written whole to `results/<theme>_<machine>_<date>.csv`."""
+    """Rows of one theme, printed one by one and written whole to `results/<theme>_<machine>_<date>.csv`.
+
+    Attributes:
+        path: The file.
+        facts: What every row says: machine, versions, commit, command and date.
+    """
 
     def __init__(self, theme: str, packages: Iterable[str]) -> None:
         words, short = machine()
         self.path = RESULTS / f"{theme}_{short}_{date.today().isoformat()}.csv"
         self._rows: list[dict[str, object]] = []
-        self._common = {
+        self.facts: dict[str, str] = {
             "machine": words,
             "versions": ", ".join(
                 [f"Python {platform.python_version()}", *(f"{package} {_version(package)}" for package in packages)]
@@ -266,7 +271,7 @@ class Results:
                 "reference": reference,
                 "reference_median": "" if other is None else f"{other:.4g}",
                 "ratio": ratio,
-                **self._common,
+                **self.facts,
             }
         )
         against_text = f", {ratio} of {reference} ({other:.4g})" if other is not None else ""
@@ -276,7 +281,7 @@ class Results:
 
     def missing(self, scenario: str, measured: str, why: str) -> None:
         """Add a row for something that could not be measured."""
-        self._rows.append({"scenario": scenario, "measured": measured, "why": without_folders(why), **self._common})
+        self._rows.append({"scenario": scenario, "measured": measured, "why": without_folders(why), **self.facts})
         print(f"{scenario}: {measured} cannot run: {why}", flush=True)
         self._write()
 

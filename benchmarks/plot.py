@@ -1,4 +1,4 @@
-"""Draw docs/speed.png, growth.png and gpu.png from results/, and the tables of docs/results.md: `python -m benchmarks.plot`.
+"""Draw the pictures of docs/ from results/, and the tables of docs/results.md and findings.md: `python -m benchmarks.plot`.
 
 Each theme is read from its newest file, `<theme>_<machine>_<date>.csv`. What was not measured is left out; without a GPU that
 is gpu.png.
@@ -17,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from benchmarks.detectortable import draw as draw_detectors
+from benchmarks.detectortable import update_findings
 from benchmarks.gpu_plot import gpu_panels
 from benchmarks.harness import Row, rows_of
 from benchmarks.tables import LABELS, is_ours, reach_of, spread, update_tables
@@ -26,7 +28,7 @@ from dali_pipeline.tools.picture import COLOURS, save
 OURS, PEER, LIMIT = COLOURS[2], COLOURS[3], COLOURS[1]
 STYLES = {"torch engine": (COLOURS[2], "o"), "dali engine": (COLOURS[0], "s"), "GraphLoader": (COLOURS[1], "^")}
 LIMITS = ("gather", "slice and concatenate")
-RESULTS = Path("docs/results.md")
+RESULTS, FINDINGS = Path("docs/results.md"), Path("docs/findings.md")
 app = new_app()
 Rows = list[Row]
 Panel = Callable[[Axes], None]
@@ -185,13 +187,20 @@ def draw(panels: list[Panel], path: Path, width: int, height: float) -> None:
 
 @app.command()
 def main(folder: Annotated[Path, typer.Argument(help="Folder for the pictures.")] = Path("docs")) -> None:
-    """Draw the results in results/; if the pictures go to docs, also write the tables of docs/results.md."""
+    """Draw the results in results/; if the pictures go to docs, also write the tables of docs/results.md and findings.md."""
     draw(list(speed_panels()), folder / "speed.png", 2, 4.2)
     draw(list(growth_panels()), folder / "growth.png", 2, 3.6)
     draw(list(gpu_panels()), folder / "gpu.png", 2, 5.5)
+    detectors = rows_of("detectors")
+    if detectors:
+        draw_detectors(detectors, folder / "detectors.png")
+        print(folder / "detectors.png")
     if folder == Path("docs"):
         update_tables(RESULTS)
         print(RESULTS)
+        if detectors:
+            update_findings(FINDINGS, detectors)
+            print(FINDINGS)
 
 
 if __name__ == "__main__":

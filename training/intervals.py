@@ -6,7 +6,7 @@ not independent). It gives each row a weight, how often its group was drawn, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,39 @@ def difference(ones: Sequence[Predictions], others: Sequence[Predictions], group
     metric = "R2" if ones[0].task == "regression" else "AUROC"
     found = {"difference": float(gains_P.mean()), "metric": metric, "interval": _interval(np.concatenate(drawn))}
     return found if len(pairs) == 1 else {**found, "std": float(gains_P.std(ddof=1)), "trainings": len(pairs)}
+
+
+def over_trainings(
+    trainings: Sequence[Predictions], groups: Sequence[bytes], metrics: Sequence[str] = ("auroc", "average_precision", "fpr95")
+) -> dict[str, dict[str, Any]]:
+    """Return metrics as means over several trainings, with 95 % intervals from resamples of the groups and the trainings.
+
+    Args:
+        trainings: Predictions of each training; all on the same records in the same order.
+        groups: (R,) name of each record's group.
+        metrics: Names of metrics of a task with classes that need no threshold.
+
+    Returns:
+        By metric `mean`, `interval`, and `std` over trainings, 0 of one.
+    """
+    known = [training.known() for training in trainings]
+    rows = known[0].of_rows(groups)
+    compute: dict[str, Callable[[Predictions, Floats], Floats]] = {
+        "auroc": weighted_auroc,
+        "average_precision": weighted_average_precision,
+        "fpr95": weighted_false_positive_rate,
+    }
+    found: dict[str, dict[str, Any]] = {}
+    for metric in metrics:
+        values_P = np.array([float(compute[metric](own, np.ones((1, len(rows))))[0]) for own in known])
+        rng, drawn = np.random.default_rng(seed_of(BOOTSTRAP, len(known))), []
+        for weights_SM in resamples(rows):
+            values_SP = np.stack([compute[metric](own, weights_SM) for own in known], axis=1)
+            shares_SP = rng.multinomial(len(known), np.full(len(known), 1 / len(known)), len(weights_SM)) / len(known)
+            drawn.append((values_SP * shares_SP).sum(axis=1))
+        std = float(values_P.std(ddof=1)) if len(known) > 1 else 0.0
+        found[metric] = {"mean": float(values_P.mean()), "interval": _interval(np.concatenate(drawn)), "std": std}
+    return found
 
 
 def resamples(groups: Sequence[bytes]) -> Iterator[Floats]:

@@ -454,7 +454,7 @@ def extract_command(
       python -m dali_pipeline extract --generate --model ./SmolLM2-135M --prompts sciq.csv --shots shots.csv data/answers
       python -m dali_pipeline extract --generate --chat --attention-features --model ./Llama-8B --prompts nq.jsonl data/nq
       python -m dali_pipeline extract --generate --temperature 0.7 --samples 10 --model ./Llama-8B --prompts nq.jsonl data/ten
-      python -m dali_pipeline extract --generate --match rouge-l:0.3 --positions last --model ./Llama-8B --prompts qa.csv data/qa
+      python -m dali_pipeline extract --generate --match rouge-l:0.3 --positions last --model ./Llama-8B --prompts q.csv data/q
       python -m dali_pipeline extract --generate --match none --model ./Llama-8B --prompts open.csv data/unjudged
       python -m dali_pipeline extract --generate --labels-from judged.csv:id:score --label-threshold 0.5 --model ./Llama-8B \\
         --prompts open.csv data/judged

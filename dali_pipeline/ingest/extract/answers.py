@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,13 +140,17 @@ class Answerer:
         self._taps = attention_taps(self._model.base_model, self.device) if self._wanted else {}
         # states of other kinds than attention's keys and values know nothing of padding, nor can they be continued
         self._pads = len(self._attention) == len(anatomy.widths) - 1
+        text_config = self._model.config.get_text_config()
+        windows = [getattr(text_config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+        # a window counts the padding between a prefix and the rest of a prompt
+        self._window = min([window for window in windows if window], default=sys.maxsize)
         self._keeps = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self._prefix = self._prefix_of(shared)
 
     @torch.inference_mode()
     def _prefix_of(self, tokens: Sequence[int]) -> Prefix:
         prefix = Prefix(count=len(tokens))
-        if not tokens or not self._pads:
+        if not tokens or not self._pads or self._window < len(tokens) + self.config.batch_tokens:
             return prefix
         received: dict[int, Received] = {}
         cache = DynamicCache()
