@@ -778,3 +778,73 @@ def test_the_estimate_of_the_space_counts_further_fields(tmp_path: Path, monkeyp
     data, _ = taken(src, Recipe(sequence="states", label="label", fields=fields))
     written = sum(path.stat().st_size for path in data.folder.glob("*/*.safetensors"))
     assert 0.85 * written < estimates[0] < 1.05 * written
+
+
+def write_vllm(folder: Path, count: int = 12) -> list[dict[str, Any]]:
+    """Write hidden states as vLLM does, and beside the folder JSON lines of prompts, answers and scores."""
+    folder.mkdir()
+    rows = []
+    for number in range(count):
+        states, ids = bf16(2 + number % 5, 3, 4), torch.randint(0, 50_000, (2 + number % 5,))
+        save_file({"hidden_states": states, "token_ids": ids}, folder / f"hs_{number}.safetensors")
+        rows.append(
+            {
+                "id": f"hs_{number}",
+                "question_id": number // 2,
+                "prompt": f"Frage {number}?",
+                "answer": f"Antwort {number} – ü" if number else "",
+                "score": number / count,
+                "prompt_steps": 1 + number % 2,
+            }
+        )
+    lines = [json.dumps(row) + "\n" for row in reversed(rows)]  # by id, not by order
+    (folder.parent / "answers.jsonl").write_text("".join(lines))
+    return rows
+
+
+VLLM_FIELDS = parse_fields(["record.prompt=prompt", "record.answer=answer", "record.prompt_steps=prompt_steps"])
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_vllm_with_prompts_answers_and_scores_beside(tmp_path: Path, in_place: bool) -> None:
+    rows = write_vllm(tmp_path / "src")
+    recipe = Recipe(
+        labels_from=f"{tmp_path}/answers.jsonl:id:score", label_threshold=0.5, group="question_id", fields=VLLM_FIELDS
+    )
+    data, records = taken(tmp_path / "src", recipe, in_place=in_place)
+    fields = data.schema.record_fields
+    assert {name: field.dtype for name, field in fields.items()} == {
+        "record.prompt": "text",
+        "record.answer": "text",
+        "record.prompt_steps": "int64",
+    }
+    assert sorted(records) == sorted(row["id"] for row in rows)
+    for row in rows:
+        record = records[row["id"]]
+        assert record.label == int(row["score"] < 0.5)
+        assert record.group == str(row["question_id"])
+        assert record.fields["prompt"] == row["prompt"]
+        assert record.fields["answer"] == row["answer"]
+        assert int(record.fields["prompt_steps"]) == row["prompt_steps"]
+        assert len(record.fields["token_ids"]) == len(record.sequence)
+
+
+def test_columns_beside_stacked_records(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    states, names = f32(10, 3, 4), [f"r{number}" for number in range(10)]
+    np.savez(tmp_path / "src" / "states.npz", acts=states, ids=np.array(names))
+    lines = [json.dumps({"id": name, "y": 1, "text": f"t {name}", "n": number}) for number, name in enumerate(names)]
+    (tmp_path / "t.jsonl").write_text("\n".join(reversed(lines)))
+    fields = parse_fields(["record.text=text", "record.n=n"])
+    recipe = Recipe(sequence="acts", id="ids", labels_from=f"{tmp_path}/t.jsonl:id:y", fields=fields)
+    _, records = taken(tmp_path / "src", recipe)
+    for number, name in enumerate(names):
+        equal(records[name].sequence, states[number])
+        assert (records[name].fields["text"], int(records[name].fields["n"])) == (f"t {name}", number)
+
+
+def test_a_column_that_is_nowhere_is_named(tmp_path: Path) -> None:
+    write_vllm(tmp_path / "src")
+    recipe = Recipe(labels_from=f"{tmp_path}/answers.jsonl:id:score", fields=parse_fields(["record.answer=anwser"]))
+    with pytest.raises(dp.UsageError, match=r"has no key 'anwser'.*'?answer"):
+        taken(tmp_path / "src", recipe)

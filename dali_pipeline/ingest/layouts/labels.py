@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -208,12 +208,16 @@ class LabelTable:
         values: Labels, in the file's order.
         rows: Number of the label of each id; None if they go by order.
         digest: Hash of the file's bytes.
+        keys: Names of all columns.
+        columns: Further columns that records take, in the file's order, by what they become: `group` or `record.NAME`.
     """
 
     path: Path
     values: list[Any]
     rows: dict[str, int] | None
     digest: str
+    keys: tuple[str, ...] = ()
+    columns: Mapping[str, list[Any]] = field(default_factory=dict)
 
     @cached_property
     def by_stem(self) -> dict[str, int]:
@@ -225,13 +229,26 @@ class LabelTable:
 
     def of(self, where: str, name: str) -> Any:
         """Return the label of an id, or of its last part behind a slash; raise FormatError if there is none."""
+        return self.values[self.row(where, name)]
+
+    def row(self, where: str, name: str) -> int:
+        """Return the number of an id's row, or of its last part behind a slash; raise FormatError if there is none."""
         assert self.rows is not None
         row = next((self.rows[key] for key in (name, name.rpartition("/")[2]) if key in self.rows), None)
         if row is None and self.by_stem:
             row = next((self.by_stem[key] for key in (name, name.rpartition("/")[2]) if key in self.by_stem), None)
         if row is None:
             raise FormatError(f"{where} has no label in {self.path}; expected its id there, and {nearest(name, self.rows)}")
-        return self.values[row]
+        return row
+
+    def with_columns(self, wanted: Mapping[str, str]) -> LabelTable:
+        """Return the table with further columns. wanted: name of each column, by what it becomes."""
+        container = open_container(self.path)
+        try:
+            columns = {name: _column(container, self.path, key) for name, key in wanted.items()}
+        finally:
+            container.close()
+        return replace(self, columns=columns)
 
 
 def split_reference(text: str) -> tuple[Path, str | None, str | None]:
@@ -278,7 +295,7 @@ def read_labels(reference: str) -> LabelTable:
     finally:
         container.close()
     rows = None if ids is None else _by_id(path, [_as_id(entry) for entry in ids], values)
-    return LabelTable(path=path, values=values, rows=rows, digest=_digest(path))
+    return LabelTable(path=path, values=values, rows=rows, digest=_digest(path), keys=tuple(keys))
 
 
 def _only_column(path: Path, keys: Sequence[str], id_column: str | None) -> str:

@@ -22,7 +22,7 @@ from dali_pipeline.ingest.containers.source import Extent, Source
 from dali_pipeline.ingest.foreign import ForeignFile, real_steps
 from dali_pipeline.ingest.layouts.alike import Pattern
 from dali_pipeline.ingest.layouts.parts import OpenPart, Part
-from dali_pipeline.ingest.layouts.plan import Plan, check_row, where_of, without_batch
+from dali_pipeline.ingest.layouts.plan import Plan, check_row, columns_beside, where_of, without_batch
 from dali_pipeline.storage.files import Files
 from dali_pipeline.types import Array
 from dali_pipeline.writing.places import Piece, PlacedRecord
@@ -110,6 +110,8 @@ def _large_fields(plan: Plan, part: Part, schema: Schema) -> Iterator[str]:
         nbytes = _extent(opened, "sequence").nbytes
         count = 1 if plan.per_file else max(1, opened.leaf("sequence").shape[0])
         for name, field in (schema.fields or {}).items():
+            if name not in part.places:  # it comes from the table of labels
+                continue
             leaf, place = opened.leaf(name), part.places[name][0]
             field_bytes = math.prod(leaf.shape) * field.storage.itemsize
             small = field_bytes * COPIED_SHARE <= nbytes or field_bytes <= COPIED_BYTES * count
@@ -186,9 +188,10 @@ def _placed(
             values[name] = _values(plan, opened, name, count, lengths, values.get("sequence"))
             _check_type(opened, name, values[name], schema)
         steps_of = values["sequence"].steps
-        copied = _copied(
-            plan, opened, [name for name in schema.fields or () if name not in placement.names], count, lengths, steps_of
-        )
+        beside = {} if plan.table is None else columns_beside(plan, opened.part, file.ids or file.groups)
+        inside = [name for name in schema.fields or () if name not in placement.names and name not in beside]
+        copied = _copied(plan, opened, inside, count, lengths, steps_of)
+        copied |= {name: entries for name, entries in beside.items() if name != "group"}
         readers = {name: _Reader(found) for name, found in values.items()}
         try:
             for row in range(count):

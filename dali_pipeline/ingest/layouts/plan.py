@@ -115,7 +115,9 @@ class Plan:
         same = isinstance(self.parts, SameParts)
         parts = itertools.islice(self.parts.values(), 1 if same else None)
         places = (part.places.keys() for part in parts)
-        return self.per_file and all("sequence" in names and not names & {"label", "id", "group"} for names in places)
+        inside = {"label", "id", "group"}
+        beside = self.table is not None and bool(self.table.columns)
+        return self.per_file and not beside and all("sequence" in names and not names & inside for names in places)
 
     def outside(self, path: Path, name: str) -> tuple[str, Any]:
         """Return the name and the label of the one record of a part, without opening it; raise FormatError for no label."""
@@ -180,8 +182,13 @@ def open_part(plan: Plan, part: Part, name: str) -> ForeignFile:
         finally:
             opened.close()
     ids, groups = texts.get("id"), texts.get("group") or texts["id"]
+    beside: dict[str, list[Any]] = {}
     if plan.table is not None:
         given = from_table(plan, part.path, ids or groups, part.listed)
+        beside = columns_beside(plan, part, ids or groups)
+        if "group" in beside:
+            entries = beside.pop("group")
+            groups = [as_text(plan.table.path, "group", entry if isinstance(entry, str) else entry[()]) for entry in entries]
     where = f"{part.path}, record {{}}" if len(given) > 1 else str(part.path)
     labels = [plan.rule.of(where.format(repr(key)), label) for key, label in zip(ids or groups, given, strict=True)]
     return ForeignFile(
@@ -191,7 +198,9 @@ def open_part(plan: Plan, part: Part, name: str) -> ForeignFile:
         groups=groups,
         labels=labels,
         label=plan.rule.label,
-        values=partial(_values, plan, part, len(labels)),
+        values=partial(_values_beside, plan, part, len(labels), beside)
+        if beside
+        else partial(_values, plan, part, len(labels)),
         step_axis=plan.axes.step_axis,
         axes=plan.axes.axes,
         layers=plan.axes.layers,
@@ -210,6 +219,40 @@ def from_table(plan: Plan, path: Path, names: Sequence[str], listed: Path | None
         table.of(f"{path}: record {name!r}", name) if row is None else table.values[row]
         for name, row in zip(names, rows, strict=True)
     ]
+
+
+def columns_beside(plan: Plan, part: Part, names: Sequence[str]) -> dict[str, list[Any]]:
+    """Return what the columns of the table of labels hold for a part's records, by what they become."""
+    assert plan.table is not None
+    if not plan.table.columns:
+        return {}
+    rows = [plan.table.row(f"{part.path}: record {name!r}", name) for name in names]
+    columns = {name: [column[row] for row in rows] for name, column in plan.table.columns.items()}
+    return {
+        name: [entry if isinstance(entry, str) else np.asarray(entry) for entry in entries] for name, entries in columns.items()
+    }
+
+
+def _values_beside(plan: Plan, part: Part, count: int, beside: Mapping[str, list[Any]]) -> Iterator[Values | Block]:
+    """Yield the values of a part's records with the fields that the table of labels has for them."""
+    if not beside:
+        yield from _values(plan, part, count)
+        return
+    begin = 0
+    for values in _values(plan, part, count):
+        if isinstance(values, Block):
+            end = begin + len(values.sequences)
+            fields = {name: stacked(column[begin:end]) for name, column in beside.items()}
+        else:
+            end = begin + 1
+            fields = {name: column[begin] for name, column in beside.items()}
+        yield values._replace(fields={**values.fields, **fields})
+        begin = end
+
+
+def stacked(entries: list[Any]) -> Any:
+    """Return numbers as an array, texts as they are."""
+    return entries if any(isinstance(entry, str) for entry in entries) else np.asarray(entries)
 
 
 def entries_of(part: OpenPart, name: str, per_file: bool) -> list[Any]:

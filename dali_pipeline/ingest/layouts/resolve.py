@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -130,7 +130,10 @@ def make_plan(root: Path, files: Sequence[Path], recipe: Recipe, what: str = BY_
         raise UsageError(f"{root} holds no file of arrays; expected .safetensors, .npy, .npz, .pt, .parquet or the like")
     found, recipe = _sequence_parts(root, usable, recipe)
     notices: list[str] = []
-    parts, recipe, shared = _with_other_keys(root, usable, found, recipe, notices)
+    beside = {} if table is None else _columns_beside(table, recipe, found.parts)
+    if table is not None and beside:
+        table = table.with_columns(beside)
+    parts, recipe, shared = _with_other_keys(root, usable, found, recipe, notices, beside, () if table is None else table.keys)
     if shared is not None and table is None:
         table = read_labels(f"{shared}::")
     first = OpenPart(_reference(parts)[0])
@@ -318,12 +321,30 @@ def _reference(parts: Sequence[tuple[Part, dict[str, str]]]) -> tuple[Part, dict
     return parts[seen[0][0]]
 
 
+def _columns_beside(table: LabelTable, recipe: Recipe, parts: Sequence[tuple[Part, dict[str, str]]]) -> dict[str, str]:
+    """Return the KEYs of groups and record fields that no array has and a column of the table has, if it has ids."""
+    if table.rows is None:
+        return {}
+    own = _leaves_of(_reference(parts)[0])
+    names = (name for name in recipe.keys if name == "group" or name.startswith("record."))
+    return {name: key for name in names if (key := recipe.keys[name]) not in own and key in table.keys}
+
+
 def _with_other_keys(
-    root: Path, usable: Sequence[Path], found: Found, recipe: Recipe, notices: list[str]
+    root: Path,
+    usable: Sequence[Path],
+    found: Found,
+    recipe: Recipe,
+    notices: list[str],
+    beside: Collection[str],
+    columns: Sequence[str],
 ) -> tuple[list[tuple[Part, dict[str, str]]], Recipe, Path | None]:
-    """Return the parts with the places of all other KEYs, the recipe with the label found, and a file of all labels."""
+    """Return the parts with the places of all other KEYs, the recipe with the label found, and a file of all labels.
+
+    beside: what comes from columns of the table of labels. columns: names of all of these.
+    """
     parts, shared = found.parts, None
-    keys = {name: key for name, key in recipe.keys.items() if name != "sequence"}
+    keys = {name: key for name, key in recipe.keys.items() if name != "sequence" and name not in beside}
     first, values = _reference(parts)
     own = _leaves_of(first)
     no_label = "label" not in keys and recipe.labels_from is None and recipe.label_kind != "none"
@@ -345,7 +366,7 @@ def _with_other_keys(
                 places[number][name] = (Place(None, filled(key, part_values)),)
             continue
         index = index or _index(root, usable)
-        partners = _partners(parts, key, index, [leaf or stem_of(first.path.name) for leaf in own])
+        partners = _partners(parts, key, index, [*(leaf or stem_of(first.path.name) for leaf in own), *columns])
         single = _single_key(partners[0])
         if single is None:
             raise UsageError(f"{partners[0]} holds several arrays; expected one, or its column by --labels-from FILE::KEY")
