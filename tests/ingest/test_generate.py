@@ -197,13 +197,11 @@ def llama(tmp_path: Path) -> str:
 
 def run(model: str, tmp_path: Path, name: str = "set", questions: Path | None = None, **options: Any) -> dict[str, Any]:
     """Answer questions; return the records."""
-    config = {
-        "graph_layers": (),
-        **{key: options.pop(key) for key in ("batch_tokens", "commit_every", "truncate") if key in options},
-    }
+    names = ("batch_tokens", "commit_every", "truncate")
+    config: dict[str, Any] = {name: options.pop(name) for name in names if name in options}
     path = questions or write_questions(tmp_path / "q.jsonl")
     own = replace(OWN, attention_features=False, **options)
-    data = extract(model, path, tmp_path / name, replace(CONFIG, generate=own, **config), device="cpu")
+    data = extract(model, path, tmp_path / name, replace(CONFIG, generate=own, graph_layers=(), **config), device="cpu")
     return records_of(data)
 
 
