@@ -36,7 +36,7 @@ fit: $(READY)
 bench: fit $(if $(QUICK),,.venv-peers/.ready)  ## speed and memory beside the limits and the peers, into benchmarks/results; FULL=1 longer, QUICK=1 without peers
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick,$(if $(FULL),--full))
 
-plots: fit           ## the tables of docs/results.md, docs/speed.png and docs/growth.png from benchmarks/results
+plots: fit           ## the tables of docs/results.md and docs/findings.md, and their pictures, from benchmarks/results
 	$(BIN)/python -m benchmarks.plot
 
 peers: .venv-peers/.ready  ## set-up of what the benchmarks compare with, in .venv-peers

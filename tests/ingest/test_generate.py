@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dali_pipeline as dp
@@ -24,55 +23,18 @@ from dali_pipeline.ingest.extract.generate import EIGENVALUES, GenerateConfig, G
 from dali_pipeline.ingest.extract.matching import Match
 from dali_pipeline.ingest.extract.tracer import ExtractConfig, forget_model
 from dali_pipeline.writing.journal import WorkFolder
-from tests.helpers.languagemodels import WORDS, make_model
+from tests.helpers.languagemodels import ENDS, MODELS, WORDS, make_answering_model, write_questions
 
 NEW = 6
-ENDS = [2, 5, 8]  # so that answers differ in length
 OWN = GenerateConfig(max_new_tokens=NEW, attention_features=True)
 CONFIG = ExtractConfig(
     batch_tokens=60, commit_every=8, dtype="float32", split=dp.SplitRule(shares=(100, 0, 0)), attention_threshold=0.02
 )
-SMALL: dict[str, Any] = {"vocab_size": len(WORDS) + 1, "hidden_size": 16, "num_hidden_layers": 3}
-HEADS: dict[str, Any] = {"intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "Llama": ("LlamaForCausalLM", {**SMALL, **HEADS}),
-    "Gemma2": ("Gemma2ForCausalLM", {**SMALL, **HEADS, "head_dim": 8, "sliding_window": 4}),
-    "GPT2": ("GPT2LMHeadModel", {"vocab_size": 12, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 64}),
-    "Bloom": ("BloomForCausalLM", {"vocab_size": 12, "hidden_size": 16, "n_layer": 2, "n_head": 2}),
-    "Lfm2": ("Lfm2ForCausalLM", {**SMALL, **HEADS, "layer_types": ["conv", "full_attention", "conv"]}),
-    "Mamba": ("MambaForCausalLM", {**SMALL, "state_size": 4, "use_mambapy": False}),
-}
 
 
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
     forget_model()
-
-
-def save(folder: Path, name: str = "Llama", ends: list[int] | None = None) -> str:
-    """Save a model of random weights, large enough to be sure of something, with the tokenizer of whole words."""
-    make_model(folder)
-    class_name, settings = MODELS[name]
-    torch.manual_seed(1)
-    model = getattr(transformers, class_name)(getattr(transformers, f"{name}Config")(**settings))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(8 if name not in ("Lfm2", "Mamba") else 2)
-    model.generation_config.eos_token_id = ENDS if ends is None else ends
-    model.generation_config.pad_token_id = None
-    model.save_pretrained(folder)
-    return str(folder)
-
-
-def write_questions(path: Path, count: int = 20) -> Path:
-    rng = np.random.default_rng(3)
-    rows = [
-        {"id": f"q{row}", "prompt": " ".join(rng.choice(WORDS, rng.integers(2, 9))), "answers": [str(rng.choice(WORDS))]}
-        for row in range(count)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def write_shots(path: Path) -> Path:
@@ -97,7 +59,7 @@ def files(root: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("shots", [False, True])
 @pytest.mark.parametrize("name", list(MODELS))
 def test_answers_and_traces_are_those_of_one_prompt_at_a_time(tmp_path: Path, name: str, shots: bool) -> None:
-    model = save(tmp_path / "model", name)
+    model = make_answering_model(tmp_path / "model", name)
     path = write_questions(tmp_path / "q.jsonl")
     features = name != "Mamba"
     own = replace(
@@ -192,7 +154,7 @@ def check_graphs(record: Any, maps: dict[int, Any], states: Any, prompt: int, be
 
 @pytest.fixture
 def llama(tmp_path: Path) -> str:
-    return save(tmp_path / "model")
+    return make_answering_model(tmp_path / "model")
 
 
 def run(model: str, tmp_path: Path, name: str = "set", questions: Path | None = None, **options: Any) -> dict[str, Any]:
@@ -301,7 +263,7 @@ def test_the_first_token_of_all_has_no_probability(llama: str, tmp_path: Path) -
 
 
 def test_empty_answers_are_kept_as_the_token_that_ended_them(tmp_path: Path) -> None:
-    model = save(tmp_path / "model", ends=list(range(12)))
+    model = make_answering_model(tmp_path / "model", ends=list(range(12)))
     records = run(model, tmp_path)
     for record in records.values():
         assert (len(record.sequence), record.fields["answer"], record.label) == (1, "", 1)
@@ -312,7 +274,7 @@ def test_empty_answers_are_kept_as_the_token_that_ended_them(tmp_path: Path) -> 
 
 
 def test_answers_end_before_a_stop_text(tmp_path: Path) -> None:
-    model = save(tmp_path / "model", ends=[])
+    model = make_answering_model(tmp_path / "model", ends=[])
     whole, cut = run(model, tmp_path), run(model, tmp_path, "cut", stop=("wrong", "answer to"))
     stopped = 0
     for name, record in cut.items():
@@ -422,6 +384,7 @@ def test_bad_questions_and_settings_are_named(
         ('{"prompt": "a"}', "line 2 has no 'answers'; it has prompt"),
         ('{"prompt": 1, "answers": "b"}', "line 2 has the prompt 1"),
         ('{"prompt": "a", "answers": [null]}', "line 2 has the reference None"),
+        ('{"prompt": "a \\ud800", "answers": "b"}', "line 2 holds half a character"),
     ],
 )
 def test_bad_lines_are_named(llama: str, tmp_path: Path, line: str, words: str) -> None:
@@ -431,7 +394,7 @@ def test_bad_lines_are_named(llama: str, tmp_path: Path, line: str, words: str) 
 
 
 def test_prompts_beyond_the_models_positions(tmp_path: Path) -> None:
-    model = save(tmp_path / "model", "GPT2")
+    model = make_answering_model(tmp_path / "model", "GPT2")
     long = " ".join(WORDS[number % 11] for number in range(70))
     (tmp_path / "q.csv").write_text(f"id,prompt,answers\na,what is,x\nb,{long},x\nc,{' '.join(long.split()[-58:])},x\n")
     with pytest.raises(dp.UsageError, match=r"'b' has 70 tokens, with 6 new ones too many for the model's 64 .*--truncate"):
@@ -446,7 +409,7 @@ def test_prompts_beyond_the_models_positions(tmp_path: Path) -> None:
 
 
 def test_a_model_without_attention_has_no_figures_of_heads(tmp_path: Path) -> None:
-    model = save(tmp_path / "model", "Mamba")
+    model = make_answering_model(tmp_path / "model", "Mamba")
     config = replace(CONFIG, generate=OWN)
     with pytest.raises(dp.UsageError, match="has no attention from token to token; --attention-features needs"):
         extract(model, write_questions(tmp_path / "q.jsonl"), tmp_path / "set", config, device="cpu")
@@ -486,4 +449,5 @@ def test_the_command_line(
     )
     assert 0 < labels.count(0) < 20
     assert data.schema.layers == (1, 2, 3)
+    assert data.manifest.source["attention_layers"] == [1, 2, 3]
     assert (data.schema.steps, data.layer_numbers("graphs")) == ("token", [1, 2, 3])

@@ -120,6 +120,8 @@ def extract(
         "attention_threshold": config.attention_threshold,
         "fingerprint": fingerprint,
     }
+    if config.generate is not None and config.generate.attention_features:
+        source["attention_layers"] = sorted(anatomy.heads)
     with (
         ShardWriter(
             out, schema, shard_bytes=config.shard_bytes, split=config.split, source=source, fingerprint=fingerprint

@@ -102,7 +102,12 @@ def _question(where: str, number: int, row: Mapping[str, Any], with_answers: boo
             if not words_of(answer):
                 raise UsageError(f"{where} has the reference {answer!r}, which no answer matches; expected letters or digits")
     name = _name(row.get("id"), str(number))
-    return Question(id=name, group=_name(row.get("group"), name), text=text, answers=answers)
+    group = _name(row.get("group"), name)
+    try:
+        "".join((text, name, group, *answers)).encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{where} holds half a character (a lone surrogate); expected text that UTF-8 can hold") from None
+    return Question(id=name, group=group, text=text, answers=answers)
 
 
 def _answers(where: str, value: Any) -> tuple[str, ...]:
