@@ -323,6 +323,11 @@ def test_chat_templates(llama: str, tmp_path: Path) -> None:
     rows = [{**json.loads(line), "prompt": f"{front} question {json.loads(line)['prompt']} answer"} for line in lines]
     (tmp_path / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     plain = run(llama, tmp_path, "plain", tmp_path / "plain.jsonl")
+    tokenizer.chat_template = TEMPLATE + " "
+    tokenizer.save_pretrained(llama)
+    forget_model()
+    with pytest.raises(dp.UsageError, match="another model, prompts or settings"):
+        run(llama, tmp_path, chat=True, shots=tmp_path / "shots.csv")
     for name, record in chatted.items():
         assert record.fields["token_ids"].tolist() == plain[name].fields["token_ids"].tolist()
         assert record.fields["prompt_steps"] == plain[name].fields["prompt_steps"]

@@ -90,10 +90,11 @@ def extract(
     config = _with_all_layers(config, int(model_config.get_text_config().num_hidden_layers))
     shared: list[int] = []
     facts: dict[str, Any] = {"prompts": xxhash.xxh3_128_hexdigest(prompts_path.read_bytes())}
-    if asking is None:
+    if asking is None or config.generate is None:
         _check_lengths(prompts_path, prompts, tokenizer, positions_of(model_config), config.truncate)
     else:
-        shared, facts = _shared(prompts_path, asking, config, tokenizer, model_config), {"generate": asking.facts}
+        shared = _shared(prompts_path, asking, config, tokenizer, model_config)
+        facts = {"generate": asking.facts, "ends": _ends(folder, tokenizer if config.generate.chat else None)}
     described = {
         **{name: value for name, value in asdict(replace(config, generate=None)).items() if name not in LATER or value},
         "model": _identity(model_name, model_config),
@@ -112,16 +113,7 @@ def extract(
     anatomy = _examined(model_name, device) if engine == "local" else _anatomy(model_config)
     config = _with_attention(model_name, config, asked, anatomy)
     schema = _schema(model_name, config, anatomy, asking)
-    source = {
-        "made_by": "extract",
-        "model": Path(model_name).name,
-        "layers": config.layers,
-        "graph_layers": config.graph_layers,
-        "attention_threshold": config.attention_threshold,
-        "fingerprint": fingerprint,
-    }
-    if config.generate is not None and config.generate.attention_features:
-        source["attention_layers"] = sorted(anatomy.heads)
+    source = _source(model_name, config, anatomy, fingerprint)
     with (
         ShardWriter(
             out, schema, shard_bytes=config.shard_bytes, split=config.split, source=source, fingerprint=fingerprint
@@ -149,6 +141,20 @@ def extract(
     return open_dataset(out)
 
 
+def _source(model_name: str, config: ExtractConfig, anatomy: Anatomy, fingerprint: str) -> dict[str, Any]:
+    """Return what the manifest says about where the records come from."""
+    source = {
+        "made_by": "extract",
+        "model": Path(model_name).name,
+        "layers": config.layers,
+        "graph_layers": config.graph_layers,
+        "attention_threshold": config.attention_threshold,
+        "fingerprint": fingerprint,
+    }
+    of_heads = config.generate is not None and config.generate.attention_features
+    return {**source, "attention_layers": sorted(anatomy.heads)} if of_heads else source
+
+
 def _configured(model_name: str) -> tuple[Any, Any]:
     """Return the configuration and the tokenizer of a model; raise UsageError if it has none."""
     try:
@@ -168,6 +174,13 @@ def _shared(path: Path, asking: Asking, config: ExtractConfig, tokenizer: Any, m
     cut = None if limit is None or not config.truncate else limit - own.max_new_tokens
     prompter = Prompter(tokenizer, own, asking.shots, cut)
     return shared_tokens(path, prompter, asking, own, limit, config.truncate)
+
+
+def _ends(folder: Path, tokenizer: Any) -> str:
+    """Return a hash of what else says how a model's answers begin and end: its generation settings, and a chat template."""
+    path = folder / "generation_config.json"
+    template = "" if tokenizer is None else str(tokenizer.chat_template)
+    return xxhash.xxh3_128_hexdigest((path.read_bytes() if path.is_file() else b"") + template.encode())
 
 
 def _schema(model_name: str, config: ExtractConfig, anatomy: Anatomy, asking: Asking | None) -> Schema:
