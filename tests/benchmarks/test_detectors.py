@@ -77,7 +77,7 @@ def predictions(rng: np.random.Generator, count: int) -> Predictions:
 
 
 def test_intervals_over_trainings() -> None:
-    """Of one training they are those of that training; several add the spread of the trainings."""
+    """One training has its own intervals; several add the spread of the trainings."""
     rng = np.random.default_rng(0)
     found = [predictions(rng, 90) for _ in range(3)]
     groups = [str(number // 2).encode() for number in range(90)]

@@ -21,9 +21,10 @@ from dali_pipeline.ingest import sources
 from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.convert import convert
 from dali_pipeline.ingest.extract.extract import extract
+from dali_pipeline.ingest.extract.generate import GenerateConfig
 from dali_pipeline.ingest.onray import Asks, on_ray
 from tests.helpers.folders import assert_same_bytes, break_file, make_folder
-from tests.helpers.languagemodels import CONFIG, make_model, write_prompts
+from tests.helpers.languagemodels import CONFIG, make_answering_model, make_model, write_prompts, write_questions
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray 2.60 leaves its pipes to the collector
@@ -156,6 +157,15 @@ def test_extraction_on_many_machines_writes_what_one_does(cluster: str, tmp_path
     assert torch.get_num_threads() == 1
     extract(model, prompts, tmp_path / "here", CONFIG, device="cpu")
     extract(model, prompts, tmp_path / "ray", CONFIG, device="cpu", engine="ray")
+    assert_same_bytes(tmp_path / "here", tmp_path / "ray")
+
+
+@pytest.mark.slow
+def test_answers_of_many_machines_are_those_of_one(cluster: str, tmp_path: Path) -> None:
+    model, questions = make_answering_model(tmp_path / "model"), write_questions(tmp_path / "q.jsonl", 40)
+    config = replace(CONFIG, generate=GenerateConfig(max_new_tokens=6, temperature=1.0, samples=2, attention_features=True))
+    extract(model, questions, tmp_path / "here", config, device="cpu")
+    extract(model, questions, tmp_path / "ray", config, device="cpu", engine="ray")
     assert_same_bytes(tmp_path / "here", tmp_path / "ray")
 
 
