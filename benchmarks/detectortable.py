@@ -24,8 +24,8 @@ COLUMNS = (
 MARK = re.compile(r"(<!-- detectors -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
-def markdown(rows: list[Row]) -> str:
-    """Return the table, with the command, the machine and the date below it."""
+def markdown(rows: list[Row], link: str = "") -> str:
+    """Return the table, with the command, the machine and the date below it, and a link to the file if one is given."""
     lines = [f"| | {' | '.join(METRICS.values())} | AUROC beside the linear probe |", f"|---{'|---' * (len(METRICS) + 1)}|"]
     for row in rows:
         cells = [_cell(row, metric, signed=False) for metric in METRICS]
@@ -36,7 +36,7 @@ def markdown(rows: list[Row]) -> str:
     below = (
         f"{first['test_answers']} test answers, {first['test_right']} of them right; {trainings}, 95 % intervals over questions"
         f"{' and seeds' if first['seeds'] != '1' else ''}. {first['model']} on {first['questions']}; all {first['answers']}. "
-        f"`{first['command']}`, {first['machine']}, {first['date']}."
+        f"`{first['command']}`, {first['machine']}, {first['date']}{f' ([CSV]({link}))' if link else ''}."
     )
     return "\n".join([*lines, "", below])
 
@@ -50,12 +50,15 @@ def _cell(row: Row, name: str, *, signed: bool) -> str:
 def panel(axes: Axes, rows: list[Row]) -> None:
     """Draw the AUROC of every baseline and detector with its interval, in the order of the table."""
     names = [row["detector"] for row in rows]
-    for place, row in enumerate(rows):
-        colour = COLOURS[2] if row["detector"] in MODELS else COLOURS[3]
-        auroc, low, high = (float(row[key]) for key in ("auroc", "auroc_low", "auroc_high"))
-        reach = [[max(0.0, auroc - low)], [max(0.0, high - auroc)]]
-        axes.errorbar(auroc, place, xerr=reach, fmt="o" if row["detector"] in MODELS else "s", color=colour, capsize=3)
-        axes.annotate(f"{auroc:.3f}", (auroc, place), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=7)
+    for kind, is_detector, colour, marker in (("baselines", False, COLOURS[3], "s"), ("detectors", True, COLOURS[2], "o")):
+        places = [place for place, name in enumerate(names) if (name in MODELS) == is_detector]
+        aurocs = [float(rows[place]["auroc"]) for place in places]
+        lows, highs = ([float(rows[place][f"auroc_{end}"]) for place in places] for end in ("low", "high"))
+        below = [max(0.0, auroc - low) for auroc, low in zip(aurocs, lows, strict=True)]
+        above = [max(0.0, high - auroc) for auroc, high in zip(aurocs, highs, strict=True)]
+        axes.errorbar(aurocs, places, xerr=[below, above], fmt=marker, color=colour, capsize=3, label=kind)
+        for auroc, place in zip(aurocs, places, strict=True):
+            axes.annotate(f"{auroc:.3f}", (auroc, place), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=7)
     axes.axvline(0.5, color=COLOURS[1], linestyle="--", linewidth=0.8)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.8)
@@ -65,6 +68,7 @@ def panel(axes: Axes, rows: list[Row]) -> None:
         title=f"{first['model']} on {first['questions']}\n{first['test_answers']} test answers{seeds}",
         xlabel="test AUROC and 95 % interval (dashed: chance)",
     )
+    axes.legend(fontsize=8, loc="lower left")
 
 
 def draw(rows: list[Row], path: Path) -> None:
@@ -74,6 +78,7 @@ def draw(rows: list[Row], path: Path) -> None:
     save(figure, path)
 
 
-def update_findings(path: Path, rows: list[Row]) -> None:
-    """Replace the table between its marks in a document."""
-    write_whole(path, MARK.sub(lambda found: f"{found[1]}\n{markdown(rows)}\n\n{found[3]}", path.read_text("utf-8")).encode())
+def update_findings(path: Path, rows: list[Row], link: str) -> None:
+    """Replace the table between its marks in a document. link: to the file of the rows."""
+    table = markdown(rows, link)
+    write_whole(path, MARK.sub(lambda found: f"{found[1]}\n{table}\n\n{found[3]}", path.read_text("utf-8")).encode())

@@ -20,7 +20,7 @@ from matplotlib.ticker import EngFormatter
 from benchmarks.detectortable import draw as draw_detectors
 from benchmarks.detectortable import update_findings
 from benchmarks.gpu_plot import gpu_panels
-from benchmarks.harness import Row, rows_of
+from benchmarks.harness import Row, results_path, rows_of
 from benchmarks.tables import LABELS, is_ours, reach_of, spread, update_tables
 from dali_pipeline.cli.app import new_app, run
 from dali_pipeline.tools.picture import COLOURS, save
@@ -198,8 +198,8 @@ def main(folder: Annotated[Path, typer.Argument(help="Folder for the pictures.")
     if folder == Path("docs"):
         update_tables(RESULTS)
         print(RESULTS)
-        if detectors:
-            update_findings(FINDINGS, detectors)
+        if (path := results_path("detectors")) is not None:
+            update_findings(FINDINGS, detectors, f"../benchmarks/results/{path.name}")
             print(FINDINGS)
 
 

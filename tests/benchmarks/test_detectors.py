@@ -46,9 +46,10 @@ def test_one_command_makes_the_table(
     assert detectortable.markdown(rows) in out
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- detectors -->\nold\n<!-- end -->\nafter\n")
-    detectortable.update_findings(page, rows)
+    detectortable.update_findings(page, rows, "../some.csv")
     text = page.read_text()
     assert "| gvae_lstm | " in text
+    assert "([CSV](../some.csv))" in text
     assert "old" not in text
     assert text.startswith("before\n<!-- detectors -->\n")
     assert text.endswith("\n<!-- end -->\nafter\n")
