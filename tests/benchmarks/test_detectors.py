@@ -24,10 +24,11 @@ def test_one_command_makes_the_table(
 ) -> None:
     model = make_answering_model(tmp_path / "model")
     questions = write_questions(tmp_path / "q.jsonl", 120, references=5)
-    options = ["--graph-layers", "1,3", "--max-new-tokens", "6", "--seeds", "1", "--epochs", "1", "--device", "cpu"]
+    options = ["--max-new-tokens", "6", "--seeds", "1", "--epochs", "1", "--device", "cpu"]
     files = ["--model", model, "--questions", str(questions), "--folder", str(tmp_path / "runs")]
     monkeypatch.setattr("sys.argv", ["detectors", *files, *options])
     assert run(detectors.app, "benchmarks.detectors") == 0
+    assert detectors.middle_layers(model) == (1, 2)
     folder = tmp_path / "runs" / "model-q"
     with (folder / "detectors.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
