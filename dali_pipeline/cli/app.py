@@ -271,6 +271,7 @@ def convert_command(
       python -m dali_pipeline convert preprocessed_data s3://bucket/traces
       RAY_ADDRESS=head:6379 python -m dali_pipeline convert /shared/raw /shared/traces --engine ray
       python -m dali_pipeline convert data/traces data/traces8 --dtype sequence=int8,x=bfloat16
+      python -m dali_pipeline convert data/answers data/judged --labels-from judged.csv:id:score --label-threshold 0.5
     """
     from dali_pipeline.format.layers import parse_layers
     from dali_pipeline.ingest.config import ConvertConfig

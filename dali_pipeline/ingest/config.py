@@ -116,6 +116,7 @@ class ConvertConfig:
             more += ("own splits",)
         more += ("in place",) if self.in_place else ()
         followed = () if source.plan is None else source.plan.facts
+        followed += () if source.relabelling is None else source.relabelling.facts
         return xxhash.xxh3_128_hexdigest(
             msgspec.json.encode((source.names, source.sizes, *done, *more, *followed), order="sorted")
         )

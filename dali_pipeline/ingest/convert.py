@@ -238,9 +238,11 @@ def _origin(job: Job) -> dict[str, Any]:
         origin = {name: value for name, value in before.items() if name not in ("left_out", "in_one_half", "moved", "torn")}
     if isinstance(job.dealer, FileSplit):
         origin["moved"] = job.dealer.moved
-    if job.source.plan is not None and job.source.plan.rule.describe():
-        origin["labels"] = job.source.plan.rule.describe()
-        origin[LABEL_RULE] = {"threshold": job.source.plan.rule.threshold, "above": job.source.plan.rule.above}
+    if job.source.relabelling is not None:
+        origin = {name: value for name, value in origin.items() if name not in ("labels", LABEL_RULE)}
+    if (rule := job.source.label_rule) is not None and rule.describe():
+        origin["labels"] = rule.describe()
+        origin[LABEL_RULE] = {"threshold": rule.threshold, "above": rule.above}
     if job.torn:
         origin["torn"] = job.torn
     return origin | job.choice.kept_numbers

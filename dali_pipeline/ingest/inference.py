@@ -71,7 +71,11 @@ def infer_schema(
     to `notices`.
     """
     if source.own is not None:
-        return _own_schema(source.own, config)
+        schema, choice = _own_schema(source.own, config)
+        if source.relabelling is not None:
+            label = source.relabelling.rule.label
+            schema = replace(schema, label=msgspec.UNSET if label == Label() else label)
+        return schema, choice
     sequence, graphs = _first_records(source, file_names, config)
     if sequence is None and graphs is None:
         raise DataError(f"{source.root} holds no records that can be taken in; expected at least one")

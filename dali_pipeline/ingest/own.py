@@ -18,6 +18,7 @@ from dali_pipeline.format.manifest import MANIFEST_NAME
 from dali_pipeline.format.schema import Field
 from dali_pipeline.format.shard import Shard
 from dali_pipeline.ingest.foreign import Block, ForeignFile, Reader, Values, rows_at_a_time
+from dali_pipeline.ingest.layouts.labels import Relabelling
 from dali_pipeline.storage.files import Files
 from dali_pipeline.types import KINDS
 
@@ -38,17 +39,18 @@ def _find(files_root: str | None, root: Path, _: list[Path]) -> list[Path]:
     return [data.shard_path(split, kind, number) for split, kind in kinds for number in range(len(data.table(split, kind)))]
 
 
-def _open(files_root: str | None, path: Path, _: str) -> ForeignFile:
+def _open(files_root: str | None, relabelling: Relabelling | None, path: Path, _: str) -> ForeignFile:
     data, split = opened(path.parent.parent, files_root), path.parent.name
     kind = next(kind for kind in KINDS if path.name.startswith(kind))
     number = int(path.stem.removeprefix(f"{kind}-"))
     shard = data.shards(split, kind).open(number, Files(2))
+    ids = [text.decode() for text in shard.texts("ids")]
     return ForeignFile(
         path=path,
         kinds=(kind,),
-        ids=[text.decode() for text in shard.texts("ids")],
+        ids=ids,
         groups=[text.decode() for text in shard.texts("groups")],
-        labels=labels_of(data.schema.labels, shard),
+        labels=labels_of(data.schema.labels, shard) if relabelling is None else relabelling.labels(path, ids),
         values=partial(_sequences if kind == "sequences" else _graphs, data, shard),
     )
 
@@ -102,6 +104,11 @@ def _narrow(fields: Mapping[str, Field]) -> tuple[str, ...]:
 OWN = f"data set ({MANIFEST_NAME})"
 
 
-def own_reader(files_root: str | None) -> Reader:
-    """Return the reader of data sets. files_root: where the values of one in place lie; None for where they lay."""
-    return Reader(what=OWN, find=partial(_find, files_root), open=partial(_open, files_root))
+def own_reader(files_root: str | None, relabelling: Relabelling | None = None) -> Reader:
+    """Return the reader of data sets.
+
+    Args:
+        files_root: Where the values of one in place lie; None for where they lay.
+        relabelling: Other labels for its records. Default: none.
+    """
+    return Reader(what=OWN, find=partial(_find, files_root), open=partial(_open, files_root, relabelling))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dali_pipeline.errors import FormatError, PipelineError, UsageError, needs_extra
 from dali_pipeline.ingest.foreign import Block, ForeignFile, Reader, Values, files_named, list_files
+from dali_pipeline.ingest.layouts.labels import LabelRule, Relabelling
 from dali_pipeline.ingest.layouts.opening import fetching
 from dali_pipeline.ingest.layouts.recipe import Recipe
 from dali_pipeline.ingest.own import OWN, opened, own_reader
@@ -46,6 +47,7 @@ class Source:
         chunk_bytes: Bytes of source files per chunk, which one worker converts, and which becomes final as a whole; at least
             CHUNK_BYTES.
         files_root: Folder of the values of the source, if that is a data set in place; None for where they lay.
+        relabelling: Other labels for the records of a data set; None for its own.
     """
 
     root: Path
@@ -58,6 +60,7 @@ class Source:
     plan: Plan | None = None
     chunk_bytes: int = 0
     files_root: str | None = None
+    relabelling: Relabelling | None = None
 
     @classmethod
     def find(
@@ -104,12 +107,13 @@ class Source:
             formats = {reader.what: (reader, files) for reader in readers if (files := reader.find(root, all_files))}
             known = [what for what, (_, files) in formats.items() if remote is not None or is_of_today(what, files[0])]
             plan: Plan | None = None
-            of_traces = recipe is not None and known == [TRACES] and recipe.tells_labels_alone
-            if not of_traces and (recipe or not known):
-                if OWN in formats and recipe:
-                    raise UsageError(
-                        f"{root} is a data set, whose fields have names; --sequence, --label and the like are not for it"
-                    )
+            relabelling: Relabelling | None = None
+            labels_alone = recipe is not None and known in ([TRACES], [OWN]) and recipe.tells_labels_alone
+            if recipe and labels_alone and known == [OWN]:
+                relabelling = Relabelling.of(recipe)
+                formats[OWN] = own_reader(files_root, relabelling), formats[OWN][1]
+            if not labels_alone and (recipe or not known):
+                _refuse_keys(root, OWN in formats and bool(recipe))
                 with _fetching(root, remote):
                     plan = plan_for(root, all_files, recipe or Recipe(), skip_bad=skip_bad)
         if plan is not None:
@@ -140,6 +144,7 @@ class Source:
             not_taken=not_taken,
             plan=plan,
             files_root=files_root,
+            relabelling=relabelling,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -152,6 +157,13 @@ class Source:
     def own(self) -> Dataset | None:
         """The data set that is the source; None for any other source."""
         return opened(self.root, self.files_root) if self.reader.what == OWN else None
+
+    @property
+    def label_rule(self) -> LabelRule | None:
+        """How labels become those of records, if a recipe says where they come from."""
+        if self.relabelling is not None:
+            return self.relabelling.rule
+        return None if self.plan is None else self.plan.rule
 
     @property
     def nbytes(self) -> int:
@@ -317,6 +329,15 @@ def _named_values(
     with named(path, local_path):
         yield from values()
     del fetched  # referenced until here, so that the file stays on the disk
+
+
+def _refuse_keys(root: Path, is_own: bool) -> None:
+    """Raise UsageError if keys are named for a data set of ours."""
+    if is_own:
+        raise UsageError(
+            f"{root} is a data set, whose fields have names; --sequence, --label and the like are not for it, but "
+            "--labels-from FILE:ID:LABEL is"
+        )
 
 
 def _readers(traces: TraceOptions, files_root: str | None) -> tuple[Reader, ...]:

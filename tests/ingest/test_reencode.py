@@ -12,6 +12,7 @@ import pytest
 import dali_pipeline as dp
 from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.convert import convert
+from dali_pipeline.ingest.layouts.recipe import Recipe
 from dali_pipeline.tools.verify import verify
 from tests.helpers.records import SCHEMA, make_records, write
 
@@ -138,3 +139,62 @@ def test_a_set_made_anew_at_the_same_place_is_read_anew(tmp_path: Path) -> None:
         one = convert(data.folder, tmp_path / f"one-{seed}")
         assert sequences(one).keys() == sequences(data).keys()
         shutil.rmtree(data.folder)
+
+
+def test_new_labels_from_a_table(tmp_path: Path) -> None:
+    """What a judge says of a data set's records: fields, splits and groups stay, labels are new, in both halves."""
+    schema = dp.Schema(
+        sequence=dp.Field(dtype="float32", shape=(2,)),
+        x=dp.Field(dtype="float32", shape=(2,)),
+        fields={"record.answer": dp.Field(dtype="text")},
+        label=dp.Label(kind="none"),
+    )
+    with dp.ShardWriter(tmp_path / "set", schema, source={"labels": "30 answers"}) as writer:
+        for number in range(30):
+            graphs = dp.Graphs(
+                x=np.full((1, 2), number, np.float32),
+                edge_index=np.zeros((2, 0), int),
+                edge_attr=None,
+                node_counts=np.array([1]),
+                edge_counts=np.array([0]),
+            )
+            rows = np.full((2, 2), number, np.float32)
+            record = {"id": f"a{number}", "group": f"g{number // 3}", "sequence": rows, "graphs": graphs}
+            writer.write({**record, "fields": {"record.answer": f"text {number}"}})
+    (tmp_path / "judged.csv").write_text("id,score\n" + "".join(f"a{row},{row / 30}\n" for row in reversed(range(30))))
+    reference = f"{tmp_path}/judged.csv:id:score"
+    before = dp.open_dataset(tmp_path / "set")
+
+    def relabelled(name: str, labels_from: str = reference, **options: Any) -> dp.Dataset:
+        config = ConvertConfig(recipe=Recipe(labels_from=labels_from, **options))
+        return convert(tmp_path / "set", tmp_path / name, config)
+
+    data = relabelled("judged", label_threshold=0.5)
+    values = relabelled("values")
+    assert data.manifest.source["labels"] == "label 1, the positive class, is below 0.5, and 0 is the rest"
+    assert "labels" not in values.manifest.source
+    assert (data.schema.labels.kind, values.schema.labels.kind) == ("class", "value")
+    for split in before.splits:
+        assert data.num_records(split, "sequences") == before.num_records(split, "sequences")
+        for row in range(before.num_records(split, "sequences")):
+            old, new, value = before.record(split, row), data.record(split, row), values.record(split, row)
+            number = int(old.id[1:])
+            assert (new.id, new.group, new.fields["answer"]) == (old.id, old.group, old.fields["answer"])
+            assert np.array_equal(new.sequence, old.sequence)
+            assert new.label == int(number < 15)
+            assert float(value.label) == pytest.approx(number / 30)
+        for batch in dp.GraphLoader(data, split=split, batch_size=30, shuffle=False, num_workers=0):
+            expected = [int(int(name[1:]) < 15) for name in batch.ids]
+            assert batch.labels.tolist() == expected
+    assert verify(tmp_path / "judged").damages == []
+    # another table is other input
+    (tmp_path / "judged.csv").write_text((tmp_path / "judged.csv").read_text().replace("a3,", "a33,"))
+    with pytest.raises(dp.UsageError, match="other"):
+        relabelled("judged", label_threshold=0.5)
+    with pytest.raises(dp.FormatError, match=r"record 'a3' has no label in .*judged\.csv"):
+        relabelled("third")
+    with pytest.raises(dp.UsageError, match=r"has no ids; expected --labels-from judged\.csv:ID:LABEL for a data set"):
+        relabelled("third", f"{tmp_path}/judged.csv::score")
+    with pytest.raises(dp.UsageError, match="are not for it, but --labels-from FILE:ID:LABEL is"):
+        relabelled("third", sequence="x")
+    assert not (tmp_path / "third").exists()

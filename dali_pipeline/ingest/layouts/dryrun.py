@@ -177,8 +177,8 @@ def _how_taken(job: Job) -> Iterator[str]:
     names = f", named {', '.join(schema.labels.names[:20])}" if schema.labels.names else ""
     shape = f" {list(schema.labels.shape)}" if schema.labels.shape else ""
     yield f"  labels: {kind}{shape}{names}{f' ({told})' if told else ''}"
-    if source.plan is not None and source.plan.rule.describe():
-        yield f"    {source.plan.rule.describe()}"
+    if source.label_rule is not None and source.label_rule.describe():
+        yield f"    {source.label_rule.describe()}"
     yield "  splits: " + ", ".join(f"{split} {splits[split]:,}" for split in SPLITS)
     yield f"  bytes: about {_size(job.written_bytes)}, in about {_seconds(job)}"
 

@@ -251,6 +251,37 @@ class LabelTable:
         return replace(self, columns=columns)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Relabelling:
+    """Labels for the records of a data set that has labels of its own.
+
+    Attributes:
+        table: The labels, by id.
+        rule: How they become labels of records.
+        facts: What a restart compares.
+    """
+
+    table: LabelTable
+    rule: LabelRule
+    facts: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Relabelling:
+        """Return what a recipe says that tells labels alone; raise UsageError if its table has no ids."""
+        if recipe.labels_from is None:
+            raise UsageError("new labels of a data set come from a table; name it by --labels-from FILE:ID:LABEL")
+        table = read_labels(recipe.labels_from)
+        if table.rows is None:
+            raise UsageError(f"{table.path} has no ids; expected --labels-from {table.path.name}:ID:LABEL for a data set")
+        rule = label_rule(recipe, table.values, str(table.path))
+        return cls(table=table, rule=rule, facts=(recipe.facts(), table.digest))
+
+    def labels(self, path: Path, ids: Sequence[str]) -> list[Any]:
+        """Return the labels of records; raise FormatError, which names `path`, if one has none."""
+        places = [(f"{path}, record {name!r}", name) for name in ids]
+        return [self.rule.of(where, self.table.of(where, name)) for where, name in places]
+
+
 def split_reference(text: str) -> tuple[Path, str | None, str | None]:
     """Return file, id column and label column of `FILE[:ID[:LABEL]]`; `FILE:LABEL` and `FILE::LABEL` go by order."""
     if Path(text).exists():
