@@ -291,6 +291,11 @@ def test_answers_end_before_a_stop_text(tmp_path: Path) -> None:
     assert 0 < stopped < len(cut)
 
 
+def test_an_end_of_text_that_the_model_lacks(tmp_path: Path) -> None:
+    model = make_answering_model(tmp_path / "model", ends=[50_256])
+    assert {len(record.sequence) for record in run(model, tmp_path).values()} == {NEW}
+
+
 def test_labels_of_a_judge(llama: str, tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text("".join(json.dumps({"id": f"q{row}", "prompt": WORDS[row % 11]}) + "\n" for row in range(10)))

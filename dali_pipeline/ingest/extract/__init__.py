@@ -1,1 +1,1 @@
-"""Run prompts through a language model, and store its hidden states and attention graphs as records."""
+"""Run prompts, or questions that it answers, through a language model; store hidden states and attention as records."""

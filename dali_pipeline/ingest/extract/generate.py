@@ -195,7 +195,9 @@ class Generator:
         ends = getattr(model.generation_config, "eos_token_id", None)
         ends = tokenizer.eos_token_id if ends is None else ends
         self._ends: list[int] = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        self._pad = next((token for token in (tokenizer.pad_token_id, *self._ends) if token is not None), 0)
+        known = model.get_input_embeddings().num_embeddings  # some models end their text with a token that they lack
+        candidates = (tokenizer.pad_token_id, *self._ends)
+        self._pad = next((token for token in candidates if token is not None and 0 <= token < known), 0)
         model.generation_config = GenerationConfig(
             max_new_tokens=config.max_new_tokens, do_sample=False, eos_token_id=self._ends or None, pad_token_id=self._pad
         )
