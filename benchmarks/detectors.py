@@ -38,6 +38,7 @@ from dali_pipeline.ingest.extract.extract import extract
 from dali_pipeline.ingest.extract.generate import GenerateConfig
 from dali_pipeline.ingest.extract.matching import Match
 from dali_pipeline.ingest.extract.tracer import ExtractConfig, first_line
+from dali_pipeline.runtime.outside import Terminated
 from dali_pipeline.storage.whole import write_whole
 from training.baselines import BASELINES
 from training.config import MODELS, Conduct, TrainConfig
@@ -246,9 +247,9 @@ def main(
     try:
         data = answered(plan)
         rows = rows_of(scored(plan))
-    except (KeyboardInterrupt, Interrupted):
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(130) from None
+    except (KeyboardInterrupt, Interrupted, Terminated) as stop:
+        print("benchmarks.detectors: stopped; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(getattr(stop, "exit_code", 130)) from None
     path = plan.folder / "detectors.csv" if own or quick else results.path
     write(plan, data, rows, path, results.facts | {"seconds": f"{time.perf_counter() - started:.0f}"})
 

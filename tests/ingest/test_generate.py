@@ -375,6 +375,7 @@ def test_one_attention_is_alive_at_a_time(llama: str, tmp_path: Path, monkeypatc
         ("prompt,answers\na,b\n", {"positions": "first"}, "positions are 'first'"),
         ("prompt,answers\na,b\n", {"stop": ("",)}, "a stop text is empty"),
         ("prompt,answers\na,b\n", {"label_above": 0.5}, "a threshold is for the scores of --labels-from"),
+        ("prompt,answers\na,b\n", {"labels_from": "x.csv", "match": Match.parse("exact")}, "expected one of them"),
     ],
 )
 def test_bad_questions_and_settings_are_named(

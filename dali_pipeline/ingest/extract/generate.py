@@ -82,6 +82,8 @@ class GenerateConfig:
             raise UsageError(f"positions are {self.positions!r}; expected {', '.join(get_args(Positions))}")
         if self.stop is not None and not all(self.stop):
             raise UsageError("a stop text is empty; expected a text at which answers end")
+        if self.labels_from is not None and self.match != Match():
+            raise UsageError("labels come from --labels-from and from --match; expected one of them")
         if self.labels_from is None and (self.label_threshold is not None or self.label_above is not None):
             raise UsageError("a threshold is for the scores of --labels-from; give both")
 
