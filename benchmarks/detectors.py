@@ -1,13 +1,14 @@
 """Make the field's table: a model answers questions, and every baseline and detector tells right answers from wrong ones.
 
-    python -m benchmarks.detectors                          # SmolLM2-135M on 2,026 questions of SciQ; 25 minutes on two cores
-    python -m benchmarks.detectors --quick                  # a look at 300 of them, one seed; 3 minutes
+    python -m benchmarks.detectors           # SmolLM2-135M on 2,026 questions of SciQ: 18 minutes of processor time
+    python -m benchmarks.detectors --quick   # a look at 300 of them, with one seed: 2 minutes
     python -m benchmarks.detectors --model ./Llama-3.1-8B --questions sciq.jsonl --shots shots.csv
 
 Answers are greedy; an answer that matches no reference is hallucinated, label 1. Every seed trains all detectors and fits all
 baselines; the metrics are means over the seeds, with intervals over questions and seeds. If it is stopped, the same command
-continues. The whole run on SciQ writes results/detectors_<machine>_<date>.csv, of which `benchmarks.plot` makes the table and
-the picture of the documents; any other run writes detectors.csv and .png into its own folder.
+continues; the first one also unpacks the model, in half a minute. The whole run on SciQ writes
+results/detectors_<machine>_<date>.csv, of which `benchmarks.plot` makes the table and the picture of the documents; any other
+run writes detectors.csv and .png into its own folder.
 """
 
 from __future__ import annotations
