@@ -111,8 +111,8 @@ class Collator:
     ) -> Iterator[GraphBatch]:
         """Yield several batches; has no loop over graphs or records.
 
-        On a GPU all of them are made at once, with one copy and as many kernels as one batch takes, and are views. On a CPU they
-        are made one by one: at once took three times as long on two busy cores, as torch's threads wait for each other.
+        On a GPU all of them are made at once, with one copy and as many kernels as one batch takes, and are views. On a CPU one
+        after the other: at once took three times as long on two busy cores, as torch's threads wait for each other.
 
         Args:
             rows: Graphs of all batches.

@@ -31,7 +31,7 @@ from dali_pipeline.sampling.plan import EpochPlan
 from dali_pipeline.types import Array, Ints, Kind, Mask
 
 Batch = TypeVar("Batch", covariant=True)
-WINDOW_THREADS = 2  # at least so many read pieces of a window: one waits for the disk while another hashes
+WINDOW_THREADS = 4  # at least so many read pieces of a window: some wait for the disk while others hash
 
 
 class Position(NamedTuple):

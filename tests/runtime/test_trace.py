@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,21 @@ from tests.helpers.traces import Event, read, within
 
 def loaders(data: dp.Dataset, num_workers: int) -> dict[str, Any]:
     return {
-        "dali": dp.SequenceLoader(data, batch_size=8, num_workers=num_workers),
-        "torch": dp.SequenceLoader(data, batch_size=8, num_workers=num_workers, engine="torch"),
-        "graphs": dp.GraphLoader(data, batch_size=8, num_workers=num_workers),
+        "dali": dp.SequenceLoader(data, batch_size=8, num_workers=num_workers, window="gather"),
+        "torch": dp.SequenceLoader(data, batch_size=8, num_workers=num_workers, engine="torch", window="gather"),
+        "graphs": dp.GraphLoader(data, batch_size=8, num_workers=num_workers, window="gather"),
     }
+
+
+@pytest.mark.parametrize("engine", ["torch", "dali"])
+def test_the_window_is_told_by_its_pieces(data: dp.Dataset, tmp_path: Path, engine: Any) -> None:
+    loader = dp.SequenceLoader(data, batch_size=8, engine=engine, window="resident")
+    with dp.Trace(tmp_path / "trace.json"):
+        steps = len(list(loader))
+    names = Counter(one["name"] for one in read(tmp_path / "trace.json"))
+    assert names["select"] == names["decode"] == steps > 1
+    assert names["read piece"] >= 1
+    assert set(names) - {"dali"} == {"select", "decode", "read piece"}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -545,6 +545,7 @@ def test_a_record_of_no_numbers_is_named_and_the_checkpoint_of_before_stays(
             break
     out = tmp_path / "out"
     arguments = ("--data", tmp_path / "set", "--model", model, "--batch-size", 16, "--checkpoint-steps", 1, "--output-dir", out)
+    arguments = (*arguments, "--num-partitions", 1)  # as the loader above
     assert call(monkeypatch, *arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

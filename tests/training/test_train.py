@@ -607,7 +607,7 @@ def test_a_trace_shows_what_a_step_is_made_of(
     spans, steps = read_trace(tmp_path / "trace.json"), 2 * len(dp.SequenceLoader(data))
     counts = Counter(one["name"] for one in spans)
     assert all(counts[name] == steps for name in ("step", "forward", "backward", "optimizer"))
-    assert {"load", "gather", "decode", "checkpoint"} <= counts.keys()
+    assert {"load", "read piece", "select", "decode", "checkpoint"} <= counts.keys()
     whole = [one for one in spans if one["name"] == "step"]
     for one in spans:
         if one["name"] in ("forward", "backward", "optimizer"):
