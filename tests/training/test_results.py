@@ -544,8 +544,9 @@ def test_a_record_of_no_numbers_is_named_and_the_checkpoint_of_before_stays(
         if any(bad.id in ids for ids in steps[2:]):
             break
     out = tmp_path / "out"
-    arguments = ("--data", tmp_path / "set", "--model", model, "--batch-size", 16, "--checkpoint-steps", 1, "--output-dir", out)
-    arguments = (*arguments, "--num-partitions", 1)  # as the loader above
+    arguments: tuple[Any, ...] = ("--data", tmp_path / "set", "--model", model, "--batch-size", 16)
+    arguments += ("--checkpoint-steps", 1, "--output-dir", out)
+    arguments += ("--num-partitions", 1)  # as the loader above
     assert call(monkeypatch, *arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
