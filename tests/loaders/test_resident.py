@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +227,36 @@ def test_partitions_over_ranks(ragged: dp.Dataset) -> None:
     parts = [[(list(batch.ids), batch.valid.tolist()) for batch in loader] for loader in ranks]
     assert len(whole) > 20
     assert whole == [(a[0] + b[0], a[1] + b[1]) for a, b in zip(*parts, strict=True)]
+
+
+def test_a_file_that_is_cut_while_it_is_read(tmp_path: Path) -> None:
+    """The same sentence as from the gather, after the same batches, and nothing else."""
+    messages, counts = [], []
+    for window in ("resident", "gather"):
+        data = written(tmp_path / window)
+        loader = dp.SequenceLoader(data, batch_size=4, window_bytes=60_000, engine="torch", num_workers=0, window=window)
+        batches, count = iter(loader), 1
+        next(batches)
+        for path in sorted((data.folder / "train").glob("sequences-*"))[::2]:
+            os.truncate(path, 6000)
+        with pytest.raises(dp.FormatError) as caught:
+            for _ in batches:
+                count += 1
+        messages.append(str(caught.value).replace(str(data.folder), ""))
+        counts.append(count)
+    assert "sequences-" in messages[0]
+    assert counts[0] > 1
+
+
+def test_memory_beside_batches_is_one_and_a_half_windows(tmp_path: Path) -> None:
+    """Law 8, from arithmetic: what the tables and rows of a long set take does not depend on the set's length."""
+    sizes = []
+    for count in (600, 2400):
+        data = written(tmp_path / str(count), count=count, uniform=True)
+        loader = dp.SequenceLoader(data, batch_size=4, window_bytes=60_000, engine="torch", window="resident")
+        residency = Residency.of(loader.plan(0), 0, 1)
+        assert residency is not None
+        memory = loader._window_memory(residency)
+        sizes.append(memory.values.nbytes)
+        assert memory.values.nbytes <= 1.5 * 60_000 + 9 * 16 * 8
+    assert sizes[1] < 1.5 * sizes[0]
