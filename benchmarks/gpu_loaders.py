@@ -16,7 +16,7 @@ import torch
 import dali_pipeline as dp
 from benchmarks.gpu_sets import GRAPHS, SEQUENCES, opened
 from benchmarks.gpu_work import Deadline, Report, Setup, run_grid
-from dali_pipeline.loaders.options import NumWorkers
+from dali_pipeline.loaders.options import NumWorkers, WindowKind
 from dali_pipeline.tools.stages import wait_for
 
 WARM_STEPS = 10  # not counted
@@ -30,27 +30,33 @@ class Loading(NamedTuple):
     engine: str
     batch_size: int
     num_workers: NumWorkers
+    window: WindowKind = "auto"
 
     @property
     def labels(self) -> tuple[str, str]:
         """Scenario and measured."""
         loader = f"{self.engine} engine" if self.engine else "GraphLoader"
-        return f"{self.name}, batch {self.batch_size}", f"{loader}, workers={self.num_workers}"
+        gathered = ", gathered" if self.window == "gather" else ""
+        return f"{self.name}, batch {self.batch_size}", f"{loader}, workers={self.num_workers}{gathered}"
 
 
 def loading_grid(*, quick: bool) -> list[Loading]:
     """Return all combinations: every set and engine at one batch size and number of workers before the next of these.
 
-    Graphs are gathered by a thread with "auto", and by as many processes as a number says, which start anew in each epoch.
+    The first number of workers is measured from the resident window and gathered, the others from the window alone. Graphs are
+    read by threads with "auto", and gathered by as many processes as a number says, which start anew in each epoch.
     """
     threads: tuple[NumWorkers, ...] = (1, 2) if quick else (1, 4, 8, 2)
     processes: tuple[NumWorkers, ...] = ("auto", 1) if quick else ("auto", 4, 1, 8, 2)
     found: list[Loading] = []
     for batch_size in (8,) if quick else (32, 256):
         for of_sequences, of_graphs in zip_longest(threads, processes):
-            if of_sequences is not None:
-                found += [Loading(name, engine, batch_size, of_sequences) for name in SEQUENCES for engine in ("dali", "torch")]
-            found += [Loading(name, "", batch_size, of_graphs) for name in GRAPHS]
+            windows: tuple[WindowKind, ...] = ("auto", "gather") if of_sequences == threads[0] else ("auto",)
+            for window in windows:
+                if of_sequences is not None:
+                    ways = [(name, engine) for name in SEQUENCES for engine in ("dali", "torch")]
+                    found += [Loading(name, engine, batch_size, of_sequences, window) for name, engine in ways]
+                found += [Loading(name, "", batch_size, of_graphs, window) for name in GRAPHS]
     return found
 
 
@@ -65,6 +71,7 @@ def loaders(setup: Setup, deadline: Deadline, report: Report) -> None:
             **({"engine": loading.engine} if loading.engine else {}),
             batch_size=loading.batch_size,
             num_workers=loading.num_workers,
+            window=loading.window,
             device=setup.device,
             drop_last=True,
         )
