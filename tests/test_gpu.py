@@ -198,6 +198,26 @@ def test_a_batch_from_the_window_is_one_kernel(gpu_log: Log, tmp_path: Path, uni
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", [dp.SequenceLoader, dp.GraphLoader])
+def test_a_window_that_the_device_has_no_memory_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
+    data = write(tmp_path / "set", make_records(40), shares="100/0/0")
+    loader = kind(data, batch_size=4, device="cuda")
+
+    def refuse(residency: Residency) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(loader, "_window_memory", refuse)
+    with pytest.raises(dp.UsageError, match=r"the resident window takes 0\.00 GB on cuda:0, which has less left; expected"):
+        next(iter(loader))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 2000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
+    with pytest.raises(dp.UsageError, match="window='resident' does not fit: the resident window takes"):
+        kind(data, batch_size=1, device="cuda", window="resident")
+    assert kind(data, batch_size=1, device="cuda").window == "gather"
+
+
+@pytest.mark.gpu
 def test_batches_of_graphs_from_the_window_share_their_kernels(gpu_log: Log, tmp_path: Path) -> None:
     """One copy per piece, and one for up to 64 batches, which are made at once; no wait, no pageable copy."""
     schema = replace(SCHEMA, fields=FIELDS)

@@ -64,13 +64,28 @@ def make_current(device: str) -> None:
 
 def check_memory(device: torch.device, batch_bytes: int, batch: str) -> None:
     """Raise UsageError if a GPU has too little memory for two delivered batches: the one in use and the next."""
-    if device.type != "cuda":
-        return
-    free, total = torch.cuda.mem_get_info(device)
-    # torch keeps freed memory and hands it out again
-    available = free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if 2 * batch_bytes > available:
+    if device.type == "cuda" and 2 * batch_bytes > available_memory(device):
         raise UsageError(
-            f"{batch} takes {batch_bytes / 1e9:.2f} GB on {device}, twice that with the next one, and {available / 1e9:.2f} of "
-            f"{total / 1e9:.2f} GB are free; expected a smaller batch_size, fewer layers, or a narrower dtype"
+            f"{batch} takes {batch_bytes / 1e9:.2f} GB on {device}, twice that with the next one, and {_free(device)}; expected a "
+            "smaller batch_size, fewer layers, or a narrower dtype"
         )
+
+
+def check_window(device: torch.device, window_bytes: int) -> None:
+    """Raise UsageError if a GPU has too little memory for a resident window."""
+    if device.type == "cuda" and window_bytes > available_memory(device):
+        raise UsageError(
+            f"the resident window takes {window_bytes / 1e9:.2f} GB on {device}, and {_free(device)}; expected a smaller "
+            "window_bytes, fewer layers, or a narrower dtype"
+        )
+
+
+def available_memory(device: torch.device) -> int:
+    """Return the bytes of a GPU that torch can still hand out: free ones, and those that it keeps for itself."""
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + reserved)
+
+
+def _free(device: torch.device) -> str:
+    total = torch.cuda.mem_get_info(device)[1]
+    return f"{available_memory(device) / 1e9:.2f} of {total / 1e9:.2f} GB are free"

@@ -252,7 +252,7 @@ class GraphLoader(Loader[GraphBatch]):
         """Yield superbatches from the resident window; gather those whose records it could not read."""
         residency = self._residency(plan)
         assert residency is not None
-        memory = self._memories.take(residency, self._window_memory)
+        memory = self._memory_of(residency)
         record_bytes = self.selection.record_bytes
         threads = self._window_threads
         window = GraphWindow(memory, residency, start.step, self._source, threads=threads, record_bytes=record_bytes)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import closing
 from typing import Any, Generic, NamedTuple, TypeVar, get_args
 
+import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from dali_pipeline.dataset.dataset import Dataset
@@ -15,7 +16,7 @@ from dali_pipeline.dataset.mix import reweighed
 from dali_pipeline.errors import DataError, PipelineError, UsageError
 from dali_pipeline.format.digest import Delivered, EpochDigest
 from dali_pipeline.format.layers import Layers, described, to_positions
-from dali_pipeline.loaders.device import check_memory, resolve_device
+from dali_pipeline.loaders.device import check_window, resolve_device
 from dali_pipeline.loaders.options import LoaderOptions, WindowKind
 from dali_pipeline.loaders.state import LoaderState, StateError
 from dali_pipeline.reading.damage import TOLD, log, tell
@@ -294,10 +295,25 @@ class Loader(IterableDataset[Batch]):
             )
         if self.device.type == "cuda":
             try:
-                check_memory(self.device, self._window_nbytes(residency), "the resident window")
+                check_window(self.device, self._window_nbytes(residency))
             except UsageError as error:
                 return f"does not fit: {error}"
         return ""
+
+    def _window_memory(self, residency: Residency) -> Any:
+        """Allocate the memory of a window."""
+        raise NotImplementedError
+
+    def _memory_of(self, residency: Residency) -> Any:
+        """Return the memory for an iterator's window; raise UsageError if the device has too little."""
+        try:
+            return self._memories.take(residency, self._window_memory)
+        except torch.OutOfMemoryError:
+            gigabytes = self._window_nbytes(residency) / 1e9
+            raise UsageError(
+                f"the resident window takes {gigabytes:.2f} GB on {self.device}, which has less left; expected a smaller "
+                f"window_bytes than {self.order.window_bytes}, fewer layers, a narrower dtype, or window='gather'"
+            ) from None
 
     def _window_nbytes(self, residency: Residency) -> int:
         """Return the bytes of a resident window on a GPU."""

@@ -397,7 +397,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         """Yield batches from the resident window; gather those whose records it could not read."""
         residency = self._residency(plan)
         assert residency is not None
-        memory = self._memories.take(residency, self._window_memory)
+        memory = self._memory_of(residency)
         window = ResidentWindow(
             memory,
             residency,
