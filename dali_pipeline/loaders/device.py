@@ -66,8 +66,8 @@ def check_memory(device: torch.device, batch_bytes: int, batch: str) -> None:
     """Raise UsageError if a GPU has too little memory for two delivered batches: the one in use and the next."""
     if device.type == "cuda" and 2 * batch_bytes > available_memory(device):
         raise UsageError(
-            f"{batch} takes {batch_bytes / 1e9:.2f} GB on {device}, twice that with the next one, and {_free(device)}; expected a "
-            "smaller batch_size, fewer layers, or a narrower dtype"
+            f"{batch} takes {batch_bytes / 1e9:.2f} GB on {device}, twice that with the next one, and {_free(device)}; "
+            "expected a smaller batch_size, fewer layers, or a narrower dtype"
         )
 
 
