@@ -229,8 +229,10 @@ class GraphLoader(Loader[GraphBatch]):
         return batches
 
     def _collated(self, plan: EpochPlan, start: Position) -> Generator[LoadedBatch[GraphBatch], None, None]:
-        superbatches_of = self._from_window if self.window == "resident" else self._gathered
-        with closing(superbatches_of(plan, start)) as gathered:
+        residency = self._residency(plan) if self.window == "resident" else None
+        # the groups of an epoch may be too many where those of another are not
+        superbatches = self._gathered(plan, start) if residency is None else self._from_window(residency, start)
+        with closing(superbatches) as gathered:
             for loaded, error in gathered:
                 for superbatch in loaded:
                     batches = self._collated_batches(superbatch)
@@ -248,10 +250,9 @@ class GraphLoader(Loader[GraphBatch]):
         select = superbatch.memory.values.__getitem__
         return self._collator.batches(rows, portion.shares.valid, portion.sizes, select, superbatch.begins)
 
-    def _from_window(self, plan: EpochPlan, start: Position) -> Generator[Loaded, None, None]:
+    def _from_window(self, residency: Residency, start: Position) -> Generator[Loaded, None, None]:
         """Yield superbatches from the resident window; gather those whose records it could not read."""
-        residency = self._residency(plan)
-        assert residency is not None
+        plan = residency.plan
         memory = self._memory_of(residency)
         record_bytes = self.selection.record_bytes
         threads = self._window_threads

@@ -276,6 +276,8 @@ class Loader(IterableDataset[Batch]):
 
     def _residency(self, plan: EpochPlan) -> Residency | None:
         rank, world_size, least = self.world.rank, self.world.world_size, self._memories.slot_records
+        if self._memories.hold_all:
+            return Residency.of_all(plan, least)
         return Residency.of(plan, rank, world_size, least, at_once=bool(self._needs_all))
 
     def _no_window(self) -> str:

@@ -384,19 +384,19 @@ class SequenceLoader(Loader[SequenceBatch]):
 
     def _on_device(self, plan: EpochPlan, start: Position) -> Generator[LoadedBatch[SequenceBatch], None, None]:
         with UnderWay(self.device) as under_way:
-            if self.window == "resident" and plan.num_steps:
-                yield from self._through_window(plan, start, under_way)
+            residency = self._residency(plan) if self.window == "resident" else None
+            if residency is not None:  # the groups of an epoch may be too many where those of another are not
+                yield from self._through_window(residency, start, under_way)
                 return
             through = self._through_dali if self.engine == "dali" else self._through_torch
             with closing(self._read_ahead(plan, start)) as loaded:
                 yield from through(loaded, under_way)
 
     def _through_window(
-        self, plan: EpochPlan, start: Position, under_way: UnderWay
+        self, residency: Residency, start: Position, under_way: UnderWay
     ) -> Generator[LoadedBatch[SequenceBatch], None, None]:
         """Yield batches from the resident window; gather those whose records it could not read."""
-        residency = self._residency(plan)
-        assert residency is not None
+        plan = residency.plan
         memory = self._memory_of(residency)
         window = ResidentWindow(
             memory,

@@ -133,6 +133,11 @@ class Residency:
         num_slots = 1 if whole else SLOTS * len(partitions)
         return cls(plan=plan, groups=groups, slot_records=slot_records, slot_bytes=slot_bytes, num_slots=num_slots, whole=whole)
 
+    @classmethod
+    def of_all(cls, plan: EpochPlan, slot_records: int) -> Residency:
+        """Return the residency of an epoch whose records are all in the window already."""
+        return cls(plan=plan, groups=[], slot_records=slot_records, slot_bytes=0, num_slots=1, whole=True)
+
     @property
     def num_records(self) -> int:
         """Number of records that the window has room for."""

@@ -41,6 +41,11 @@ class Memories(Generic[Memory]):
         known = self._unused if self._kept is None else [self._kept]
         return max((memory.slot_records for memory in known), default=1)
 
+    @property
+    def hold_all(self) -> bool:
+        """Whether all records are in memory that is kept."""
+        return self._kept is not None
+
     def take(self, residency: Residency, allocate: Callable[[Residency], Memory]) -> Memory:
         """Return memory for the window of one iterator."""
         if self._kept is not None:
@@ -95,7 +100,7 @@ class WindowFiller(Generic[Rows]):
     ) -> None:
         self._residency, self._record_bytes, self._direct, self._threads = residency, record_bytes, direct, threads
         groups = [] if kept else [group for group in residency.groups if group.last > start]
-        self._fills_all = residency.whole and len(groups) == len(residency.groups)
+        self._fills_all = not kept and residency.whole and len(groups) == len(residency.groups)
         self._groups, self._upcoming = deque(groups), deque[Piece]()
         self._left: Counter[int] = Counter()  # pieces that are not entered yet, by the step that needs them
         self._reads: deque[Read[Rows]] = deque()  # in order, not yet taken
