@@ -38,6 +38,8 @@ class Order:
         drop_last: Partitions differ by about a shard. False fills the shorter ones up with padding; True leaves out the rest of
             the longer ones.
         bucket_by_length: Whether neighbouring batches exchange records, so that lengths within a batch are alike.
+        unit: What is shuffled: "record", or "step" for single steps of sequences, which then count as records.
+        mask: Name of the step field that says which steps are delivered, or None.
     """
 
     digest: str
@@ -53,6 +55,8 @@ class Order:
     window_bytes: int
     drop_last: bool
     bucket_by_length: bool = False
+    unit: str = "record"
+    mask: str | None = None
 
     def __post_init__(self) -> None:
         limits = {
