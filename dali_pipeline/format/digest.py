@@ -145,7 +145,8 @@ def step_hashes(hashes: npt.NDArray[np.uint64], steps: npt.NDArray[np.integer[An
     mixed = hashes + (steps.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+    hashed: npt.NDArray[np.uint64] = mixed ^ (mixed >> np.uint64(31))
+    return hashed
 
 
 class Delivered:

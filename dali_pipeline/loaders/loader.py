@@ -97,13 +97,14 @@ class Loader(IterableDataset[Batch]):
         self.order = options.order(self.selection.digest, self.world.world_size)
         self._check_budget(options)
         self._counts = self._count(options)
-        counts_steps = self.order.unit == "step"
-        self._num_records = int(self._counts.sum()) if counts_steps else self.selection.num_draws or self.selection.num_records
-        if counts_steps and 0 < self._num_records < self.order.global_batch_size:
-            raise UsageError(
-                f"the batches of {self.world.world_size} processes have {self.order.global_batch_size} steps together, and split "
-                f"{self.split!r} has {self._num_records} steps to deliver; expected a smaller batch_size"
-            )
+        self._num_records = self.selection.num_draws or self.selection.num_records
+        if self.order.unit == "step":
+            self._num_records, together = int(self._counts.sum()), self.order.global_batch_size
+            if 0 < self._num_records < together:
+                raise UsageError(
+                    f"a step of {self.world.world_size} processes takes {together} rows, and split {self.split!r} has "
+                    f"{self._num_records} to deliver; expected a smaller batch_size"
+                )
         self._first_plan = self.plan(epoch=0)
         self._num_steps = self._first_plan.num_steps  # the same in every epoch; an upper bound with a budget
         if not self._num_steps and self.num_records:

@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -210,7 +210,8 @@ class WindowMemory:
 def taken_rows(rows: torch.Tensor, index: torch.Tensor, buffers: Buffers) -> torch.Tensor:
     """Return `rows` (R, *row) at an index (N,), on their device; on the CPU in memory from `buffers`.
 
-    NumPy copies on the CPU: on two busy cores torch's `index_select` took ten times as long, as its threads wait for each other.
+    NumPy copies on the CPU: on two busy cores torch's `index_select` took ten times as long, as its threads wait for each
+    other.
     """
     if rows.device.type != "cpu":
         return rows.index_select(0, index)
@@ -224,8 +225,8 @@ def taken_rows(rows: torch.Tensor, index: torch.Tensor, buffers: Buffers) -> tor
 class StepMemory:
     """Memory of a window of single steps. Step r has number r in `values`, `owners`, `steps` and `step_fields`.
 
-    Records are numbered so that slot s has the numbers s, s + slots, s + 2 * slots and so on. Their tables grow when a group has
-    more records than any before it, and no number changes.
+    Records are numbered so that slot s has the numbers s, s + slots, s + 2 * slots and so on. Their tables grow when a group
+    has more records than any before it, and no number changes.
 
     Attributes:
         shape: What the window holds of each step.
@@ -391,7 +392,8 @@ class ResidentWindow(WindowFiller[SequenceRows]):
         direct = device.type == "cpu" and through_dali is None and (bits or source.unit.storage.name not in WIDER)
         direct &= memory.shape.parts == 1 or isinstance(memory, WindowMemory)
         super().__init__(residency, start, threads=threads, record_bytes=record_bytes, direct=direct, kept=memory.kept)
-        self._memory, self._source, self._decoding, self._device, self._bits = memory, source, decoding, device, bits
+        self._memory = cast("WindowMemory", memory)  # StepWindow has a StepMemory
+        self._source, self._decoding, self._device, self._bits = source, decoding, device, bits
         if not memory.kept:
             memory.forget()
         self._under_way = under_way

@@ -120,7 +120,7 @@ class StepBatch:
         valid: (N,) bool on the device. A row that is not valid is padding and repeats a real one.
         record_positions: (N,) int64 on the CPU: the number of each row's record in its split.
         steps: (N,) int64 on the CPU: the number of each row within its record as stored.
-        fields: Further fields by name, on the device: (N, *row), those of steps and those of the row's record; lists of N texts.
+        fields: Further fields by name, on the device: (N, *row), of steps and of the row's record; lists of N texts.
     """
 
     values: torch.Tensor

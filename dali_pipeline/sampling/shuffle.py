@@ -51,7 +51,8 @@ class WindowShuffle:
         self._key = [purpose_key(order, epoch, purpose) for purpose in (RUNS, WITHIN_GROUPS, ACROSS_GROUPS)]
         fits = nbytes.sum() <= window_bytes
         if order.shuffle:
-            starts, records, nbytes = _cut_into_runs(starts, records, nbytes, window_bytes, batch_size)
+            read_at_once = batch_size if order.unit == "record" else 0  # a window of single steps is read run by run
+            starts, records, nbytes = _cut_into_runs(starts, records, nbytes, window_bytes, read_at_once)
             line = np.argsort(hashed_keys(starts, self._key[RUNS]), kind="stable")
             starts, records, nbytes = starts[line], records[line], nbytes[line]
         self._run_starts = starts  # (runs,) first record of each run, as a position in the split
