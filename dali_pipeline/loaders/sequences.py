@@ -45,7 +45,7 @@ from dali_pipeline.runtime.checks import one_of, refuses_old_keywords, shown, tr
 from dali_pipeline.runtime.memory import Buffers
 from dali_pipeline.runtime.trace import span, spans
 from dali_pipeline.sampling.order import WINDOW_BYTES
-from dali_pipeline.sampling.plan import EpochPlan
+from dali_pipeline.sampling.plan import EpochPlan, Shares
 from dali_pipeline.types import Array, Ints
 
 log = logging.getLogger("dali_pipeline")
@@ -135,6 +135,9 @@ class StepBatch:
     def ids(self) -> list[str]:
         """The id of each row's record, N texts; read from the index on first use."""
         return self.source.ids(self.record_positions.numpy())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "ids": self.ids, "source": None}  # a pickled batch needs no index
 
     def __len__(self) -> int:
         return len(self.record_positions)
@@ -498,22 +501,27 @@ class SequenceLoader(Loader[SequenceBatch]):
             under_way=under_way,
             through_dali=self._pieces_through_dali if self.engine == "dali" else None,
         )
-        step, longest, most = start.step, 1, SUPERBATCH_STEPS
+        step, most = start.step, SUPERBATCH_STEPS
         if self._index is not None:
             most = max(1, min(most, SUPERBATCH_ROWS // self.batch_size))
-        with closing(window):
-            while step < plan.num_steps:
-                stop = min(window.reach(step), step + longest, plan.num_steps)
-                steps, longest = range(step, stop), min(2 * longest, most)
-                batches = (
-                    self._from_window(window, memory, steps)
-                    if window.serves(steps)
-                    else self._gather_steps(plan, steps, under_way)
-                )
-                for loaded in batches:
-                    yield loaded
-                    window.passed(step)
-                    step += 1
+        rank, world_size = self.world.rank, self.world.world_size
+        ranges = superbatches(range(start.step, plan.num_steps), most)
+        ordered = map_ahead(lambda steps: plan.batches(steps, rank, world_size), ranges, min(1, self._window_threads))
+        with closing(window), closing(ordered):
+            for shares in ordered:
+                end = step + len(shares.positions) // self.batch_size
+                while step < end:
+                    steps = range(step, min(window.reach(step), end))
+                    own, shares = shares.cut(len(steps) * self.batch_size)
+                    batches = (
+                        self._from_window(window, memory, own, len(steps))
+                        if window.serves(steps)
+                        else self._gather_steps(plan, steps, under_way)
+                    )
+                    for loaded in batches:
+                        yield loaded
+                        window.passed(step)
+                        step += 1
         self._memories.give_back(memory, kept=window.holds_all)
 
     def _window_memory(self, residency: Residency) -> WindowMemory | StepMemory:
@@ -537,9 +545,9 @@ class SequenceLoader(Loader[SequenceBatch]):
                 yield out["sequences"][0]
 
     def _from_window(
-        self, window: ResidentWindow, memory: WindowMemory | StepMemory, steps: range
+        self, window: ResidentWindow, memory: WindowMemory | StepMemory, shares: Shares, batches: int
     ) -> Iterator[LoadedBatch[SequenceBatch]]:
-        superbatch, index, counts = window.superbatch(steps, self.world.rank, self.world.world_size, packed=self.packed)
+        superbatch, index, counts = window.superbatch(shares, batches, packed=self.packed)
         parts, longest = self._source.parts_per_record, superbatch.longest
 
         def values(index: torch.Tensor) -> Iterator[torch.Tensor]:
