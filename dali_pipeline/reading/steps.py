@@ -98,6 +98,13 @@ class StepIndex:
             steps[chosen] = inner - entry.starts[record] if entry.steps is None else entry.steps[inner]
         return records, steps
 
+    def lengths(self) -> Ints:
+        """Return the number of delivered steps of every record, (records,); reads all offsets."""
+        if self._every is not None:
+            return np.full(self._selection.num_records, len(self._every))
+        lengths = [np.diff(self._entry(number).starts) for number in range(len(self._selection.records))]
+        return np.concatenate([np.zeros(0, np.int64), *lengths])
+
     def expected(self) -> EpochDigest:
         """Return the digest of an epoch that delivers every step once; reads the ids and offsets of all records."""
         total = 0
