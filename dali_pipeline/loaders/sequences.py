@@ -177,7 +177,7 @@ def _warn_of_steps(root: str) -> None:
 class SequenceLoader(Loader[SequenceBatch]):
     """Iterate over the batches of one split's sequences: whole batches of this rank, epoch after epoch.
 
-    An `IterableDataset` with `__len__` that yields `SequenceBatch`. Use it as it is, or in
+    An `IterableDataset` with `__len__` that yields `SequenceBatch`, or `StepBatch` with `unit="step"`. Use it as it is, or in
     `DataLoader(loader, batch_size=None, num_workers=0)`. Every `for` is the next epoch; `set_epoch` chooses one; `state_dict`
     and `load_state_dict` resume within an epoch, bit-identically. `Loader` documents the methods.
 
@@ -187,7 +187,7 @@ class SequenceLoader(Loader[SequenceBatch]):
     Args:
         data: What `open_dataset`, `mix`, `folds` or `subset` returns.
         split: Name of the split.
-        batch_size: Records per rank and step; ceil(records / world_size) at most.
+        batch_size: Records per rank and step, ceil(records / world_size) at most. With `unit="step"`, steps of records.
         shuffle: Whether to shuffle within a window that moves over the split; otherwise records come in file order.
         seed: Seed of the shuffle, 0 to 2**64 - 1. It is one word of a sequence, so neighbouring seeds share nothing.
         drop_last: Whether to leave out the records that do not fill a batch on every rank. By default the last batches are
@@ -221,10 +221,16 @@ class SequenceLoader(Loader[SequenceBatch]):
         count_padding: Whether `max_steps` counts the padding of a batch, which is what memory and time grow with.
         packed: Whether to deliver the steps of all records one after the other, (S, *row), with `cu_seqlens`, as attention
             kernels for variable lengths take them, instead of padded (B, T, *row). Step fields are packed alike.
+        unit: What is shuffled and delivered: "record", or "step" for single steps of records, each a row, as `StepBatch`. Then
+            `batch_size`, `len` and `num_records` count steps; every step comes once per epoch, and the steps of a record come
+            apart. For records of different lengths with chosen `steps` or a `mask`, and for folds, opening reads the offsets of
+            all records once. A batch may not be larger than what the split has. It does not go with max_steps,
+            bucket_by_length, packed, class_balanced or group_weights.
+        mask: With unit="step", the name of a step field, such as "loss_mask": only steps where it is not zero are delivered.
         window: Where batches are put together. "resident": in the memory of the device, which the shuffle's window is read into
             whole, in large pieces; takes 1.5 `window_bytes` per partition there, on a GPU as delivered. "gather": on the host,
             record by record, from the page cache. Both deliver the same batches. "auto" is "resident" on a GPU, and on a CPU
-            for records below 32 KiB, if it can be: without max_steps and draws; and, unless the split fits in the window,
+            for records below 32 KiB and single steps, if it can be: without max_steps and draws; and, unless the split fits in the window,
             shuffled, without buckets, and with whole partitions for each process. Otherwise it is "gather".
         class_balanced: Whether an epoch draws from all classes in equal numbers: as many draws as there are records, each class
             without replacement within its own pass.
