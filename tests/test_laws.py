@@ -214,6 +214,7 @@ KINDS: dict[str, Asked] = {
     "rows, no thread, masked": replace(
         single_steps(engine="torch", num_workers=0, mask="mask"), only=("01", "02", "05", "12", "loops")
     ),
+    "rows, in place": replace(single_steps(engine="dali"), base=lambda sets: sets.in_place, only=("01", "03", "12")),
     "rows, gather": replace(single_steps(engine="torch", window="gather"), only=("10", *FEW), slow=True),
     **{name: replace(asked, slow=True) for name, asked in made_of_others("dali", whole="").items()},
     **made_of_others("torch", whole="balance"),

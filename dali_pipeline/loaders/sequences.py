@@ -230,8 +230,8 @@ class SequenceLoader(Loader[SequenceBatch]):
         window: Where batches are put together. "resident": in the memory of the device, which the shuffle's window is read into
             whole, in large pieces; takes 1.5 `window_bytes` per partition there, on a GPU as delivered. "gather": on the host,
             record by record, from the page cache. Both deliver the same batches. "auto" is "resident" on a GPU, and on a CPU
-            for records below 32 KiB and single steps, if it can be: without max_steps and draws; and, unless the split fits in the window,
-            shuffled, without buckets, and with whole partitions for each process. Otherwise it is "gather".
+            for single steps and records below 32 KiB, if it can be: without max_steps and draws; and, unless the split fits in
+            the window, shuffled, without buckets, and with whole partitions for each process. Otherwise it is "gather".
         class_balanced: Whether an epoch draws from all classes in equal numbers: as many draws as there are records, each class
             without replacement within its own pass.
         group_weights: How often each group is drawn, relative to 1 for groups that are not named; draws as with

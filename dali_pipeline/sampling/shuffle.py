@@ -20,7 +20,7 @@ import bisect
 import numpy as np
 import numpy.typing as npt
 
-from dali_pipeline.sampling.order import ACROSS_GROUPS, RUNS, WITHIN_GROUPS, Order, hashed_order, purpose_key
+from dali_pipeline.sampling.order import ACROSS_GROUPS, RUNS, WITHIN_GROUPS, Order, hashed_keys, hashed_order, purpose_key
 from dali_pipeline.types import Ints
 
 RUNS_PER_WINDOW, RUNS_PER_SHARD = 64, 8
@@ -53,7 +53,8 @@ class WindowShuffle:
         if order.shuffle:
             read_at_once = batch_size if order.unit == "record" else 0  # a window of single steps is read run by run
             starts, records, nbytes = _cut_into_runs(starts, records, nbytes, window_bytes, read_at_once)
-            line = hashed_order(starts, self._key[RUNS])
+            # stable, because an empty shard begins where the next one does
+            line = np.argsort(hashed_keys(starts, self._key[RUNS]), kind="stable")
             starts, records, nbytes = starts[line], records[line], nbytes[line]
         self._run_starts = starts  # (runs,) first record of each run, as a position in the split
         self._run_bytes = nbytes  # (runs,) bytes of each run, approximately
