@@ -36,6 +36,7 @@ THEMES = {
         some="--records 1000 --seconds 0.3", full="--records 4000", quick="--repeats 2 --records 1000 --seconds 0.2 --no-peers"
     ),
     "graphs": Sizes(some="--records 300 --seconds 0.3", quick="--repeats 2 --records 100 --seconds 0.2 --no-peers"),
+    "steps": Sizes(some="--repeats 3 --rows 100000 --seconds 0.2", quick="--repeats 1 --rows 30000 --seconds 0.05"),
     "budgets": Sizes(some="--records 5000", quick="--records 500"),
     "scaling": Sizes(
         some="--repeats 3 --megabytes 16 --seconds 0.1",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dali_pipeline.dataset.mix import mix
     from dali_pipeline.loaders.collate import GraphBatch
     from dali_pipeline.loaders.graphs import GraphLoader
-    from dali_pipeline.loaders.sequences import SequenceBatch, SequenceLoader
+    from dali_pipeline.loaders.sequences import SequenceBatch, SequenceLoader, StepBatch
     from dali_pipeline.runtime.timing import StepTimer, replay
     from dali_pipeline.runtime.trace import Trace, span
     from dali_pipeline.runtime.world import World
@@ -45,6 +45,7 @@ __all__ = [
     "ShardWriter",
     "SplitRule",
     "StateError",
+    "StepBatch",
     "StepTimer",
     "Trace",
     "UsageError",
@@ -62,6 +63,7 @@ _LAZY = {
     "SequenceLoader": "loaders.sequences",
     "ShardWriter": "writing.writer",
     "SplitRule": "writing.split",
+    "StepBatch": "loaders.sequences",
     "StepTimer": "runtime.timing",
     "Trace": "runtime.trace",
     "World": "runtime.world",

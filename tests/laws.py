@@ -83,6 +83,7 @@ class Case:
     stays: Options of loaders whose batches are held.
     parts: For draws, the source of a record by its id, and the number of records in each source.
     pieces: The data are pieces of shards, which two nodes may share.
+    rows: Single steps are delivered, which have names of id and step, and no more than there are in a batch.
     """
 
     make: Make
@@ -99,6 +100,7 @@ class Case:
     parts: tuple[Callable[[str], str], Mapping[str, int]] | None = None
     pieces: bool = False
     budget: bool = False
+    rows: bool = False
     processes: bool = False
     _ran: dict[str, Ran] = field(default_factory=dict)
 
@@ -109,7 +111,7 @@ class Case:
             ranks = [self.make(rank=rank, world_size=world_size, **options) for rank in range(world_size)]
             found = Ran(ranks, [], [[len(loader) for loader in ranks]], [])
             for _ in range(2):
-                found.rows.append([[(list(batch.ids), batch.valid.tolist()) for batch in loader] for loader in ranks])
+                found.rows.append([[(names(batch), batch.valid.tolist()) for batch in loader] for loader in ranks])
                 found.told.append([len(loader) for loader in ranks])
                 found.digests.append([loader.digest for loader in ranks])
             self._ran[key] = found
@@ -119,6 +121,27 @@ class Case:
         for options, world_sizes in self.worlds:
             for world_size in world_sizes:
                 yield self.ran(world_size, **options)
+
+
+def names(batch: Any) -> list[str]:
+    """The id of every row of a batch; of single steps, with the step."""
+    if isinstance(batch, dp.StepBatch):
+        return [f"{record_id}/{step}" for record_id, step in zip(batch.ids, batch.steps.tolist(), strict=True)]
+    return list(batch.ids)
+
+
+def places(batch: Any) -> torch.Tensor:
+    """The position of every row's record."""
+    positions: torch.Tensor = batch.record_positions if isinstance(batch, dp.StepBatch) else batch.positions
+    return positions
+
+
+def digest_of(names: Sequence[str], *, rows: bool) -> dp.EpochDigest:
+    """The digest of these names of records, or of rows."""
+    if not rows:
+        return dp.EpochDigest.of(names)
+    ids, _, steps = zip(*(name.rpartition("/") for name in names), strict=True)
+    return dp.EpochDigest.of(ids, [int(step) for step in steps])
 
 
 # ------------------------------------------------------------------ the laws
@@ -143,7 +166,8 @@ def law_01_every_record_once(case: Case) -> None:
         for world_size, num_partitions in ((1, 1), (4, 1), (4, 2), (1, 2)):
             _a_budget_drops_what_a_rank_would_lack(case, world_size, num_partitions)
     else:
-        _a_huge_batch_is_what_there_is(case.make)
+        if not case.rows:
+            _a_huge_batch_is_what_there_is(case.make)
         _drop_drops(case.make)
 
 
@@ -174,12 +198,12 @@ def law_03_one_order(case: Case) -> None:
         alone = [batch["ids"] for batch in expected]
         for world_size in (2, 3):
             steps = zip(*(make(rank=rank, world_size=world_size) for rank in range(world_size)), strict=True)
-            assert [batch.ids for step in steps for batch in step if batch.valid.all()] == alone
+            assert [names(batch) for step in steps for batch in step if batch.valid.all()] == alone
     else:
-        alone = [batch.ids for batch in make(batch_size=16)]
+        alone = [names(batch) for batch in make(batch_size=16)]
         for world_size in (2, 4):
             ranks = [make(batch_size=16 // world_size, rank=rank, world_size=world_size) for rank in range(world_size)]
-            assert [[one for batch in step for one in batch.ids] for step in zip(*ranks, strict=True)] == alone
+            assert [[one for batch in step for one in names(batch)] for step in zip(*ranks, strict=True)] == alone
     _epochs_differ_and_repeat(make)
 
 
@@ -209,7 +233,7 @@ def law_04_disjoint_partitions(case: Case) -> None:
             assert sum(map(len, met)) == len(set().union(*met))
         for batch in case.make(num_workers=0, **options):
             if batch.valid.all():
-                shares = Counter(owners.get(position, -1) for position in batch.positions.tolist())
+                shares = Counter(owners.get(position, -1) for position in places(batch).tolist())
                 unknown = shares.pop(-1, 0)  # draws of other epochs
                 assert unknown == 0 or case.parts
                 assert unknown or set(shares.values()) == {8 // nodes}
@@ -245,7 +269,7 @@ def law_07_seeds_are_sequences(case: Case) -> None:
     for seed, epoch in ((0, 3), (1, 2), (2, 1), (3, 0), (1 << 32, 2), ((1 << 32) - 1, 3)):
         loader = case.make(seed=seed)
         loader.set_epoch(epoch)
-        orders.append(tuple(one for batch in loader for one in batch.ids))
+        orders.append(tuple(one for batch in loader for one in names(batch)))
     assert orders[0]
     assert len(set(orders)) == len(orders)
 
@@ -318,16 +342,17 @@ def law_11_batches_stay(case: Case) -> None:
 
 def law_12_digest_of_an_epoch(case: Case) -> None:
     """The digest is that of the ids in delivered batches: all of them merged say so, and anything less or more is refused."""
+    what = "steps of records" if case.rows else "records"
     for ran in case.every_world():
         for epoch in range(2):
             digest = sum(ran.digests[epoch], dp.EpochDigest())
-            assert digest == dp.EpochDigest.of(ran.valid(epoch)) or case.parts
+            assert digest == digest_of(ran.valid(epoch), rows=case.rows) or case.parts
             words = ran.ranks[-1].check_digest(digest)
             records = ran.ranks[0].num_records
             if case.parts:
-                assert words.startswith(f"{records:,} draws of {len(set(ran.valid(epoch))):,} records, ")
+                assert words.startswith(f"{records:,} draws of {len(set(ran.valid(epoch))):,} {what}, ")
             else:
-                assert words == f"{records:,} of {records:,} records, each once"
+                assert words == f"{records:,} of {records:,} {what}, each once"
         if len(ran.ranks) > 1 and not case.parts:
             with pytest.raises(dp.DataError, match=r"delivered .* expected"):
                 ran.ranks[0].check_digest(ran.digests[1][0])
@@ -344,7 +369,7 @@ def law_13_another_world(case: Case) -> None:
             _a_budget_goes_on_with_another_world(case.make, num_partitions)
         return
     size = 16
-    expected = [batch.ids for batch in case.make(batch_size=size)]
+    expected = [names(batch) for batch in case.make(batch_size=size)]
     for before, after in ((8, 4), (4, 1)):
         stopped = [case.make(batch_size=size // before, rank=rank, world_size=before) for rank in range(before)]
         for loader in stopped:
@@ -356,7 +381,7 @@ def law_13_another_world(case: Case) -> None:
         ranks = [case.make(batch_size=size // after, rank=rank, world_size=after) for rank in range(after)]
         for loader in ranks:
             loader.load_state_dict(states[0])
-        assert [[one for batch in step for one in batch.ids] for step in zip(*ranks, strict=True)] == expected[2:]
+        assert [[one for batch in step for one in names(batch)] for step in zip(*ranks, strict=True)] == expected[2:]
 
 
 LAWS: dict[str, Callable[[Case], None]] = {
@@ -370,15 +395,15 @@ LAWS: dict[str, Callable[[Case], None]] = {
 def iterators_are_independent(case: Case) -> None:
     """Two iterators at once are two epochs, each whole; the state speaks for the one begun last."""
     expected = case.make()
-    epochs = [[batch.ids for batch in expected] for _ in range(2)]
+    epochs = [[names(batch) for batch in expected] for _ in range(2)]
     loader = case.make()
     one, other = iter(loader), iter(loader)
     seen: list[list[list[str]]] = [[], []]
     for _ in range(min(map(len, epochs))):
         for batches, ids in zip((one, other), seen, strict=True):
-            ids.append(next(batches).ids)
+            ids.append(names(next(batches)))
     for batches, ids in zip((one, other), seen, strict=True):
-        ids += [batch.ids for batch in batches]
+        ids += [names(batch) for batch in batches]
     assert seen == epochs
     assert loader.state_dict()["epoch"] in (1, 2)
     loader = case.make()
@@ -386,33 +411,33 @@ def iterators_are_independent(case: Case) -> None:
     iter(loader)
     loader.set_epoch(1)  # behind iter(), as Lightning's order of calls has it
     assert loader.state_dict()["epoch"] == 1
-    assert [batch.ids for batch in loader] == epochs[1]
+    assert [names(batch) for batch in loader] == epochs[1]
     loader.load_state_dict(case.make().state_dict())
-    assert [batch.ids for batch in unused] == epochs[0]  # begun now, so it goes on where the state stood
-    assert [batch.ids for batch in loader] == epochs[1]
+    assert [names(batch) for batch in unused] == epochs[0]  # begun now, so it goes on where the state stood
+    assert [names(batch) for batch in loader] == epochs[1]
 
 
 def loops_end_as_told(case: Case) -> None:
     """A break, an exception, an iterator dropped, `set_epoch` during a loop, and `next` beyond the end: what comes then."""
     whole = case.make()
-    epochs = [[batch.ids for batch in whole] for _ in range(4)]
+    epochs = [[names(batch) for batch in whole] for _ in range(4)]
     loader = case.make()
     with pytest.raises(KeyError):
         for _ in loader:
             raise KeyError
-    assert [batch.ids for batch in loader] == epochs[1]  # the next epoch, nothing of the old one
+    assert [names(batch) for batch in loader] == epochs[1]  # the next epoch, nothing of the old one
     dropped = iter(loader)
     next(dropped)
     del dropped
-    assert [batch.ids for batch in loader] == epochs[3]
+    assert [names(batch) for batch in loader] == epochs[3]
     loader.set_epoch(0)
     running = iter(loader)
-    begun = [next(running).ids]
+    begun = [names(next(running))]
     loader.set_epoch(3)  # speaks of the next `for`; what runs goes on
-    assert begun + [batch.ids for batch in running] == epochs[0]
+    assert begun + [names(batch) for batch in running] == epochs[0]
     assert next(running, None) is None
     assert next(running, None) is None
-    assert [batch.ids for batch in loader] == epochs[3]
+    assert [names(batch) for batch in loader] == epochs[3]
 
 
 LOOPS: tuple[Callable[[Case], None], ...] = (iterators_are_independent, loops_end_as_told)
@@ -429,24 +454,24 @@ def _a_huge_batch_is_what_there_is(make: Make) -> None:
     for epoch in range(2):
         batches = [next(iter(loader)) for loader in ranks]
         assert [len(loader) for loader in ranks] == [1, 1]
-        assert [len(batch.ids) for batch in batches] == [-(-records // 2)] * 2
-        seen = [one for batch in batches for one, valid in zip(batch.ids, batch.valid.tolist(), strict=True) if valid]
+        assert [len(names(batch)) for batch in batches] == [-(-records // 2)] * 2
+        seen = [one for batch in batches for one, valid in zip(names(batch), batch.valid.tolist(), strict=True) if valid]
         alone = make(batch_size=600_000)
         alone.set_epoch(epoch)
         (whole,) = alone
-        assert whole.ids == seen
+        assert names(whole) == seen
         assert len(seen) == len(set(seen)) == records == ranks[0].num_valid(0)
     alone.load_state_dict(ranks[0].state_dict())
     assert list(alone) == []
     for size in (records, records - 1):
-        assert len(next(iter(make(batch_size=size))).ids) == size
+        assert len(names(next(iter(make(batch_size=size))))) == size
 
 
 def _drop_drops(make: Make) -> None:
     """drop_last=True gives whole batches without padding, no record twice, and loses less than one global batch."""
     loader = make(drop_last=True)
     batches = list(loader)
-    ids = [one for batch in batches for one in batch.ids]
+    ids = [one for batch in batches for one in names(batch)]
     assert len(batches) == len(loader) > 0
     assert all(bool(batch.valid.all()) for batch in batches)
     assert len(ids) == len(set(ids)) > loader.num_records - loader.batch_size
@@ -464,8 +489,8 @@ def _a_budget_drops_what_a_rank_would_lack(case: Case, world_size: int, num_part
     padded, dropped = ([list(loader) for loader in ranks] for ranks in (pad, drop))
     whole = [all(bool(batch.valid.all()) for batch in step) for step in zip(*padded, strict=True)]
     expected = list(zip(*padded, strict=True))[: whole.index(False) if False in whole else None]
-    assert [[batch.ids for batch in step] for step in zip(*dropped, strict=True)] == [
-        [one.ids for one in step] for step in expected
+    assert [[names(batch) for batch in step] for step in zip(*dropped, strict=True)] == [
+        [names(one) for one in step] for step in expected
     ]
     assert {len(loader) for loader in drop} == {len(expected)}
     assert drop[0].check_digest(sum((loader.digest for loader in drop), dp.EpochDigest())).endswith("the rest dropped")
@@ -475,7 +500,7 @@ def _each_source_once_a_pass(case: Case, part_of: Callable[[str], str], sizes: M
     """Each source is drawn without replacement within its own pass, over the borders of epochs too."""
     loader = case.make()
     batches = [batch for _ in range(3) for batch in loader]
-    drawn = [one for batch in batches for one, valid in zip(batch.ids, batch.valid.tolist(), strict=True) if valid]
+    drawn = [one for batch in batches for one, valid in zip(names(batch), batch.valid.tolist(), strict=True) if valid]
     for part, size in sizes.items():
         own = [one for one in drawn if part_of(one) == part]
         assert len(own) > size
@@ -491,7 +516,7 @@ def _epochs_differ_and_repeat(make: Make) -> None:
     loader.set_epoch(0)
     assert_same(loader, first)
     assert_same(loader, second)
-    assert [batch.ids for batch in make(seed=1)] != [batch["ids"] for batch in first]
+    assert [names(batch) for batch in make(seed=1)] != [batch["ids"] for batch in first]
     for _ in make():
         break
     broken = make()
@@ -556,7 +581,7 @@ def _digest_of_a_part(case: Case) -> None:
     for _ in loader:
         break
     first, state = loader.digest, loader.state_dict()
-    assert first == dp.EpochDigest.of(next(batches).ids)
+    assert first == digest_of(names(next(batches)), rows=case.rows)
     fresh = make()
     fresh.load_state_dict(json.loads(json.dumps(state)))
     list(fresh)
@@ -582,8 +607,8 @@ def _a_budget_goes_on_with_another_world(make: Make, num_partitions: int) -> Non
     for loader in others:
         loader.load_state_dict(json.loads(json.dumps(states[0])))
     after = [batch for step in zip(*others, strict=True) for batch in step if batch.valid.all()]
-    ours = {tuple(batch.ids) for step in before for batch in step} | {tuple(batch.ids) for batch in after}
-    assert ours == {tuple(batch.ids) for batch in make(num_partitions=num_partitions) if batch.valid.all()}
+    ours = {tuple(names(batch)) for step in before for batch in step} | {tuple(names(batch)) for batch in after}
+    assert ours == {tuple(names(batch)) for batch in make(num_partitions=num_partitions) if batch.valid.all()}
 
 
 def _names_the_shard(case: Case, data: dp.Dataset, name: Path, broken: bytes | None, sound: list[dict[str, Any]]) -> None:
@@ -605,7 +630,7 @@ def _names_the_shard(case: Case, data: dp.Dataset, name: Path, broken: bytes | N
 
 
 def _positions(loader: Loader[Any]) -> set[int]:
-    return {one for batch in loader for one in batch.positions[batch.valid].tolist()}
+    return {one for batch in loader for one in places(batch)[batch.valid].tolist()}
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -80,6 +80,24 @@ def test_gin_learns_what_atoms_cannot_see_alone(
     assert int(told[-3].split()[-1]) <= 1500 < int(told[-2].split()[-1])
 
 
+def test_a_sparse_autoencoder_and_a_probe_per_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "sparse_autoencoder.py"))
+    main = example["main"]
+    for name, value in {"RECORDS": 300, "EPOCHS": 5}.items():
+        monkeypatch.setitem(main.__globals__, name, value)
+    main(tmp_path)
+    told = capsys.readouterr().out.splitlines()
+    assert all("each once" in line for line in told[:5])
+    variance, live, accuracy = (float(line.split()[-1]) for line in told[-3:])
+    assert variance > 0.8
+    assert 0.5 < live <= 1
+    assert accuracy > 0.9
+    main(tmp_path, str(tmp_path / "states"), 2)  # a set that is there already
+    assert len(capsys.readouterr().out.splitlines()) == 7
+
+
 @pytest.mark.parametrize("stop", [0, 1, 4, "last", "end"])
 def test_torchdata_resumes(stop: int | str, fresh: Callable[[], Loader[Any]], epochs: list[Contents], tmp_path: Path) -> None:
     """stop: batches of epoch 1 delivered; 0 is behind iter(), "last" before the loop has ended, "end" behind it."""

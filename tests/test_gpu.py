@@ -218,6 +218,42 @@ def test_a_window_that_the_device_has_no_memory_for(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("engine", ["torch", "dali"])
+@pytest.mark.parametrize("layers", [None, [2], [3, 0]])
+def test_a_batch_of_single_steps_is_one_kernel(gpu_log: Log, tmp_path: Path, layers: Any, engine: Any) -> None:
+    """One copy per piece, and one of numbers, labels and fields for many batches; no wait, no pageable copy."""
+    rng, layered = np.random.default_rng(0), layers is not None
+    shape: dict[str, Any] = {"shape": (4, 8), "axes": ("layer", "feature")} if layered else {"shape": (8,)}
+    schema = dp.Schema(
+        sequence=dp.Field(dtype="float16", **shape), step_axis="token", fields={"step.token": dp.Field(dtype="int32")}
+    )
+    with dp.ShardWriter(tmp_path / "set", schema, split=dp.SplitRule.parse("100/0/0"), shard_bytes=4096) as writer:
+        for number in range(500):
+            steps = int(rng.integers(1, 9))
+            values = rng.integers(-50, 50, (steps, *shape["shape"])).astype(np.float32)
+            writer.write({"id": number, "label": 0, "sequence": values, "fields": {"step.token": np.arange(steps)}})
+    data = dp.open_dataset(tmp_path / "set")
+    options: dict[str, Any] = {"batch_size": 16, "window_bytes": 60_000, "engine": engine, "normalize": True, "layers": layers}
+    loader: Any = dp.SequenceLoader(data, device="cuda", unit="step", **options)
+    residency = Residency.of(loader.plan(0), 0, 1)
+    assert (loader.window, residency is not None and residency.whole) == ("resident", False)
+    assert residency is not None
+    pieces = sum(len(list(residency.pieces(group, loader._record_bytes))) for group in residency.groups)
+    gpu_log.clear()
+    batches = list(loader)
+    assert len(batches) == len(loader) > 100
+    assert [line for line in gpu_log.lines("wait") if "event.synchronize" not in line] == []
+    assert gpu_log.lines("pageable copy") == []
+    superbatches = 7 + len(residency.groups) + len(batches) // 64
+    assert gpu_log.number("pinned copy") <= (pieces if engine == "torch" else 0) + superbatches
+    # with a layer axis, a batch is decoded when it is taken: cast, subtract, multiply, and once more contiguous
+    assert gpu_log.number("kernel") <= (6 if layered else 1) * len(batches) + 6 * pieces + 3 * superbatches
+    on_cpu: Any = dp.SequenceLoader(data, device="cpu", window="gather", unit="step", **options)
+    for ours, theirs in zip(batches, on_cpu, strict=True):
+        assert_same([ours.to("cpu")], [theirs])
+
+
+@pytest.mark.gpu
 def test_batches_of_graphs_from_the_window_share_their_kernels(gpu_log: Log, tmp_path: Path) -> None:
     """One copy per piece, and one for up to 64 batches, which are made at once; no wait, no pageable copy."""
     schema = replace(SCHEMA, fields=FIELDS)

@@ -122,6 +122,21 @@ def steps(**options: Any) -> Asked:
     return Asked(options={"max_steps": 40, "window_bytes": 6000, **options}, case=case)
 
 
+def single_steps(**options: Any) -> Asked:
+    """Single steps. The sets have some 1,200 of them, so batches are larger than of records."""
+    asked = sequences(unit="step", batch_size=16, window_bytes=40_000, **options)
+    worlds: Worlds = (({}, (1, 2, 3)), ({"batch_size": 4, "num_partitions": 4, "window_bytes": 8000}, (1, 2, 4)))
+    refusals = (
+        *REFUSALS,
+        ({"unit": "record", "mask": None}, "unit 'record'; this loader has 'step'"),
+        ({"mask": None if options.get("mask") else "mask"}, "the state has mask "),
+        ({"steps": [0]}, "filled by the steps 0; this loader"),
+    )
+    case = {**asked.case, "worlds": worlds, "rows": True, "refusals": refusals}
+    case["changes"] = [*asked.case["changes"], {"window": "gather"}, {"window": "resident"}]
+    return replace(asked, case=case, only=tuple(law for law in Asked.only if law != "08"))
+
+
 def bucketed() -> Asked:
     asked = sequences(engine="torch", bucket_by_length=True, window_bytes=10**6, window="gather")
     refusals = (*REFUSALS, ({"steps": [0, 1]}, "filled by the steps 0,1; this loader"))
@@ -194,6 +209,13 @@ KINDS: dict[str, Asked] = {
     "max_steps": steps(engine="torch", num_workers=0),
     "max_steps, dali": replace(steps(engine="dali"), only=FEW, slow=True),
     "packed": replace(sequences(engine="torch", packed=True), only=FEW, slow=True),
+    "rows": single_steps(engine="torch"),
+    "rows, dali": replace(single_steps(engine="dali"), only=FEW),
+    "rows, no thread, masked": replace(
+        single_steps(engine="torch", num_workers=0, mask="mask"), only=("01", "02", "05", "12", "loops")
+    ),
+    "rows, in place": replace(single_steps(engine="dali"), base=lambda sets: sets.in_place, only=("01", "03", "12")),
+    "rows, gather": replace(single_steps(engine="torch", window="gather"), only=("10", *FEW), slow=True),
     **{name: replace(asked, slow=True) for name, asked in made_of_others("dali", whole="").items()},
     **made_of_others("torch", whole="balance"),
     **made_of_others("graphs", whole="mix, fold"),

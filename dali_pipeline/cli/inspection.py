@@ -28,7 +28,10 @@ def inspect_command(
             metavar="SIZE,…", help="Shuffle windows that --shuffle measures. [default: 1, 5, 20 % of the split; 256MiB]"
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Records per batch, for --shuffle.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Records, or steps, per batch, for --shuffle.")] = 32,
+    unit: Annotated[
+        str, typer.Option(metavar="record|step", help="What --shuffle measures: the order of records, or of single steps.")
+    ] = "record",
     split: Annotated[str, typer.Option(help="Split that --shuffle measures.")] = "train",
     cache_dir: CacheDir = None,
     cache_bytes: CacheBytes = None,
@@ -42,15 +45,25 @@ def inspect_command(
       python -m dali_pipeline inspect data/traces --plot traces.png
       python -m dali_pipeline inspect data/traces --json | jq .splits
       python -m dali_pipeline inspect data/traces --shuffle --window 64MiB,1GiB --plot shuffle.png
+      python -m dali_pipeline inspect data/states --shuffle --unit step --batch-size 4096
     """
     from dali_pipeline.dataset.dataset import open_dataset
+    from dali_pipeline.errors import UsageError
+    from dali_pipeline.runtime.checks import one_of
     from dali_pipeline.tools.describe import describe, print_description
     from dali_pipeline.tools.picture import check_picture, draw_description, draw_shuffle
     from dali_pipeline.tools.shufflereport import describe_shuffle, print_shuffle
+    from dali_pipeline.tools.stepquality import describe_step_shuffle, print_step_shuffle
 
     check_picture(plot)
+    one_of("--unit", unit, ("record", "step"))
+    if unit == "step" and (plot is not None or not shuffle):
+        raise UsageError("--unit step goes with --shuffle, which prints it; expected --shuffle, and no --plot")
     data = open_dataset(dst, cache_dir, parse_cache_bytes(cache_bytes), files_root)
-    if shuffle:
+    if unit == "step":
+        description, by_window = describe_step_shuffle(data, split, parse_sizes(window), batch_size)
+        show = partial(print_step_shuffle, description, by_window)
+    elif shuffle:
         description, measured = describe_shuffle(data, split, parse_sizes(window), batch_size)
         show, draw = partial(print_shuffle, description, measured), partial(draw_shuffle, description, measured)
     else:

@@ -23,6 +23,8 @@ class EpochDigest:
     The sum is the same in any order, and `+` merges ranks. A lost, doubled or exchanged record changes it, with one chance in
     2**64 of a miss.
 
+    With `unit="step"`, rows take the place of records, and the hash of a row comes from the id of its record and its step.
+
     Attributes:
         records: Number of records delivered. Default: 0.
         total: Sum of the hashes. Default: 0.
@@ -37,11 +39,12 @@ class EpochDigest:
     drawn: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64), compare=False, repr=False)
 
     @classmethod
-    def of(cls, ids: Iterable[str] | Iterable[bytes]) -> EpochDigest:
-        """Compute the digest of ids.
+    def of(cls, ids: Iterable[str] | Iterable[bytes], steps: npt.ArrayLike | None = None) -> EpochDigest:
+        """Compute the digest of ids, or of single steps of records.
 
         Args:
             ids: Ids, as text or as UTF-8 bytes.
+            steps: (N,) step within its record of each row, for the digest of `unit="step"`. Default: none, of records.
 
         Returns:
             The `EpochDigest`.
@@ -49,6 +52,8 @@ class EpochDigest:
         hashes = [
             xxhash.xxh3_64_intdigest(record_id.encode() if isinstance(record_id, str) else record_id) for record_id in ids
         ]
+        if steps is not None:
+            hashes = step_hashes(np.array(hashes, np.uint64), np.asarray(steps, np.int64)).tolist()
         return cls(records=len(hashes), total=sum(hashes) & _MASK)
 
     def __add__(self, other: EpochDigest) -> EpochDigest:
@@ -95,11 +100,12 @@ class EpochDigest:
         repeats = np.unique(self.drawn, return_counts=True)[1]
         return {int(count): int(records) for count, records in zip(*np.unique(repeats, return_counts=True), strict=True)}
 
-    def check(self, expected: EpochDigest) -> str:
+    def check(self, expected: EpochDigest, what: str = "records") -> str:
         """Compare the digest with that of the expected records.
 
         Args:
             expected: Digest of the records that the epoch should have delivered.
+            what: What is counted, in words. Default: records.
 
         Returns:
             A sentence such as `2,816 of 2,816 records, each once`.
@@ -108,24 +114,39 @@ class EpochDigest:
             DataError: Other records were delivered.
         """
         if self == expected:
-            return f"{self.records:,} of {expected.records:,} records, each once"
+            return f"{self.records:,} of {expected.records:,} {what}, each once"
         if self.left_out and self.records + self.left_out == expected.records:
-            return f"{self.records:,} of {expected.records:,} records, {self.left_out:,} left out as damaged or not finite"
+            return f"{self.records:,} of {expected.records:,} {what}, {self.left_out:,} left out as damaged or not finite"
         if self.records != expected.records:
-            raise DataError(f"the epoch delivered {self.records:,} records; expected {expected.records:,}, each once")
+            raise DataError(f"the epoch delivered {self.records:,} {what}; expected {expected.records:,}, each once")
         raise DataError(
-            f"the epoch delivered {self.records:,} records, but not each of the split's {expected.records:,} once: "
+            f"the epoch delivered {self.records:,} {what}, but not each of the split's {expected.records:,} once: "
             f"the sum of their ids' hashes is {self.total:016x}; expected {expected.total:016x}"
         )
 
-    def describe(self) -> str:
+    def describe(self, what: str = "records") -> str:
         """Describe an epoch of draws.
+
+        Args:
+            what: What is counted, in words. Default: records.
 
         Returns:
             A sentence such as `2,816 draws of 1,912 records, one at most 4 times`.
         """
         times = self.times
-        return f"{self.records:,} draws of {sum(times.values()):,} records, one at most {max(times, default=0)} times"
+        return f"{self.records:,} draws of {sum(times.values()):,} {what}, one at most {max(times, default=0)} times"
+
+
+def step_hashes(hashes: npt.NDArray[np.uint64], steps: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.uint64]:
+    """Return a 64-bit hash per row, (N,), from the XXH3-64 of its record's id and its step within the record.
+
+    The finaliser of SplitMix64 (Steele, Lea and Flood 2014) mixes both, so that no two sums of rows are alike by arithmetic.
+    """
+    mixed = hashes + (steps.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    hashed: npt.NDArray[np.uint64] = mixed ^ (mixed >> np.uint64(31))
+    return hashed
 
 
 class Delivered:

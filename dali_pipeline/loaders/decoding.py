@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -90,6 +90,13 @@ class Decoding:
     def in_dali(self) -> bool:
         """Whether DALI can do this decoding; it knows neither bfloat16 nor float64."""
         return not self.bfloat16 and self.dtype in DALI_DTYPES
+
+    def of_steps(self, steps: Array) -> Decoding:
+        """Return the decoding of single steps, (N, 1, *row), from these steps of their records, (N,)."""
+        if self.scale is None or len(self.scale) == 1:
+            return self
+        scale = self.scale.index_select(0, to_device(torch.from_numpy(steps.astype(np.int64)), self.scale.device))
+        return replace(self, scale=scale[:, None])
 
     def run(self, values: torch.Tensor, lengths: Array) -> torch.Tensor:
         """Decode values (B, T, *row), which are on the device, of sequences with lengths (B,); zero behind a sequence's end."""

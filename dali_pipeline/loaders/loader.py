@@ -97,11 +97,21 @@ class Loader(IterableDataset[Batch]):
         self.selection = reweighed(selection, options.class_balanced, options.group_weights)
         self.order = options.order(self.selection.digest, self.world.world_size)
         self._check_budget(options)
+        self._counts = self._count(options)
         self._num_records = self.selection.num_draws or self.selection.num_records
+        if self.order.unit == "step":
+            self._num_records, together = int(self._counts.sum()), self.order.global_batch_size
+            if 0 < self._num_records < together:
+                raise UsageError(
+                    f"a step of {self.world.world_size} processes takes {together} rows, and split {self.split!r} has "
+                    f"{self._num_records} to deliver; expected a smaller batch_size"
+                )
         self._first_plan = self.plan(epoch=0)
         self._num_steps = self._first_plan.num_steps  # the same in every epoch; an upper bound with a budget
         if not self._num_steps and self.num_records:
-            raise DataError(f"split {self.split!r} has {self.num_records} records, too few for one batch with drop_last=True")
+            raise DataError(
+                f"split {self.split!r} has {self.num_records} {self._what}, too few for one batch with drop_last=True"
+            )
         self.batch_size = options.batch_size if self.budgeted else self._first_plan.rows(self.world.world_size)  # as delivered
         self._position = Position(0, 0)  # returned by state_dict
         self._next = Position(0, 0)  # start of the next iterator
@@ -113,6 +123,10 @@ class Loader(IterableDataset[Batch]):
         self.left_out: list[str] = []
         self._iterating_process: int | None = None  # id of the process that iterates
         self._expected_digest: EpochDigest | None = None  # digest of a whole epoch, computed when it is first needed
+
+    def _count(self, options: LoaderOptions) -> Ints:
+        """Return what each entry of the selection adds to an epoch, (entries,): its records."""
+        return self.selection.records
 
     def _check_budget(self, options: LoaderOptions) -> None:
         """Raise UsageError for options that do not go with a budget."""
@@ -141,7 +155,8 @@ class Loader(IterableDataset[Batch]):
 
     def _fill_by(self, chosen: Layers) -> None:
         """Keep in the state which steps, or graphs, of each record are read, if batches depend on their number."""
-        self._counted = described(chosen) if self.budgeted or self.order.bucket_by_length else ""
+        depends = self.budgeted or self.order.bucket_by_length or self.order.unit == "step"
+        self._counted = described(chosen) if depends else ""
 
     def _positions(self, layers: Layers, axis: str) -> Layers:
         """Return the positions of the layers asked for, if the data set records the numbers of its layers; else `layers`."""
@@ -179,7 +194,10 @@ class Loader(IterableDataset[Batch]):
 
     @property
     def num_records(self) -> int:
-        """Number of records per epoch over all ranks, without padding; the number of draws if an epoch consists of draws."""
+        """Number of records per epoch over all ranks, without padding; the number of draws if an epoch consists of draws.
+
+        With unit="step" steps are counted instead of records, here and in `num_valid`.
+        """
         return self._num_records
 
     def num_valid(self, step: int) -> int:
@@ -345,7 +363,10 @@ class Loader(IterableDataset[Batch]):
             epoch: Number of the epoch, from 0.
         """
         chosen, lengths = self.selection, self._lengths if self.order.bucket_by_length else None
-        return EpochPlan(self.order, epoch, chosen.records, chosen.nbytes, chosen.draws, chosen.num_draws, lengths)
+        counts, nbytes = self._counts, chosen.nbytes
+        if not chosen.draws and not counts.all():  # positions stay the same without the shards that deliver nothing
+            counts, nbytes = counts[counts > 0], nbytes[counts > 0]
+        return EpochPlan(self.order, epoch, counts, nbytes, chosen.draws, chosen.num_draws and self._num_records, lengths)
 
     def _lengths(self, positions: Ints) -> Ints:
         """Return the lengths of records; called only if the order depends on them."""
@@ -380,16 +401,27 @@ class Loader(IterableDataset[Batch]):
         if not isinstance(digest, EpochDigest):
             raise UsageError(f"digest is {shown(digest)}; expected that of a loader, or a sum of such")
         if self.selection.draws:
-            return digest.describe()
+            return digest.describe(self._what)
         if self.order.drop_last:
             expected, delivered = self._num_steps * self.order.global_batch_size, digest.records + digest.left_out
             if delivered > self._num_records or (delivered != expected and not self.budgeted):
                 expected = self._num_records if self.budgeted else expected
-                raise DataError(f"the epoch delivered {digest.records:,} records; expected {expected:,} with drop_last=True")
-            return f"{digest.records:,} of {self._num_records:,} records, the rest dropped"
+                raise DataError(
+                    f"the epoch delivered {digest.records:,} {self._what}; expected {expected:,} with drop_last=True"
+                )
+            return f"{digest.records:,} of {self._num_records:,} {self._what}, the rest dropped"
         if self._expected_digest is None:
-            self._expected_digest = self.selection.expected()
-        return digest.check(self._expected_digest)
+            self._expected_digest = self._expected()
+        return digest.check(self._expected_digest, self._what)
+
+    def _expected(self) -> EpochDigest:
+        """Return the digest of an epoch that delivers everything once."""
+        return self.selection.expected()
+
+    @property
+    def _what(self) -> str:
+        """What an epoch counts, in words."""
+        return "steps of records" if self.order.unit == "step" else "records"
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iterator delivers, from its start.

@@ -19,7 +19,8 @@ NumWorkers = int | Literal["auto"]
 OnError = Literal["raise", "skip"]
 OnNan = Literal["keep", "raise", "skip"]
 WindowKind = Literal["auto", "resident", "gather"]
-TRUTHS = ("shuffle", "bucket_by_length", "class_balanced", "count_padding")
+Unit = Literal["record", "step"]
+TRUTHS = ("shuffle", "bucket_by_length", "class_balanced", "count_padding", "packed")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,6 +54,10 @@ class LoaderOptions:
     max_edges: int | None = None
     max_steps: int | None = None
     count_padding: bool = True
+    packed: bool = False
+    steps: Layers = None
+    unit: Unit = "record"
+    mask: str | None = None
 
     def __post_init__(self) -> None:
         one_of("on_error", self.on_error, get_args(OnError))
@@ -66,6 +71,7 @@ class LoaderOptions:
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             raise UsageError(f"dtype is {shown(self.dtype)}; expected a floating type such as torch.float32")
         object.__setattr__(self, "layers", plain_selection("layers", self.layers))
+        object.__setattr__(self, "steps", plain_selection("steps", self.steps))
         names = self.fields
         if names is not None and (
             not isinstance(names, list | tuple | set | frozenset) or not all(isinstance(name, str) for name in names)
@@ -73,6 +79,27 @@ class LoaderOptions:
             raise UsageError(f"fields are {shown(names)}; expected a list of names such as ['token_ids'], [] or None")
         for name, value in plain.items():
             object.__setattr__(self, name, value)
+        self._check_unit()
+
+    def _check_unit(self) -> None:
+        """Raise UsageError for what does not go with single steps, and for a mask without them."""
+        one_of("unit", self.unit, get_args(Unit))
+        if self.mask is not None and not isinstance(self.mask, str):
+            raise UsageError(f"mask is {shown(self.mask)}; expected the name of a step field such as 'loss_mask', or None")
+        if self.unit == "record":
+            if self.mask is not None:
+                raise UsageError("mask leaves out single steps, so it goes with unit='step' only; expected mask=None")
+            return
+        unfit = {
+            "max_steps": self.max_steps is not None,
+            "bucket_by_length=True": self.bucket_by_length,
+            "packed=True": self.packed,
+            "class_balanced=True": self.class_balanced,
+            "group_weights": self.group_weights is not None,
+        }
+        for name, given in unfit.items():
+            if given:
+                raise UsageError(f"unit='step' delivers single steps, batch_size of them at a time; it does not go with {name}")
 
     @property
     def budgeted(self) -> bool:
@@ -115,6 +142,8 @@ class LoaderOptions:
             num_partitions=self.num_partitions,
             drop_last=self.drop_last,
             bucket_by_length=self.bucket_by_length,
+            unit=self.unit,
+            mask=self.mask,
         )
 
 

@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,10 +30,12 @@ from dali_pipeline.reading.records import spread
 from dali_pipeline.reading.residency import Piece, RecordNumbers, Residency
 from dali_pipeline.reading.rows import SequenceRows
 from dali_pipeline.reading.source import Located, SequenceSource, stored_pad
+from dali_pipeline.reading.steps import StepSource
 from dali_pipeline.reading.superbatch import WIDER, Superbatch, signed
 from dali_pipeline.reading.window import STAGED_AHEAD, Read, WindowFiller
 from dali_pipeline.runtime.memory import Buffers, fresh_bytes
 from dali_pipeline.runtime.trace import span
+from dali_pipeline.sampling.plan import Shares
 from dali_pipeline.types import Array, Ints
 
 RAGGED_ROOM = 1.05  # steps of a slot, relative to what its bytes hold: runs are cut by the average size of a shard's records
@@ -129,6 +131,10 @@ class WindowMemory:
             step_fields=step_fields,
         )
 
+    def forget(self) -> None:
+        """Forget what is in the window."""
+        self.numbers = RecordNumbers()
+
     def note(self, piece: Piece, rows: SequenceRows, first_step: int) -> None:
         """Enter a piece, whose steps lie in the window from `first_step` on, into the tables."""
         part = slice(piece.first, piece.first + len(rows.lengths))
@@ -195,20 +201,159 @@ class WindowMemory:
         return np.concatenate(rows_of_batches), (np.add.reduceat(lengths, begins) * parts).tolist()
 
     def select(self, index: torch.Tensor, *, packed: bool) -> torch.Tensor:
-        """Return the rows of one batch, (rows, *row), from its part of the index, on the device.
-
-        NumPy copies on the CPU: on two busy cores torch's `index_select` took ten times as long, as its threads wait for each
-        other.
-        """
+        """Return the rows of one batch, (rows, *row), from its part of the index, on the device."""
         rows = self.values
         if self.shape.steps is not None and not (packed and self.shape.parts > 1):
             rows = self.values[:-1].view(-1, self.shape.steps * self.shape.parts, *self.shape.row)
-        if rows.device.type != "cpu":
-            return rows.index_select(0, index).view(-1, *self.shape.row)
-        memory = self.buffers.take(len(index) * rows[0].nbytes)
-        selected = torch.from_numpy(memory).view(rows.dtype).view(len(index), *rows.shape[1:])
-        np.take(rows.numpy(), index.numpy(), axis=0, out=selected.numpy(), mode="clip")  # "raise" would copy again
-        return selected.view(-1, *self.shape.row)
+        return taken_rows(rows, index, self.buffers).view(-1, *self.shape.row)
+
+
+def taken_rows(rows: torch.Tensor, index: torch.Tensor, buffers: Buffers) -> torch.Tensor:
+    """Return `rows` (R, *row) at an index (N,), on their device; on the CPU in memory from `buffers`.
+
+    NumPy copies on the CPU: on two busy cores torch's `index_select` took ten times as long, as its threads wait for each
+    other.
+    """
+    if rows.device.type != "cpu":
+        return rows.index_select(0, index)
+    memory = buffers.take(len(index) * rows[0].nbytes)
+    selected = torch.from_numpy(memory).view(rows.dtype).view(len(index), *rows.shape[1:])
+    np.take(rows.numpy(), index.numpy(), axis=0, out=selected.numpy(), mode="clip")  # "raise" would copy again
+    return selected
+
+
+@dataclass(eq=False)
+class StepMemory:
+    """Memory of a window of single steps. Step r has number r in `values`, `owners`, `steps` and `step_fields`.
+
+    Records are numbered so that slot s has the numbers s, s + slots, s + 2 * slots and so on. Their tables grow when a group
+    has more records than any before it, and no number changes.
+
+    Attributes:
+        shape: What the window holds of each step.
+        values: (R, parts, *row) on the device.
+        slot_records: Steps that a slot has room for.
+        num_slots: Number of slots.
+        owners: (R,) int32, number of each step's record.
+        steps: (R,) int32, number of each step within its record.
+        positions, hashes: (records,) of each record.
+        labels: (records, *shape) in the stored type, or None.
+        record_fields: By the names after their dots, (records, *shape); texts as objects.
+        step_fields: Likewise, (R, *shape).
+        used: Records of each slot.
+        numbers: Numbers of the steps that are there.
+        kept: Whether all steps of the partitions are there, for good.
+        buffers: Memory of batches on a CPU.
+    """
+
+    shape: Shape
+    values: torch.Tensor
+    slot_records: int
+    num_slots: int
+    owners: Array
+    steps: Array
+    positions: Ints
+    hashes: Array
+    labels: Array | None
+    record_fields: dict[str, Array]
+    step_fields: dict[str, Array]
+    used: Counter[int] = field(default_factory=Counter)
+    numbers: RecordNumbers = field(default_factory=RecordNumbers)
+    kept: bool = False
+    buffers: Buffers = field(default_factory=Buffers)
+
+    @classmethod
+    def of(cls, shape: Shape, source: SequenceSource, schema: Schema, residency: Residency, device: torch.device) -> StepMemory:
+        """Allocate the memory; pages of the host that are never written take no space."""
+        rows = residency.num_records
+        size = (rows, shape.parts, *shape.row)
+        if device.type == "cpu":
+            values = torch.from_numpy(fresh_bytes(int(np.prod(size)) * shape.dtype.itemsize)).view(shape.dtype).view(size)
+        else:
+            values = torch.empty(size, dtype=shape.dtype, device=device)
+        labels = schema.labels
+        return cls(
+            shape=shape,
+            values=values,
+            slot_records=residency.slot_records,
+            num_slots=residency.num_slots,
+            owners=np.empty(rows, np.int32),
+            steps=np.empty(rows, np.int32),
+            positions=np.empty(0, np.int64),
+            hashes=np.empty(0, np.uint64),
+            labels=None if labels.dtype is None else np.empty((0, *labels.shape), labels.dtype),
+            record_fields={
+                name.partition(".")[2]: np.empty((0, *stored.shape), object if stored.dtype == TEXT else stored.storage)
+                for name, stored in source.record_fields.items()
+            },
+            step_fields={
+                name.partition(".")[2]: np.empty((rows, *stored.shape), stored.storage)
+                for name, stored in source.step_fields.items()
+            },
+        )
+
+    def forget(self) -> None:
+        """Forget what is in the window."""
+        self.numbers, self.used = RecordNumbers(), Counter()
+
+    def note(self, piece: Piece, rows: SequenceRows) -> None:
+        """Enter a piece into the tables."""
+        slot = 0 if self.num_slots == 1 else piece.first // self.slot_records
+        if piece.first == piece.group.first and self.num_slots > 1:
+            self.used[slot] = 0
+        begin, records, part = self.used[slot], len(rows.lengths), slice(piece.first, piece.first + piece.num_records)
+        self.used[slot] = begin + records
+        self._grow(self.used[slot])
+        numbers = slice(begin * self.num_slots + slot, (begin + records) * self.num_slots, self.num_slots)
+        assert rows.steps is not None
+        self.owners[part] = np.repeat(np.arange(numbers.start, numbers.stop, numbers.step), rows.lengths)
+        self.steps[part] = rows.steps
+        self.positions[numbers], self.hashes[numbers] = rows.positions, rows.hashes
+        if self.labels is not None:
+            self.labels[numbers] = rows.labels
+        for name, column in self.record_fields.items():
+            column[numbers] = rows.fields[name]
+        for name, column in self.step_fields.items():
+            column[part] = rows.fields[name]
+        self.numbers.add(piece)
+
+    def _grow(self, records: int) -> None:
+        """Make room for so many records of each slot."""
+        if records * self.num_slots <= len(self.positions):
+            return
+        room = min(2 * records, max(records, self.slot_records)) * self.num_slots
+
+        def grown(table: Array) -> Array:
+            larger = np.empty((room, *table.shape[1:]), table.dtype)
+            larger[: len(table)] = table
+            return larger
+
+        self.positions, self.hashes = grown(self.positions), grown(self.hashes)
+        self.labels = None if self.labels is None else grown(self.labels)
+        self.record_fields = {name: grown(column) for name, column in self.record_fields.items()}
+
+    def rows(self, numbers: Ints) -> SequenceRows:
+        """Return everything about these steps (N,) but their values, each as a sequence of one step."""
+        owners = self.owners[numbers]
+        fields: dict[str, Any] = {name: column[numbers] for name, column in self.step_fields.items()}
+        for name, column in self.record_fields.items():
+            taken = column[owners]
+            fields[name] = taken.tolist() if taken.dtype == object else taken
+        return SequenceRows(
+            values=np.zeros(0, np.uint8),
+            starts=np.zeros(len(numbers), np.int64),
+            lengths=np.ones(len(numbers), np.int64),
+            labels=None if self.labels is None else self.labels[owners],
+            ids=[],
+            hashes=self.hashes[owners],
+            positions=self.positions[owners],
+            fields=fields,
+            steps=self.steps[numbers].astype(np.int64),
+        )
+
+    def select(self, index: torch.Tensor, *, packed: bool = False) -> torch.Tensor:
+        """Return the values of these steps, (N * parts, *row), on the device; `packed` makes no difference."""
+        return taken_rows(self.values, index, self.buffers).view(-1, *self.shape.row)
 
 
 class ResidentWindow(WindowFiller[SequenceRows]):
@@ -231,7 +376,7 @@ class ResidentWindow(WindowFiller[SequenceRows]):
 
     def __init__(
         self,
-        memory: WindowMemory,
+        memory: WindowMemory | StepMemory,
         residency: Residency,
         start: int,
         source: SequenceSource,
@@ -244,23 +389,24 @@ class ResidentWindow(WindowFiller[SequenceRows]):
         under_way: UnderWay,
         through_dali: Callable[[Callable[[], Any]], Iterator[torch.Tensor]] | None,
     ) -> None:
-        # read straight into the window, if values stay there as stored
+        # read straight into the window, if values stay there as stored, and in the same order
         direct = device.type == "cpu" and through_dali is None and (bits or source.unit.storage.name not in WIDER)
+        direct &= memory.shape.parts == 1 or isinstance(memory, WindowMemory)
         super().__init__(residency, start, threads=threads, record_bytes=record_bytes, direct=direct, kept=memory.kept)
-        self._memory, self._source, self._decoding, self._device, self._bits = memory, source, decoding, device, bits
+        self._memory = cast("WindowMemory", memory)  # StepWindow has a StepMemory
+        self._source, self._decoding, self._device, self._bits = source, decoding, device, bits
         if not memory.kept:
-            memory.numbers = RecordNumbers()
+            memory.forget()
         self._under_way = under_way
         self._fed: deque[Read[SequenceRows]] = deque()  # inside DALI
         self._filled: Counter[int] = Counter()  # steps used of each slot, by the slot's number
         self._buffers = Buffers(2 * (threads + STAGED_AHEAD), pinned=device.type == "cuda")
         self._outputs = None if through_dali is None else through_dali(self._feed)
 
-    def superbatch(self, steps: range, rank: int, world_size: int, *, packed: bool) -> tuple[Superbatch, Ints, list[int]]:
-        """Return the batches of these steps without their values, and the index that `select` takes, with its sizes."""
-        shares = self._residency.plan.batches(steps, rank, world_size)
+    def superbatch(self, shares: Shares, batches: int, *, packed: bool) -> tuple[Superbatch, Ints, list[int]]:
+        """Return the batches of these shares without their values, and the index that `select` takes, with its sizes."""
         numbers = self._memory.numbers.of(shares.positions)
-        sizes = np.full(len(steps), len(numbers) // len(steps))
+        sizes = np.full(batches, len(numbers) // batches)
         rows = self._memory.rows(numbers, sizes, self._source.reported_positions(shares.positions), packed=packed)
         index, counts = self._memory.index(numbers, sizes, packed=packed)
         return Superbatch(rows=rows, valid=shares.valid, sizes=sizes), index, counts
@@ -327,6 +473,9 @@ class ResidentWindow(WindowFiller[SequenceRows]):
             with span("copy", self._device.type != "cpu"):
                 values = stored.to(self._device, non_blocking=True)
             self._place(read, rows, values)
+        self._note_piece(read, rows)
+
+    def _note_piece(self, read: Read[SequenceRows], rows: SequenceRows) -> None:
         self._memory.note(read.piece, rows, read.place)
 
     def _place(self, read: Read[SequenceRows], rows: SequenceRows, values: torch.Tensor) -> None:
@@ -337,6 +486,43 @@ class ResidentWindow(WindowFiller[SequenceRows]):
             values = self._decoding.run(framed, np.array([framed.shape[1]]))
         begin, count = read.place * parts, int(rows.lengths.sum()) * parts
         memory.values[begin : begin + count].copy_(values.view(count, *memory.shape.row))
+        self._under_way.keep(rows.values)  # DALI, or the copy, may still read it
+
+
+class StepWindow(ResidentWindow):
+    """Fills a window of single steps along one epoch, and serves its batches; arguments as in `ResidentWindow`."""
+
+    _memory: StepMemory  # type: ignore[assignment]
+    _source: StepSource
+
+    def superbatch(self, shares: Shares, batches: int, *, packed: bool) -> tuple[Superbatch, Ints, list[int]]:
+        """Return the batches of these shares without their values, and the index that `select` takes, with its sizes."""
+        numbers = self._memory.numbers.of(shares.positions)
+        sizes = np.full(batches, len(numbers) // batches)
+        return Superbatch(rows=self._memory.rows(numbers), valid=shares.valid, sizes=sizes), numbers, sizes.tolist()
+
+    def _plan_read(self, piece: Piece) -> tuple[int, Callable[[], SequenceRows]]:
+        out = None
+        if self._direct:
+            rows = self._memory.values[piece.first : piece.first + piece.num_records, 0]
+            out = rows.numpy().view(self._source.unit.storage)
+        return piece.first, partial(self._read_steps, piece, out)
+
+    def _read_steps(self, piece: Piece, out: Array | None) -> SequenceRows:
+        located = self._source.locate_together(piece.positions)
+        return signed(self._source.read(located, np.array([len(located.lengths)]), "packed", out, self._buffers), self._bits)
+
+    def _note_piece(self, read: Read[SequenceRows], rows: SequenceRows) -> None:
+        self._memory.note(read.piece, rows)
+
+    def _place(self, read: Read[SequenceRows], rows: SequenceRows, values: torch.Tensor) -> None:
+        """Decode the values of a piece, (parts * steps, *row) on the device, and copy them into the window."""
+        memory, count = self._memory, read.piece.num_records
+        if self._decoding is not None:
+            assert rows.steps is not None
+            values = self._decoding.of_steps(rows.steps).run(values[:, None], np.ones(count, np.int64))[:, 0]
+        by_step = values.view(memory.shape.parts, count, *memory.shape.row).movedim(0, 1)
+        memory.values[read.place : read.place + count].copy_(by_step)
         self._under_way.keep(rows.values)  # DALI, or the copy, may still read it
 
 

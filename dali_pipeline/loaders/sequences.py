@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import field as dataclass_field
+from functools import cache, cached_property, partial
 from itertools import chain, repeat
 from typing import Any, Literal, cast, get_args
 
@@ -16,19 +17,21 @@ import torch
 
 from dali_pipeline.dataset.dataset import Dataset, View
 from dali_pipeline.errors import DataError, FormatError, UsageError
+from dali_pipeline.format.digest import EpochDigest, step_hashes
 from dali_pipeline.format.layers import Layers, select, to_positions
 from dali_pipeline.format.schema import Schema
 from dali_pipeline.loaders.dali import check_dali, device_id, import_dali, iterate
 from dali_pipeline.loaders.decoding import Decoding, sequence_graph
 from dali_pipeline.loaders.device import check_memory
-from dali_pipeline.loaders.fields import RecordBatch, cut_fields, moved_fields, moved_with_fields, tensors_of
+from dali_pipeline.loaders.fields import Fields, RecordBatch, cut_fields, moved_fields, moved_with_fields, tensors_of
 from dali_pipeline.loaders.loader import LoadedBatch, Loader, Position
-from dali_pipeline.loaders.options import LoaderOptions, NumWorkers, OnError, OnNan, WindowKind, plain_selection
-from dali_pipeline.loaders.resident import RAGGED_ROOM, ResidentWindow, Shape, WindowMemory, torch_type
+from dali_pipeline.loaders.options import LoaderOptions, NumWorkers, OnError, OnNan, Unit, WindowKind
+from dali_pipeline.loaders.resident import RAGGED_ROOM, ResidentWindow, Shape, StepMemory, StepWindow, WindowMemory, torch_type
 from dali_pipeline.loaders.sidestream import UnderWay, a_batch_ahead, to_device
 from dali_pipeline.reading.graphrows import ends_of
 from dali_pipeline.reading.residency import Residency
 from dali_pipeline.reading.source import Padded, SequenceSource
+from dali_pipeline.reading.steps import StepIndex, StepSource
 from dali_pipeline.reading.superbatch import SUPERBATCH_BYTES, Part, SequenceGatherer, Superbatch, superbatches
 from dali_pipeline.reading.window import Memories
 from dali_pipeline.runtime.ahead import (
@@ -42,13 +45,14 @@ from dali_pipeline.runtime.checks import one_of, refuses_old_keywords, shown, tr
 from dali_pipeline.runtime.memory import Buffers
 from dali_pipeline.runtime.trace import span, spans
 from dali_pipeline.sampling.order import WINDOW_BYTES
-from dali_pipeline.sampling.plan import EpochPlan
+from dali_pipeline.sampling.plan import EpochPlan, Shares
 from dali_pipeline.types import Array, Ints
 
 log = logging.getLogger("dali_pipeline")
 Engine = Literal["dali", "torch"]
 PREFETCH_SUPERBATCHES = 2  # number of superbatches that DALI prefetches
 SUPERBATCH_STEPS = 64
+SUPERBATCH_ROWS = 1 << 17  # single steps whose numbers are computed at once
 DALI_THREADS = 2
 NOT_FOR_DALI = ("float64",)  # neither fn.pad nor the arithmetic of decoding supports it
 
@@ -105,6 +109,63 @@ class SequenceBatch(RecordBatch):
         return replace(self, labels=labels, fields=moved_fields(self.fields, device), **moved)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepBatch:
+    """One batch of single steps of one rank, from a loader with `unit="step"`; N is the batch size.
+
+    Attributes:
+        values: (N, *row) in the loader's dtype, on its device: (N, F) for rows of F features. If an axis of a row is named
+            layer, (N, L', F) for several layers, and (N, F) for one.
+        labels: The label of each row's record, on the device, in types as in `SequenceBatch`; None if there are none.
+        valid: (N,) bool on the device. A row that is not valid is padding and repeats a real one.
+        record_positions: (N,) int64 on the CPU: the number of each row's record in its split.
+        steps: (N,) int64 on the CPU: the number of each row within its record as stored.
+        fields: Further fields by name, on the device: (N, *row), of steps and of the row's record; lists of N texts.
+    """
+
+    values: torch.Tensor
+    labels: torch.Tensor  # None without labels, as in `RecordBatch`
+    valid: torch.Tensor
+    record_positions: torch.Tensor
+    steps: torch.Tensor
+    fields: dict[str, Any]
+    source: StepSource = dataclass_field(repr=False)
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """The id of each row's record, N texts; read from the index on first use."""
+        return self.source.ids(self.record_positions.numpy())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "ids": self.ids, "source": None}  # a pickled batch needs no index
+
+    def __len__(self) -> int:
+        return len(self.record_positions)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the values as delivered, in bytes."""
+        return self.values.nbytes
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yield the tensors that are on the loader's device."""
+        yield from (tensor for tensor in (self.values, self.labels, self.valid) if tensor is not None)
+        yield from tensors_of(self.fields)
+
+    def to(self, device: str | torch.device) -> StepBatch:
+        """Return the batch on a device; `record_positions` and `steps` stay on the CPU.
+
+        Args:
+            device: For example "cpu" or "cuda:0".
+
+        Returns:
+            A new batch; this one is unchanged.
+        """
+        labels: Any = None if self.labels is None else self.labels.to(device)
+        moved: dict[str, Any] = {"values": self.values.to(device), "valid": self.valid.to(device)}
+        return replace(self, labels=labels, fields=moved_fields(self.fields, device), **moved)
+
+
 Loaded = Generator[Superbatch, None, None]
 
 
@@ -116,7 +177,7 @@ def _warn_of_steps(root: str) -> None:
 class SequenceLoader(Loader[SequenceBatch]):
     """Iterate over the batches of one split's sequences: whole batches of this rank, epoch after epoch.
 
-    An `IterableDataset` with `__len__` that yields `SequenceBatch`. Use it as it is, or in
+    An `IterableDataset` with `__len__` that yields `SequenceBatch`, or `StepBatch` with `unit="step"`. Use it as it is, or in
     `DataLoader(loader, batch_size=None, num_workers=0)`. Every `for` is the next epoch; `set_epoch` chooses one; `state_dict`
     and `load_state_dict` resume within an epoch, bit-identically. `Loader` documents the methods.
 
@@ -126,7 +187,7 @@ class SequenceLoader(Loader[SequenceBatch]):
     Args:
         data: What `open_dataset`, `mix`, `folds` or `subset` returns.
         split: Name of the split.
-        batch_size: Records per rank and step; ceil(records / world_size) at most.
+        batch_size: Records per rank and step, ceil(records / world_size) at most. With `unit="step"`, steps of records.
         shuffle: Whether to shuffle within a window that moves over the split; otherwise records come in file order.
         seed: Seed of the shuffle, 0 to 2**64 - 1. It is one word of a sequence, so neighbouring seeds share nothing.
         drop_last: Whether to leave out the records that do not fill a batch on every rank. By default the last batches are
@@ -160,12 +221,18 @@ class SequenceLoader(Loader[SequenceBatch]):
         count_padding: Whether `max_steps` counts the padding of a batch, which is what memory and time grow with.
         packed: Whether to deliver the steps of all records one after the other, (S, *row), with `cu_seqlens`, as attention
             kernels for variable lengths take them, instead of padded (B, T, *row). Step fields are packed alike.
+        unit: What is shuffled and delivered: "record", or "step" for single steps of records, each a row, as `StepBatch`. Then
+            `batch_size`, `len` and `num_records` count steps; every step comes once per epoch, and the steps of a record come
+            apart. For records of different lengths with chosen `steps` or a `mask`, and for folds, opening reads the offsets of
+            all records once. A batch may not be larger than what the split has. It does not go with max_steps,
+            bucket_by_length, packed, class_balanced or group_weights.
+        mask: With unit="step", the name of a step field, such as "loss_mask": only steps where it is not zero are delivered.
         window: Where batches are put together. "resident": in the memory of the device, which the shuffle's window is read into
             whole, in large pieces; takes 1.5 `window_bytes` per partition there, on a GPU as delivered. "gather": on the host,
             record by record, from the page cache. Both deliver the same batches. "auto" is "resident" on a GPU, and on a CPU
-            for records below 32 KiB, if it can be: without max_steps and draws; and, unless the split fits in the window,
-            shuffled, without buckets, with whole partitions for each process, and on a CPU with engine="torch". Otherwise it is
-            "gather".
+            for single steps and records below 32 KiB, if it can be: without max_steps and draws; and, unless the split fits in
+            the window, shuffled, without buckets, with whole partitions for each process, and, of whole records on a CPU, with
+            engine="torch". Otherwise it is "gather".
         class_balanced: Whether an epoch draws from all classes in equal numbers: as many draws as there are records, each class
             without replacement within its own pass.
         group_weights: How often each group is drawn, relative to 1 for groups that are not named; draws as with
@@ -187,6 +254,7 @@ class SequenceLoader(Loader[SequenceBatch]):
 
     kind = "sequences"
     _source: SequenceSource
+    _index: StepIndex | None = None  # of single steps, with unit="step"
 
     @refuses_old_keywords
     def __init__(
@@ -214,6 +282,8 @@ class SequenceLoader(Loader[SequenceBatch]):
         max_steps: int | None = None,
         count_padding: bool = True,
         packed: bool = False,
+        unit: Unit = "record",
+        mask: str | None = None,
         window: WindowKind = "auto",
         class_balanced: bool = False,
         group_weights: Mapping[str, float] | None = None,
@@ -245,18 +315,22 @@ class SequenceLoader(Loader[SequenceBatch]):
             bucket_by_length=bucket_by_length,
             max_steps=max_steps,
             count_padding=count_padding,
+            packed=packed,
+            steps=steps,
+            unit=unit,
+            mask=mask,
         )
         super().__init__(data, options)
         on_gpu = engine == "dali" and self.device.type == "cuda"
         if on_gpu:
             check_dali()
-        layers, row_layers = self._chosen(options.layers, plain_selection("steps", steps))
+        layers, row_layers = self._chosen(options.layers, options.steps)
         self._steps = layers  # which steps are read
         self._fill_by(layers)
-        self.engine, self.packed = engine, truth("packed", packed)
+        self.engine, self.packed, self.unit = engine, options.packed, options.unit
         if field_scales_by_step(data.schema) and self.packed:
             raise UsageError("packed=True for int8 with a scale for every step, which needs them apart; expected packed=False")
-        num_steps = self.selection.bounds("step")
+        num_steps = (1, 1) if self.unit == "step" else self.selection.bounds("step")
         equal_lengths = num_steps is not None and num_steps[0] == num_steps[1]
         field = data.schema.sequence
         assert field is not None
@@ -267,7 +341,8 @@ class SequenceLoader(Loader[SequenceBatch]):
                 raise DataError("a mix has no feature statistics, as those of its data sets differ; expected normalize=False")
             raise DataError(f"{data.root} has no feature statistics to normalize with; expected those of a training split")
         statistics = data.manifest.statistics if normalize else None
-        self._decoding = Decoding.of(field, layers, statistics, dtype, self.device, row_layers)
+        scaled_steps = None if self.unit == "step" else layers  # rows find their own scale
+        self._decoding = Decoding.of(field, scaled_steps, statistics, dtype, self.device, row_layers)
         # On the way to a GPU, padding would be more bytes to copy. On the CPU, records are read straight into padded rows.
         self._decodes_in_dali = (
             on_gpu
@@ -276,11 +351,17 @@ class SequenceLoader(Loader[SequenceBatch]):
             and data.schema.layer_axis is None
             and not self.packed
             and not self.budgeted
+            and not (self.unit == "step" and field_scales_by_step(data.schema))
         )
         self._pads_in_dali = self._decodes_in_dali and not equal_lengths
         # in a resident window; a layer axis is moved to its place when a batch is taken, and constants fit only there
         self._decodes_at_load = self.device.type == "cuda" and data.schema.layer_axis is None
-        record_bytes = self.selection.record_bytes
+        wanted = options.wanted(layers, None if row_layers is None else row_layers[1])
+        if self._index is None:
+            self._source = source = SequenceSource(self.selection, data.schema, wanted)
+        else:
+            self._source = source = StepSource(self.selection, data.schema, wanted, index=self._index)
+        self._record_bytes = record_bytes = self.selection.record_bytes if self._index is None else source.row_bytes
         batch_bytes = int(self.batch_size * record_bytes)
         self._longest_superbatch = max(1, min(SUPERBATCH_STEPS, SUPERBATCH_BYTES // max(1, batch_bytes)))
         if max_steps is not None:
@@ -291,19 +372,35 @@ class SequenceLoader(Loader[SequenceBatch]):
         busy = self._threads + (DALI_THREADS if engine == "dali" else 0)
         decodes = self.device.type == "cpu" and not self._decoding.idle
         self.cores = cores_beside(busy if decodes else 0)  # for torch in the caller's thread
-        self._source = source = SequenceSource(
-            self.selection, data.schema, options.wanted(layers, None if row_layers is None else row_layers[1])
-        )
         if self.device.type == "cuda":
-            longest = len(select(layers, num_steps[1])) if num_steps is not None else 1
+            longest = len(select(None if self.unit == "step" else layers, num_steps[1])) if num_steps is not None else 1
             nbytes = self.batch_size * longest * source.row_bytes // field.storage.itemsize * dtype.itemsize
             check_memory(self.device, nbytes, f"a batch of {self.batch_size} sequences of {longest} steps")
             source.use(Buffers(pinned=True))
         bits, skips = self._decoding.bfloat16, self.skips
         self._padded: Padded = "packed" if self.packed else None if self._pads_in_dali else "batch"
         self._superbatches = SequenceGatherer(source, self.world, self.batch_size, self._padded, bits=bits, skips=skips)
-        self._memories: Memories[WindowMemory] = Memories()
+        self._memories: Memories[WindowMemory | StepMemory] = Memories()
         self._choose_window(window, "max_steps" if self.budgeted else "")
+
+    def _count(self, options: LoaderOptions) -> Ints:
+        if options.unit == "record":
+            return super()._count(options)
+        schema, name = self.data.schema, None
+        if options.mask is not None:
+            name = f"step.{options.mask}"
+            masks = [known.partition(".")[2] for known, stored in schema.step_fields.items() if not stored.shape]
+            if options.mask not in masks:
+                known = ", ".join(masks) or "none, as there are none"
+                raise UsageError(f"mask is {options.mask!r}; expected a step field of one number per step: {known}")
+        self._index = StepIndex(self.selection, schema, self._chosen(options.layers, options.steps)[0], name)
+        if self.selection.num_records and not self._index.num_steps:
+            left = "are empty" if name is None else f"have no step whose {options.mask!r} is not zero"
+            raise DataError(f"all records of split {self.split!r} of {self.data.root} {left}; expected some steps to deliver")
+        return self._index.counts
+
+    def _expected(self) -> EpochDigest:
+        return super()._expected() if self._index is None else self._index.expected()
 
     def _chosen(self, layers: Layers, steps: Layers) -> tuple[Layers, tuple[int, list[int]] | None]:
         """Return the positions of the steps to read; and, if an axis of the rows is named layer, that axis and its positions.
@@ -360,6 +457,8 @@ class SequenceLoader(Loader[SequenceBatch]):
         return batches
 
     def _window_pays(self) -> bool:
+        if self._index is not None:
+            return True  # a gather reads row by row
         shortest, longest = self.selection.bounds("step") or (1, 1)
         padded_bytes = self.batch_size * longest * self._source.row_bytes  # a batch as stored, with its longest record
         if self.device.type == "cpu" and self.engine == "dali":  # which copies every piece once more on a CPU
@@ -370,6 +469,8 @@ class SequenceLoader(Loader[SequenceBatch]):
 
     def _window_nbytes(self, residency: Residency) -> int:
         per_step = self._source.row_bytes // self._source.unit.storage.itemsize * self.dtype.itemsize
+        if self._index is not None:
+            return residency.num_records * per_step
         return self._slot_steps(residency) * residency.num_slots * per_step
 
     def _slot_steps(self, residency: Residency) -> int:
@@ -398,7 +499,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         """Yield batches from the resident window; gather those whose records it could not read."""
         plan = residency.plan
         memory = self._memory_of(residency)
-        window = ResidentWindow(
+        window = (ResidentWindow if self._index is None else StepWindow)(
             memory,
             residency,
             start.step,
@@ -406,28 +507,35 @@ class SequenceLoader(Loader[SequenceBatch]):
             decoding=self._decoding if self._decodes_at_load and not self._decodes_in_dali else None,
             device=self.device,
             threads=self._window_threads,
-            record_bytes=self.selection.record_bytes,
+            record_bytes=self._record_bytes,
             bits=self._decoding.bfloat16,
             under_way=under_way,
             through_dali=self._pieces_through_dali if self.engine == "dali" else None,
         )
-        step, longest = start.step, 1
-        with closing(window):
-            while step < plan.num_steps:
-                stop = min(window.reach(step), step + longest, plan.num_steps)
-                steps, longest = range(step, stop), min(2 * longest, SUPERBATCH_STEPS)
-                batches = (
-                    self._from_window(window, memory, steps)
-                    if window.serves(steps)
-                    else self._gather_steps(plan, steps, under_way)
-                )
-                for loaded in batches:
-                    yield loaded
-                    window.passed(step)
-                    step += 1
+        step, most = start.step, SUPERBATCH_STEPS
+        if self._index is not None:
+            most = max(1, min(most, SUPERBATCH_ROWS // self.batch_size))
+        rank, world_size = self.world.rank, self.world.world_size
+        ranges = superbatches(range(start.step, plan.num_steps), most)
+        ordered = map_ahead(lambda steps: plan.batches(steps, rank, world_size), ranges, min(1, self._window_threads))
+        with closing(window), closing(ordered):
+            for shares in ordered:
+                end = step + len(shares.positions) // self.batch_size
+                while step < end:
+                    steps = range(step, min(window.reach(step), end))
+                    own, shares = shares.cut(len(steps) * self.batch_size)
+                    batches = (
+                        self._from_window(window, memory, own, len(steps))
+                        if window.serves(steps)
+                        else self._gather_steps(plan, steps, under_way)
+                    )
+                    for loaded in batches:
+                        yield loaded
+                        window.passed(step)
+                        step += 1
         self._memories.give_back(memory, kept=window.holds_all)
 
-    def _window_memory(self, residency: Residency) -> WindowMemory:
+    def _window_memory(self, residency: Residency) -> WindowMemory | StepMemory:
         source, (shortest, longest) = self._source, self.selection.bounds("step") or (1, 1)
         stored = torch.int16 if self._decoding.bfloat16 else torch_type(source.unit.storage)
         shape = Shape(
@@ -436,6 +544,8 @@ class SequenceLoader(Loader[SequenceBatch]):
             row=source.unit.shape,
             dtype=self.dtype if self._decodes_at_load else stored,
         )
+        if self._index is not None:
+            return StepMemory.of(replace(shape, steps=None), source, self.data.schema, residency, self.device)
         return WindowMemory.of(shape, source, self.data.schema, residency, self._slot_steps(residency), self.device)
 
     def _pieces_through_dali(self, feed: Callable[[], Any]) -> Iterator[torch.Tensor]:
@@ -445,8 +555,10 @@ class SequenceLoader(Loader[SequenceBatch]):
             for (out,) in spans("dali", iterator):
                 yield out["sequences"][0]
 
-    def _from_window(self, window: ResidentWindow, memory: WindowMemory, steps: range) -> Iterator[LoadedBatch[SequenceBatch]]:
-        superbatch, index, counts = window.superbatch(steps, self.world.rank, self.world.world_size, packed=self.packed)
+    def _from_window(
+        self, window: ResidentWindow, memory: WindowMemory | StepMemory, shares: Shares, batches: int
+    ) -> Iterator[LoadedBatch[SequenceBatch]]:
+        superbatch, index, counts = window.superbatch(shares, batches, packed=self.packed)
         parts, longest = self._source.parts_per_record, superbatch.longest
 
         def values(index: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -603,6 +715,7 @@ class SequenceLoader(Loader[SequenceBatch]):
             decoded: Whether the values are decoded already.
         """
         rows, sizes, schema = superbatch.rows, superbatch.sizes.tolist(), self.data.schema
+        hashes = rows.hashes if rows.steps is None else step_hashes(rows.hashes, rows.steps)
         small = [*moved_along, torch.from_numpy(superbatch.valid)]
         small += [] if rows.labels is None else [torch.from_numpy(rows.labels)]
         with span("copy", self.device.type != "cpu"):
@@ -628,11 +741,17 @@ class SequenceLoader(Loader[SequenceBatch]):
             if not decoded:
                 with nullcontext() if self._decoding.idle else span("decode"), self._on_threads():
                     ends = np.array([batch.shape[1]]) if self.packed else rows.lengths[begin:end]
-                    batch = self._decoding.run(batch, ends)
+                    decoding = self._decoding if rows.steps is None else self._decoding.of_steps(rows.steps[begin:end])
+                    batch = decoding.run(batch, ends)
             cu_seqlens = None
             if self.packed:
                 batch = batch[0]
                 cu_seqlens = to_device(torch.from_numpy(ends_of(rows.lengths[begin:end]).astype(np.int32)), self.device)
+            if rows.steps is not None:
+                single = self._step_batch(batch, torch.from_numpy(rows.steps[begin:end]), fields)
+                delivered: Any = single(labels=labels, valid=valid, record_positions=positions)
+                yield LoadedBatch(delivered, hashes[begin:end], superbatch.valid[begin:end], superbatch.left_out, cursors)
+                continue
             delivered = SequenceBatch(
                 sequences=batch if self._source.layered else batch.contiguous(),
                 lengths=lengths,
@@ -643,7 +762,17 @@ class SequenceLoader(Loader[SequenceBatch]):
                 fields=fields,
                 cu_seqlens=cu_seqlens,
             )
-            yield LoadedBatch(delivered, rows.hashes[begin:end], superbatch.valid[begin:end], superbatch.left_out, cursors)
+            yield LoadedBatch(delivered, hashes[begin:end], superbatch.valid[begin:end], superbatch.left_out, cursors)
+
+    def _step_batch(self, sequences: torch.Tensor, steps: torch.Tensor, fields: Fields) -> Callable[..., StepBatch]:
+        """Return the function that makes a batch of single steps from its sequences of one step, (N, 1, *row)."""
+        values, axis = sequences[:, 0], self.data.schema.layer_axis
+        if axis is not None and values.shape[1 + axis] == 1:
+            values = values.squeeze(1 + axis)
+        per_step = {name.partition(".")[2] for name in self.data.schema.step_fields}
+        rows = {name: column[:, 0] if name in per_step else column for name, column in fields.items()}
+        source = cast("StepSource", self._source)
+        return partial(StepBatch, values=values.contiguous(), steps=steps, fields=rows, source=source)
 
     def _on_threads(self) -> AbstractContextManager[object]:
         return nullcontext() if self._decoding.idle else on_threads(self.cores)

@@ -25,6 +25,7 @@ class SequenceRows:
         positions: (N,) int64.
         fields: Further fields as stored, by the names after their dots: of steps, rows of all records, each padded to the
             longest of its batch; of records, (N, *shape), or N texts.
+        steps: (R,) int64, the step within its record of each row, if single steps are gathered; otherwise None.
     """
 
     values: Array
@@ -35,3 +36,4 @@ class SequenceRows:
     hashes: Array
     positions: Ints
     fields: Mapping[str, FieldRows] = field(default_factory=dict)
+    steps: Ints | None = None

@@ -347,12 +347,7 @@ class SequenceSource(BatchSource):
             buffers: Where that memory is taken from. Default: the buffers in use.
         """
         locations, lengths, positions = located.locations, located.lengths, located.positions
-        begins, ends, records = locations.begins, locations.ends, np.arange(len(positions))
-        if self._layers is not None:  # every record once per span of its layers
-            layer_spans = [self._selected(length) for length in (ends - begins).tolist()]
-            records = np.repeat(records, [len(record_spans) for record_spans in layer_spans])
-            spans = np.array([span for record_spans in layer_spans for span in record_spans], np.int64)  # (reads, 2)
-            begins, ends = begins[records] + spans[:, 0], begins[records] + spans[:, 1]
+        records, begins, ends = self._runs(located)
         reads = _Reads(records=records, begins=begins, ends=ends, lengths=lengths)
         first_records = np.cumsum(batches) - batches
         longest = np.repeat(np.maximum.reduceat(lengths, first_records), batches)
@@ -394,6 +389,18 @@ class SequenceSource(BatchSource):
             hashes=locations.hashes,
             fields=fields,
         )
+
+    def _runs(self, located: Located) -> tuple[Ints, Ints, Ints]:
+        """Return the runs of steps to read: record, first step in its shard, and the step behind the last, (n,) each."""
+        locations = located.locations
+        begins, ends, records = locations.begins, locations.ends, np.arange(len(located.positions))
+        if self._layers is None:
+            return records, begins, ends
+        # every record once per span of its layers
+        layer_spans = [self._selected(length) for length in (ends - begins).tolist()]
+        records = np.repeat(records, [len(record_spans) for record_spans in layer_spans])
+        spans = np.array([span for record_spans in layer_spans for span in record_spans], np.int64)  # (reads, 2)
+        return records, begins[records] + spans[:, 0], begins[records] + spans[:, 1]
 
     def _read_values(
         self,

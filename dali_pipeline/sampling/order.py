@@ -38,6 +38,8 @@ class Order:
         drop_last: Partitions differ by about a shard. False fills the shorter ones up with padding; True leaves out the rest of
             the longer ones.
         bucket_by_length: Whether neighbouring batches exchange records, so that lengths within a batch are alike.
+        unit: What is shuffled: "record", or "step" for single steps of sequences, which then count as records.
+        mask: Name of the step field that says which steps are delivered, or None.
     """
 
     digest: str
@@ -53,6 +55,8 @@ class Order:
     window_bytes: int
     drop_last: bool
     bucket_by_length: bool = False
+    unit: str = "record"
+    mask: str | None = None
 
     def __post_init__(self) -> None:
         limits = {
@@ -74,6 +78,15 @@ class Order:
 def hashed_keys(index: Ints, key: int) -> Keys:
     """Return a 64-bit key per index: the finaliser of SplitMix64 (Steele, Lea and Flood 2014), twice, the second time keyed."""
     return _mix(_mix(index.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)) ^ np.uint64(key))
+
+
+def hashed_order(index: Ints, key: int) -> Ints:
+    """Return the order that sorts distinct `index` by its hashed keys, (N,).
+
+    Every step of the hash can be reversed, so keys are distinct too, and any sort gives one order: the fastest may be taken.
+    """
+    order: Ints = np.argsort(hashed_keys(index, key))
+    return order
 
 
 def _mix(z: Keys) -> Keys:

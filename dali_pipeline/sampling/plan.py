@@ -32,6 +32,14 @@ class Shares:
     positions: Ints
     valid: npt.NDArray[np.bool_]
 
+    def cut(self, rows: int) -> tuple[Shares, Shares]:
+        """Return the first rows, and the rest."""
+        first, rest = slice(rows), slice(rows, None)
+        return (
+            Shares(positions=self.positions[first], valid=self.valid[first]),
+            Shares(positions=self.positions[rest], valid=self.valid[rest]),
+        )
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Blocks:

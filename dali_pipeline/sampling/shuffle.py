@@ -20,7 +20,7 @@ import bisect
 import numpy as np
 import numpy.typing as npt
 
-from dali_pipeline.sampling.order import ACROSS_GROUPS, RUNS, WITHIN_GROUPS, Order, hashed_keys, purpose_key
+from dali_pipeline.sampling.order import ACROSS_GROUPS, RUNS, WITHIN_GROUPS, Order, hashed_keys, hashed_order, purpose_key
 from dali_pipeline.types import Ints
 
 RUNS_PER_WINDOW, RUNS_PER_SHARD = 64, 8
@@ -51,7 +51,9 @@ class WindowShuffle:
         self._key = [purpose_key(order, epoch, purpose) for purpose in (RUNS, WITHIN_GROUPS, ACROSS_GROUPS)]
         fits = nbytes.sum() <= window_bytes
         if order.shuffle:
-            starts, records, nbytes = _cut_into_runs(starts, records, nbytes, window_bytes, batch_size)
+            read_at_once = batch_size if order.unit == "record" else 0  # a window of single steps is read run by run
+            starts, records, nbytes = _cut_into_runs(starts, records, nbytes, window_bytes, read_at_once)
+            # stable, because an empty shard begins where the next one does
             line = np.argsort(hashed_keys(starts, self._key[RUNS]), kind="stable")
             starts, records, nbytes = starts[line], records[line], nbytes[line]
         self._run_starts = starts  # (runs,) first record of each run, as a position in the split
@@ -68,23 +70,26 @@ class WindowShuffle:
         between = middles // batch_size * batch_size
         self._block_ends = np.concatenate([np.where(between > group_starts, between, middles), self._group_ends[-1:]])
         self._by_start: Ints | None = None  # the runs in the order of the split, computed on first use
-        # The last two blocks, and the half group that begins the next. Replaced, not changed, so threads may share them.
+        # The last two blocks, and the half group that begins the next, as indices in the line and positions. Replaced, not
+        # changed, so threads may share them.
         self._recent: tuple[tuple[int, Ints], ...] = ()
         self._half: tuple[int, Ints] | None = None
 
     def positions(self, cursors: Ints) -> Ints:
         """Return the positions of the records at these cursors in the partition's order."""
-        if self._shuffle:
-            blocks = np.searchsorted(self._block_ends, cursors, side="right")
-            line = np.empty_like(cursors)
-            for block in np.unique(blocks):
-                in_block = blocks == block
-                line[in_block] = self._block(int(block))[cursors[in_block] - self._block_start(int(block))]
-        else:
-            line = cursors
-        run = np.searchsorted(self._run_ends, line, side="right")
-        offset = line - np.where(run > 0, self._run_ends[run - 1], 0)
-        positions: Ints = self._run_starts[run] + offset
+        if not self._shuffle:
+            run = np.searchsorted(self._run_ends, cursors, side="right")
+            in_order: Ints = self._run_starts[run] + cursors - np.where(run > 0, self._run_ends[run - 1], 0)
+            return in_order
+        blocks = np.searchsorted(self._block_ends, cursors, side="right")
+        first, last = (int(blocks.min()), int(blocks.max())) if len(blocks) else (0, 0)
+        if first == last:
+            alone: Ints = self._block(first)[cursors - self._block_start(first)]
+            return alone
+        positions = np.empty_like(cursors)
+        for block in np.unique(blocks).tolist():
+            in_block = blocks == block
+            positions[in_block] = self._block(block)[cursors[in_block] - self._block_start(block)]
         return positions
 
     def group(self, cursor: int) -> int:
@@ -126,28 +131,35 @@ class WindowShuffle:
         return int(self._block_ends[block - 1]) if block else 0
 
     def _block(self, block: int) -> Ints:
-        """Return the indices in the line of the block's records, in delivered order, (records of the block,)."""
-        for number, indices in self._recent:
+        """Return the positions of the block's records, in delivered order, (records of the block,)."""
+        for number, recent in self._recent:
             if number == block:
-                return indices
+                return recent
         half = self._half
         parts = [half[1] if half is not None and half[0] == block - 1 else self._halves(block - 1)[1]] if block else []
         if block < len(self._group_ends):
             before, behind = self._halves(block)
             parts.append(before)
             self._half = block, behind
-        members = np.concatenate(parts)
-        indices = members[np.argsort(hashed_keys(members, self._key[ACROSS_GROUPS]), kind="stable")]
-        self._recent = (*self._recent[-1:], (block, indices))
-        return indices
+        # members: (2, records), index in the line and position
+        members = np.concatenate(parts, axis=1)
+        positions: Ints = members[1][hashed_order(members[0], self._key[ACROSS_GROUPS])]
+        self._recent = (*self._recent[-1:], (block, positions))
+        return positions
 
     def _halves(self, group: int) -> tuple[Ints, Ints]:
-        """Return the group's indices in the line, permuted, as the half before its middle and the half after it."""
-        begin = int(self._group_ends[group - 1]) if group else 0
-        line = np.arange(begin, int(self._group_ends[group]))
-        line = line[np.argsort(hashed_keys(line, self._key[WITHIN_GROUPS]), kind="stable")]
-        middle = int(self._block_ends[group]) - begin
-        return line[:middle], line[middle:]
+        """Return the group's records, permuted, as the half before its middle and the half after it.
+
+        Each half is (2, records): indices in the line, and positions.
+        """
+        begin, end = int(self._group_ends[group - 1]) if group else 0, int(self._group_ends[group])
+        runs = slice(int(self._last_runs[group - 1]) + 1 if group else 0, int(self._last_runs[group]) + 1)
+        run_begins = np.concatenate([[begin], self._run_ends[runs][:-1]])
+        line = np.arange(begin, end)
+        positions = line + np.repeat(self._run_starts[runs] - run_begins, np.diff(run_begins, append=end))
+        order = hashed_order(line, self._key[WITHIN_GROUPS])
+        members, middle = np.stack([line[order], positions[order]]), int(self._block_ends[group]) - begin
+        return members[:, :middle], members[:, middle:]
 
 
 def _cut_into_runs(starts: Ints, records: Ints, nbytes: Ints, window_bytes: int, batch_size: int) -> tuple[Ints, Ints, Ints]:

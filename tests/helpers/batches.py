@@ -16,6 +16,8 @@ def content(batch: Any) -> dict[str, Any]:
     """Everything that a batch holds, copied."""
     if isinstance(batch, dp.SequenceBatch):
         tensors = {"sequences": batch.sequences, "lengths": batch.lengths}
+    elif isinstance(batch, dp.StepBatch):
+        tensors = {"values": batch.values, "steps": batch.steps, "record_positions": batch.record_positions}
     else:
         tensors = {name: batch.graphs[name] for name in ("x", "edge_index", "edge_attr", "batch", "ptr")}
         tensors |= {
@@ -26,7 +28,9 @@ def content(batch: Any) -> dict[str, Any]:
         tensors |= {name: values for name, values in batch.graphs.to_dict().items() if name in NAMED}
     texts = {f"fields.{name}": values for name, values in batch.fields.items() if isinstance(values, list)}
     tensors |= {f"fields.{name}": values for name, values in batch.fields.items() if f"fields.{name}" not in texts}
-    tensors |= {"labels": batch.labels, "valid": batch.valid, "positions": batch.positions}
+    tensors |= {"labels": batch.labels, "valid": batch.valid}
+    if not isinstance(batch, dp.StepBatch):
+        tensors["positions"] = batch.positions
     return {"ids": list(batch.ids), **texts, **{name: tensor.clone() for name, tensor in tensors.items()}}
 
 

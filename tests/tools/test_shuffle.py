@@ -23,6 +23,8 @@ from dali_pipeline.tools.shufflequality import (
     measure,
     same_shard_share,
 )
+from dali_pipeline.tools.stepquality import describe_step_shuffle
+from tests.loaders.test_resident import written
 
 SHARDS = np.full(512, 64)
 
@@ -159,3 +161,32 @@ def test_behind_names_what_is_farther() -> None:
     ):
         flat = replace(quality, full_same_shard=0.0, methods=methods(ours, moved))
         assert flat.behind() == expected
+
+
+def test_single_steps_beside_a_full_permutation(tmp_path: Path) -> None:
+    """A window of the whole split is a full permutation; whole records are side by side, which the report shows."""
+    data = written(tmp_path / "set", count=800)
+    report, measured = describe_step_shuffle(data, "train", [10**7, 20_000], 64)
+    lengths = [len(data.record("train", number).sequence) for number in range(800)]
+    exact = sum(length * (length - 1) for length in lengths) / (sum(lengths) * (sum(lengths) - 1))
+    assert report["steps"] == sum(lengths)
+    assert report["full_same_record"] == pytest.approx(exact)
+    whole, small = measured
+    assert np.mean(whole.single_steps) == pytest.approx(exact, rel=0.3)
+    assert exact < np.mean(small.single_steps) < np.mean(small.whole_records)
+    assert np.mean(small.whole_records) > 20 * exact
+    with pytest.raises(dp.DataError, match=r"split 'train' has \d+ steps, and a whole batch is needed"):
+        describe_step_shuffle(data, "train", [], 10**6)
+
+
+def test_inspect_prints_single_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(tmp_path / "set", count=60)
+    assert call(monkeypatch, "inspect", tmp_path / "set", "--shuffle", "--unit", "step", "--window", "1MiB") == 0
+    printed = capsys.readouterr().out
+    assert "single steps (unit='step')" in printed
+    assert "full permutation, exactly" in printed
+    for flags in (["--unit", "step"], ["--shuffle", "--unit", "token"]):
+        assert call(monkeypatch, "inspect", tmp_path / "set", *flags) == 2
+        assert "--unit" in capsys.readouterr().err
