@@ -121,6 +121,7 @@ class StepBatch:
         record_positions: (N,) int64 on the CPU: the number of each row's record in its split.
         steps: (N,) int64 on the CPU: the number of each row within its record as stored.
         fields: Further fields by name, on the device: (N, *row), of steps and of the row's record; lists of N texts.
+        source: Where `ids` are read; None once the batch has been pickled, with its ids.
     """
 
     values: torch.Tensor
