@@ -46,7 +46,8 @@ def partitions_for(data: Dataset, config: TrainConfig) -> int:
     The largest power of two up to MOST_PARTITIONS that divides the batch and leaves every partition LEAST_SHARDS shards,
     otherwise 1. So 1, 2, 4 and 8 processes read whole partitions, and agree on the order.
     """
-    shards = min(len(data.select("train", kind).records) for kind in {kind_of(name) for name in config.models})
+    selections = [data.select("train", kind) for kind in {kind_of(name) for name in config.models}]
+    shards = min(0 if selection.draws else len(selection.records) for selection in selections)
     partitions = MOST_PARTITIONS
     while partitions > 1 and (config.batch_size % partitions or shards < LEAST_SHARDS * partitions):
         partitions //= 2

@@ -126,7 +126,10 @@ class Selection:
 
     def bounds(self, axis: str) -> tuple[int, int] | None:
         """Return the fewest and most rows of a record on an axis (step, graph, node, edge) in the splits, or None."""
-        bounds = [shards.table.rows[axis] for shards in self.shards if axis in shards.table.rows]
+        tables = [shards.table for shards in self.shards if len(shards.table)]
+        if any(axis not in table.rows for table in tables):
+            return None
+        bounds = [table.rows[axis] for table in tables]
         return (min(fewest for fewest, _ in bounds), max(most for _, most in bounds)) if bounds else None
 
     def reported_positions(self, positions: Ints) -> Ints:

@@ -257,18 +257,22 @@ class GraphLoader(Loader[GraphBatch]):
         record_bytes = self.selection.record_bytes
         threads = self._window_threads
         window = GraphWindow(memory, residency, start.step, self._source, threads=threads, record_bytes=record_bytes)
-        with closing(window):
-            if self.budgeted:
-                window.reach(start.step)
-                budget = self._budget(plan)
-                for packed in self._packed_batches(budget, start, self._longest_superbatch, self._superbatch_records):
-                    if isinstance(packed, list) and window.serves(range(plan.num_steps)):
-                        yield [window.superbatch(budget.portion(packed))], None
-                    else:
-                        yield self._gatherer.gather_packed(budget, packed)
-            else:
-                yield from self._steps_from_window(window, plan, start.step)
-        self._memories.give_back(memory, kept=window.holds_all)
+        holds_all = False
+        try:
+            with closing(window):
+                if self.budgeted:
+                    window.reach(start.step)
+                    budget = self._budget(plan)
+                    for packed in self._packed_batches(budget, start, self._longest_superbatch, self._superbatch_records):
+                        if isinstance(packed, list) and window.serves(range(plan.num_steps)):
+                            yield [window.superbatch(budget.portion(packed))], None
+                        else:
+                            yield self._gatherer.gather_packed(budget, packed)
+                else:
+                    yield from self._steps_from_window(window, plan, start.step)
+            holds_all = window.holds_all
+        finally:
+            self._memories.give_back(memory, kept=holds_all)
 
     def _steps_from_window(self, window: GraphWindow, plan: EpochPlan, step: int) -> Iterator[Loaded]:
         longest = 1
@@ -283,6 +287,7 @@ class GraphLoader(Loader[GraphBatch]):
                 yield self._gatherer.gather(plan, steps)
             for delivered in steps:
                 window.passed(delivered)
+            self._window_fails |= window.fails
             step = steps.stop
 
     def _gathered(self, plan: EpochPlan, start: Position) -> Generator[Loaded, None, None]:

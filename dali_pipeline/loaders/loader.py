@@ -256,8 +256,10 @@ class Loader(IterableDataset[Batch]):
             self._position = self._next  # epoch + 1, unless set_epoch chose another one meanwhile
 
     def _read_ahead_of(self, plan: EpochPlan) -> ReadAhead:
-        reads_whole = self.window == "resident" and self._window_threads > 0  # the window reads ahead itself
-        return ReadAhead(self._source, plan, self.world, idle=reads_whole and self.selection.cache_bytes is None)
+        # a window with threads reads ahead itself, until it fails
+        windowed = self._window_threads > 0 and self.selection.cache_bytes is None
+        self._window_fails = not (windowed and self.window == "resident" and self._residency(plan) is not None)
+        return ReadAhead(self._source, plan, self.world, idle=lambda: not self._window_fails)
 
     def _choose_window(self, asked: WindowKind, unfit: str) -> None:
         """Set where batches are put together; raise UsageError if a resident window is asked for and cannot be.
@@ -294,8 +296,8 @@ class Loader(IterableDataset[Batch]):
 
     def _residency(self, plan: EpochPlan) -> Residency | None:
         rank, world_size, least = self.world.rank, self.world.world_size, self._memories.slot_records
-        if self._memories.hold_all:
-            return Residency.of_all(plan, least)
+        if records := self._memories.hold_all:
+            return Residency.of_all(plan, records)
         return Residency.of(plan, rank, world_size, least, at_once=bool(self._needs_all))
 
     def _no_window(self) -> str:
@@ -304,14 +306,22 @@ class Loader(IterableDataset[Batch]):
             return "does not go with class_balanced, group_weights or the weights of a mix"
         if not self.selection.num_records:
             return "has no records to hold"
+        if self.selection.bounds(self._source.axis) is None:
+            return f"needs the fewest and most {self._source.axis}s of a record in every manifest; convert the data again"
         residency = self._residency(self._first_plan)
         if residency is None and self._needs_all:
             more = f"expected more window_bytes than {self.order.window_bytes}"
             return f"with {self._needs_all} needs a split that fits in the window; {more}"
+        partitions, world_size = self.order.num_partitions, self.world.world_size
+        if residency is None and partitions % world_size:
+            return (
+                f"needs whole partitions for each of {world_size} processes; expected num_partitions to be a multiple of that, "
+                f"or more window_bytes than {self.order.window_bytes}"
+            )
         if residency is None:
             return (
-                "needs whole partitions per process and batches of at most half a window; expected num_partitions to be a "
-                f"multiple of {self.world.world_size} processes, or more window_bytes than {self.order.window_bytes}"
+                f"has room for three groups of the shuffle, and batches of {self.batch_size} need more at once; expected a "
+                f"smaller batch_size, or more window_bytes than {self.order.window_bytes}"
             )
         if self.device.type == "cuda":
             try:

@@ -20,7 +20,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from dali_pipeline.errors import PipelineError
 from dali_pipeline.format.encoding import TEXT
 from dali_pipeline.format.schema import Schema
 from dali_pipeline.loaders.dali import pinned_samples
@@ -32,13 +31,13 @@ from dali_pipeline.reading.rows import SequenceRows
 from dali_pipeline.reading.source import Located, SequenceSource, stored_pad
 from dali_pipeline.reading.steps import StepSource
 from dali_pipeline.reading.superbatch import WIDER, Superbatch, signed
-from dali_pipeline.reading.window import STAGED_AHEAD, Read, WindowFiller
+from dali_pipeline.reading.window import STAGED_AHEAD, NoRoomError, Read, WindowFiller
 from dali_pipeline.runtime.memory import Buffers, fresh_bytes
 from dali_pipeline.runtime.trace import span
 from dali_pipeline.sampling.plan import Shares
 from dali_pipeline.types import Array, Ints
 
-RAGGED_ROOM = 1.05  # steps of a slot, relative to what its bytes hold: runs are cut by the average size of a shard's records
+RAGGED_ROOM = 1.25  # steps of a slot, relative to what its bytes hold: runs are cut by the average size of a shard's records
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,6 +76,7 @@ class WindowMemory:
         step_fields: Likewise, (steps + 1, *shape), the last one `Field.pad`.
         numbers: Numbers of the records that are there.
         kept: Whether all records of the partitions are there, for good.
+        size: Slots, records per slot, and bytes per slot that it has room for.
         buffers: Memory of batches on a CPU.
     """
 
@@ -93,6 +93,7 @@ class WindowMemory:
     step_fields: dict[str, Array]
     numbers: RecordNumbers = field(default_factory=RecordNumbers)
     kept: bool = False
+    size: tuple[int, int, int] = (0, 0, 0)
     buffers: Buffers = field(default_factory=Buffers)
 
     @classmethod
@@ -243,6 +244,7 @@ class StepMemory:
         used: Records of each slot.
         numbers: Numbers of the steps that are there.
         kept: Whether all steps of the partitions are there, for good.
+        size: Slots, records per slot, and bytes per slot that it has room for.
         buffers: Memory of batches on a CPU.
     """
 
@@ -260,6 +262,7 @@ class StepMemory:
     used: Counter[int] = field(default_factory=Counter)
     numbers: RecordNumbers = field(default_factory=RecordNumbers)
     kept: bool = False
+    size: tuple[int, int, int] = (0, 0, 0)
     buffers: Buffers = field(default_factory=Buffers)
 
     @classmethod
@@ -414,6 +417,10 @@ class ResidentWindow(WindowFiller[SequenceRows]):
     def _next(self) -> Piece | None:
         return self._fed[0].piece if self._fed else super()._next()
 
+    @property
+    def _numbers(self) -> RecordNumbers:
+        return self._memory.numbers
+
     def _plan_read(self, piece: Piece) -> tuple[int, Callable[[], SequenceRows]]:
         """Return the first step of the piece in the window, and the function that reads it."""
         memory, steps, located = self._memory, self._memory.shape.steps, None
@@ -425,7 +432,7 @@ class ResidentWindow(WindowFiller[SequenceRows]):
             count, first_step = int(located.lengths.sum()), slot * memory.slot_steps + self._filled[slot]
             self._filled[slot] += count
             if self._filled[slot] > memory.slot_steps:
-                raise PipelineError(f"a group has more than the {memory.slot_steps} steps that its slot has room for")
+                raise NoRoomError(f"a group has more than the {memory.slot_steps} steps that its slot has room for")
         else:
             count, first_step = piece.num_records * steps, piece.first * steps
         out = None

@@ -50,6 +50,7 @@ class GraphMemory:
         fields: Record fields, by the names after their dots.
         numbers: Numbers of the records that are there.
         kept: Whether all records are there, for good.
+        size: Slots, records per slot, and bytes per slot that it has room for.
     """
 
     device: torch.device
@@ -66,6 +67,7 @@ class GraphMemory:
     fields: dict[str, Array]
     numbers: RecordNumbers = field(default_factory=RecordNumbers)
     kept: bool = False
+    size: tuple[int, int, int] = (0, 0, 0)
 
     @classmethod
     def of(
@@ -205,17 +207,22 @@ class GraphWindow(WindowFiller[GraphRows]):
     def _note(self, read: Read[GraphRows], rows: GraphRows | None) -> None:
         """Find the place of a piece; one that its slot has no room for counts as one that could not be read."""
         slot, piece = read.piece.first // self._residency.slot_records, read.piece
+        if piece.first == piece.group.first and not self._residency.whole:
+            for level in self._memory.slot_rows:
+                self._filled[slot, level] = 0
         if rows is not None:
-            if piece.first == piece.group.first and not self._residency.whole:
-                for level in self._memory.slot_rows:
-                    self._filled[slot, level] = 0
             counts = {"node": int(rows.node_counts.sum()), "edge": int(rows.edge_counts.sum()), "graph": len(rows.node_counts)}
             read.place = {level: slot * most + self._filled[slot, level] for level, most in self._memory.slot_rows.items()}
             for level, count in counts.items():
                 self._filled[slot, level] += count
             if any(self._filled[slot, level] > most for level, most in self._memory.slot_rows.items()):
                 rows = None
+                self._overflowed += read.piece.group not in self._failed
         super()._note(read, rows)
+
+    @property
+    def _numbers(self) -> RecordNumbers:
+        return self._memory.numbers
 
     def _enter(self, read: Read[GraphRows], rows: GraphRows) -> None:
         memory, place = self._memory, read.place

@@ -519,22 +519,27 @@ class SequenceLoader(Loader[SequenceBatch]):
         rank, world_size = self.world.rank, self.world.world_size
         ranges = superbatches(range(start.step, plan.num_steps), most)
         ordered = map_ahead(lambda steps: plan.batches(steps, rank, world_size), ranges, min(1, self._window_threads))
-        with closing(window), closing(ordered):
-            for shares in ordered:
-                end = step + len(shares.positions) // self.batch_size
-                while step < end:
-                    steps = range(step, min(window.reach(step), end))
-                    own, shares = shares.cut(len(steps) * self.batch_size)
-                    batches = (
-                        self._from_window(window, memory, own, len(steps))
-                        if window.serves(steps)
-                        else self._gather_steps(plan, steps, under_way)
-                    )
-                    for loaded in batches:
-                        yield loaded
-                        window.passed(step)
-                        step += 1
-        self._memories.give_back(memory, kept=window.holds_all)
+        holds_all = False
+        try:
+            with closing(window), closing(ordered):
+                for shares in ordered:
+                    end = step + len(shares.positions) // self.batch_size
+                    while step < end:
+                        steps = range(step, min(window.reach(step), end))
+                        own, shares = shares.cut(len(steps) * self.batch_size)
+                        batches = (
+                            self._from_window(window, memory, own, len(steps))
+                            if window.serves(steps)
+                            else self._gather_steps(plan, steps, under_way)
+                        )
+                        for loaded in batches:
+                            yield loaded
+                            window.passed(step)
+                            step += 1
+                        self._window_fails |= window.fails
+            holds_all = window.holds_all
+        finally:
+            self._memories.give_back(memory, kept=holds_all)
 
     def _window_memory(self, residency: Residency) -> WindowMemory | StepMemory:
         source, (shortest, longest) = self._source, self.selection.bounds("step") or (1, 1)

@@ -53,6 +53,8 @@ def gather(
         heads = np.flatnonzero(head)
         records, begins, out_begins = records[heads], begins[heads], out_begins[heads]
         ends = ends[np.append(heads[1:], len(ends)) - 1]
+    if len(records) and int((out_begins + (ends - begins)).max()) > len(out):  # reads go to addresses
+        raise ValueError(f"{name}: rows up to {int((out_begins + (ends - begins)).max())} asked of an output of {len(out)}")
     which = locations.which[records]
     width = out.dtype.itemsize * math.prod(out.shape[1:])
     elsewhere = np.array([part.shard.array(name).referenced for part in locations.parts])

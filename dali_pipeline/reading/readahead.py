@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -37,10 +37,10 @@ class ReadAhead:
         source: Where records are read.
         plan: Order of the epoch.
         world: This process among all.
-        idle: Whether to do nothing, because a resident window reads everything in large pieces anyway. Default: False.
+        idle: Says whether to do nothing, because a resident window reads everything in large pieces. Default: never.
     """
 
-    def __init__(self, source: BatchSource, plan: EpochPlan, world: World, *, idle: bool = False) -> None:
+    def __init__(self, source: BatchSource, plan: EpochPlan, world: World, *, idle: Callable[[], bool] = lambda: False) -> None:
         self._source, self._plan, self._world, self._idle = source, plan, world, idle
         self._requested: dict[int, int] = {}  # by partition, the group after the last one requested
         self._pool: ThreadPoolExecutor | None = None
@@ -64,7 +64,7 @@ class ReadAhead:
 
         Costs microseconds, except once per half window.
         """
-        if self._idle:
+        if self._idle():
             return
         due = []
         for partition, group in self._plan.groups(step, self._world.rank, self._world.world_size, cursors):

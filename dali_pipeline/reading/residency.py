@@ -98,7 +98,7 @@ class Residency:
             plan: Order of the epoch.
             rank: This process.
             world_size: Number of processes.
-            least_records: Records that a slot must have room for. Default: 1.
+            least_records: Records that each of several slots must have room for. Default: 1.
             at_once: Whether records are needed in another order than that of the shuffle, so all must fit. Default: False.
         """
         if plan.drawn or not plan.num_steps:
@@ -121,7 +121,7 @@ class Residency:
             return None
         records, nbytes = np.concatenate(sizes, axis=1)
         if whole:  # one group behind the other
-            slot_records, slot_bytes = max(least_records, int(records.sum())), int(nbytes.sum())
+            slot_records, slot_bytes = int(records.sum()), int(nbytes.sum())
             firsts = (np.cumsum(records) - records).tolist()
         else:
             slot_records, slot_bytes = max(least_records, int(records.max())), int(nbytes.max())
@@ -168,12 +168,14 @@ class RecordNumbers:
         self._starts = self._counts = self._firsts = np.zeros(0, np.int64)
         self._current = True
 
+    def begin(self, group: Group) -> None:
+        """Forget what was in a group's slot before."""
+        self._runs[group.partition, group.number % SLOTS] = []
+        self._current = False
+
     def add(self, piece: Piece) -> None:
-        """Note that a piece is in the window; forget what was in the slot before, with a group's first piece."""
-        group = piece.group
-        slot = group.partition, group.number % SLOTS
-        if piece.first == group.first:
-            self._runs[slot] = []
+        """Note that a piece is in the window, whose group has begun."""
+        slot = piece.group.partition, piece.group.number % SLOTS
         first = piece.first
         for start, count in piece.runs:
             self._runs[slot].append((start, count, first))

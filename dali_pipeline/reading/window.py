@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from abc import abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from dali_pipeline.errors import PipelineError
-from dali_pipeline.reading.residency import Group, Piece, Residency
+from dali_pipeline.reading.residency import Group, Piece, RecordNumbers, Residency
 from dali_pipeline.runtime.trace import span
 
+log = logging.getLogger("dali_pipeline")
+HEADROOM = 1.1  # bytes of a slot, relative to those of this epoch, so that other epochs can use its memory
 STAGED_AHEAD = 4  # pieces that are read before they are needed, beside one per thread
 
 Rows = TypeVar("Rows")
 
 
 class WindowMemory(Protocol):
-    """Memory of one window: records that a slot has room for, and whether all records are there for good."""
+    """Memory of one window: its slots, records and bytes per slot, and whether all records are there for good."""
 
-    slot_records: int
+    size: tuple[int, int, int]
     kept: bool
 
 
@@ -29,32 +33,41 @@ Memory = TypeVar("Memory", bound=WindowMemory)
 
 
 class Memories(Generic[Memory]):
-    """Memory of a loader's windows, one per iterator that is under way; used again, and shared once everything is in it."""
+    """Memory of a loader's windows, one per iterator that is under way; used again, and shared once everything is in it.
+
+    A pickled one is empty.
+    """
 
     def __init__(self) -> None:
         self._unused: list[Memory] = []
         self._kept: Memory | None = None
 
+    def __reduce__(self) -> tuple[type[Memories[Memory]], tuple[()]]:
+        return type(self), ()
+
     @property
     def slot_records(self) -> int:
-        """Records that a slot of the memory there is has room for; 1 if there is none."""
-        known = self._unused if self._kept is None else [self._kept]
-        return max((memory.slot_records for memory in known), default=1)
+        """Records per slot of the memory there is, as far as it has several slots; 1 if there is none."""
+        return max((memory.size[1] for memory in self._unused if memory.size[0] > 1), default=1)
 
     @property
-    def hold_all(self) -> bool:
-        """Whether all records are in memory that is kept."""
-        return self._kept is not None
+    def hold_all(self) -> int:
+        """Number of records if all are in memory that is kept, otherwise 0."""
+        return 0 if self._kept is None else self._kept.size[1]
 
     def take(self, residency: Residency, allocate: Callable[[Residency], Memory]) -> Memory:
-        """Return memory for the window of one iterator."""
+        """Return memory for the window of one iterator; memory of another size is dropped."""
         if self._kept is not None:
             return self._kept
+        slots = residency.num_slots, residency.slot_records
         while self._unused:
             memory = self._unused.pop()
-            if memory.slot_records == residency.slot_records:
+            if memory.size[:2] == slots and memory.size[2] >= residency.slot_bytes:
                 return memory
-        return allocate(residency)
+        roomy = replace(residency, slot_bytes=int(HEADROOM * residency.slot_bytes))
+        memory = allocate(roomy)
+        memory.size = (*slots, roomy.slot_bytes)
+        return memory
 
     def give_back(self, memory: Memory, *, kept: bool) -> None:
         """Take the memory back; `kept` says that everything is in it for good."""
@@ -63,6 +76,10 @@ class Memories(Generic[Memory]):
             self._kept, self._unused = memory, []
         else:
             self._unused.append(memory)
+
+
+class NoRoomError(PipelineError):
+    """Error for a group that has more rows than its slot has room for."""
 
 
 @dataclass(eq=False)
@@ -105,6 +122,7 @@ class WindowFiller(Generic[Rows]):
         self._left: Counter[int] = Counter()  # pieces that are not entered yet, by the step that needs them
         self._reads: deque[Read[Rows]] = deque()  # in order, not yet taken
         self._failed: list[Group] = []
+        self._overflowed, self._process = 0, os.getpid()
         self._free_until = 0  # the next step: slots whose groups are behind it may be written
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="window") if threads and groups else None
 
@@ -137,10 +155,27 @@ class WindowFiller(Generic[Rows]):
         """Whether all records are in the window, and stay there."""
         return self._fills_all and not self._failed and self._next() is None
 
+    @property
+    def fails(self) -> bool:
+        """Whether a group could not be read, or had no room."""
+        return bool(self._failed)
+
     def close(self) -> None:
         """Wait for the reads in flight; leave no thread behind."""
-        if self._pool is not None:
+        if self._overflowed:
+            log.warning(
+                "groups of the shuffle with more rows than the resident window has room for: %d of %d; their batches were "
+                "gathered, as window='gather' does for all",
+                self._overflowed,
+                len(self._residency.groups),
+            )
+        if self._pool is not None and os.getpid() == self._process:
             self._pool.shutdown(wait=True, cancel_futures=True)
+
+    @property
+    @abstractmethod
+    def _numbers(self) -> RecordNumbers:
+        """Numbers of the records that are in the window."""
 
     @abstractmethod
     def _plan_read(self, piece: Piece) -> tuple[Any, Callable[[], Rows]]:
@@ -197,9 +232,15 @@ class WindowFiller(Generic[Rows]):
         self._note(*self._take())
 
     def _note(self, read: Read[Rows], rows: Rows | None) -> None:
-        self._left[read.piece.group.needed] -= 1
+        group = read.piece.group
+        self._left[group.needed] -= 1
+        if read.piece.first == group.first:
+            self._numbers.begin(group)
+        if group in self._failed:
+            return
         if rows is None:
-            self._failed.append(read.piece.group)
+            self._failed.append(group)
+            self._overflowed += isinstance(read.result.exception(), NoRoomError)
         else:
             self._enter(read, rows)
 

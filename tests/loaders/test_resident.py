@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 import dali_pipeline as dp
+from dali_pipeline.loaders import sequences as sequences_module
+from dali_pipeline.reading import residency as residency_module
 from dali_pipeline.reading.residency import SLOTS, Residency
 from dali_pipeline.reading.window import WindowFiller
 from tests.helpers.batches import assert_same
@@ -193,8 +197,8 @@ def test_nan_is_named(tmp_path: Path) -> None:
         ({"max_steps": 50}, "does not go with max_steps"),
         ({"bucket_by_length": True}, "with bucket_by_length needs a split that fits"),
         ({"class_balanced": True}, "does not go with class_balanced, group_weights"),
-        ({"batch_size": 400}, "batches of at most half a window"),
-        ({"rank": 0, "world_size": 2}, "multiple of 2 processes"),
+        ({"batch_size": 400}, "batches of 400 need more at once; expected a smaller batch_size"),
+        ({"rank": 0, "world_size": 2}, "needs whole partitions for each of 2 processes"),
     ],
 )
 def test_what_a_window_cannot_do_is_refused_and_gathered_by_default(
@@ -260,3 +264,66 @@ def test_memory_beside_batches_is_one_and_a_half_windows(tmp_path: Path) -> None
         sizes.append(memory.values.nbytes)
         assert memory.values.nbytes <= 1.5 * 60_000 + 9 * 16 * 8
     assert sizes[1] < 1.5 * sizes[0]
+
+
+@pytest.mark.parametrize("engine", ["torch", "dali"])
+@pytest.mark.parametrize("piece", [0, 1])
+def test_damage_in_any_piece_of_a_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int, engine: Any) -> None:
+    """Groups of several pieces, as usual windows have."""
+    monkeypatch.setattr(residency_module, "PIECE_BYTES", 1000)
+    data = written(tmp_path / "set", uniform=True)
+    residency = Residency.of(both(data)[0].plan(0), 0, 1)
+    assert residency is not None
+    pieces = list(residency.pieces(residency.groups[0], data.select("train", "sequences").record_bytes))
+    assert len(pieces) > 2
+    _, number, row = data.select("train", "sequences").at(pieces[piece].runs[0][0])
+    path = data.shard_path("train", "sequences", number)
+    with safe_open(path, "np") as file:
+        values = file.get_slice("sequence")[9 * row : 9 * row + 9].tobytes()
+    content = bytearray(path.read_bytes())
+    content[content.index(values)] ^= 1
+    path.write_bytes(content)
+    data = dp.open_dataset(tmp_path / "set")
+    for loader in both(data, engine=engine, num_workers=0):
+        with pytest.raises(dp.FormatError, match="are damaged"):
+            list(loader)
+    check(*both(data, engine=engine, on_error="skip"))
+
+
+def test_memory_of_an_epoch_that_fits_is_not_that_of_one_that_does_not(tmp_path: Path) -> None:
+    """Whether all groups of an epoch fit at once depends on how its line is cut."""
+    schema = dp.Schema(sequence=dp.Field(dtype="float16", shape=(16,)))
+    with dp.ShardWriter(tmp_path / "set", schema, split=dp.SplitRule.parse("100/0/0"), shard_bytes=700_000) as writer:
+        for number in range(6000):
+            writer.write({"id": number, "label": 0, "sequence": np.full((50, 16), number % 100)})
+    data = dp.open_dataset(tmp_path / "set")
+    total = int(data.select("train", "sequences").nbytes.sum())
+    loader, gathered = both(data, window_bytes=int(total / 1.49), batch_size=1, engine="torch")
+    whole = [loader._residency(loader.plan(epoch)) for epoch in range(30)]
+    kinds = [residency is not None and residency.whole for residency in whole]
+    change = next(epoch for epoch in range(29) if kinds[epoch] and not kinds[epoch + 1])
+    for one in (loader, gathered):  # only the end of the first of them, so that it does not stay in memory
+        one.load_state_dict({**one.state_dict(), "epoch": change, "step": 5990})
+    assert len(list(loader)) == len(list(gathered)) == 10
+    for number, (ours, theirs) in enumerate(zip(loader, gathered, strict=True)):
+        if number % 50 == 0:
+            assert_same([ours], [theirs])
+    assert loader.digest == gathered.digest
+
+
+def test_a_pickled_loader_has_no_window(ragged: dp.Dataset) -> None:
+    loader, gathered = both(ragged, window_bytes=10**7)
+    list(loader)
+    assert len(pickle.dumps(loader)) < 10_000
+    again = pickle.loads(pickle.dumps(loader))
+    again.set_epoch(0)
+    check(again, gathered, 1)
+
+
+def test_groups_of_more_steps_than_there_is_room_for(
+    ragged: dp.Dataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Runs are cut by the average size of a shard's records, so some groups hold more than others."""
+    monkeypatch.setattr(sequences_module, "RAGGED_ROOM", 0.05)
+    check(*both(ragged, engine="torch"), 1)
+    assert "with more rows than the resident window has room for" in caplog.text
