@@ -518,7 +518,8 @@ class SequenceLoader(Loader[SequenceBatch]):
             most = max(1, min(most, SUPERBATCH_ROWS // self.batch_size))
         rank, world_size = self.world.rank, self.world.world_size
         ranges = superbatches(range(start.step, plan.num_steps), most)
-        ordered = map_ahead(lambda steps: plan.batches(steps, rank, world_size), ranges, min(1, self._window_threads))
+        threads = min(1, self._window_threads)
+        ordered = map_ahead(lambda steps: plan.batches(steps, rank, world_size), ranges, threads, name="order")
         holds_all = False
         try:
             with closing(window), closing(ordered):

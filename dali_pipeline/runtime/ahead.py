@@ -24,7 +24,11 @@ _LEFT_TO_THE_PARENT: list[Any] = []
 
 
 def map_ahead(
-    function: Callable[[T], R], items: Iterable[T], threads: int, nbytes: Callable[[T], int] = lambda _: 0
+    function: Callable[[T], R],
+    items: Iterable[T],
+    threads: int,
+    nbytes: Callable[[T], int] = lambda _: 0,
+    name: str = "gather",
 ) -> Generator[R, None, None]:
     """Map a function over items in order; background threads work up to two results ahead each.
 
@@ -36,10 +40,11 @@ def map_ahead(
         threads: Number of background threads; 0 runs in the caller's thread.
         nbytes: Function from an item to the bytes of its result. Results ahead take at most AHEAD_BYTES together, so none is
             ahead of a larger one. Default: 0 bytes.
+        name: Name of the work in a trace. Default: "gather".
     """
     if not threads:
         for item in items:
-            yield _gathered(function, item)
+            yield _spanned(function, item, name)
         return
     pool = ThreadPoolExecutor(threads, thread_name_prefix="gather")
     results: deque[tuple[Any, int]] = deque()
@@ -51,7 +56,7 @@ def map_ahead(
                 bytes_ahead -= results[0][1]
                 yield results.popleft()[0].result()
             bytes_ahead += size
-            results.append((pool.submit(_gathered, function, item), size))
+            results.append((pool.submit(_spanned, function, item, name), size))
             if len(results) > 2 * threads:
                 bytes_ahead -= results[0][1]
                 yield results.popleft()[0].result()
@@ -61,8 +66,8 @@ def map_ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _gathered(function: Callable[[T], R], item: T) -> R:
-    with span("gather"):
+def _spanned(function: Callable[[T], R], item: T, name: str) -> R:
+    with span(name):
         return function(item)
 
 

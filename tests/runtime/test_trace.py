@@ -37,7 +37,7 @@ def test_the_window_is_told_by_its_pieces(data: dp.Dataset, tmp_path: Path, engi
     names = Counter(one["name"] for one in read(tmp_path / "trace.json"))
     assert names["select"] == names["decode"] == steps > 1
     assert names["read piece"] >= 1
-    assert set(names) - {"dali"} == {"select", "decode", "read piece"}
+    assert set(names) - {"dali"} == {"select", "decode", "order", "read piece"}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
