@@ -230,6 +230,7 @@ class GraphLoader(Loader[GraphBatch]):
 
     def _collated(self, plan: EpochPlan, start: Position) -> Generator[LoadedBatch[GraphBatch], None, None]:
         residency = self._residency(plan) if self.window == "resident" else None
+        self._window_fails |= residency is None
         # the groups of an epoch may be too many where those of another are not
         superbatches = self._gathered(plan, start) if residency is None else self._from_window(residency, start)
         with closing(superbatches) as gathered:

@@ -256,9 +256,9 @@ class Loader(IterableDataset[Batch]):
             self._position = self._next  # epoch + 1, unless set_epoch chose another one meanwhile
 
     def _read_ahead_of(self, plan: EpochPlan) -> ReadAhead:
-        # a window with threads reads ahead itself, until it fails
+        # a window with threads reads ahead itself, until it fails, or if it does not serve the epoch
         windowed = self._window_threads > 0 and self.selection.cache_bytes is None
-        self._window_fails = not (windowed and self.window == "resident" and self._residency(plan) is not None)
+        self._window_fails = not (windowed and self.window == "resident")
         return ReadAhead(self._source, plan, self.world, idle=lambda: not self._window_fails)
 
     def _choose_window(self, asked: WindowKind, unfit: str) -> None:

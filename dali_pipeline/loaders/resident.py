@@ -20,7 +20,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from dali_pipeline.format.encoding import TEXT
 from dali_pipeline.format.schema import Schema
 from dali_pipeline.loaders.dali import pinned_samples
 from dali_pipeline.loaders.decoding import Decoding
@@ -55,6 +54,13 @@ class Shape:
     parts: int
     row: tuple[int, ...]
     dtype: torch.dtype
+
+
+def _allocated(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return memory on the device, not initialised on a GPU."""
+    if device.type != "cpu":
+        return torch.empty(size, dtype=dtype, device=device)
+    return torch.from_numpy(fresh_bytes(int(np.prod(size)) * dtype.itemsize)).view(dtype).view(size)
 
 
 @dataclass(eq=False)
@@ -103,21 +109,12 @@ class WindowMemory:
         """Allocate the memory; pages of the host that are never written take no space."""
         records = residency.num_records
         steps = residency.num_slots * slot_steps
-        size = (steps * shape.parts + 1, *shape.row)
-        nbytes = int(np.prod(size)) * shape.dtype.itemsize
-        if device.type == "cpu":
-            values = torch.from_numpy(fresh_bytes(nbytes)).view(shape.dtype).view(size)
-        else:
-            values = torch.empty(size, dtype=shape.dtype, device=device)
+        values = _allocated((steps * shape.parts + 1, *shape.row), shape.dtype, device)
         values[-1].zero_()
         step_fields = {}
         for name, stored in source.step_fields.items():
             step_fields[name.partition(".")[2]] = rows = np.empty((steps + 1, *stored.shape), stored.storage)
             rows[-1] = stored_pad(stored)
-        record_fields = {
-            name.partition(".")[2]: np.empty((records, *stored.shape), object if stored.dtype == TEXT else stored.storage)
-            for name, stored in source.record_fields.items()
-        }
         return cls(
             shape=shape,
             values=values,
@@ -128,7 +125,7 @@ class WindowMemory:
             hashes=np.zeros(records, np.uint64),
             ids=np.empty(records, object),
             labels=None if schema.labels.dtype is None else np.zeros((records, *schema.labels.shape), schema.labels.dtype),
-            record_fields=record_fields,
+            record_fields=source.record_columns(records),
             step_fields=step_fields,
         )
 
@@ -269,11 +266,7 @@ class StepMemory:
     def of(cls, shape: Shape, source: SequenceSource, schema: Schema, residency: Residency, device: torch.device) -> StepMemory:
         """Allocate the memory; pages of the host that are never written take no space."""
         rows = residency.num_records
-        size = (rows, shape.parts, *shape.row)
-        if device.type == "cpu":
-            values = torch.from_numpy(fresh_bytes(int(np.prod(size)) * shape.dtype.itemsize)).view(shape.dtype).view(size)
-        else:
-            values = torch.empty(size, dtype=shape.dtype, device=device)
+        values = _allocated((rows, shape.parts, *shape.row), shape.dtype, device)
         labels = schema.labels
         return cls(
             shape=shape,
@@ -285,10 +278,7 @@ class StepMemory:
             positions=np.empty(0, np.int64),
             hashes=np.empty(0, np.uint64),
             labels=None if labels.dtype is None else np.empty((0, *labels.shape), labels.dtype),
-            record_fields={
-                name.partition(".")[2]: np.empty((0, *stored.shape), object if stored.dtype == TEXT else stored.storage)
-                for name, stored in source.record_fields.items()
-            },
+            record_fields=source.record_columns(0),
             step_fields={
                 name.partition(".")[2]: np.empty((rows, *stored.shape), stored.storage)
                 for name, stored in source.step_fields.items()

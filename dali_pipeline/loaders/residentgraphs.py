@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dali_pipeline.format.encoding import BFLOAT16, TEXT
+from dali_pipeline.format.encoding import BFLOAT16
 from dali_pipeline.format.schema import Field, Schema, level_of
 from dali_pipeline.loaders.collate import stored_tensor
 from dali_pipeline.loaders.sidestream import to_device_together
@@ -100,10 +100,6 @@ class GraphMemory:
                 values[name] = memory.view(dtype).reshape(rows, *stored.shape)
             else:
                 values[name] = torch.empty((rows, *stored.shape), dtype=delivered[name], device=device)
-        record_fields = {
-            name.partition(".")[2]: np.empty((records, *stored.shape), object if stored.dtype == TEXT else stored.storage)
-            for name, stored in source.record_fields.items()
-        }
         return cls(
             device=device,
             values=values,
@@ -116,7 +112,7 @@ class GraphMemory:
             labels=None if schema.labels.dtype is None else np.zeros((records, *schema.labels.shape), schema.labels.dtype),
             hashes=np.zeros(records, np.uint64),
             ids=np.empty(records, object),
-            fields=record_fields,
+            fields=source.record_columns(records),
         )
 
     def take(self, numbers: Ints, positions: Ints) -> tuple[GraphRows, dict[str, Ints]]:

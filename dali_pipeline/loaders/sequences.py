@@ -487,6 +487,7 @@ class SequenceLoader(Loader[SequenceBatch]):
     def _on_device(self, plan: EpochPlan, start: Position) -> Generator[LoadedBatch[SequenceBatch], None, None]:
         with UnderWay(self.device) as under_way:
             residency = self._residency(plan) if self.window == "resident" else None
+            self._window_fails |= residency is None
             if residency is not None:  # the groups of an epoch may be too many where those of another are not
                 yield from self._through_window(residency, start, under_way)
                 return

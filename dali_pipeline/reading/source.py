@@ -119,6 +119,13 @@ class BatchSource:
         locations = self._index.locate(np.array([position]))
         return f"{locations.shard(0).path}: record {locations.ids[0]!r}"
 
+    def record_columns(self, count: int) -> dict[str, Array]:
+        """Return empty columns for the record fields of `count` records, by the names after their dots; texts as objects."""
+        return {
+            name.partition(".")[2]: np.empty((count, *field.shape), object if field.dtype == TEXT else field.storage)
+            for name, field in self.record_fields.items()
+        }
+
     def reported_positions(self, positions: Ints) -> Ints:
         """Return what a batch reports as the positions of these records."""
         return self._selection.reported_positions(positions)
