@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,22 +28,32 @@ def read_prompts(path: Path) -> list[Prompt]:
 
     Without `id` the id is the number of the row, and without `group` the group is the id. Raises UsageError for any other file.
     """
+    prompts = [_prompt(path, number, row) for number, row in enumerate(csv_rows(path, ("prompt", "label")))]
+    check_ids(path, [prompt.id for prompt in prompts])
+    return prompts
+
+
+def csv_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Yield the rows of a CSV file; raise UsageError if it cannot be read, or lacks one of the columns."""
     try:
         with any_length(), path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
-            columns = rows.fieldnames or []
-            for column in ("prompt", "label"):
-                if column not in columns:
-                    raise UsageError(f"{path} has no column {column!r}; it has {', '.join(columns) or 'no header'}")
-            prompts = [_prompt(path, number, row) for number, row in enumerate(rows)]
+            names = rows.fieldnames or []
+            for column in columns:
+                if column not in names:
+                    raise UsageError(f"{path} has no column {column!r}; it has {', '.join(names) or 'no header'}")
+            yield from rows
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{path} cannot be read as CSV ({error})") from error
-    if not prompts:
+
+
+def check_ids(path: Path, ids: Sequence[str]) -> None:
+    """Raise UsageError if a file has no rows, or gives an id to several."""
+    if not ids:
         raise UsageError(f"{path} has no rows; expected a prompt in each")
-    twice = [name for name, count in Counter(prompt.id for prompt in prompts).items() if count > 1]
-    if twice:
-        raise UsageError(f"{path} gives the id {twice[0]!r} to several rows; expected each id once")
-    return prompts
+    repeated = [name for name, count in Counter(ids).items() if count > 1]
+    if repeated:
+        raise UsageError(f"{path} gives the id {repeated[0]!r} to several rows; expected each id once")
 
 
 @contextmanager

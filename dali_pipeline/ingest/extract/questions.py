@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 
 from dali_pipeline.errors import UsageError
 from dali_pipeline.ingest.extract.matching import words_of
-from dali_pipeline.ingest.extract.prompts import any_length
+from dali_pipeline.ingest.extract.prompts import check_ids, csv_rows
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 
@@ -46,35 +44,24 @@ def read_questions(path: Path, *, with_answers: bool = True) -> list[Question]:
         UsageError: The file cannot be read, or a row lacks something; names the row.
     """
     questions = [_question(where, number, row, with_answers) for number, (where, row) in enumerate(_rows(path, with_answers))]
-    if not questions:
-        raise UsageError(f"{path} has no rows; expected a prompt in each")
-    repeated = [name for name, count in Counter(question.id for question in questions).items() if count > 1]
-    if repeated:
-        raise UsageError(f"{path} gives the id {repeated[0]!r} to several rows; expected each id once")
+    check_ids(path, [question.id for question in questions])
     return questions
 
 
 def _rows(path: Path, with_answers: bool) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield each row, with its place for messages."""
     columns = ("prompt", "answers") if with_answers else ("prompt",)
+    if path.suffix.lower() not in JSON_LINES:
+        for number, row in enumerate(csv_rows(path, columns), 1):
+            yield f"{path}, row {number}", row
+        return
     try:
-        if path.suffix.lower() in JSON_LINES:
-            with path.open(encoding="utf-8-sig") as file:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield f"{path}, line {number}", _json_row(f"{path}, line {number}", line, columns)
-            return
-        with any_length(), path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            names = rows.fieldnames or []
-            for column in columns:
-                if column not in names:
-                    raise UsageError(f"{path} has no column {column!r}; it has {', '.join(names) or 'no header'}")
-            for number, row in enumerate(rows, 1):
-                yield f"{path}, row {number}", row
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        kind = "JSON lines" if path.suffix.lower() in JSON_LINES else "CSV"
-        raise UsageError(f"{path} cannot be read as {kind} ({error})") from error
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path}, line {number}", _json_row(f"{path}, line {number}", line, columns)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read as JSON lines ({error})") from error
 
 
 def _json_row(where: str, line: str, columns: tuple[str, ...]) -> Mapping[str, Any]:
