@@ -506,7 +506,7 @@ class StepWindow(ResidentWindow):
         return piece.first, partial(self._read_steps, piece, out)
 
     def _read_steps(self, piece: Piece, out: Array | None) -> SequenceRows:
-        located = self._source.locate_together(piece.positions)
+        located = self._source.locate_runs(piece.runs)
         return signed(self._source.read(located, np.array([len(located.lengths)]), "packed", out, self._buffers), self._bits)
 
     def _note_piece(self, read: Read[SequenceRows], rows: SequenceRows) -> None:

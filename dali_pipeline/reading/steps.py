@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ from dali_pipeline.format.digest import EpochDigest, step_hashes
 from dali_pipeline.format.layers import Layers, select
 from dali_pipeline.format.schema import Schema
 from dali_pipeline.format.shard import Shard, hash_texts
+from dali_pipeline.reading.records import spread
 from dali_pipeline.reading.rows import SequenceRows
 from dali_pipeline.reading.source import ALL, Located, Padded, SequenceSource, Wanted
 from dali_pipeline.runtime.memory import Buffers
@@ -97,6 +100,39 @@ class StepIndex:
             records[chosen] = self._record_starts[number] + record
             steps[chosen] = inner - entry.starts[record] if entry.steps is None else entry.steps[inner]
         return records, steps
+
+    def find_runs(self, runs: Iterable[tuple[int, int]]) -> tuple[Ints, Ints, Ints]:
+        """Look up runs of steps (first position, number), each within an entry, at a fraction of the cost of `find`.
+
+        Returns:
+            The positions of their records, (n,); how many steps are in each, (n,); their numbers within these, (steps,).
+        """
+        records, counts, skipped, steps = [], [], [], []
+        for start, count in runs:
+            number = bisect.bisect_right(self._ends.data, start)
+            begin = start - int(self._ends[number] - self.counts[number])  # within the entry
+            if self._every is not None:
+                first, last = begin // len(self._every), (begin + count - 1) // len(self._every)
+                cuts = np.arange(first, last + 2) * len(self._every)
+            else:
+                entry = self._entry(number)
+                first, last = (bisect.bisect_right(entry.starts.data, step) - 1 for step in (begin, begin + count - 1))
+                cuts = entry.starts[first : last + 2].copy()
+                if entry.steps is not None:
+                    steps.append(entry.steps[begin : begin + count])
+            skipped.append(np.zeros(len(cuts) - 1, np.int64))
+            skipped[-1][0] = begin - cuts[0]
+            cuts[0], cuts[-1] = begin, begin + count
+            records.append(np.arange(first, last + 1) + self._record_starts[number])
+            counts.append(np.diff(cuts))
+        of_record = np.concatenate(counts)
+        numbers = np.concatenate(steps).astype(np.int64) if steps else spread(np.concatenate(skipped), of_record)
+        delivered = of_record > 0
+        return (
+            np.concatenate(records)[delivered],
+            of_record[delivered],
+            numbers if self._every is None else self._every[numbers],
+        )
 
     def lengths(self) -> Ints:
         """Return the number of delivered steps of every record, (records,); reads all offsets."""
@@ -201,14 +237,10 @@ class StepSource(SequenceSource):
         locations, ones = self._index.locate(records), np.ones(len(positions), np.int64)
         return LocatedSteps(locations=locations, positions=records, lengths=ones, steps=steps)
 
-    def locate_together(self, positions: Ints) -> LocatedSteps:
-        """Look up steps (N,); neighbours of one record are looked up together, as that record."""
-        records, steps = self.steps.find(positions)
-        heads = np.flatnonzero(np.diff(records, prepend=-1))
-        lengths = np.diff(heads, append=len(records))
-        return LocatedSteps(
-            locations=self._index.locate(records[heads]), positions=records[heads], lengths=lengths, steps=steps
-        )
+    def locate_runs(self, runs: Iterable[tuple[int, int]]) -> LocatedSteps:
+        """Look up runs of steps (first position, number), each within an entry; the steps of a record as that record."""
+        records, lengths, steps = self.steps.find_runs(runs)
+        return LocatedSteps(locations=self._index.locate(records), positions=records, lengths=lengths, steps=steps)
 
     def read(
         self, located: Located, batches: Ints, padded: Padded, out: Array | None = None, buffers: Buffers | None = None
@@ -238,7 +270,12 @@ class StepSource(SequenceSource):
 
     def _runs(self, located: Located) -> tuple[Ints, Ints, Ints]:
         assert isinstance(located, LocatedSteps)
-        owners, steps = np.repeat(np.arange(len(located.lengths)), located.lengths), located.steps
+        lengths, steps = located.lengths, located.steps
+        firsts = np.cumsum(lengths) - lengths
+        if np.array_equal(steps[firsts + lengths - 1] - steps[firsts] + 1, lengths):  # ascending, so without a gap
+            begins = located.locations.begins + steps[firsts]
+            return np.arange(len(lengths)), begins, begins + lengths
+        owners = np.repeat(np.arange(len(lengths)), lengths)
         head = np.ones(len(steps), bool)
         head[1:] = (owners[1:] != owners[:-1]) | (steps[1:] != steps[:-1] + 1)
         heads = np.flatnonzero(head)

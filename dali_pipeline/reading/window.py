@@ -17,7 +17,7 @@ from dali_pipeline.runtime.trace import span
 
 log = logging.getLogger("dali_pipeline")
 HEADROOM = 1.1  # bytes of a slot, relative to those of this epoch, so that other epochs can use its memory
-STAGED_AHEAD = 4  # pieces that are read before they are needed, beside one per thread
+STAGED_AHEAD = 2  # pieces that are read before they are needed, beside one per thread
 
 Rows = TypeVar("Rows")
 

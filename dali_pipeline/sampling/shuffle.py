@@ -87,7 +87,7 @@ class WindowShuffle:
             alone: Ints = self._block(first)[cursors - self._block_start(first)]
             return alone
         positions = np.empty_like(cursors)
-        for block in np.unique(blocks).tolist():
+        for block in range(first, last + 1):
             in_block = blocks == block
             positions[in_block] = self._block(block)[cursors[in_block] - self._block_start(block)]
         return positions

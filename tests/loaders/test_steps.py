@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import dali_pipeline as dp
+from dali_pipeline.reading.steps import StepIndex
 from tests.helpers.batches import assert_same, content
 from tests.loaders.test_resident import written
 
@@ -190,6 +191,36 @@ def test_chosen_steps_of_records_of_any_length(tmp_path: Path, steps: Any) -> No
             (number, step) for step in (range(count)[steps] if isinstance(steps, slice) else [step % count for step in steps])
         ]
     assert sorted(rows_of(loader(data, steps=steps))) == expected
+
+
+@pytest.mark.parametrize("steps", [None, slice(1, None, 2)])
+@pytest.mark.parametrize("mask", [None, "step.loss_mask"])
+@pytest.mark.parametrize("uniform", [True, False])
+def test_runs_are_looked_up_as_steps_one_by_one_are(tmp_path: Path, steps: Any, mask: str | None, uniform: bool) -> None:
+    schema = dp.Schema(
+        sequence=dp.Field(dtype="float16", shape=(2,)), step_axis="token", fields={"step.loss_mask": dp.Field(dtype="bool")}
+    )
+    rng = np.random.default_rng(0)
+    with dp.ShardWriter(tmp_path / "set", schema, split=dp.SplitRule.parse("100/0/0"), shard_bytes=512) as writer:
+        for number in range(150):
+            count = 6 if uniform else int(rng.integers(2, 9))
+            kept = rng.random(count) < 0.3
+            fields = {"step.loss_mask": kept}
+            writer.write({"id": number, "label": 0, "sequence": np.zeros((count, 2)), "fields": fields})
+    data = dp.open_dataset(tmp_path / "set")
+    index = StepIndex(loader(data).selection, data.schema, steps, mask)
+    ends = np.cumsum(index.counts)
+    runs = []
+    for end, count in zip(ends.tolist(), index.counts.tolist(), strict=True):
+        for begin in rng.integers(end - count, end, 2).tolist() if count else []:
+            runs.append((begin, int(rng.integers(1, end - begin + 1))))
+    records, counts, numbers = index.find_runs(runs)
+    positions = np.concatenate([np.arange(begin, begin + count) for begin, count in runs])
+    expected_records, expected_steps = index.find(positions)
+    assert np.repeat(records, counts).tolist() == expected_records.tolist()
+    assert numbers.tolist() == expected_steps.tolist()
+    assert numbers.dtype == np.int64
+    assert counts.min() > 0
 
 
 def test_folds_and_mixes(ragged: dp.Dataset, tmp_path: Path) -> None:

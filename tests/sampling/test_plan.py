@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dali_pipeline.errors import DataError, UsageError
+from dali_pipeline.sampling import order as order_module
 from dali_pipeline.sampling import plan as plan_module
 from dali_pipeline.sampling.draws import Draws
 from dali_pipeline.sampling.order import Order, hashed_keys
@@ -20,6 +21,20 @@ def order(**options: Any) -> Order:
     default: dict[str, Any] = {"digest": "0" * 31 + "7", "split": "train", "seed": 0, "shuffle": True}
     default |= {"global_batch_size": 4, "window_bytes": 1 << 20, "num_partitions": 1, "drop_last": False}
     return Order(**{**default, **options})
+
+
+def test_hashed_order_sorts_by_whole_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the upper bits of some keys are equal, which random keys hardly ever have."""
+    rng = np.random.default_rng(0)
+    for size in (0, 1, 2, 7, 1000, 5000):
+        index = rng.permutation(10 * size)[:size]
+        assert order_module.hashed_order(index, 5).tolist() == np.argsort(hashed_keys(index, 5)).tolist()
+    for alike in (1, 3, 500):  # keys in a row that differ in the lowest bits alone
+        keys = rng.choice(2**20, 1000, replace=False).astype(np.uint64) << np.uint64(40)
+        keys[:alike] = keys[0] | rng.permutation(alike).astype(np.uint64)
+        keys = rng.permutation(keys)
+        monkeypatch.setattr(order_module, "hashed_keys", lambda index, key, keys=keys: keys)
+        assert order_module.hashed_order(np.arange(1000), 0).tolist() == np.argsort(keys).tolist()
 
 
 shards = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 300)), min_size=1, max_size=30)
