@@ -58,6 +58,7 @@ class LoaderOptions:
     steps: Layers = None
     unit: Unit = "record"
     mask: str | None = None
+    labels: str | None = None
 
     def __post_init__(self) -> None:
         one_of("on_error", self.on_error, get_args(OnError))
@@ -82,13 +83,16 @@ class LoaderOptions:
         self._check_unit()
 
     def _check_unit(self) -> None:
-        """Raise UsageError for what does not go with single steps, and for a mask without them."""
+        """Raise UsageError for what does not go with single steps, and for a mask or labels of theirs without them."""
         one_of("unit", self.unit, get_args(Unit))
-        if self.mask is not None and not isinstance(self.mask, str):
-            raise UsageError(f"mask is {shown(self.mask)}; expected the name of a step field such as 'loss_mask', or None")
+        purposes = {"mask": "leaves out single steps", "labels": "are those of single steps"}
+        for name, purpose in purposes.items():
+            given = getattr(self, name)
+            if given is not None and not isinstance(given, str):
+                raise UsageError(f"{name} is {shown(given)}; expected the name of a step field such as 'loss_mask', or None")
+            if given is not None and self.unit == "record":
+                raise UsageError(f"{name} {purpose}, so it goes with unit='step' only; expected {name}=None")
         if self.unit == "record":
-            if self.mask is not None:
-                raise UsageError("mask leaves out single steps, so it goes with unit='step' only; expected mask=None")
             return
         unfit = {
             "max_steps": self.max_steps is not None,
@@ -121,7 +125,7 @@ class LoaderOptions:
         return Wanted(
             layers=layers,
             row_layers=row_layers,
-            fields=self.fields,
+            fields=self.fields if self.fields is None or self.labels is None else {*self.fields, self.labels},
             window_bytes=self.window_bytes,
             finite=self.on_nan != "keep",
         )

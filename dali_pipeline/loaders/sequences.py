@@ -116,7 +116,8 @@ class StepBatch:
     Attributes:
         values: (N, *row) in the loader's dtype, on its device: (N, F) for rows of F features. If an axis of a row is named
             layer, (N, L', F) for several layers, and (N, F) for one.
-        labels: The label of each row's record, on the device, in types as in `SequenceBatch`; None if there are none.
+        labels: The label of each row's record, on the device, in types as in `SequenceBatch`; None if there are none. With
+            `labels=` of the loader, those of the rows themselves.
         valid: (N,) bool on the device. A row that is not valid is padding and repeats a real one.
         record_positions: (N,) int64 on the CPU: the number of each row's record in its split.
         steps: (N,) int64 on the CPU: the number of each row within its record as stored.
@@ -228,6 +229,8 @@ class SequenceLoader(Loader[SequenceBatch]):
             all records once. A batch may not be larger than what the split has. It does not go with max_steps,
             bucket_by_length, packed, class_balanced or group_weights.
         mask: With unit="step", the name of a step field, such as "loss_mask": only steps where it is not zero are delivered.
+        labels: With unit="step", the name of a step field that is delivered as the labels of a batch, instead of among its
+            fields: bools and whole numbers as int64, others as float32. By default a step has the label of its record.
         window: Where batches are put together. "resident": in the memory of the device, which the shuffle's window is read into
             whole, in large pieces; takes 1.5 `window_bytes` per partition there, on a GPU as delivered. "gather": on the host,
             record by record, from the page cache. Both deliver the same batches. "auto" is "resident" on a GPU, and on a CPU
@@ -256,6 +259,7 @@ class SequenceLoader(Loader[SequenceBatch]):
     kind = "sequences"
     _source: SequenceSource
     _index: StepIndex | None = None  # of single steps, with unit="step"
+    _labels: str | None = None
 
     @refuses_old_keywords
     def __init__(
@@ -285,6 +289,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         packed: bool = False,
         unit: Unit = "record",
         mask: str | None = None,
+        labels: str | None = None,
         window: WindowKind = "auto",
         class_balanced: bool = False,
         group_weights: Mapping[str, float] | None = None,
@@ -320,6 +325,7 @@ class SequenceLoader(Loader[SequenceBatch]):
             steps=steps,
             unit=unit,
             mask=mask,
+            labels=labels,
         )
         super().__init__(data, options)
         on_gpu = engine == "dali" and self.device.type == "cuda"
@@ -387,13 +393,17 @@ class SequenceLoader(Loader[SequenceBatch]):
     def _count(self, options: LoaderOptions) -> Ints:
         if options.unit == "record":
             return super()._count(options)
-        schema, name = self.data.schema, None
-        if options.mask is not None:
-            name = f"step.{options.mask}"
-            masks = [known.partition(".")[2] for known, stored in schema.step_fields.items() if not stored.shape]
-            if options.mask not in masks:
-                known = ", ".join(masks) or "none, as there are none"
-                raise UsageError(f"mask is {options.mask!r}; expected a step field of one number per step: {known}")
+        schema, name = self.data.schema, None if options.mask is None else f"step.{options.mask}"
+        numbers = [known.partition(".")[2] for known, stored in schema.step_fields.items() if not stored.shape]
+        every = [known.partition(".")[2] for known in schema.step_fields]
+        for argument, given, fit, kind in (
+            ("mask", options.mask, numbers, " of one number per step"),
+            ("labels", options.labels, every, ""),
+        ):
+            if given is not None and given not in fit:
+                known = ", ".join(fit) or "none, as there are none"
+                raise UsageError(f"{argument} is {given!r}; expected a step field{kind}: {known}")
+        self._labels = options.labels
         self._index = StepIndex(self.selection, schema, self._chosen(options.layers, options.steps)[0], name)
         if self.selection.num_records and not self._index.num_steps:
             left = "are empty" if name is None else f"have no step whose {options.mask!r} is not zero"
@@ -756,8 +766,8 @@ class SequenceLoader(Loader[SequenceBatch]):
                 batch = batch[0]
                 cu_seqlens = to_device(torch.from_numpy(ends_of(rows.lengths[begin:end]).astype(np.int32)), self.device)
             if rows.steps is not None:
-                single = self._step_batch(batch, torch.from_numpy(rows.steps[begin:end]), fields)
-                delivered: Any = single(labels=labels, valid=valid, record_positions=positions)
+                single = self._step_batch(batch, torch.from_numpy(rows.steps[begin:end]), fields, labels)
+                delivered: Any = single(valid=valid, record_positions=positions)
                 yield LoadedBatch(delivered, hashes[begin:end], superbatch.valid[begin:end], superbatch.left_out, cursors)
                 continue
             delivered = SequenceBatch(
@@ -772,15 +782,20 @@ class SequenceLoader(Loader[SequenceBatch]):
             )
             yield LoadedBatch(delivered, hashes[begin:end], superbatch.valid[begin:end], superbatch.left_out, cursors)
 
-    def _step_batch(self, sequences: torch.Tensor, steps: torch.Tensor, fields: Fields) -> Callable[..., StepBatch]:
+    def _step_batch(
+        self, sequences: torch.Tensor, steps: torch.Tensor, fields: Fields, labels: Any
+    ) -> Callable[..., StepBatch]:
         """Return the function that makes a batch of single steps from its sequences of one step, (N, 1, *row)."""
         values, axis = sequences[:, 0], self.data.schema.layer_axis
         if axis is not None and values.shape[1 + axis] == 1:
             values = values.squeeze(1 + axis)
         per_step = {name.partition(".")[2] for name in self.data.schema.step_fields}
         rows = {name: column[:, 0] if name in per_step else column for name, column in fields.items()}
+        if self._labels is not None:
+            own = rows.pop(self._labels)
+            labels = own.to(torch.float32 if own.is_floating_point() else torch.int64)
         source = cast("StepSource", self._source)
-        return partial(StepBatch, values=values.contiguous(), steps=steps, fields=rows, source=source)
+        return partial(StepBatch, values=values.contiguous(), steps=steps, fields=rows, labels=labels, source=source)
 
     def _on_threads(self) -> AbstractContextManager[object]:
         return nullcontext() if self._decoding.idle else on_threads(self.cores)

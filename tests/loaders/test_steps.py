@@ -212,8 +212,8 @@ def test_runs_are_looked_up_as_steps_one_by_one_are(tmp_path: Path, steps: Any, 
     ends = np.cumsum(index.counts)
     runs = []
     for end, count in zip(ends.tolist(), index.counts.tolist(), strict=True):
-        for begin in rng.integers(end - count, end, 2).tolist() if count else []:
-            runs.append((begin, int(rng.integers(1, end - begin + 1))))
+        begins = rng.integers(end - count, end, 2).tolist() if count else []
+        runs += [(begin, int(rng.integers(1, end - begin + 1))) for begin in begins]
     records, counts, numbers = index.find_runs(runs)
     positions = np.concatenate([np.arange(begin, begin + count) for begin, count in runs])
     expected_records, expected_steps = index.find(positions)
@@ -238,6 +238,21 @@ def test_folds_and_mixes(ragged: dp.Dataset, tmp_path: Path) -> None:
             record = ragged.record("train", position) if position < 400 else other.record("train", position - 400)
             assert np.array_equal(batch.values[row].numpy(), record.sequence[step].astype(np.float32))
     assert both.check_digest(both.digest).startswith(f"{both.num_records:,} draws of ")
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("token", torch.int64), ("probability", torch.float32)])
+@pytest.mark.parametrize("fields", [None, [], ["token"]])
+def test_a_step_field_as_labels(ragged: dp.Dataset, name: str, dtype: torch.dtype, fields: Any) -> None:
+    records = records_of(ragged)
+    for batch in loader(ragged, labels=name, fields=fields, dtype=torch.float16):
+        expected = [
+            records[position].fields[name][step]
+            for position, step in zip(batch.record_positions.tolist(), batch.steps.tolist(), strict=True)
+        ]
+        assert batch.labels.dtype == dtype
+        assert torch.equal(batch.labels, torch.tensor(np.array(expected)).to(dtype))
+        others = {"token", "probability", "score", "prompt"} if fields is None else set(fields)
+        assert set(batch.fields) == others - {name}
 
 
 def test_damage_is_named_or_left_out_row_by_row(tmp_path: Path) -> None:
@@ -271,6 +286,8 @@ def test_bad_input_is_refused_in_one_sentence(ragged: dp.Dataset, tmp_path: Path
         ({"mask": "score"}, "mask is 'score'; expected a step field of one number per step: probability, token"),
         ({"mask": 3}, "mask is 3; expected the name of a step field"),
         ({"mask": "token", "unit": "record"}, "mask leaves out single steps, so it goes with unit='step' only"),
+        ({"labels": "score"}, "labels is 'score'; expected a step field: probability, token"),
+        ({"labels": "token", "unit": "record"}, "labels are those of single steps, so it goes with unit='step' only"),
         ({"unit": "row"}, "unit is 'row'; expected 'record' or 'step'"),
         ({"max_steps": 64}, "it does not go with max_steps"),
         ({"bucket_by_length": True}, "it does not go with bucket_by_length=True"),
