@@ -178,7 +178,7 @@ def _written(source: Source, dst: Path, config: ConvertConfig, like: Dataset | N
         remove_leftovers(dst)
         return data
     with progress_bar() as bar:
-        job = prepare(source, config, bar.track(range(len(source.files)), description="read names"), like)
+        job = prepare(source, config, shown(bar, "read names", len(source.files)), like)
     for sentence in job.notices:
         log.warning(sentence.replace("%", "%%"))
     written = sum(path.stat().st_size for path in dst.glob("*/*.safetensors"))
@@ -383,9 +383,11 @@ def _records(job: Job, number: int) -> Iterator[Record | Stack | PlacedRecord]:
     """Yield the records of one file, one by one, or stacked if the file stacks them."""
     file, end = job.source.open(number), 0
     if len(file) != job.counts[number]:
+        file.close()
         raise FormatError(f"{file.path} has {len(file)} records, and had {job.counts[number]}; it changed while it was read")
     ids = job.names.ids(number, file)
     if job.placement is not None and job.source.plan is not None:
+        file.close()
         path = job.source.files[number]
         with named(path, path):
             yield from placed_records(job.source.plan, path, job.placement, job.schema, file, ids)

@@ -42,6 +42,10 @@ class Block(NamedTuple):
     fields: Mapping[str, Any] = {}
 
 
+def _nothing() -> None:
+    """Do nothing."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ForeignFile:
     """One file whose names and labels have been read.
@@ -58,6 +62,7 @@ class ForeignFile:
         layers: Layer numbers along the axis named layer. Default: none known.
         values: Returns an iterator that reads the records in order, one or a block at a time. The iterator raises FormatError
             or DataError for a record that does not have the format.
+        close: Closes what is open until `values` is called. Who does not call that calls this.
         not_taken: Names of other parts of the file, which are not converted.
     """
 
@@ -67,6 +72,7 @@ class ForeignFile:
     groups: list[str]
     labels: Sequence[Any]
     values: Callable[[], Iterator[Values | Block]]
+    close: Callable[[], None] = _nothing
     not_taken: tuple[str, ...] = ()
     label: Label = field(default_factory=Label)
     step_axis: str = "step"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +19,7 @@ from dali_pipeline.ingest.layouts.placed import Placement, placed_like, placemen
 from dali_pipeline.ingest.names import Disagreement, FileNames, Names
 from dali_pipeline.ingest.readers.pt import FOLDERS
 from dali_pipeline.ingest.scales import greatest_values
+from dali_pipeline.ingest.workers import Advance, in_order
 from dali_pipeline.runtime.progress import progress_bar, shown
 from dali_pipeline.writing.filler import Dealer
 from dali_pipeline.writing.growth import groups_of
@@ -27,6 +31,8 @@ if TYPE_CHECKING:
     from dali_pipeline.ingest.sources import Source
 
 IN_PLACE_BYTES = 256  # per record, about what is written of one that stays in place
+MANY_FILES = 5000  # opening fewer takes no longer than starting processes for it
+FILES_AT_ONCE = 256
 NAMED = 5  # maximum number of files that a message names
 
 
@@ -75,26 +81,59 @@ class Job:
         return {} if isinstance(self.dealer, OwnSplits) else described
 
 
-def prepare(source: Source, config: ConvertConfig, numbers: Iterable[int], like: Dataset | None = None) -> Job:
-    """Read names and labels of every file; determine ids, splits and schema: those of the data set `like`, if one is given."""
+class _Found(NamedTuple):
+    """What opening a file told: its names, the names of its parts that are not converted, or why it cannot be read."""
+
+    names: FileNames
+    not_taken: tuple[str, ...] = ()
+    error: str | None = None
+
+
+def _find(source: Source, skip_bad: bool, number: int) -> _Found:
+    try:
+        if source.is_named_outside:
+            return _Found(FileNames.of_one(("sequences",), *source.outside(number)))
+        file = source.open(number)
+        file.close()
+        return _Found(FileNames.of(file), file.not_taken)
+    except (FormatError, DataError) as error:
+        if not skip_bad:
+            raise
+        return _Found(FileNames.empty(), error=source.without_root(error))
+
+
+def _find_some(source: Source, skip_bad: bool, count: int, turn: int, advance: Advance) -> list[_Found]:
+    """Open the next `count` files, or the last ones."""
+    found = []
+    for number in range(len(source.files))[turn * count : (turn + 1) * count]:
+        found.append(_find(source, skip_bad, number))
+        advance(1)
+    return found
+
+
+def prepare(source: Source, config: ConvertConfig, progress: Advance, like: Dataset | None = None) -> Job:
+    """Read names and labels of every file; determine ids, splits and schema: those of the data set `like`, if one is given.
+
+    Args:
+        source: Files to convert.
+        config: Settings. Several processes open the files if these are many, and are here.
+        progress: Called with the number of files that were opened so far.
+        like: The data set.
+    """
     unreadable: dict[str, str] = {}
     file_names: list[FileNames] = []
     not_taken: dict[str, list[str]] = {}  # name of a part that is not converted, and the files that have it
-    for number in numbers:
-        try:
-            if source.is_named_outside:
-                file_names.append(FileNames.of_one(("sequences",), *source.outside(number)))
-                continue
-            file = source.open(number)
-            file_names.append(FileNames.of(file))
-            for name in file.not_taken:
-                not_taken.setdefault(name, []).append(source.names[number])
-            del file  # a file from a store stays on the disk as long as this object lives
-        except (FormatError, DataError) as error:
-            if not config.skip_bad:
-                raise
-            unreadable[source.names[number]] = source.without_root(error)
-            file_names.append(FileNames.empty())
+    opens_many = len(source.files) >= MANY_FILES and source.remote is None and not source.is_named_outside
+    turns = range(-(-len(source.files) // FILES_AT_ONCE))
+    work = partial(_find_some, source, config.skip_bad, FILES_AT_ONCE)
+    with closing(in_order(work, turns, config.num_workers if opens_many else 1, progress)) as results:
+        for found in chain.from_iterable(some for _, some in results):
+            own_name = source.names[len(file_names)]
+            file_names.append(found.names)
+            for name in found.not_taken:
+                not_taken.setdefault(name, []).append(own_name)
+            if found.error is not None:
+                unreadable[own_name] = found.error
     halves = {_dealt_as(name): name for name in unreadable}
     for number, name in enumerate(source.names):
         if _dealt_as(name) in halves and name not in unreadable:  # otherwise recurring questions would be paired wrongly
@@ -104,6 +143,7 @@ def prepare(source: Source, config: ConvertConfig, numbers: Iterable[int], like:
         names = Names(file_names)
     except Disagreement as error:
         file = source.open(error.file)
+        file.close()
         name = (file.ids or file.groups)[error.row]
         raise DataError(f"{file.path}: {name!r} {error.words}") from None
     notices = _describe_not_taken(source, not_taken)

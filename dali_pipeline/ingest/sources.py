@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 COMPANIONS = {"dataset_info.json", "dataset_dict.json", "state.json"}
 FETCHED = 8  # files of a store that are here at a time while a layout is recognised
 CHUNK_BYTES = 512 << 20
+CHUNK_FILES = 4096  # small ones take as long to open as 512 MiB to copy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,10 +185,10 @@ class Source:
 
     @cached_property
     def chunks(self) -> list[range]:
-        """Ranges of consecutive file numbers, each of at most CHUNK_BYTES, or `chunk_bytes` if that is more, or of one file."""
+        """Ranges of at most CHUNK_FILES file numbers, each of at most CHUNK_BYTES, or `chunk_bytes` if more, or of one file."""
         cuts, nbytes = [0], 0
         for number, size in enumerate(self.sizes):
-            if nbytes and nbytes + size > max(CHUNK_BYTES, self.chunk_bytes):
+            if (nbytes and nbytes + size > max(CHUNK_BYTES, self.chunk_bytes)) or number - cuts[-1] >= CHUNK_FILES:
                 cuts.append(number)
                 nbytes = 0
             nbytes += max(size, 0)

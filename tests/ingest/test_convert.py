@@ -21,6 +21,7 @@ from dali_pipeline.ingest import sources
 from dali_pipeline.ingest import workers as workers_module
 from dali_pipeline.ingest.config import ConvertConfig
 from dali_pipeline.ingest.foreign import list_files
+from dali_pipeline.ingest.layouts.recipe import Recipe
 from dali_pipeline.ingest.readers.pt import PT
 from dali_pipeline.runtime.workerprocess import start_workers
 from dali_pipeline.tools.verify import verify
@@ -137,6 +138,41 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path, monkeypatch:
         assert_same_bytes(convert(src, tmp_path / str(num_workers), num_workers=num_workers, **options).folder, one.folder)
     assert verify(one.folder).damages == []
     assert not list(tmp_path.rglob(".parts"))
+
+
+def test_many_files_are_opened_by_several_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To the same data set, and the same words about what is left out, as one after the other."""
+    src = tmp_path / "src"
+    src.mkdir()
+    for number in range(9):
+        states = torch.full((3, 4), number, dtype=torch.float16)
+        torch.save({"states": states, "label": number % 2, "name": f"q{number // 2}"}, src / f"r{number}.pt")
+    recipe = Recipe(sequence="states", label="label", group="name", layout="record-per-file")
+    monkeypatch.setattr("dali_pipeline.ingest.job.FILES_AT_ONCE", 2)
+    monkeypatch.setattr(sources, "CHUNK_FILES", 4)
+    options: dict[str, Any] = {"recipe": recipe, "split": dp.SplitRule.parse("100/0/0")}
+
+    def converted(name: str, many: int, **others: Any) -> dp.Dataset:
+        monkeypatch.setattr("dali_pipeline.ingest.job.MANY_FILES", many)
+        return convert(src, tmp_path / name, num_workers=2, **options, **others)
+
+    one = converted("one", 10)
+    assert_same_bytes(converted("two", 9).folder, one.folder)
+    assert [one.record("train", number).label for number in range(9)] == [0, 1, 0, 1, 0, 1, 0, 1, 0]
+    assert len(one.table("train", "sequences")) == 3
+    (src / "r5.pt").write_bytes(b"PK nothing")
+    words = []
+    for many in (10, 9):
+        with pytest.raises(dp.FormatError, match=r"r5\.pt") as refused:
+            converted(f"bad {many}", many)
+        words.append(str(refused.value))
+        caplog.clear()
+        data = converted(f"skip {many}", many, skip_bad=True)
+        assert data.num_records("train", "sequences") == 8
+        words.append(str(data.manifest.source["left_out"]))
+    assert words[:2] == words[2:]
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ def dry_run(src: str, dst: str | None, config: ConvertConfig) -> tuple[list[str]
     lines = list(_what_lies(root, files))
     try:
         source = Source.find(root, config.traces, None, config.recipe, skip_bad=config.skip_bad)
-        job = prepare(source, config, range(len(source.files)))
+        job = prepare(source, config, lambda _: None)
         unlike = list(_unlike(job))
         if unlike and not config.skip_bad:
             raise FormatError(
@@ -192,6 +192,7 @@ def _counted(job: Job) -> tuple[Counter[Kind], Counter[object], Counter[str]]:
         if name in job.unreadable or not job.counts[number]:
             continue
         file, dealer = job.source.open(number), job.dealer_of(number)
+        file.close()
         kinds.update({kind: len(file) for kind in file.kinds})
         if job.schema.kinds[0] not in file.kinds:
             continue

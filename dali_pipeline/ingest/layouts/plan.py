@@ -160,8 +160,10 @@ def count_records(part: OpenPart, plan_per_file: bool, ragged: bool) -> int:
 def open_part(plan: Plan, part: Part, name: str) -> ForeignFile:
     """Read names and labels of a part; raise FormatError if it does not follow the recipe.
 
-    A file with one record, whose name and label lie elsewhere, is not opened before its values are read.
+    A file with one record, whose name and label lie elsewhere, is not opened before its values are read. Another is open until
+    then, or until `ForeignFile.close`, as opening is most of the work for a small file.
     """
+    kept: list[OpenPart] = []
     inside = {"label", "id", "group"} & part.places.keys()
     if plan.per_file and not inside:
         texts: dict[str, list[str]] = {"id": [name]}
@@ -179,8 +181,10 @@ def open_part(plan: Plan, part: Part, name: str) -> ForeignFile:
                 named = own if own and own != [str(row) for row in range(len(own))] else None
                 texts["id"] = [name] if plan.per_file else named or [f"{name}-{row}" for row in range(count)]
             given = _entries(opened, "label", count, plan.per_file) if "label" in inside else [None] * count
-        finally:
+        except BaseException:
             opened.close()
+            raise
+        kept.append(opened)
     ids, groups = texts.get("id"), texts.get("group") or texts["id"]
     beside: dict[str, list[Any]] = {}
     if plan.table is not None:
@@ -198,13 +202,19 @@ def open_part(plan: Plan, part: Part, name: str) -> ForeignFile:
         groups=groups,
         labels=labels,
         label=plan.rule.label,
-        values=partial(_values_beside, plan, part, len(labels), beside)
+        values=partial(_values_beside, plan, part, len(labels), kept, beside)
         if beside
-        else partial(_values, plan, part, len(labels)),
+        else partial(_values, plan, part, len(labels), kept),
+        close=partial(_close, kept),
         step_axis=plan.axes.step_axis,
         axes=plan.axes.axes,
         layers=plan.axes.layers,
     )
+
+
+def _close(kept: list[OpenPart]) -> None:
+    while kept:
+        kept.pop().close()
 
 
 def from_table(plan: Plan, path: Path, names: Sequence[str], listed: Path | None = None) -> list[Any]:
@@ -233,13 +243,12 @@ def columns_beside(plan: Plan, part: Part, names: Sequence[str]) -> dict[str, li
     }
 
 
-def _values_beside(plan: Plan, part: Part, count: int, beside: Mapping[str, list[Any]]) -> Iterator[Values | Block]:
+def _values_beside(
+    plan: Plan, part: Part, count: int, kept: list[OpenPart], beside: Mapping[str, list[Any]]
+) -> Iterator[Values | Block]:
     """Yield the values of a part's records with the fields that the table of labels has for them."""
-    if not beside:
-        yield from _values(plan, part, count)
-        return
     begin = 0
-    for values in _values(plan, part, count):
+    for values in _values(plan, part, count, kept):
         if isinstance(values, Block):
             end = begin + len(values.sequences)
             fields = {name: stacked(column[begin:end]) for name, column in beside.items()}
@@ -286,8 +295,9 @@ def _texts(part: OpenPart, name: str, count: int, per_file: bool) -> list[str]:
     return [as_text(part.path, part.part.places[name][0].key, entry) for entry in flat]
 
 
-def _values(plan: Plan, part: Part, count: int) -> Iterator[Values | Block]:
-    opened = OpenPart(part)
+def _values(plan: Plan, part: Part, count: int, kept: list[OpenPart]) -> Iterator[Values | Block]:
+    """Yield the values of a part's records; `kept` holds the part if it is open already, and does not afterwards."""
+    opened = kept.pop() if kept else OpenPart(part)
     try:
         records = opened.container(part.places["sequence"][0].file).records
         if records is not None or plan.per_file:
