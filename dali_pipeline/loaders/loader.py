@@ -26,6 +26,7 @@ from dali_pipeline.reading.source import BatchSource
 from dali_pipeline.reading.window import Memories
 from dali_pipeline.runtime.ahead import LONG_RECORD_BYTES
 from dali_pipeline.runtime.checks import one_of, shown, whole
+from dali_pipeline.runtime.container import allowed_memory
 from dali_pipeline.runtime.world import FORKED, WorkersRefused, World
 from dali_pipeline.sampling.budget import BudgetPlan
 from dali_pipeline.sampling.plan import EpochPlan
@@ -278,6 +279,13 @@ class Loader(IterableDataset[Batch]):
         if why and asked == "resident":
             raise UsageError(f"window='resident' {why}; or window='gather'")
         self.window = "gather" if why else "resident"
+        # a window without threads has its bytes read ahead through the page cache
+        self._source.past_cache = self.window == "resident" and self._window_threads > 0 and not self._fits_memory()
+
+    def _fits_memory(self) -> bool:
+        """Return whether the page cache can keep what this node reads in an epoch."""
+        nbytes = self.selection.record_bytes * self.selection.num_records
+        return nbytes / (self.world.world_size if self.world.alone else 1) <= allowed_memory()[1]
 
     def _window_pays(self) -> bool:
         """Return whether a resident window is faster than a gather."""

@@ -12,6 +12,7 @@ from dali_pipeline.errors import FormatError
 from dali_pipeline.format.shard import Shard
 from dali_pipeline.reading.records import IndexPart, Locations
 from dali_pipeline.storage.cache import FIRST_STAMP
+from dali_pipeline.storage.direct import read_past_cache
 from dali_pipeline.storage.openfile import OpenFile
 from dali_pipeline.storage.reads import read_many
 from dali_pipeline.types import Array, Ints
@@ -29,6 +30,7 @@ def gather(
     out_begins: Ints,
     *,
     merge: bool = False,
+    past_cache: bool = False,
 ) -> None:
     """Read rows begins[i] to ends[i] of an array, in the shard of record records[i], into out[out_begins[i]:].
 
@@ -44,6 +46,7 @@ def gather(
         out: Contiguous (R, *row); a narrower stored type is widened.
         out_begins: (n,) first row of each read in `out`.
         merge: Whether to read neighbours as one. An error then names the first of them. Default: False.
+        past_cache: Whether to read long ones past the page cache. Default: False.
     """
     if merge:
         head = np.ones(len(records), bool)
@@ -66,11 +69,11 @@ def gather(
             files, own = [file for file, _ in table], np.array([numbers for _, numbers in table], np.int64)
             extents = own[which[chosen] - first]
             reads = _Reads(name, records[chosen], begins[chosen], ends[chosen], out, out_begins[chosen], width)
-            _gather(locations, files, which[chosen] - first, extents, reads, begins[chosen] * width)
+            _gather(locations, files, which[chosen] - first, extents, reads, begins[chosen] * width, past_cache=past_cache)
     if elsewhere.any():
         chosen = np.flatnonzero(elsewhere[which] & (begins < ends))
         reads = _Reads(name, records[chosen], begins[chosen], ends[chosen], out, out_begins[chosen], width)
-        _gather_referenced(locations, reads, which[chosen])
+        _gather_referenced(locations, reads, which[chosen], past_cache)
 
 
 class _Reads(NamedTuple):
@@ -101,7 +104,7 @@ def _own_extent(part: IndexPart, name: str, out: Array) -> tuple[OpenFile, tuple
     return part.shard.opened(), (alike, layout.begin, layout.nbytes, first_block, layout.block_bytes, layout.first_block)
 
 
-def _gather_referenced(locations: Locations, reads: _Reads, which: Ints) -> None:
+def _gather_referenced(locations: Locations, reads: _Reads, which: Ints, past_cache: bool) -> None:
     """Read rows that lie in files of others, with as many of them open at a time as the limit allows."""
     name, starts = reads.name, reads.begins * reads.width
     extents, numbers = np.empty((len(which), 6), np.int64), np.empty(len(which), np.int64)
@@ -130,7 +133,7 @@ def _gather_referenced(locations: Locations, reads: _Reads, which: Ints) -> None
                 raise _met(error, locations, int(reads.records[read])) from error
         chosen = np.flatnonzero((first <= inverse) & (inverse < first + len(files)))
         taken, opened = reads.taken(chosen), inverse[chosen] - first
-        _gather(locations, files, opened, extents[chosen], taken, starts[chosen], hashed_here=True)
+        _gather(locations, files, opened, extents[chosen], taken, starts[chosen], hashed_here=True, past_cache=past_cache)
 
 
 def _hash_whole(locations: Locations, reads: _Reads, read: int, blocks: range, block_bytes: int) -> bool:
@@ -156,6 +159,7 @@ def _gather(
     starts: Ints,
     *,
     hashed_here: bool = False,
+    past_cache: bool = False,
 ) -> None:
     """Read rows of which each lies in one extent: consecutive bytes of a file.
 
@@ -168,6 +172,7 @@ def _gather(
         reads: The reads.
         starts: (n,) first byte of each read, counted from the begin of its extent.
         hashed_here: Whether blocks never read before are hashed here if a read has a whole extent. Default: one by one.
+        past_cache: Whether to read long ones past the page cache. Default: False.
     """
     fds = np.array([file.fd for file in files], np.int64)[number]
     alike, begin, nbytes, block, block_bytes, slot = extents.T
@@ -201,7 +206,11 @@ def _gather(
     sizes, offsets, addresses, fds = (array[direct_reads] for array in (sizes, offsets, addresses, fds))
     heads = _heads(offsets, addresses, sizes, fds)
     expected = np.add.reduceat(sizes, heads)
-    complete = read_many(fds[heads], offsets[heads], addresses[heads], expected) == expected
+    if past_cache and not cached:
+        opened = [files[file] for file in number[direct_reads[heads]].tolist()]
+        complete = read_past_cache(opened, offsets[heads], addresses[heads], expected) == expected
+    else:
+        complete = read_many(fds[heads], offsets[heads], addresses[heads], expected) == expected
     unchecked = np.flatnonzero(complete & ~np.logical_and.reduceat((known | whole)[direct_reads], heads))
     for run in unchecked.tolist():
         read = int(direct_reads[heads[run]])

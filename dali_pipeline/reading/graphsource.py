@@ -80,7 +80,7 @@ class GraphSource(BatchSource):
             records, begin, end = record[heads], begins[axis], ends[axis]
             starts = np.cumsum(end - begin) - (end - begin)
             out = self._allocate(name, int((end - begin).sum()), field, locations, int(begin[0]))
-            gather(locations, name, records, begin, end, out, starts, merge=merge)
+            gather(locations, name, records, begin, end, out, starts, merge=merge, past_cache=merge and self.past_cache)
             if self._finite and name != "edge_index":
                 self._check_finite(name, field, out, starts, locations, records)
             return out

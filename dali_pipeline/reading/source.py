@@ -98,6 +98,7 @@ class BatchSource:
         )
         self._layer_spans: dict[int, list[tuple[int, int]]] = {}
         self._buffers = Buffers()
+        self.past_cache = False  # whether pieces of a window are read past the page cache, which cannot keep the data
         self.cold = True  # whether something was recently not in the page cache, as far as read-ahead has checked
         if rows := selection.bounds(self.axis):
             self._selected(rows[0])  # layers that the shortest record has, all records have
@@ -462,12 +463,13 @@ class SequenceSource(BatchSource):
             totals = np.array([part.shard.array("sequence").shape[0] for part in locations.parts])[locations.which[records]]
             begins = field.layout.stored(np.repeat(begins, counts) + offsets, totals)
             ends = begins + 1
-        merge = buffers is not self._buffers  # a piece of a window; who meets an error there gathers again, one by one
+        window = buffers is not self._buffers  # a piece of one; who meets an error there gathers again, one by one
+        how = {"merge": window, "past_cache": window and self.past_cache}
         if self._step_major and not self.layered:
             rows, layers = values.reshape(-1, *self._schema.stored_sequence.shape), self.stored_layers
-            gather(locations, "sequence", records, begins * layers, ends * layers, rows, out_begins * layers, merge=merge)
+            gather(locations, "sequence", records, begins * layers, ends * layers, rows, out_begins * layers, **how)
         else:
-            gather(locations, "sequence", records, begins, ends, values, out_begins, merge=merge)
+            gather(locations, "sequence", records, begins, ends, values, out_begins, **how)
         return values
 
     @staticmethod

@@ -48,9 +48,13 @@ class OpenFile:
         size: Bytes of the file.
         identity: Values that change when the file is replaced.
         stamps: None, because all of the file is local; see CachedFile for a file that is not.
+        direct_fd: File descriptor with O_DIRECT, once `direct` has opened one; otherwise -1.
+        refuses_direct: Whether its file system does not offer that.
     """
 
     stamps: Array | None = None
+    direct_fd = -1
+    refuses_direct = False
 
     def __init__(self, path: Path | str, flags: int = os.O_RDONLY) -> None:
         self.fd, self.path = -1, path
@@ -60,8 +64,9 @@ class OpenFile:
         self.identity: tuple[int, ...] = (stat.st_dev, stat.st_ino, stat.st_mtime_ns)
 
     def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
+        for fd in (self.fd, self.direct_fd):
+            if fd >= 0:
+                os.close(fd)
 
     def header(self) -> bytes:
         """Return the 8-byte length and the JSON after it; raise FormatError if the file cannot have them."""

@@ -17,6 +17,7 @@ from dali_pipeline.loaders import sequences as sequences_module
 from dali_pipeline.reading import residency as residency_module
 from dali_pipeline.reading.residency import SLOTS, Residency
 from dali_pipeline.reading.window import WindowFiller
+from dali_pipeline.storage.direct import read_past_cache
 from tests.helpers.batches import assert_same
 
 FIELDS = {
@@ -126,6 +127,32 @@ def test_a_set_that_fits_is_read_once(ragged: dp.Dataset, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("options", [{"shuffle": False}, {"bucket_by_length": True}, {"rank": 1, "world_size": 3}])
 def test_a_set_that_fits_is_served_in_any_order(ragged: dp.Dataset, options: dict[str, Any]) -> None:
     check(*both(ragged, window_bytes=10**7, **options))
+
+
+@pytest.mark.parametrize("options", [{"engine": "torch"}, {"engine": "dali"}, {"engine": "torch", "steps": [0]}])
+def test_what_memory_cannot_keep_is_read_past_the_page_cache(
+    ragged: dp.Dataset, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """To the same batches; what memory can keep is read through the cache, so that later epochs find it there."""
+    sizes: list[int] = []
+
+    def counted(files: Any, offsets: Any, addresses: Any, nbytes: Any) -> Any:
+        sizes.extend(nbytes.tolist())
+        return read_past_cache(files, offsets, addresses, nbytes)
+
+    monkeypatch.setattr("dali_pipeline.storage.direct.LEAST_BYTES", 1)
+    monkeypatch.setattr("dali_pipeline.reading.gather.read_past_cache", counted)
+    check(*both(ragged, **options), 1)
+    assert not sizes
+    total = sum(ragged.table("train", "sequences").nbytes)
+    for available, past in ((total // 2, True), (2 * total, False)):
+        monkeypatch.setattr(
+            "dali_pipeline.loaders.loader.allowed_memory", lambda available=available: (2 * available, available)
+        )
+        resident, gathered = both(ragged, num_workers=2, **options)
+        check(resident, gathered, 2)
+        assert bool(sizes) == past
+        sizes.clear()
 
 
 @pytest.mark.parametrize("window_bytes", [60_000, 10**7])

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dali_pipeline.storage import direct
+from dali_pipeline.storage.direct import read_past_cache
+from dali_pipeline.storage.openfile import OpenFile
+
+SIZE = 5_000_001
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "file"
+    file.write_bytes(np.random.default_rng(0).integers(0, 256, SIZE, np.uint8).tobytes())
+    return file
+
+
+def check(path: Path) -> None:
+    """Read parts that begin and end anywhere, to addresses anywhere, and compare with the file."""
+    rng, data = np.random.default_rng(1), np.frombuffer(path.read_bytes(), np.uint8)
+    offsets = np.array([0, 1, 4095, 4096, 512, SIZE - 1, 3 << 20, *rng.integers(0, SIZE, 20)])
+    sizes = np.array([SIZE, 4_000_000, 1, 4096, 300_000, 1, 1_000_000, *rng.integers(1, 3_000_000, 20)])
+    sizes = np.minimum(sizes, SIZE - offsets)
+    places = np.cumsum(sizes + 3) - sizes
+    memory = np.full(int(places[-1] + sizes[-1]) + 1, 7, np.uint8)
+    expected = memory.copy()
+    for offset, size, place in zip(offsets.tolist(), sizes.tolist(), places.tolist(), strict=True):
+        expected[place : place + size] = data[offset : offset + size]
+    found = read_past_cache([OpenFile(path)] * len(offsets), offsets, memory.ctypes.data + places, sizes)
+    assert found.tolist() == sizes.tolist()
+    assert np.array_equal(memory, expected)
+
+
+def is_direct(path: Path) -> bool:
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("least", [1, direct.LEAST_BYTES])
+def test_any_part_to_any_address(path: Path, monkeypatch: pytest.MonkeyPatch, least: int) -> None:
+    monkeypatch.setattr(direct, "LEAST_BYTES", least)
+    check(path)
+
+
+def test_a_file_that_ends_before(path: Path) -> None:
+    memory = np.zeros(2_000_000, np.uint8)
+    found = read_past_cache(
+        [OpenFile(path)] * 2, np.array([SIZE - 1_000_000, SIZE + 5]), np.full(2, memory.ctypes.data), np.full(2, 2_000_000)
+    )
+    assert found.tolist() == [1_000_000, 0]
+
+
+def test_a_read_that_fails(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> int:
+        raise OSError(errno.EIO, "broken disk")
+
+    if not is_direct(path):
+        pytest.skip("this file system has no O_DIRECT")
+    monkeypatch.setattr(os, "preadv", fails)
+    memory = np.zeros(1_000_000, np.uint8)
+    found = read_past_cache([OpenFile(path)], np.array([5]), np.array([memory.ctypes.data]), np.array([len(memory)]))
+    assert found.tolist() == [-errno.EIO]
+
+
+@pytest.mark.parametrize("when", ["opened", "read"])
+def test_a_file_system_that_refuses(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, when: str
+) -> None:
+    opened = os.open
+
+    def opens(name: Any, flags: int, *others: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "no")
+        return opened(name, flags, *others)
+
+    def reads(*_: Any) -> int:
+        raise OSError(errno.EINVAL, "no")
+
+    name, refusing = ("open", opens) if when == "opened" else ("preadv", reads)
+    monkeypatch.setattr(os, name, refusing)
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            check(path)
+    assert len([record for record in caplog.records if "refuses O_DIRECT" in record.message]) == 1
