@@ -126,7 +126,7 @@ def test_the_default(data: dp.Dataset) -> None:
 def test_what_memory_cannot_keep_is_read_past_the_page_cache(data: dp.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dali_pipeline.storage.direct.LEAST_BYTES", 1)
     monkeypatch.setattr("dali_pipeline.loaders.loader.allowed_memory", lambda: (2, 1))
-    resident, gathered = both(data, window_bytes=100_000, num_workers=2)
+    resident, gathered = both(data, window_bytes=100_000)
     assert resident._source.past_cache
     assert not gathered._source.past_cache
     check(resident, gathered)
