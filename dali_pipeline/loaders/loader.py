@@ -79,6 +79,7 @@ class Loader(IterableDataset[Batch]):
     _source: BatchSource
     _memories: Memories[Any]
     _threads: int
+    _share_read: float = 1.0  # of the bytes of a record; less if layers are chosen
     _oversize = "alone"  # what becomes of a record that exceeds the budget on its own
     _epoch_steps = (-1, 0)  # an epoch, and its number of steps with the budget
 
@@ -284,13 +285,16 @@ class Loader(IterableDataset[Batch]):
 
     def _fits_memory(self) -> bool:
         """Return whether the page cache can keep what this node reads in an epoch."""
-        nbytes = self.selection.record_bytes * self.selection.num_records
+        nbytes = self._share_read * self.selection.record_bytes * self.selection.num_records
         return nbytes / (self.world.world_size if self.world.alone else 1) <= allowed_memory()[1]
 
     def _window_pays(self) -> bool:
         """Return whether a resident window is faster than a gather."""
-        short = self.selection.record_bytes < LONG_RECORD_BYTES and self.selection.cache_bytes is None
-        return self.device.type == "cuda" or short
+        if self.device.type == "cuda":
+            return True
+        if self.selection.cache_bytes is not None:
+            return False
+        return self.selection.record_bytes < LONG_RECORD_BYTES or not self._fits_memory()
 
     @property
     def _needs_all(self) -> str:

@@ -12,7 +12,7 @@ many batches at a time.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -380,7 +380,7 @@ class ResidentWindow(WindowFiller[SequenceRows]):
         record_bytes: float,
         bits: bool,
         under_way: UnderWay,
-        through_dali: Callable[[Callable[[], Any]], Iterator[torch.Tensor]] | None,
+        through_dali: Callable[[Callable[[], Any]], Generator[torch.Tensor, None, None]] | None,
     ) -> None:
         # read straight into the window, if values stay there as stored, and in the same order
         direct = device.type == "cpu" and through_dali is None and (bits or source.unit.storage.name not in WIDER)
@@ -406,6 +406,13 @@ class ResidentWindow(WindowFiller[SequenceRows]):
 
     def _next(self) -> Piece | None:
         return self._fed[0].piece if self._fed else super()._next()
+
+    def close(self) -> None:
+        """Wait for the reads in flight, and let go of the memory, which DALI's pipeline would keep with this window."""
+        super().close()
+        if self._outputs is not None:
+            self._outputs.close()
+        self.__dict__.pop("_memory", None)
 
     @property
     def _numbers(self) -> RecordNumbers:

@@ -234,9 +234,9 @@ class SequenceLoader(Loader[SequenceBatch]):
         window: Where batches are put together. "resident": in the memory of the device, which the shuffle's window is read into
             whole, in large pieces; takes 1.5 `window_bytes` per partition there, on a GPU as delivered. "gather": on the host,
             record by record, from the page cache. Both deliver the same batches. "auto" is "resident" on a GPU, and on a CPU
-            for single steps and records below 32 KiB, if it can be: without max_steps and draws; and, unless the split fits in
-            the window, shuffled, without buckets, with whole partitions for each process, and, of whole records on a CPU, with
-            engine="torch". Otherwise it is "gather".
+            for single steps, for records below 32 KiB, and for splits that memory cannot keep, if it can be: without max_steps
+            and draws; and, unless the split fits in the window, shuffled, without buckets, with whole partitions for each
+            process, and, of whole records that memory can keep on a CPU, with engine="torch". Otherwise it is "gather".
         class_balanced: Whether an epoch draws from all classes in equal numbers: as many draws as there are records, each class
             without replacement within its own pass.
         group_weights: How often each group is drawn, relative to 1 for groups that are not named; draws as with
@@ -368,6 +368,7 @@ class SequenceLoader(Loader[SequenceBatch]):
             self._source = source = SequenceSource(self.selection, data.schema, wanted)
         else:
             self._source = source = StepSource(self.selection, data.schema, wanted, index=self._index)
+        self._share_read = source.row_bytes / max(1, field.row_bytes)
         self._record_bytes = record_bytes = self.selection.record_bytes if self._index is None else source.row_bytes
         batch_bytes = int(self.batch_size * record_bytes)
         self._longest_superbatch = max(1, min(SUPERBATCH_STEPS, SUPERBATCH_BYTES // max(1, batch_bytes)))
@@ -474,7 +475,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         padded_bytes = self.batch_size * longest * self._source.row_bytes  # a batch as stored, with its longest record
         if self.device.type == "cpu" and self.engine == "dali":  # which copies every piece once more on a CPU
             residency = self._residency(self._first_plan) if self.selection.num_records else None
-            if residency is None or not residency.whole:
+            if residency is None or not (residency.whole or not self._fits_memory()):
                 return False
         return super()._window_pays() and (shortest == longest or padded_bytes <= SUPERBATCH_BYTES)
 
@@ -566,7 +567,7 @@ class SequenceLoader(Loader[SequenceBatch]):
             return StepMemory.of(replace(shape, steps=None), source, self.data.schema, residency, self.device)
         return WindowMemory.of(shape, source, self.data.schema, residency, self._slot_steps(residency), self.device)
 
-    def _pieces_through_dali(self, feed: Callable[[], Any]) -> Iterator[torch.Tensor]:
+    def _pieces_through_dali(self, feed: Callable[[], Any]) -> Generator[torch.Tensor, None, None]:
         """Yield the output of DALI for each piece that `feed` returns."""
         iterator = self._dali(feed, batch_size=1, decoding=self._decoding if self._decodes_in_dali else None)
         with belonging_to_this_process(iterator):

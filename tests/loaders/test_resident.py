@@ -237,12 +237,18 @@ def test_what_a_window_cannot_do_is_refused_and_gathered_by_default(
     assert dp.SequenceLoader(ragged, **options).window == "gather"
 
 
-def test_the_default(ragged: dp.Dataset, tmp_path: Path) -> None:
+def test_the_default(ragged: dp.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert dp.SequenceLoader(ragged).window == "resident"
     assert dp.SequenceLoader(ragged, window="gather").window == "gather"
     wide = written(tmp_path / "wide", uniform=True, count=20, sequence=dp.Field(dtype="float16", shape=(2048,)))
     assert dp.SequenceLoader(wide, batch_size=4).window == "gather"  # 36 KB a record
     assert dp.SequenceLoader(wide, batch_size=4, window="resident").window == "resident"
+    assert dp.SequenceLoader(wide, batch_size=1, window_bytes=100_000, engine="torch").window == "gather"
+    monkeypatch.setattr("dali_pipeline.loaders.loader.allowed_memory", lambda: (10**6, 400_000))  # of 720 KB
+    for engine in ("torch", "dali"):
+        assert dp.SequenceLoader(wide, batch_size=1, window_bytes=100_000, engine=engine).window == "resident"
+    monkeypatch.setattr("dali_pipeline.loaders.loader.allowed_memory", lambda: (10**6, 900_000))
+    assert dp.SequenceLoader(wide, batch_size=1, window_bytes=100_000, engine="torch").window == "gather"
     with pytest.raises(dp.UsageError, match=r"window is 'disk'; expected"):
         dp.SequenceLoader(ragged, window="disk")  # type: ignore[arg-type]
 
