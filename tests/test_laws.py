@@ -190,15 +190,15 @@ FEW = ("04", "06", "12", "loops")
 IN_PLACE = ("01", "02", "03", "04", "05", "06", "07", "11", "12", "13", "loops")  # of bytes and shards test_in_place.py speaks
 KINDS: dict[str, Asked] = {
     "dali": sequences(engine="dali", window="gather"),
-    "dali, no thread": replace(sequences(engine="dali", num_workers=0, window="gather"), only=FEW),
+    "dali, no thread": replace(sequences(engine="dali", num_workers=0, window="gather"), only=FEW, slow=True),
     "torch": sequences(engine="torch", window="gather"),
-    "torch, threads": replace(sequences(engine="torch", num_workers=3, window="gather"), only=FEW),
+    "torch, threads": replace(sequences(engine="torch", num_workers=3, window="gather"), only=FEW, slow=True),
     "window, torch": resident(engine="torch"),
     "window, no thread": replace(resident(engine="torch", num_workers=0), only=FEW, slow=True),
     "window, in place": replace(resident(engine="torch"), base=lambda sets: sets.in_place, only=FEW, slow=True),
     "window, packed": replace(resident(engine="torch", packed=True), only=FEW, slow=True),
     "in place": replace(sequences(engine="torch"), base=lambda sets: sets.in_place, only=IN_PLACE),
-    "in place, dali": replace(sequences(engine="dali"), base=lambda sets: sets.in_place, only=FEW),
+    "in place, dali": replace(sequences(engine="dali"), base=lambda sets: sets.in_place, only=FEW, slow=True),
     "bucket_by_length": bucketed(),
     "graphs": graphs(),
     "graphs, no thread": replace(graphs(num_workers=0), slow=True),
@@ -213,11 +213,11 @@ KINDS: dict[str, Asked] = {
     "rows, no thread, masked": replace(
         single_steps(engine="torch", num_workers=0, mask="mask"), only=("01", "02", "05", "12", "loops")
     ),
-    "rows, in place": replace(single_steps(engine="dali"), base=lambda sets: sets.in_place, only=("01", "03", "12")),
+    "rows, in place": replace(single_steps(engine="dali"), base=lambda sets: sets.in_place, only=("01", "03", "12"), slow=True),
     "rows, gather": replace(single_steps(engine="torch", window="gather"), only=("10", *FEW), slow=True),
     **{name: replace(asked, slow=True) for name, asked in made_of_others("dali", whole="").items()},
     **made_of_others("torch", whole="balance"),
-    **made_of_others("graphs", whole="mix, fold"),
+    **made_of_others("graphs", whole="mix"),
 }
 
 
