@@ -87,7 +87,7 @@ def budget(*, slow: bool = False, **options: Any) -> Asked:
     """A record of the sets has up to 4 graphs of up to a dozen nodes."""
     case = {
         "changes": [{"num_workers": 0}, {"num_workers": 1}, {"num_workers": "auto"}],
-        "worlds": (({}, (1, 3)), ({"num_partitions": 2}, (1, 2, 4)), ({"num_partitions": 4}, (2, 8))),
+        "worlds": (({}, (1, 3)), ({"num_partitions": 2}, (1, 2, 4)), ({"num_partitions": 4}, (2,))),
         "steps": lambda count: (1, count - 2),
         "refusals": [
             ({"max_nodes": 80}, "max_nodes 80; this loader has 60"),
@@ -108,7 +108,7 @@ def steps(**options: Any) -> Asked:
     """Sequences of the sets have 2 to 8 steps, so a batch has a handful of records."""
     case = {
         "changes": [{"num_workers": 0}, {"num_workers": 3}, {"engine": "torch"}, {"engine": "dali"}],
-        "worlds": (({}, (1, 3)), ({"num_partitions": 2}, (1, 2, 4)), ({"num_partitions": 4}, (2, 8))),
+        "worlds": (({}, (1, 3)), ({"num_partitions": 2}, (1, 2, 4)), ({"num_partitions": 4}, (2,))),
         "steps": lambda count: (1, count - 2),
         "refusals": [
             ({"max_steps": 50}, "max_steps 50; this loader has 40"),

@@ -217,7 +217,7 @@ def test_samples_share_a_group_and_depend_on_their_question_alone(llama: str, tm
 
 def test_draws_follow_the_models_distribution(llama: str, tmp_path: Path) -> None:
     (tmp_path / "one.csv").write_text("id,prompt,answers\nq,what is this,x\n")
-    count, temperature = 2000, 2.5
+    count, temperature = 1000, 2.5
     model = AutoModelForCausalLM.from_pretrained(llama).eval()
     tokens = AutoTokenizer.from_pretrained(llama)("what is this", return_tensors="pt")["input_ids"]
     with torch.inference_mode():
