@@ -187,7 +187,8 @@ def _written(source: Source, dst: Path, config: ConvertConfig, like: Dataset | N
     chunks = source.chunks
     if like is not None:
         origin["dated"] = dated
-    with ShardWriter(dst, job.schema, shard_bytes=config.shard_bytes, source=origin, fingerprint=dated) as writer:
+    counted = dated + source.chunk_rule
+    with ShardWriter(dst, job.schema, shard_bytes=config.shard_bytes, source=origin, fingerprint=counted) as writer:
         writer.parts.mkdir(exist_ok=True)
         work = partial(_write, job, writer.parts)
         before = sum(job.counts[: chunks[writer.cursor - 1].stop]) if writer.cursor else 0

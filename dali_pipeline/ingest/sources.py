@@ -194,6 +194,11 @@ class Source:
             nbytes += max(size, 0)
         return [range(a, b) for a, b in zip(cuts, [*cuts[1:], len(self.files)], strict=True)]
 
+    @property
+    def chunk_rule(self) -> str:
+        """How chunks are cut, if not by their bytes alone, as they were once: an interrupted conversion has counted them."""
+        return f" in chunks of {CHUNK_FILES} files" if any(len(chunk) >= CHUNK_FILES for chunk in self.chunks) else ""
+
     def open(self, number: int) -> ForeignFile:
         """Open a file; raise FormatError, now or while its values are read, if it does not have its format."""
         path, name, fetched = self.files[number], self.names[number], self._fetched(number)

@@ -140,6 +140,32 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path, monkeypatch:
     assert not list(tmp_path.rglob(".parts"))
 
 
+def test_chunks_of_an_interrupted_conversion_are_those_that_it_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut otherwise, its cursor would skip files, or write them twice."""
+    src = make_folder(tmp_path / "src", files=4)
+    listed = sources.Source.find(src)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", sum(listed.sizes[:3]))
+    opened = sources.Source.open
+
+    def dies(self: Any, number: int) -> Any:
+        if number == 6 and (tmp_path / "torn" / ".parts").exists():
+            raise KeyboardInterrupt
+        return opened(self, number)
+
+    with monkeypatch.context() as dying:
+        dying.setattr(sources.Source, "open", dies)
+        with pytest.raises(KeyboardInterrupt):
+            convert(src, tmp_path / "torn", num_workers=1)
+    shards = sorted((tmp_path / "torn").rglob("*.safetensors"))
+    assert shards
+    with monkeypatch.context() as cut:
+        cut.setattr(sources, "CHUNK_FILES", 2)
+        with pytest.raises(dp.UsageError, match="holds an unfinished data set of other input or settings"):
+            convert(src, tmp_path / "torn", num_workers=1)
+    assert sorted((tmp_path / "torn").rglob("*.safetensors")) == shards
+    assert_same_bytes(convert(src, tmp_path / "torn").folder, convert(src, tmp_path / "whole").folder)
+
+
 def test_many_files_are_opened_by_several_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
