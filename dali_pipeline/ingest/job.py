@@ -124,6 +124,7 @@ def prepare(source: Source, config: ConvertConfig, progress: Advance, like: Data
     file_names: list[FileNames] = []
     not_taken: dict[str, list[str]] = {}  # name of a part that is not converted, and the files that have it
     opens_many = len(source.files) >= MANY_FILES and source.remote is None and not source.is_named_outside
+    opens_many &= config.engine == "local"
     turns = range(-(-len(source.files) // FILES_AT_ONCE))
     work = partial(_find_some, source, config.skip_bad, FILES_AT_ONCE)
     with closing(in_order(work, turns, config.num_workers if opens_many else 1, progress)) as results:

@@ -30,6 +30,7 @@ COMPANIONS = {"dataset_info.json", "dataset_dict.json", "state.json"}
 FETCHED = 8  # files of a store that are here at a time while a layout is recognised
 CHUNK_BYTES = 512 << 20
 CHUNK_FILES = 4096  # small ones take as long to open as 512 MiB to copy
+LEAST_CHUNK_BYTES = 64 << 20  # with fewer, shards would be small
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,10 +186,17 @@ class Source:
 
     @cached_property
     def chunks(self) -> list[range]:
-        """Ranges of at most CHUNK_FILES file numbers, each of at most CHUNK_BYTES, or `chunk_bytes` if more, or of one file."""
+        """Ranges of consecutive file numbers, each of at most CHUNK_BYTES, or `chunk_bytes` if that is more, or of one file.
+
+        From LEAST_CHUNK_BYTES on, of at most CHUNK_FILES files.
+        """
+        return self._cut(CHUNK_FILES)
+
+    def _cut(self, most_files: int) -> list[range]:
+        most, least = max(CHUNK_BYTES, self.chunk_bytes), min(LEAST_CHUNK_BYTES, CHUNK_BYTES)
         cuts, nbytes = [0], 0
         for number, size in enumerate(self.sizes):
-            if (nbytes and nbytes + size > max(CHUNK_BYTES, self.chunk_bytes)) or number - cuts[-1] >= CHUNK_FILES:
+            if (nbytes and nbytes + size > most) or (nbytes >= least and number - cuts[-1] >= most_files):
                 cuts.append(number)
                 nbytes = 0
             nbytes += max(size, 0)
@@ -197,7 +205,7 @@ class Source:
     @property
     def chunk_rule(self) -> str:
         """How chunks are cut, if not by their bytes alone, as they were once: an interrupted conversion has counted them."""
-        return f" in chunks of {CHUNK_FILES} files" if any(len(chunk) >= CHUNK_FILES for chunk in self.chunks) else ""
+        return "" if self.chunks == self._cut(len(self.files)) else f" in chunks of {CHUNK_FILES} files"
 
     def open(self, number: int) -> ForeignFile:
         """Open a file; raise FormatError, now or while its values are read, if it does not have its format."""

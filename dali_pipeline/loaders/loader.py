@@ -33,6 +33,7 @@ from dali_pipeline.sampling.plan import EpochPlan
 from dali_pipeline.types import Array, Ints, Kind, Mask
 
 Batch = TypeVar("Batch", covariant=True)
+WINDOW_SHARE = 0.5  # of the memory that is available
 WINDOW_THREADS = 4  # at least so many read pieces of a window: some wait for the disk while others hash
 
 
@@ -286,7 +287,17 @@ class Loader(IterableDataset[Batch]):
     def _fits_memory(self) -> bool:
         """Return whether the page cache can keep what this node reads in an epoch."""
         nbytes = self._share_read * self.selection.record_bytes * self.selection.num_records
-        return nbytes / (self.world.world_size if self.world.alone else 1) <= allowed_memory()[1]
+        return nbytes * min(1, self.world.local_world_size / self.world.world_size) <= allowed_memory()[1]
+
+    def _spills(self) -> bool:
+        """Return whether the page cache cannot keep what this node reads, but its windows take half of the memory at most."""
+        if self._fits_memory() or not self.selection.num_records:
+            return False
+        residency = self._residency(self._first_plan)
+        return (
+            residency is not None
+            and self._window_nbytes(residency) * self.world.local_world_size <= allowed_memory()[1] * WINDOW_SHARE
+        )
 
     def _window_pays(self) -> bool:
         """Return whether a resident window is faster than a gather."""
@@ -294,7 +305,7 @@ class Loader(IterableDataset[Batch]):
             return True
         if self.selection.cache_bytes is not None:
             return False
-        return self.selection.record_bytes < LONG_RECORD_BYTES or not self._fits_memory()
+        return self.selection.record_bytes < LONG_RECORD_BYTES or self._spills()
 
     @property
     def _needs_all(self) -> str:

@@ -368,7 +368,9 @@ class SequenceLoader(Loader[SequenceBatch]):
             self._source = source = SequenceSource(self.selection, data.schema, wanted)
         else:
             self._source = source = StepSource(self.selection, data.schema, wanted, index=self._index)
-        self._share_read = source.row_bytes / max(1, field.row_bytes)
+        longest = max(1, num_steps[1]) if num_steps is not None and self.unit == "record" else 1
+        chosen = len(select(layers, longest)) if self.unit == "record" and num_steps is not None else 1
+        self._share_read = source.row_bytes / max(1, field.row_bytes) * chosen / longest
         self._record_bytes = record_bytes = self.selection.record_bytes if self._index is None else source.row_bytes
         batch_bytes = int(self.batch_size * record_bytes)
         self._longest_superbatch = max(1, min(SUPERBATCH_STEPS, SUPERBATCH_BYTES // max(1, batch_bytes)))
@@ -475,7 +477,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         padded_bytes = self.batch_size * longest * self._source.row_bytes  # a batch as stored, with its longest record
         if self.device.type == "cpu" and self.engine == "dali":  # which copies every piece once more on a CPU
             residency = self._residency(self._first_plan) if self.selection.num_records else None
-            if residency is None or not (residency.whole or not self._fits_memory()):
+            if residency is None or not (residency.whole or self._spills()):
                 return False
         return super()._window_pays() and (shortest == longest or padded_bytes <= SUPERBATCH_BYTES)
 

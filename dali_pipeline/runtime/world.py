@@ -33,7 +33,7 @@ class World:
         rank: Number of this process over all nodes, 0 to world_size - 1. Default: 0.
         world_size: Number of processes. Default: 1.
         local_rank: Number of this process within its node; chooses the GPU of `device="auto"`. Default: 0.
-        alone: Whether this is the only one of these processes on its node, as far as is known. Default: True.
+        local_world_size: Number of these processes on this node, as far as is known. Default: 1.
 
     Raises:
         UsageError: The rank or the world size is not a whole number in its range.
@@ -42,7 +42,7 @@ class World:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    alone: bool = True
+    local_world_size: int = 1
 
     def __post_init__(self) -> None:
         for name in ("rank", "world_size"):
@@ -81,8 +81,8 @@ class World:
             else:
                 rank, world_size = _variable("RANK", 0), _variable("WORLD_SIZE", 1)
         world_size = whole("world_size", world_size, -MOST, expected="a whole number")
-        alone = _variable("LOCAL_WORLD_SIZE", world_size) == 1
-        return cls(rank=rank, world_size=world_size, local_rank=_variable("LOCAL_RANK", 0), alone=alone)
+        local = max(1, _variable("LOCAL_WORLD_SIZE", world_size))
+        return cls(rank=rank, world_size=world_size, local_rank=_variable("LOCAL_RANK", 0), local_world_size=local)
 
 
 def _variable(name: str, default: int) -> int:

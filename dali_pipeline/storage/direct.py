@@ -25,7 +25,6 @@ log = logging.getLogger("dali_pipeline")
 LEAST_BYTES = 256 << 10  # shorter reads cost less through the cache, which reads ahead
 _PAGE = mmap.PAGESIZE  # O_DIRECT asks for multiples of the disk's blocks, which are no larger
 _STEP_BYTES = 2 << 20
-_lock = threading.Lock()
 _told: set[str] = set()
 
 
@@ -33,7 +32,8 @@ class _Scratch(threading.local):
     """Memory of one thread that O_DIRECT reads into."""
 
     def __init__(self) -> None:
-        self.memory = memoryview(mmap.mmap(-1, _STEP_BYTES + 2 * _PAGE))
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # a forked child has its own
+        self.memory = memoryview(mmap.mmap(-1, _STEP_BYTES + 2 * _PAGE, private))
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
 
 
@@ -96,12 +96,15 @@ def _read_direct(file: OpenFile, offset: int, address: int, size: int) -> int | 
 def _opened(file: OpenFile) -> int | None:
     """Return a descriptor of the file with O_DIRECT, opened on first use; None if it cannot have one."""
     if file.direct_fd < 0 and not file.refuses_direct:
-        with _lock:
-            if file.direct_fd < 0:
-                try:
-                    file.direct_fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-                except (OSError, AttributeError):
-                    _refused(file)
+        try:
+            # the same file, whatever has been put at its path since
+            fd = os.open(f"/proc/self/fd/{file.fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        except (OSError, AttributeError) as error:
+            if getattr(error, "errno", None) not in (errno.EMFILE, errno.ENFILE):
+                _refused(file)
+            return None
+        if file.__dict__.setdefault("direct_fd", fd) != fd:  # another thread was first
+            os.close(fd)
     return None if file.refuses_direct else file.direct_fd
 
 

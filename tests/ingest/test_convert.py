@@ -160,6 +160,7 @@ def test_chunks_of_an_interrupted_conversion_are_those_that_it_counted(tmp_path:
     assert shards
     with monkeypatch.context() as cut:
         cut.setattr(sources, "CHUNK_FILES", 2)
+        cut.setattr(sources, "LEAST_CHUNK_BYTES", 1)
         with pytest.raises(dp.UsageError, match="holds an unfinished data set of other input or settings"):
             convert(src, tmp_path / "torn", num_workers=1)
     assert sorted((tmp_path / "torn").rglob("*.safetensors")) == shards
@@ -178,6 +179,7 @@ def test_many_files_are_opened_by_several_processes(
     recipe = Recipe(sequence="states", label="label", group="name", layout="record-per-file")
     monkeypatch.setattr("dali_pipeline.ingest.job.FILES_AT_ONCE", 2)
     monkeypatch.setattr(sources, "CHUNK_FILES", 4)
+    monkeypatch.setattr(sources, "LEAST_CHUNK_BYTES", 1)
     options: dict[str, Any] = {"recipe": recipe, "split": dp.SplitRule.parse("100/0/0")}
 
     def converted(name: str, many: int, **others: Any) -> dp.Dataset:

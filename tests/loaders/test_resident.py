@@ -129,7 +129,7 @@ def test_a_set_that_fits_is_served_in_any_order(ragged: dp.Dataset, options: dic
     check(*both(ragged, window_bytes=10**7, **options))
 
 
-@pytest.mark.parametrize("options", [{"engine": "torch"}, {"engine": "dali"}, {"engine": "torch", "steps": [0]}])
+@pytest.mark.parametrize("options", [{"engine": "torch"}, {"engine": "dali"}, {"engine": "torch", "num_partitions": 2}])
 def test_what_memory_cannot_keep_is_read_past_the_page_cache(
     ragged: dp.Dataset, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
@@ -244,9 +244,21 @@ def test_the_default(ragged: dp.Dataset, tmp_path: Path, monkeypatch: pytest.Mon
     assert dp.SequenceLoader(wide, batch_size=4).window == "gather"  # 36 KB a record
     assert dp.SequenceLoader(wide, batch_size=4, window="resident").window == "resident"
     assert dp.SequenceLoader(wide, batch_size=1, window_bytes=100_000, engine="torch").window == "gather"
-    monkeypatch.setattr("dali_pipeline.loaders.loader.allowed_memory", lambda: (10**6, 400_000))  # of 720 KB
+    monkeypatch.setattr("dali_pipeline.loaders.loader.allowed_memory", lambda: (10**6, 600_000))  # of 720 KB
     for engine in ("torch", "dali"):
-        assert dp.SequenceLoader(wide, batch_size=1, window_bytes=100_000, engine=engine).window == "resident"
+        moving = dp.SequenceLoader(wide, batch_size=1, window_bytes=100_000, engine=engine)
+        assert moving.window == "resident"
+        assert moving._source.past_cache
+        # a window of the whole split would not fit either
+        assert dp.SequenceLoader(wide, batch_size=1, window_bytes=10**9, engine=engine).window == "gather"
+    few = dp.SequenceLoader(wide, batch_size=1, window_bytes=100_000, steps=[0, 3], engine="torch")
+    assert few.window == "gather"  # two of nine steps stay in memory
+    for local in ("4", "2", "1"):  # of four ranks, which share one partition
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+        shared = dp.SequenceLoader(wide, batch_size=1, window_bytes=100_000, engine="torch", rank=0, world_size=4)
+        assert shared.window == "gather"
+        assert shared._fits_memory() == (local != "4")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
     monkeypatch.setattr("dali_pipeline.loaders.loader.allowed_memory", lambda: (10**6, 900_000))
     assert dp.SequenceLoader(wide, batch_size=1, window_bytes=100_000, engine="torch").window == "gather"
     with pytest.raises(dp.UsageError, match=r"window is 'disk'; expected"):

@@ -61,6 +61,17 @@ def test_a_file_that_ends_before(path: Path) -> None:
     assert found.tolist() == [1_000_000, 0]
 
 
+def test_a_file_that_was_replaced_is_still_the_one_that_was_opened(path: Path) -> None:
+    file, size = OpenFile(path), 1_000_000
+    old = path.read_bytes()[:size]
+    other = path.with_name("other")
+    other.write_bytes(bytes(SIZE))
+    other.rename(path)
+    memory = np.zeros(size, np.uint8)
+    assert read_past_cache([file], np.array([0]), np.array([memory.ctypes.data]), np.array([size])).tolist() == [size]
+    assert memory.tobytes() == old
+
+
 def test_a_read_that_fails(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> int:
         raise OSError(errno.EIO, "broken disk")

@@ -164,27 +164,31 @@ def open_part(plan: Plan, part: Part, name: str) -> ForeignFile:
     then, or until `ForeignFile.close`, as opening is most of the work for a small file.
     """
     kept: list[OpenPart] = []
+    try:
+        return _opened(plan, part, name, kept)
+    except BaseException:
+        _close(kept)
+        raise
+
+
+def _opened(plan: Plan, part: Part, name: str, kept: list[OpenPart]) -> ForeignFile:
     inside = {"label", "id", "group"} & part.places.keys()
     if plan.per_file and not inside:
         texts: dict[str, list[str]] = {"id": [name]}
         given: list[Any] = [None]
     else:
         opened = OpenPart(part)
-        try:
-            count = count_records(opened, plan.per_file, plan.ragged)
-            texts = {what: _texts(opened, what, count, plan.per_file) for what in ("id", "group") if what in inside}
-            records = opened.container(part.places["sequence"][0].file).records
-            if not texts:
-                own = [str(record) for record in records or ()]
-                if part.keyed is not None and all(text.isdecimal() for text in own):
-                    own = [f"{name}-{text}" for text in own]
-                named = own if own and own != [str(row) for row in range(len(own))] else None
-                texts["id"] = [name] if plan.per_file else named or [f"{name}-{row}" for row in range(count)]
-            given = _entries(opened, "label", count, plan.per_file) if "label" in inside else [None] * count
-        except BaseException:
-            opened.close()
-            raise
         kept.append(opened)
+        count = count_records(opened, plan.per_file, plan.ragged)
+        texts = {what: _texts(opened, what, count, plan.per_file) for what in ("id", "group") if what in inside}
+        records = opened.container(part.places["sequence"][0].file).records
+        if not texts:
+            own = [str(record) for record in records or ()]
+            if part.keyed is not None and all(text.isdecimal() for text in own):
+                own = [f"{name}-{text}" for text in own]
+            named = own if own and own != [str(row) for row in range(len(own))] else None
+            texts["id"] = [name] if plan.per_file else named or [f"{name}-{row}" for row in range(count)]
+        given = _entries(opened, "label", count, plan.per_file) if "label" in inside else [None] * count
     ids, groups = texts.get("id"), texts.get("group") or texts["id"]
     beside: dict[str, list[Any]] = {}
     if plan.table is not None:

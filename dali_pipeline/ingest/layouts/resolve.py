@@ -595,6 +595,7 @@ def _check_ids(root: Path, plan: Plan, skip_bad: bool) -> None:
             continue
         with suppress(FormatError):
             file = open_part(unlabelled, part, name)
+            file.close()
             names += file.ids or file.groups
     try:
         check_unused(plan.table, names)
