@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import signal
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
@@ -125,10 +126,22 @@ def _undisturbed() -> Iterator[None]:
 def _serve(pipe: Connection, task: bytes) -> None:
     """Work in a worker process: for each number received, send the advances as ints, then (number, result, error)."""
     work: Work[Any] = pickle.loads(task)
+    total, told, last = 0, 0, time.monotonic()
+
+    def advance(n: int) -> None:
+        nonlocal total, told, last
+        total += n
+        if (now := time.monotonic()) - last >= LOOK_SECONDS:  # a message for each of many small files costs the parent a core
+            pipe.send(total - told)
+            told, last = total, now
+
     while True:
         number = pipe.recv()
         try:
-            answer = pickle.dumps((number, work(number, pipe.send), None), protocol=5)
+            answer = pickle.dumps((number, work(number, advance), None), protocol=5)
         except Exception as error:
             answer = pickle.dumps((number, None, as_sent(error)), protocol=5)
+        if total > told:
+            pipe.send(total - told)
+            told = total
         pipe.send_bytes(answer)
