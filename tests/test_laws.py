@@ -86,7 +86,7 @@ def graphs(*, slow: bool = False, **options: Any) -> Asked:
 def budget(*, slow: bool = False, **options: Any) -> Asked:
     """A record of the sets has up to 4 graphs of up to a dozen nodes."""
     case = {
-        "changes": [{"num_workers": 0}, {"num_workers": 1}, {"num_workers": "auto"}],
+        "changes": [{"num_workers": 0}, {"num_workers": 1}, {"num_workers": "auto"}, {"num_workers": 0, "window": "gather"}],
         "worlds": (({}, (1, 3)), ({"num_partitions": 2}, (1, 2, 4)), ({"num_partitions": 4}, (2,))),
         "steps": lambda count: (1, count - 2),
         "refusals": [
@@ -107,7 +107,7 @@ def budget(*, slow: bool = False, **options: Any) -> Asked:
 def steps(**options: Any) -> Asked:
     """Sequences of the sets have 2 to 8 steps, so a batch has a handful of records."""
     case = {
-        "changes": [{"num_workers": 0}, {"num_workers": 3}, {"engine": "torch"}, {"engine": "dali"}],
+        "changes": [{"num_workers": 0}, {"num_workers": 3}, {"engine": "torch"}, {"engine": "dali"}, {"window": "gather"}],
         "worlds": (({}, (1, 3)), ({"num_partitions": 2}, (1, 2, 4)), ({"num_partitions": 4}, (2,))),
         "steps": lambda count: (1, count - 2),
         "refusals": [
@@ -207,6 +207,8 @@ KINDS: dict[str, Asked] = {
     "budget, processes": budget(num_workers=2, slow=True),
     "max_steps": steps(engine="torch", num_workers=0),
     "max_steps, dali": replace(steps(engine="dali"), only=FEW, slow=True),
+    "max_steps, gather": replace(steps(engine="torch", window="gather"), only=FEW, slow=True),
+    "max_steps, packed": replace(steps(engine="torch", packed=True, window_bytes=60_000), only=("03", "05", *FEW), slow=True),
     "packed": replace(sequences(engine="torch", packed=True), only=FEW, slow=True),
     "rows": single_steps(engine="torch"),
     "rows, dali": replace(single_steps(engine="dali"), only=FEW),

@@ -23,6 +23,7 @@ from dali_pipeline.types import BLOCK_BYTES, Array, Kind
 BUFFER_BYTES = 2 << 20  # values not yet written: fits in a core's cache
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_BYTES = 2048  # reserved for a header, without its hashes
+_PAGE = 4096  # the streamed array begins at a multiple of it, so that its rows can be read past the page cache (O_DIRECT)
 _EXPECTED_BYTES = 16 << 30  # largest shard for whose hashes space is reserved: 256 KiB
 
 
@@ -62,7 +63,7 @@ class ShardFile:
         self._rows = 0  # rows written
         self._hashes: list[str] = []
         self._hash, self._hashed = xxhash.xxh3_64(), 0  # hash of the current block, and its bytes so far
-        self._header_bytes = _HEADER_BYTES + 16 * (min(expected_bytes, _EXPECTED_BYTES) // BLOCK_BYTES + 16)
+        self._header_bytes = _filling(_HEADER_BYTES + 16 * (min(expected_bytes, _EXPECTED_BYTES) // BLOCK_BYTES + 16))
         self._temporary = path.with_name(path.name + ".tmp")
         self._fd = -1
         self._rows_at_once = max(1, BUFFER_BYTES // self._row_bytes)
@@ -184,8 +185,7 @@ class ShardFile:
 
     def _enlarge_header(self, header_bytes: int, data_bytes: int) -> None:
         """Move the data back, last bytes first, if the header is larger than the reserved space; rare and slow."""
-        enlarged_bytes = header_bytes + _HEADER_BYTES
-        enlarged_bytes += -enlarged_bytes % 8
+        enlarged_bytes = _filling(header_bytes + _HEADER_BYTES)
         for begin in reversed(range(0, data_bytes, BUFFER_BYTES)):
             data = os.pread(self._fd, min(BUFFER_BYTES, data_bytes - begin), 8 + self._header_bytes + begin)
             write_at(self._fd, memoryview(data), 8 + enlarged_bytes + begin)
@@ -202,6 +202,11 @@ class ShardFile:
 
     def __del__(self) -> None:
         self._close()
+
+
+def _filling(header_bytes: int) -> int:
+    """Return the size of a header of at least so many bytes that fills whole pages together with its length."""
+    return header_bytes + -(header_bytes + 8) % _PAGE
 
 
 def block_hashes(data: memoryview) -> str:

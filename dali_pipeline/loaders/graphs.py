@@ -30,7 +30,7 @@ from dali_pipeline.runtime.ahead import background_threads, cores_beside, map_ah
 from dali_pipeline.runtime.checks import one_of, real, refuses_old_keywords
 from dali_pipeline.runtime.processes import map_in_processes
 from dali_pipeline.runtime.trace import span
-from dali_pipeline.sampling.budget import Portion
+from dali_pipeline.sampling.budget import BudgetPlan, Portion
 from dali_pipeline.sampling.order import WINDOW_BYTES
 from dali_pipeline.sampling.plan import EpochPlan
 
@@ -60,8 +60,7 @@ class GraphLoader(Loader[GraphBatch]):
         dtype: Floating type of x and edge_attr as delivered.
         window_bytes, num_partitions, on_error: Like in `SequenceLoader`.
         on_nan: Like in `SequenceLoader`; checks the values of all fields.
-        window: Like in `SequenceLoader`; "auto" is "gather" with worker processes, and with a budget if the split does not fit
-            in the window.
+        window: Like in `SequenceLoader`; "auto" is "gather" with worker processes too.
         class_balanced, group_weights, rank, world_size: Like in `SequenceLoader`.
         max_nodes: Budget of nodes per batch: a batch takes the next records in order while their nodes fit. With several
             partitions, their number must be a multiple of the world size, or the world size a multiple of their number.
@@ -257,23 +256,28 @@ class GraphLoader(Loader[GraphBatch]):
         memory = self._memory_of(residency)
         record_bytes = self.selection.record_bytes
         threads = self._window_threads
-        window = GraphWindow(memory, residency, start.step, self._source, threads=threads, record_bytes=record_bytes)
+        first = sum(start.cursors) if self._by_record else start.step
+        window = GraphWindow(memory, residency, first, self._source, threads=threads, record_bytes=record_bytes)
         holds_all = False
         try:
             with closing(window):
                 if self.budgeted:
-                    window.reach(start.step)
-                    budget = self._budget(plan)
-                    for packed in self._packed_batches(budget, start, self._longest_superbatch, self._superbatch_records):
-                        if isinstance(packed, list) and window.serves(range(plan.num_steps)):
-                            yield [window.superbatch(budget.portion(packed))], None
-                        else:
-                            yield self._gatherer.gather_packed(budget, packed)
+                    yield from self._budget_from_window(window, self._budget(plan), start)
                 else:
                     yield from self._steps_from_window(window, plan, start.step)
             holds_all = window.holds_all
         finally:
             self._memories.give_back(memory, kept=holds_all)
+
+    def _budget_from_window(self, window: GraphWindow, budget: BudgetPlan, start: Position) -> Iterator[Loaded]:
+        longest, most = self._longest_superbatch, self._superbatch_records
+        for packed, served in self._packed_from_window(window, budget, start, longest, most):
+            if served:
+                yield [window.superbatch(budget.portion(packed))], None
+            else:
+                yield self._gatherer.gather_packed(budget, packed)
+            if self._by_record:
+                window.passed(range(packed[0].begin, packed[-1].end))
 
     def _steps_from_window(self, window: GraphWindow, plan: EpochPlan, step: int) -> Iterator[Loaded]:
         longest = 1
@@ -287,7 +291,7 @@ class GraphLoader(Loader[GraphBatch]):
             else:
                 yield self._gatherer.gather(plan, steps)
             for delivered in steps:
-                window.passed(delivered)
+                window.passed(range(delivered, delivered + 1))
             self._window_fails |= window.fails
             step = steps.stop
 

@@ -23,12 +23,12 @@ from dali_pipeline.reading.damage import TOLD, log, tell
 from dali_pipeline.reading.readahead import ReadAhead
 from dali_pipeline.reading.residency import Residency
 from dali_pipeline.reading.source import BatchSource
-from dali_pipeline.reading.window import Memories
+from dali_pipeline.reading.window import Memories, WindowFiller
 from dali_pipeline.runtime.ahead import LONG_RECORD_BYTES
 from dali_pipeline.runtime.checks import one_of, shown, whole
 from dali_pipeline.runtime.container import allowed_memory
 from dali_pipeline.runtime.world import FORKED, WorkersRefused, World
-from dali_pipeline.sampling.budget import BudgetPlan
+from dali_pipeline.sampling.budget import BudgetPlan, Packed
 from dali_pipeline.sampling.plan import EpochPlan
 from dali_pipeline.types import Array, Ints, Kind, Mask
 
@@ -195,6 +195,29 @@ class Loader(IterableDataset[Batch]):
         except PipelineError as error:
             yield error
 
+    def _packed_from_window(
+        self, window: WindowFiller[Any], budget: BudgetPlan, start: Position, longest: int, most_records: int
+    ) -> Iterator[tuple[Any, bool]]:
+        """Yield packed batches or an error, as `_packed_batches` does, and whether all their records are in the window.
+
+        Whoever delivers the batches tells the window.
+        """
+        for packed in self._packed_batches(budget, start, longest, most_records):
+            if isinstance(packed, PipelineError):
+                yield packed, False
+                return
+            while packed:
+                taken: list[Packed] = packed
+                if self._by_record:
+                    reached = window.reach(packed[0].begin, packed[0].end)
+                    taken = [batch for batch in packed if batch.end <= reached] or packed[:1]
+                    steps = range(packed[0].begin, taken[-1].end)
+                else:  # all at once
+                    reached, steps = window.reach(0), range(1)
+                self._window_fails |= window.fails
+                yield taken, steps.stop <= reached and window.serves(steps)
+                packed = packed[len(taken) :]
+
     @property
     def num_records(self) -> int:
         """Number of records per epoch over all ranks, without padding; the number of draws if an epoch consists of draws.
@@ -284,6 +307,11 @@ class Loader(IterableDataset[Batch]):
         # a window without threads has its bytes read ahead through the page cache
         self._source.past_cache = self.window == "resident" and self._window_threads > 0 and not self._fits_memory()
 
+    @property
+    def _by_record(self) -> bool:
+        """Whether the window counts records: with a budget, whose batches then come from one partition in its order."""
+        return self.budgeted and self.order.num_partitions == self.world.world_size == 1
+
     def _fits_memory(self) -> bool:
         """Return whether the page cache can keep what this node reads in an epoch."""
         nbytes = self._share_read * self.selection.record_bytes * self.selection.num_records
@@ -313,15 +341,15 @@ class Loader(IterableDataset[Batch]):
         needs = {
             "shuffle=False": not self.order.shuffle,
             "bucket_by_length": self.order.bucket_by_length,
-            "max_nodes or max_edges": self.budgeted,
+            "a budget over several partitions or processes": self.budgeted and not self._by_record,
         }
         return next((name for name, holds in needs.items() if holds), "")
 
     def _residency(self, plan: EpochPlan) -> Residency | None:
         rank, world_size, least = self.world.rank, self.world.world_size, self._memories.slot_records
         if records := self._memories.hold_all:
-            return Residency.of_all(plan, records)
-        return Residency.of(plan, rank, world_size, least, at_once=bool(self._needs_all))
+            return Residency.of_all(plan, records, by_record=self._by_record)
+        return Residency.of(plan, rank, world_size, least, at_once=bool(self._needs_all), by_record=self._by_record)
 
     def _no_window(self) -> str:
         """Return why there can be no resident window, or ""."""

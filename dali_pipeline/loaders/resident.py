@@ -33,7 +33,7 @@ from dali_pipeline.reading.superbatch import WIDER, Superbatch, signed
 from dali_pipeline.reading.window import STAGED_AHEAD, NoRoomError, Read, WindowFiller
 from dali_pipeline.runtime.memory import Buffers, fresh_bytes
 from dali_pipeline.runtime.trace import span
-from dali_pipeline.sampling.plan import Shares
+from dali_pipeline.sampling.budget import Portion
 from dali_pipeline.types import Array, Ints
 
 RAGGED_ROOM = 1.25  # steps of a slot, relative to what its bytes hold: runs are cut by the average size of a shard's records
@@ -396,13 +396,13 @@ class ResidentWindow(WindowFiller[SequenceRows]):
         self._buffers = Buffers(2 * (threads + STAGED_AHEAD), pinned=device.type == "cuda")
         self._outputs = None if through_dali is None else through_dali(self._feed)
 
-    def superbatch(self, shares: Shares, batches: int, *, packed: bool) -> tuple[Superbatch, Ints, list[int]]:
-        """Return the batches of these shares without their values, and the index that `select` takes, with its sizes."""
+    def superbatch(self, portion: Portion, *, packed: bool) -> tuple[Superbatch, Ints, list[int]]:
+        """Return these batches without their values, and the index that `select` takes, with its sizes."""
+        shares, sizes = portion.shares, portion.sizes
         numbers = self._memory.numbers.of(shares.positions)
-        sizes = np.full(batches, len(numbers) // batches)
         rows = self._memory.rows(numbers, sizes, self._source.reported_positions(shares.positions), packed=packed)
         index, counts = self._memory.index(numbers, sizes, packed=packed)
-        return Superbatch(rows=rows, valid=shares.valid, sizes=sizes), index, counts
+        return Superbatch(rows=rows, valid=shares.valid, sizes=sizes, cursors=portion.cursors), index, counts
 
     def _next(self) -> Piece | None:
         return self._fed[0].piece if self._fed else super()._next()
@@ -499,11 +499,11 @@ class StepWindow(ResidentWindow):
     _memory: StepMemory  # type: ignore[assignment]
     _source: StepSource
 
-    def superbatch(self, shares: Shares, batches: int, *, packed: bool) -> tuple[Superbatch, Ints, list[int]]:
-        """Return the batches of these shares without their values, and the index that `select` takes, with its sizes."""
-        numbers = self._memory.numbers.of(shares.positions)
-        sizes = np.full(batches, len(numbers) // batches)
-        return Superbatch(rows=self._memory.rows(numbers), valid=shares.valid, sizes=sizes), numbers, sizes.tolist()
+    def superbatch(self, portion: Portion, *, packed: bool) -> tuple[Superbatch, Ints, list[int]]:
+        """Return these batches without their values, and the index that `select` takes, with its sizes."""
+        numbers, sizes = self._memory.numbers.of(portion.shares.positions), portion.sizes
+        batches = Superbatch(rows=self._memory.rows(numbers), valid=portion.shares.valid, sizes=sizes)
+        return batches, numbers, sizes.tolist()
 
     def _plan_read(self, piece: Piece) -> tuple[int, Callable[[], SequenceRows]]:
         out = None

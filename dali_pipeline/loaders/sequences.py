@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dali_pipeline.dataset.dataset import Dataset, View
-from dali_pipeline.errors import DataError, FormatError, UsageError
+from dali_pipeline.errors import DataError, FormatError, PipelineError, UsageError
 from dali_pipeline.format.digest import EpochDigest, step_hashes
 from dali_pipeline.format.layers import Layers, select, to_positions
 from dali_pipeline.format.schema import Schema
@@ -44,8 +44,9 @@ from dali_pipeline.runtime.ahead import (
 from dali_pipeline.runtime.checks import one_of, refuses_old_keywords, shown, truth
 from dali_pipeline.runtime.memory import Buffers
 from dali_pipeline.runtime.trace import span, spans
+from dali_pipeline.sampling.budget import BudgetPlan, Packed, Portion
 from dali_pipeline.sampling.order import WINDOW_BYTES
-from dali_pipeline.sampling.plan import EpochPlan, Shares
+from dali_pipeline.sampling.plan import EpochPlan
 from dali_pipeline.types import Array, Ints
 
 log = logging.getLogger("dali_pipeline")
@@ -234,9 +235,10 @@ class SequenceLoader(Loader[SequenceBatch]):
         window: Where batches are put together. "resident": in the memory of the device, which the shuffle's window is read into
             whole, in large pieces; takes 1.5 `window_bytes` per partition there, on a GPU as delivered. "gather": on the host,
             record by record, from the page cache. Both deliver the same batches. "auto" is "resident" on a GPU, and on a CPU
-            for single steps, for records below 32 KiB, and for splits that memory cannot keep, if it can be: without max_steps
-            and draws; and, unless the split fits in the window, shuffled, without buckets, with whole partitions for each
-            process, and, of whole records that memory can keep on a CPU, with engine="torch". Otherwise it is "gather".
+            for single steps, for records below 32 KiB, and for splits that memory cannot keep, if it can be: without draws;
+            and, unless the split fits in the window, shuffled, without buckets, with whole partitions for each process (with
+            max_steps one process and one partition), and, of whole records that memory can keep on a CPU, with engine="torch".
+            Otherwise it is "gather".
         class_balanced: Whether an epoch draws from all classes in equal numbers: as many draws as there are records, each class
             without replacement within its own pass.
         group_weights: How often each group is drawn, relative to 1 for groups that are not named; draws as with
@@ -391,7 +393,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         self._padded: Padded = "packed" if self.packed else None if self._pads_in_dali else "batch"
         self._superbatches = SequenceGatherer(source, self.world, self.batch_size, self._padded, bits=bits, skips=skips)
         self._memories: Memories[WindowMemory | StepMemory] = Memories()
-        self._choose_window(window, "max_steps" if self.budgeted else "")
+        self._choose_window(window, "")
 
     def _count(self, options: LoaderOptions) -> Ints:
         if options.unit == "record":
@@ -474,7 +476,8 @@ class SequenceLoader(Loader[SequenceBatch]):
         if self._index is not None:
             return True  # a gather reads row by row
         shortest, longest = self.selection.bounds("step") or (1, 1)
-        padded_bytes = self.batch_size * longest * self._source.row_bytes  # a batch as stored, with its longest record
+        steps = self.batch_size * longest if self.order.max_steps is None else max(longest, self.order.max_steps)
+        padded_bytes = steps * self._source.row_bytes  # a batch as stored, with its longest record
         if self.device.type == "cpu" and self.engine == "dali":  # which copies every piece once more on a CPU
             residency = self._residency(self._first_plan) if self.selection.num_records else None
             if residency is None or not (residency.whole or self._spills()):
@@ -517,7 +520,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         window = (ResidentWindow if self._index is None else StepWindow)(
             memory,
             residency,
-            start.step,
+            sum(start.cursors) if self._by_record else start.step,
             self._source,
             decoding=self._decoding if self._decodes_at_load and not self._decodes_in_dali else None,
             device=self.device,
@@ -527,6 +530,24 @@ class SequenceLoader(Loader[SequenceBatch]):
             under_way=under_way,
             through_dali=self._pieces_through_dali if self.engine == "dali" else None,
         )
+        served = self._steps_served if not self.budgeted else self._budget_served
+        holds_all = False
+        try:
+            with closing(window), closing(served(window, memory, plan, start, under_way)) as batches:
+                yield from batches
+            holds_all = window.holds_all
+        finally:
+            self._memories.give_back(memory, kept=holds_all)
+
+    def _steps_served(
+        self,
+        window: ResidentWindow,
+        memory: WindowMemory | StepMemory,
+        plan: EpochPlan,
+        start: Position,
+        under_way: UnderWay,
+    ) -> Generator[LoadedBatch[SequenceBatch], None, None]:
+        """Yield the batches of all steps."""
         step, most = start.step, SUPERBATCH_STEPS
         if self._index is not None:
             most = max(1, min(most, SUPERBATCH_ROWS // self.batch_size))
@@ -534,27 +555,43 @@ class SequenceLoader(Loader[SequenceBatch]):
         ranges = superbatches(range(start.step, plan.num_steps), most)
         threads = min(1, self._window_threads)
         ordered = map_ahead(lambda steps: plan.batches(steps, rank, world_size), ranges, threads, name="order")
-        holds_all = False
-        try:
-            with closing(window), closing(ordered):
-                for shares in ordered:
-                    end = step + len(shares.positions) // self.batch_size
-                    while step < end:
-                        steps = range(step, min(window.reach(step), end))
-                        own, shares = shares.cut(len(steps) * self.batch_size)
-                        batches = (
-                            self._from_window(window, memory, own, len(steps))
-                            if window.serves(steps)
-                            else self._gather_steps(plan, steps, under_way)
-                        )
-                        for loaded in batches:
-                            yield loaded
-                            window.passed(step)
-                            step += 1
-                        self._window_fails |= window.fails
-            holds_all = window.holds_all
-        finally:
-            self._memories.give_back(memory, kept=holds_all)
+        with closing(ordered):
+            for shares in ordered:
+                end = step + len(shares.positions) // self.batch_size
+                while step < end:
+                    steps = range(step, min(window.reach(step), end))
+                    own, shares = shares.cut(len(steps) * self.batch_size)
+                    portion = Portion(shares=own, sizes=np.full(len(steps), self.batch_size))
+                    batches = (
+                        self._from_window(window, memory, portion)
+                        if window.serves(steps)
+                        else self._gather_steps(plan, steps, under_way)
+                    )
+                    for loaded in batches:
+                        yield loaded
+                        window.passed(range(step, step + 1))
+                        step += 1
+                    self._window_fails |= window.fails
+
+    def _budget_served(
+        self,
+        window: ResidentWindow,
+        memory: WindowMemory | StepMemory,
+        plan: EpochPlan,
+        start: Position,
+        under_way: UnderWay,
+    ) -> Generator[LoadedBatch[SequenceBatch], None, None]:
+        """Yield the batches that a budget fills."""
+        budget = self._budget(plan)
+        for packed, served in self._packed_from_window(window, budget, start, self._longest_superbatch, self._most_records):
+            if served:
+                batches = self._from_window(window, memory, budget.portion(packed))
+            else:
+                batches = self._gather_packed(budget, packed, under_way)
+            for loaded, batch in zip(batches, packed, strict=True):
+                yield loaded
+                if self._by_record:
+                    window.passed(range(batch.begin, batch.end))
 
     def _window_memory(self, residency: Residency) -> WindowMemory | StepMemory:
         source, (shortest, longest) = self._source, self.selection.bounds("step") or (1, 1)
@@ -577,9 +614,9 @@ class SequenceLoader(Loader[SequenceBatch]):
                 yield out["sequences"][0]
 
     def _from_window(
-        self, window: ResidentWindow, memory: WindowMemory | StepMemory, shares: Shares, batches: int
+        self, window: ResidentWindow, memory: WindowMemory | StepMemory, portion: Portion
     ) -> Iterator[LoadedBatch[SequenceBatch]]:
-        superbatch, index, counts = window.superbatch(shares, batches, packed=self.packed)
+        superbatch, index, counts = window.superbatch(portion, packed=self.packed)
         parts, longest = self._source.parts_per_record, superbatch.longest
 
         def values(index: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -601,6 +638,21 @@ class SequenceLoader(Loader[SequenceBatch]):
             if error is not None:
                 raise error
 
+    def _gather_packed(
+        self, budget: BudgetPlan, packed: list[Packed] | PipelineError, under_way: UnderWay
+    ) -> Iterator[LoadedBatch[SequenceBatch]]:
+        """Gather batches that a budget has filled."""
+        loaded, error = self._superbatches.gather_packed(budget, packed)
+        for superbatch in loaded:
+            yield from self._torch_batches(superbatch, under_way)
+        if error is not None:
+            raise error
+
+    @property
+    def _most_records(self) -> int:
+        """Records of a superbatch with a budget."""
+        return max(1, SUPERBATCH_BYTES // max(1, int(self.selection.record_bytes)))
+
     def _read_ahead(self, plan: EpochPlan, start: Position) -> Loaded:
         """Yield superbatches in order, split so that their batches need little padding."""
         ranges = superbatches(range(start.step, plan.num_steps), self._longest_superbatch)
@@ -609,8 +661,8 @@ class SequenceLoader(Loader[SequenceBatch]):
             parts = chain.from_iterable(planned)
             results = map_ahead(partial(self._superbatches.gather, plan), parts, self._threads, _nbytes)
             if self.budgeted:
-                budget, most_records = self._budget(plan), max(1, SUPERBATCH_BYTES // max(1, int(self.selection.record_bytes)))
-                filled = self._packed_batches(budget, start, self._longest_superbatch, most_records)
+                budget = self._budget(plan)
+                filled = self._packed_batches(budget, start, self._longest_superbatch, self._most_records)
                 results = map_ahead(partial(self._superbatches.gather_packed, budget), filled, self._threads)
             with closing(results):
                 for loaded, error in results:

@@ -3,6 +3,9 @@
 The memory of a partition has three slots, each for one group of the shuffle (half a window). Group g lies in slot g % 3. Block
 b of the shuffle draws from groups b - 1 and b; meanwhile group b + 1 is read into the third slot. So the memory is 1.5 windows.
 
+Time is counted in steps. With a budget, whose steps have no number of records, it is counted in the records of the one
+partition there is, in their order: "step" then means a record.
+
 This module is arithmetic on the plan of an epoch: nothing is read.
 """
 
@@ -76,6 +79,7 @@ class Residency:
         slot_bytes: Most bytes of records in a slot, with all their fields, approximately.
         num_slots: Number of slots.
         whole: Whether all groups fit at once. They are then in one slot, one behind the other, and stay in memory.
+        end: Number of steps of the epoch.
     """
 
     plan: EpochPlan
@@ -84,10 +88,18 @@ class Residency:
     slot_bytes: int
     num_slots: int
     whole: bool
+    end: int
 
     @classmethod
     def of(
-        cls, plan: EpochPlan, rank: int, world_size: int, least_records: int = 1, *, at_once: bool = False
+        cls,
+        plan: EpochPlan,
+        rank: int,
+        world_size: int,
+        least_records: int = 1,
+        *,
+        at_once: bool = False,
+        by_record: bool = False,
     ) -> Residency | None:
         """Return the residency of an epoch; None if a window does not serve it.
 
@@ -100,6 +112,7 @@ class Residency:
             world_size: Number of processes.
             least_records: Records that each of several slots must have room for. Default: 1.
             at_once: Whether records are needed in another order than that of the shuffle, so all must fit. Default: False.
+            by_record: Whether time is counted in records of the only partition. Default: False.
         """
         if plan.drawn or not plan.num_steps:
             return None
@@ -107,10 +120,11 @@ class Residency:
         shared = bool(plan.order.num_partitions % world_size)
         overlaps = False
         groups, sizes, slots = [], [], []
+        end = plan.length(0) if by_record else plan.num_steps
         for order, partition in enumerate(partitions):
-            blocks = plan.blocks(partition, world_size)
+            blocks = plan.blocks(partition, world_size, by_record=by_record)
             for number, needed in enumerate(blocks.begins[:-1].tolist()):
-                last = int(blocks.filled[number + 2]) if number + 2 < len(blocks.filled) else plan.num_steps
+                last = int(blocks.filled[number + 2]) if number + 2 < len(blocks.filled) else end
                 free = int(blocks.filled[number - 1]) if number >= SLOTS else 0
                 overlaps |= free > needed
                 groups.append(Group(partition, number, needed, last, free, 0))
@@ -129,14 +143,22 @@ class Residency:
         groups = [group._replace(first=first) for group, first in zip(groups, firsts, strict=True)]
         groups.sort(key=lambda group: (group.needed, group.partition))
         if at_once:
-            groups = [group._replace(needed=0, last=plan.num_steps, free=0) for group in groups]
-        num_slots = 1 if whole else SLOTS * len(partitions)
-        return cls(plan=plan, groups=groups, slot_records=slot_records, slot_bytes=slot_bytes, num_slots=num_slots, whole=whole)
+            groups = [group._replace(needed=0, last=end, free=0) for group in groups]
+        return cls(
+            plan=plan,
+            groups=groups,
+            slot_records=slot_records,
+            slot_bytes=slot_bytes,
+            num_slots=1 if whole else SLOTS * len(partitions),
+            whole=whole,
+            end=end,
+        )
 
     @classmethod
-    def of_all(cls, plan: EpochPlan, slot_records: int) -> Residency:
+    def of_all(cls, plan: EpochPlan, slot_records: int, *, by_record: bool = False) -> Residency:
         """Return the residency of an epoch whose records are all in the window already."""
-        return cls(plan=plan, groups=[], slot_records=slot_records, slot_bytes=0, num_slots=1, whole=True)
+        end = plan.length(0) if by_record else plan.num_steps
+        return cls(plan=plan, groups=[], slot_records=slot_records, slot_bytes=0, num_slots=1, whole=True, end=end)
 
     @property
     def num_records(self) -> int:

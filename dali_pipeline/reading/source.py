@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -209,10 +210,10 @@ class BatchSource:
     ) -> Array:
         """Return memory for `rows` rows; the first is row `begin` of array `name` in the shard of the first record.
 
-        It has the same offset in its cache line as the first row in the file. If memory is 1 to 31 bytes beyond the file's
-        offset in a page, processors that copy by `rep movsb` (AMD Zen 3 and later) take five times as long.
+        It has the same offset in its page as the first row in the file, so it can be read past the page cache. If memory is 1
+        to 31 bytes beyond that offset, processors that copy by `rep movsb` (AMD Zen 3 and later) take five times as long.
         """
-        phase = (locations.shard(0).array(name).begin + begin * field.row_bytes) % 64
+        phase = (locations.shard(0).array(name).begin + begin * field.row_bytes) % mmap.PAGESIZE
         if phase % field.storage.itemsize:
             phase = 0
         return (buffers or self._buffers).take(rows * field.row_bytes, phase).view(field.storage).reshape(rows, *field.shape)

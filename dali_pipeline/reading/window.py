@@ -130,20 +130,24 @@ class WindowFiller(Generic[Rows]):
         """Return whether all records of these steps are in the window; not if one of their groups could not be read."""
         return not any(group.needed < steps.stop and steps.start < group.last for group in self._failed)
 
-    def reach(self, step: int) -> int:
-        """Enter every piece that `step` needs; return the first step that needs more, or the number of steps."""
-        self._free_until = max(self._free_until, step)
-        while (piece := self._next()) is not None and piece.group.needed <= step:
-            self._enter_next()
-        return self._residency.plan.num_steps if piece is None else piece.group.needed
+    def reach(self, step: int, end: int | None = None) -> int:
+        """Enter the pieces that `step` needs, or all steps before `end`; return the first step that needs more.
 
-    def passed(self, step: int) -> None:
-        """Enter some pieces that later steps need, so that they come evenly; `step` is delivered."""
-        self._free_until = step + 1
+        That is the number of steps if none needs more. It is below `end` if these steps need more groups than there are slots.
+        """
+        self._free_until = max(self._free_until, step)
+        end = step + 1 if end is None else end
+        while (piece := self._next()) is not None and piece.group.needed < end and piece.group.free <= self._free_until:
+            self._enter_next()
+        return self._residency.end if piece is None else piece.group.needed
+
+    def passed(self, steps: range) -> None:
+        """Enter some pieces that later steps need, so that they come evenly; these steps are delivered."""
+        self._free_until = steps.stop
         if (piece := self._next()) is None:
             return
         needed = piece.group.needed
-        for _ in range(-(-self._left[needed] // max(1, needed - step))):
+        for _ in range(-(-self._left[needed] * len(steps) // max(1, needed - steps.start))):
             piece = self._next()
             if piece is None or piece.group.needed != needed or piece.group.free > self._free_until:
                 break

@@ -43,10 +43,11 @@ class Shares:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Blocks:
-    """The blocks of a partition's shuffle, (G + 1,), in steps; and its groups, (G,). Block b draws from groups b - 1 and b.
+    """The blocks of a partition's shuffle, (G + 1,), in steps or records; and its groups, (G,). Block b draws from groups b - 1
+    and b.
 
     Attributes:
-        begins: The step in which each block begins.
+        begins: The step in which each block begins, or its first record in the partition's order.
         filled: The first step that lies wholly behind the begin; the same one if the block begins between two batches.
         group_records: Records of each group.
         group_bytes: Bytes of each group, approximately.
@@ -218,11 +219,11 @@ class EpochPlan:
         """Whether the epoch consists of draws, which have no groups."""
         return self._drawn
 
-    def blocks(self, partition: int, world_size: int = 1) -> Blocks:
-        """Return the blocks and groups of a partition's shuffle; not for an epoch of draws."""
+    def blocks(self, partition: int, world_size: int = 1, *, by_record: bool = False) -> Blocks:
+        """Return the blocks and groups of a partition's shuffle, in steps, or in its records; not for an epoch of draws."""
         shuffle = self._shuffle_of(partition)
         assert isinstance(shuffle, WindowShuffle)
-        share = max(1, self.rows(world_size) * world_size // self.order.num_partitions)
+        share = 1 if by_record else max(1, self.rows(world_size) * world_size // self.order.num_partitions)
         return Blocks(
             begins=shuffle.block_starts // share,
             filled=-(-shuffle.block_starts // share),

@@ -1,7 +1,7 @@
 """Read files past the page cache (O_DIRECT), for data that memory cannot keep.
 
 A page of the cache is allocated, filled, copied, and soon thrown away again: 0.6 to 0.8 s of processor per GB on one machine,
-where a read to memory of the reader's own and a copy from there took 0.25.
+where a read to memory of the reader's own and a copy from there took 0.25, and a read to where the bytes belong 0.07.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ _scratch = _Scratch()
 def read_past_cache(files: Sequence[OpenFile], offsets: Array, addresses: Array, sizes: Array) -> Array:
     """Read parts of files into memory, long ones past the page cache; return the bytes read per part, below 0 for an error.
 
-    Where a file system refuses O_DIRECT, they are read through the cache, which is logged once per folder. Costs memory of
-    2 MiB per thread.
+    A part whose place in the file and address are both multiples of the disk's blocks is read straight to its address, any
+    other by way of memory of the thread's own, 2 MiB. Where a file system refuses O_DIRECT, parts are read through the cache,
+    which is logged once per folder.
 
     Args:
         files: N files.
@@ -75,20 +76,34 @@ def _read_direct(file: OpenFile, offset: int, address: int, size: int) -> int | 
         return None
     done = 0
     while done < size:
-        first = offset + done
-        begin, wanted = first - first % _PAGE, min(size - done, _STEP_BYTES)
-        end = -(-(first + wanted) // _PAGE) * _PAGE
+        first, target, left = offset + done, address + done, size - done
+        block = file.direct_block
+        in_place = first % block == 0 and target % block == 0 and left >= block
+        begin, wanted = first, left - left % block
+        memory: object
+        if in_place:
+            memory = (ctypes.c_char * wanted).from_address(target)
+        else:
+            begin -= first % _PAGE
+            wanted = min(left, _STEP_BYTES)
+            if (first - target) % block == 0 and left >= block:  # the rest can be read in place
+                wanted = -first % block
+            memory = _scratch.memory[: -(-(first + wanted) // _PAGE) * _PAGE - begin]
         try:
-            found = begin + os.preadv(fd, [_scratch.memory[: end - begin]], begin) - first
+            found = begin + os.preadv(fd, [memory], begin) - first
         except OSError as error:
-            if error.errno == errno.EINVAL:  # accepted when it was opened, and refused now: larger blocks than pages
+            if error.errno != errno.EINVAL:
+                return -(error.errno or 1)
+            if not in_place or block == _PAGE:  # accepted when it was opened, and refused now: larger blocks than pages
                 _refused(file)
                 return None
-            return -(error.errno or 1)
+            file.direct_block = _PAGE
+            continue
         if found <= 0:  # the file ends
             break
         found = min(found, wanted)
-        ctypes.memmove(address + done, _scratch.address + (first - begin), found)
+        if not in_place:
+            ctypes.memmove(target, _scratch.address + (first - begin), found)
         done += found
     return done
 

@@ -50,11 +50,13 @@ class OpenFile:
         stamps: None, because all of the file is local; see CachedFile for a file that is not.
         direct_fd: File descriptor with O_DIRECT, once `direct` has opened one; otherwise -1.
         refuses_direct: Whether its file system does not offer that.
+        direct_block: What places and addresses of such reads must be multiples of, as far as is known.
     """
 
     stamps: Array | None = None
     direct_fd = -1
     refuses_direct = False
+    direct_block = 512
 
     def __init__(self, path: Path | str, flags: int = os.O_RDONLY) -> None:
         self.fd, self.path = -1, path
