@@ -584,6 +584,8 @@ class SequenceLoader(Loader[SequenceBatch]):
         """Yield the batches that a budget fills."""
         budget = self._budget(plan)
         for packed, served in self._packed_from_window(window, budget, start, self._longest_superbatch, self._most_records):
+            if isinstance(packed, PipelineError):
+                raise packed
             if served:
                 batches = self._from_window(window, memory, budget.portion(packed))
             else:
@@ -639,7 +641,7 @@ class SequenceLoader(Loader[SequenceBatch]):
                 raise error
 
     def _gather_packed(
-        self, budget: BudgetPlan, packed: list[Packed] | PipelineError, under_way: UnderWay
+        self, budget: BudgetPlan, packed: list[Packed], under_way: UnderWay
     ) -> Iterator[LoadedBatch[SequenceBatch]]:
         """Gather batches that a budget has filled."""
         loaded, error = self._superbatches.gather_packed(budget, packed)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from dali_pipeline.errors import PipelineError
-from dali_pipeline.reading.residency import Group, Piece, RecordNumbers, Residency
+from dali_pipeline.reading.residency import SLOTS, Group, Piece, RecordNumbers, Residency
 from dali_pipeline.runtime.trace import span
 
 log = logging.getLogger("dali_pipeline")
@@ -196,6 +196,10 @@ class WindowFiller(Generic[Rows]):
     def _unread(self) -> Piece | None:
         """Return the first piece that is not being read yet."""
         while not self._upcoming and self._groups:
+            if self._groups[0].last <= self._free_until:  # its batches were gathered: nobody draws from it any more
+                self._groups.popleft()
+                self._fills_all = False
+                continue
             pieces = list(self._residency.pieces(self._groups.popleft(), self._record_bytes))
             self._left[pieces[0].group.needed] += len(pieces)
             self._upcoming.extend(pieces)
@@ -205,9 +209,16 @@ class WindowFiller(Generic[Rows]):
         """Begin to read the next pieces, one per thread and some more, as far as they may be written."""
         while self._pool is not None and len(self._reads) < self._threads + STAGED_AHEAD:
             piece = self._unread()
-            if piece is None or (self._direct and piece.group.free > self._free_until):
+            if piece is None or (self._direct and not self._may_write(piece.group)):
                 return
             self._reads.append(self._begin())
+
+    def _may_write(self, group: Group) -> bool:
+        """Return whether a group's slot is free: nobody draws from what is there, and nothing is being read to it."""
+        slot = group.partition, group.number % SLOTS
+        others = (read.piece.group for read in self._reads)
+        busy = any((other.partition, other.number % SLOTS) == slot and other != group for other in others)
+        return group.free <= self._free_until and (self._residency.whole or not busy)
 
     def _begin(self) -> Read[Rows]:
         """Begin to read the next piece; without threads, read it."""

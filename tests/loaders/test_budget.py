@@ -225,6 +225,6 @@ def test_batches_are_gathered_several_at_once(plain: laws.Make, monkeypatch: pyt
         return gather(self, portion)
 
     monkeypatch.setattr(GraphGatherer, "gather_portion", noted)
-    batches = list(plain())
+    batches = list(plain(window="gather"))
     assert sum(len(portion.sizes) for portion in met) == len(batches)
     assert [len(portion.sizes) for portion in met][:3] == [1, 2, 4]

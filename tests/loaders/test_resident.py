@@ -16,6 +16,7 @@ import dali_pipeline as dp
 from dali_pipeline.loaders import sequences as sequences_module
 from dali_pipeline.reading import residency as residency_module
 from dali_pipeline.reading.residency import SLOTS, Residency
+from dali_pipeline.reading.superbatch import SequenceGatherer
 from dali_pipeline.reading.window import WindowFiller
 from dali_pipeline.storage.direct import read_past_cache
 from tests.helpers.batches import assert_same
@@ -217,11 +218,70 @@ def test_nan_is_named(tmp_path: Path) -> None:
         list(both(data, on_nan="raise", engine="torch")[0])
 
 
+BUDGETS: list[dict[str, Any]] = [{}, {"count_padding": False}, {"packed": True}, {"steps": [0, 2]}]
+
+
+@pytest.mark.parametrize("engine", ["torch", "dali"])
+@pytest.mark.parametrize("options", BUDGETS)
+def test_a_budget_from_a_window_that_moves(
+    tmp_path: Path, ragged: dp.Dataset, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], engine: Any
+) -> None:
+    data = written(tmp_path / "set", uniform=True) if "steps" in options else ragged
+    options = {"engine": engine, "max_steps": 16 if data is ragged else 8, **options}
+    loader, gathered = both(data, **options)
+    residency = loader._residency(loader.plan(0))
+    assert residency is not None
+    assert len(residency.groups) > 3 * SLOTS
+    epochs = [list(gathered), list(gathered)]
+    monkeypatch.setattr(SequenceGatherer, "gather_packed", None)  # every batch is served by the window
+    for expected in epochs:
+        assert_same(list(loader), expected)
+    loader.set_epoch(0)
+    batches = iter(loader)
+    first = [next(batches) for _ in range(len(epochs[0]) // 2)]
+    resumed, _ = both(data, **options)
+    resumed.load_state_dict(loader.state_dict())
+    assert_same([*first, *resumed], epochs[0])
+
+
+def counted(patch: pytest.MonkeyPatch, gatherer: Any) -> list[int]:
+    """Let every gather of packed batches add a 1 to the list that is returned."""
+    calls: list[int] = []
+    gather = gatherer.gather_packed
+
+    def gathers(*arguments: Any) -> Any:
+        calls.append(1)
+        return gather(*arguments)
+
+    patch.setattr(gatherer, "gather_packed", gathers)
+    return calls
+
+
+def test_a_budget_of_more_than_a_window_is_gathered(ragged: dp.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of 2,000 steps needs more groups than there are slots; one of 300 steps does so at times."""
+    for max_steps, least in ((300, 0), (2000, 2)):
+        loader, gathered = both(ragged, max_steps=max_steps, engine="torch", window_bytes=20_000)
+        expected = list(gathered)
+        with monkeypatch.context() as patch:
+            calls = counted(patch, SequenceGatherer)
+            assert_same(list(loader), expected)
+        assert least <= len(calls) <= len(expected)
+
+
+def test_a_budget_over_ranks_and_partitions_from_a_split_that_fits(ragged: dp.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    for options in ({"num_partitions": 2}, {"rank": 1, "world_size": 2}, {"shuffle": False}):
+        loader, gathered = both(ragged, max_steps=40, window_bytes=10**7, **options)
+        expected = list(gathered)
+        with monkeypatch.context() as patch:
+            patch.setattr(SequenceGatherer, "gather_packed", None)
+            assert_same(list(loader), expected)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"shuffle": False}, "with shuffle=False needs a split that fits in the window"),
-        ({"max_steps": 50}, "does not go with max_steps"),
+        ({"max_steps": 50, "num_partitions": 2}, "with a budget over several partitions or processes needs a split that fits"),
         ({"bucket_by_length": True}, "with bucket_by_length needs a split that fits"),
         ({"class_balanced": True}, "does not go with class_balanced, group_weights"),
         ({"batch_size": 400}, "batches of 400 need more at once; expected a smaller batch_size"),

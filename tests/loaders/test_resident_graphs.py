@@ -10,6 +10,7 @@ import pytest
 
 import dali_pipeline as dp
 from dali_pipeline.reading.graphsource import GraphSource
+from dali_pipeline.reading.graphsuperbatch import GraphGatherer
 from dali_pipeline.reading.residency import Residency
 from tests.helpers.batches import assert_same
 from tests.helpers.graphs import FIELDS, molecules
@@ -53,7 +54,27 @@ def test_the_window_delivers_what_the_gather_does(data: dp.Dataset, options: dic
     check(loader, gathered)
 
 
-@pytest.mark.parametrize("options", [{"max_nodes": 150}, {"max_edges": 200, "max_nodes": 400}, {"shuffle": False}])
+@pytest.mark.parametrize("options", [{"max_nodes": 60}, {"max_edges": 80, "max_nodes": 400, "min_weight": 0.5}])
+def test_a_budget_from_a_window_that_moves(data: dp.Dataset, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    loader, gathered = both(data, **options)
+    residency = loader._residency(loader.plan(0))
+    assert residency is not None
+    assert not residency.whole
+    epochs = [list(gathered), list(gathered)]
+    monkeypatch.setattr(GraphGatherer, "gather_packed", None)  # every batch is served by the window
+    for expected in epochs:
+        assert_same(list(loader), expected)
+    loader.set_epoch(0)
+    batches = iter(loader)
+    first = [next(batches) for _ in range(len(epochs[0]) // 2)]
+    resumed, _ = both(data, **options)
+    resumed.load_state_dict(loader.state_dict())
+    assert_same([*first, *resumed], epochs[0])
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_nodes": 150, "num_partitions": 2}, {"max_edges": 200, "num_partitions": 4}, {"shuffle": False}]
+)
 def test_budgets_and_file_order_if_the_split_fits(data: dp.Dataset, options: dict[str, Any]) -> None:
     check(*both(data, window_bytes=10**7, **options))
     with pytest.raises(dp.UsageError, match="needs a split that fits in the window"):
