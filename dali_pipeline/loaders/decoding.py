@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +15,7 @@ from dali_pipeline.format.layers import Layers, select
 from dali_pipeline.format.manifest import FeatureStatistics
 from dali_pipeline.format.schema import Field
 from dali_pipeline.loaders.sidestream import to_device
+from dali_pipeline.runtime.memory import Buffers
 from dali_pipeline.types import Array
 
 SPREAD_BYTES = 4 << 20
@@ -35,6 +36,7 @@ class Decoding:
         dtype: Type of the result.
         idle: Whether stored values are delivered unchanged.
         on_host: Scale, mean and inverse on the CPU, where DALI takes them without a wait for the GPU.
+        buffers: Memory of decoded batches on a CPU; fresh memory costs more than the arithmetic.
     """
 
     bfloat16: bool
@@ -44,6 +46,7 @@ class Decoding:
     dtype: torch.dtype
     idle: bool = False
     on_host: tuple[torch.Tensor | None, ...] = (None, None, None)
+    buffers: Buffers = field(default_factory=Buffers)
 
     @classmethod
     def of(
@@ -103,16 +106,22 @@ class Decoding:
         if self.bfloat16:
             values = values.view(torch.bfloat16)
         if self.scale is None and self.mean is None:
-            return values.to(self.dtype)
-        stored, values = values, values.to(torch.float64 if values.dtype == torch.float64 else torch.float32)
-        if values is stored:  # the next steps write to it
-            values = stored.clone()
+            return values if values.dtype == self.dtype else self._copied(values, self.dtype)
+        # a copy, because the next steps write to it
+        values = self._copied(values, torch.float64 if values.dtype == torch.float64 else torch.float32)
         if self.scale is not None:
             values.mul_(self.scale)
         if self.mean is not None and self.inverse is not None:
             values.sub_(self.mean).mul_(self.inverse)
             self._clear_padding(values, lengths)
-        return values.to(self.dtype)
+        return values if values.dtype == self.dtype else self._copied(values, self.dtype)
+
+    def _copied(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return a copy of values in a type; on a CPU in memory that is reused once nothing refers to it."""
+        if values.device.type != "cpu":
+            return values.to(dtype, copy=True)
+        memory = torch.from_numpy(self.buffers.take(values.numel() * dtype.itemsize))
+        return memory.view(dtype).view(values.shape).copy_(values)
 
     @staticmethod
     def _clear_padding(values: torch.Tensor, lengths: Array) -> None:

@@ -214,7 +214,8 @@ def _gather(
     unchecked = np.flatnonzero(complete & ~np.logical_and.reduceat((known | whole)[direct_reads], heads))
     for run in unchecked.tolist():
         read = int(direct_reads[heads[run]])
-        complete[run] = _hash_run(locations, reads, read, int(starts[read]), int(expected[run]))
+        file = files[number[read]] if past_cache else None
+        complete[run] = _hash_run(locations, reads, read, int(starts[read]), int(expected[run]), file)
     direct[direct_reads] = np.repeat(complete, np.diff(np.append(heads, len(direct_reads))))
     if cached:
         direct &= (_stamps(files, number, *own_blocks) == stamps).all(axis=0)
@@ -232,7 +233,7 @@ def _heads(offsets: Ints, addresses: Ints, sizes: Ints, fds: Ints) -> Ints:
     return np.flatnonzero(is_head)
 
 
-def _hash_run(locations: Locations, reads: _Reads, read: int, start: int, nbytes: int) -> bool:
+def _hash_run(locations: Locations, reads: _Reads, read: int, start: int, nbytes: int, past_cache: OpenFile | None) -> bool:
     """Hash the blocks of neighbouring records that were read at once, and were not hashed before; return whether all are right.
 
     Blocks that lie wholly in them are hashed in memory. The two at the edges are read whole once more.
@@ -243,6 +244,7 @@ def _hash_run(locations: Locations, reads: _Reads, read: int, start: int, nbytes
         read: The first one of those records.
         start: Its first byte in the array.
         nbytes: Bytes of all of them.
+        past_cache: The file, if blocks are to be read past the page cache.
     """
     part = locations.parts[int(locations.which[reads.records[read]])]
     shard, name = part.shard, reads.name
@@ -256,6 +258,11 @@ def _hash_run(locations: Locations, reads: _Reads, read: int, start: int, nbytes
             continue
         if begin >= start and end <= stop:
             if not shard.check(name, block, data[begin - start : end - start]):
+                return False
+        elif past_cache is not None:
+            edge = np.empty(end - begin, np.uint8)
+            where = (np.array([value]) for value in (layout.begin + begin, edge.ctypes.data, len(edge)))
+            if read_past_cache([past_cache], *where)[0] != len(edge) or not shard.check(name, block, edge.data):
                 return False
         else:
             try:
