@@ -209,7 +209,7 @@ def test_a_window_that_the_device_has_no_memory_for(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(loader, "_window_memory", refuse)
     with pytest.raises(dp.UsageError, match=r"the resident window takes 0\.00 GB on cuda:0, which has less left; expected"):
         next(iter(loader))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 2000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3000, 6000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
     with pytest.raises(dp.UsageError, match="window='resident' does not fit: the resident window takes"):

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import dali_pipeline as dp
 from dali_pipeline.reading import superbatch as superbatches
+from dali_pipeline.reading.source import BatchSource
 from dali_pipeline.reading.superbatch import cuts
 from dali_pipeline.runtime import ahead, memory
 from dali_pipeline.runtime.memory import Buffers
@@ -44,13 +45,13 @@ def tail() -> list[int]:
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes of each piece of memory that is gathered into."""
     sizes: list[int] = []
-    take = Buffers.take
+    allocate = BatchSource._allocate
 
-    def seen(self: Buffers, nbytes: int, phase: int = 0) -> Any:
-        sizes.append(nbytes)
-        return take(self, nbytes, phase)
+    def seen(self: BatchSource, name: str, rows: int, field: dp.Field, *others: Any) -> Any:
+        sizes.append(rows * field.row_bytes)
+        return allocate(self, name, rows, field, *others)
 
-    monkeypatch.setattr(Buffers, "take", seen)
+    monkeypatch.setattr(BatchSource, "_allocate", seen)
     monkeypatch.setattr(superbatches, "SUPERBATCH_BYTES", LIMIT)
     return sizes
 
