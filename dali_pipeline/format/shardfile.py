@@ -63,7 +63,8 @@ class ShardFile:
         self._rows = 0  # rows written
         self._hashes: list[str] = []
         self._hash, self._hashed = xxhash.xxh3_64(), 0  # hash of the current block, and its bytes so far
-        self._header_bytes = _filling(_HEADER_BYTES + 16 * (min(expected_bytes, _EXPECTED_BYTES) // BLOCK_BYTES + 16))
+        self._page = 8 if name is None else _PAGE  # what the header and its length fill
+        self._header_bytes = self._filling(_HEADER_BYTES + 16 * (min(expected_bytes, _EXPECTED_BYTES) // BLOCK_BYTES + 16))
         self._temporary = path.with_name(path.name + ".tmp")
         self._fd = -1
         self._rows_at_once = max(1, BUFFER_BYTES // self._row_bytes)
@@ -185,11 +186,15 @@ class ShardFile:
 
     def _enlarge_header(self, header_bytes: int, data_bytes: int) -> None:
         """Move the data back, last bytes first, if the header is larger than the reserved space; rare and slow."""
-        enlarged_bytes = _filling(header_bytes + _HEADER_BYTES)
+        enlarged_bytes = self._filling(header_bytes + _HEADER_BYTES)
         for begin in reversed(range(0, data_bytes, BUFFER_BYTES)):
             data = os.pread(self._fd, min(BUFFER_BYTES, data_bytes - begin), 8 + self._header_bytes + begin)
             write_at(self._fd, memoryview(data), 8 + enlarged_bytes + begin)
         self._header_bytes = enlarged_bytes
+
+    def _filling(self, header_bytes: int) -> int:
+        """Return the size of a header of at least so many bytes that fills whole pages together with its length."""
+        return header_bytes + -(header_bytes + 8) % self._page
 
     def _failed(self, error: OSError) -> PipelineError:
         return PipelineError(f"{self.path} could not be written ({error.strerror}); expected a writable folder with free space")
@@ -202,11 +207,6 @@ class ShardFile:
 
     def __del__(self) -> None:
         self._close()
-
-
-def _filling(header_bytes: int) -> int:
-    """Return the size of a header of at least so many bytes that fills whole pages together with its length."""
-    return header_bytes + -(header_bytes + 8) % _PAGE
 
 
 def block_hashes(data: memoryview) -> str:
