@@ -40,6 +40,39 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
+class _Gate:
+    """Keeps direct reads and forks apart: before Linux 6.3 a page that is shared with a child while the disk writes to it may
+    be copied, and the parent is then left with the copy, without what was read (`man 2 open`, O_DIRECT).
+    """
+
+    def __init__(self) -> None:
+        self._changed, self._reads = threading.Condition(), 0
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._reads += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._reads -= 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Wait for the reads under way, and let no other begin."""
+        self._changed.acquire()
+        while self._reads:
+            self._changed.wait()
+
+    def open(self) -> None:
+        """Let reads begin again."""
+        self._changed.release()
+
+
+_gate = _Gate()
+if hasattr(os, "register_at_fork"):  # a child has its own copy of the gate, held by the thread that forked
+    os.register_at_fork(before=_gate.close, after_in_parent=_gate.open, after_in_child=_gate.open)
+
+
 def read_past_cache(files: Sequence[OpenFile], offsets: Array, addresses: Array, sizes: Array) -> Array:
     """Read parts of files into memory, long ones past the page cache; return the bytes read per part, below 0 for an error.
 
@@ -90,7 +123,8 @@ def _read_direct(file: OpenFile, offset: int, address: int, size: int) -> int | 
                 wanted = -first % block
             memory = _scratch.memory[: -(-(first + wanted) // _PAGE) * _PAGE - begin]
         try:
-            found = begin + os.preadv(fd, [memory], begin) - first
+            with _gate:
+                found = begin + os.preadv(fd, [memory], begin) - first
         except OSError as error:
             if error.errno != errno.EINVAL:
                 return -(error.errno or 1)

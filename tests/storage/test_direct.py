@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +105,44 @@ def test_a_file_system_that_refuses(
         for _ in range(2):
             check(path)
     assert len([record for record in caplog.records if "refuses O_DIRECT" in record.message]) == 1
+
+
+def test_no_read_is_under_way_while_the_process_forks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, may_end, read = threading.Event(), threading.Event(), os.preadv
+    under_way: list[bool] = []
+
+    def waits(*arguments: Any) -> int:
+        under_way.append(True)
+        begun.set()
+        may_end.wait(10)
+        found = read(*arguments)
+        under_way.clear()
+        return found
+
+    monkeypatch.setattr(os, "preadv", waits)
+    memory = np.zeros(1_000_000, np.uint8)
+    arguments = [OpenFile(path)], np.array([0]), np.array([memory.ctypes.data]), np.array([len(memory)])
+    reader = threading.Thread(target=read_past_cache, args=arguments)
+    reader.start()
+    assert begun.wait(10)
+    threading.Timer(0.3, may_end.set).start()
+    child = os.fork()
+    if not child:
+        os._exit(int(bool(under_way)))  # and reads of its own are possible
+    reader.join()
+    assert os.waitpid(child, 0)[1] == 0
+    assert memory.tobytes() == path.read_bytes()[: len(memory)]
+
+
+def test_a_child_reads_too(path: Path) -> None:
+    check(path)
+    child = os.fork()
+    if not child:
+        failed = 1
+        try:
+            check(path)
+            failed = 0
+        finally:
+            os._exit(failed)
+    assert os.waitpid(child, 0)[1] == 0
+    check(path)
