@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -46,7 +47,7 @@ class Decoding:
     dtype: torch.dtype
     idle: bool = False
     on_host: tuple[torch.Tensor | None, ...] = (None, None, None)
-    buffers: Buffers = field(default_factory=Buffers)
+    buffers: Buffers = field(default_factory=partial(Buffers, 4))
 
     @classmethod
     def of(

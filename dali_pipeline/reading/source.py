@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import mmap
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from dali_pipeline.format.shard import Shard
 from dali_pipeline.reading.gather import gather
 from dali_pipeline.reading.records import Locations, RecordIndex, spread
 from dali_pipeline.reading.rows import FieldRows, SequenceRows
-from dali_pipeline.runtime.memory import Buffers
+from dali_pipeline.runtime.memory import PAGE_BYTES, Buffers
 from dali_pipeline.sampling.order import WINDOW_BYTES
 from dali_pipeline.types import Array, Ints, Kind
 
@@ -213,7 +212,7 @@ class BatchSource:
         It has the same offset in its page as the first row in the file, so it can be read past the page cache. If memory is 1
         to 31 bytes beyond that offset, processors that copy by `rep movsb` (AMD Zen 3 and later) take five times as long.
         """
-        phase = (locations.shard(0).array(name).begin + begin * field.row_bytes) % mmap.PAGESIZE
+        phase = (locations.shard(0).array(name).begin + begin * field.row_bytes) % PAGE_BYTES
         if phase % field.storage.itemsize:
             phase = 0
         return (buffers or self._buffers).take(rows * field.row_bytes, phase).view(field.storage).reshape(rows, *field.shape)

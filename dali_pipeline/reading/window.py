@@ -195,15 +195,18 @@ class WindowFiller(Generic[Rows]):
 
     def _unread(self) -> Piece | None:
         """Return the first piece that is not being read yet."""
-        while not self._upcoming and self._groups:
-            if self._groups[0].last <= self._free_until:  # its batches were gathered: nobody draws from it any more
-                self._groups.popleft()
-                self._fills_all = False
-                continue
-            pieces = list(self._residency.pieces(self._groups.popleft(), self._record_bytes))
-            self._left[pieces[0].group.needed] += len(pieces)
-            self._upcoming.extend(pieces)
-        return self._upcoming[0] if self._upcoming else None
+        while self._upcoming or self._groups:
+            if not self._upcoming:
+                self._upcoming.extend(self._residency.pieces(self._groups.popleft(), self._record_bytes))
+                self._left[self._upcoming[0].group.needed] += len(self._upcoming)
+            piece = self._upcoming[0]
+            if piece.group.last > self._free_until or piece.first != piece.group.first:
+                return piece
+            # nobody draws from this group any more, as its batches were gathered
+            self._left[piece.group.needed] -= len(self._upcoming)
+            self._upcoming.clear()
+            self._fills_all = False
+        return None
 
     def _read_ahead(self) -> None:
         """Begin to read the next pieces, one per thread and some more, as far as they may be written."""
@@ -235,12 +238,16 @@ class WindowFiller(Generic[Rows]):
     def _take(self) -> tuple[Read[Rows], Rows | None]:
         """Return the next piece and its rows; None if it could not be read."""
         self._read_ahead()
-        read = self._reads.popleft() if self._reads else self._begin()
-        self._read_ahead()
+        if not self._reads:
+            self._reads.append(self._begin())
+            self._read_ahead()
+        read = self._reads[0]  # among them until it is done, because it may be writing to its slot
         try:
             return read, read.result.result()
         except PipelineError:
             return read, None
+        finally:
+            self._reads.popleft()
 
     def _enter_next(self) -> None:
         """Enter the next piece; if it could not be read, note its group."""

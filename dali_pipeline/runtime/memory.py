@@ -14,7 +14,7 @@ import numpy as np
 from dali_pipeline.types import Array
 
 _UNIT = 2 << 20  # a huge page
-_PAGE = 4096
+PAGE_BYTES = 4096  # what places in files and addresses are compared by; pages may be larger
 _KEPT_BYTES = 192 << 20
 _OURS = 2  # references to an unused piece: the local name, and the argument of getrefcount
 
@@ -44,7 +44,7 @@ class Buffers:
         """Return `nbytes` bytes, uint8, not initialised; large ones begin `phase` bytes (below 4096) after a page boundary."""
         if nbytes < _UNIT // 2:  # the allocator reuses it anyway
             return pinned_bytes(nbytes) if self._pinned else np.empty(nbytes, np.uint8)
-        piece_bytes = -(-(nbytes + _PAGE) // _UNIT) * _UNIT
+        piece_bytes = -(-(nbytes + PAGE_BYTES) // _UNIT) * _UNIT
         base = self._find(piece_bytes)
         if base is None:
             base = pinned_bytes(piece_bytes) if self._pinned else fresh_bytes(piece_bytes)  # the base of every view

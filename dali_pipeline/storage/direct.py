@@ -26,6 +26,9 @@ LEAST_BYTES = 256 << 10  # shorter reads cost less through the cache, which read
 _PAGE = mmap.PAGESIZE  # O_DIRECT asks for multiples of the disk's blocks, which are no larger
 _STEP_BYTES = 2 << 20
 _told: set[str] = set()
+_LIBC_PREAD = ctypes.CDLL(None, use_errno=True).pread  # to an address, without an object for each size of read
+_LIBC_PREAD.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64]
+_LIBC_PREAD.restype = ctypes.c_ssize_t
 
 
 class _Scratch(threading.local):
@@ -33,7 +36,7 @@ class _Scratch(threading.local):
 
     def __init__(self) -> None:
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # a forked child has its own
-        self.memory = memoryview(mmap.mmap(-1, _STEP_BYTES + 2 * _PAGE, private))
+        self.memory = mmap.mmap(-1, _STEP_BYTES + 2 * _PAGE, private)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
 
 
@@ -112,34 +115,39 @@ def _read_direct(file: OpenFile, offset: int, address: int, size: int) -> int | 
         first, target, left = offset + done, address + done, size - done
         block = file.direct_block
         in_place = first % block == 0 and target % block == 0 and left >= block
-        begin, wanted = first, left - left % block
-        memory: object
         if in_place:
-            memory = (ctypes.c_char * wanted).from_address(target)
+            begin, wanted = first, left - left % block
+            found, error = _pread(fd, target, wanted, begin)
         else:
-            begin -= first % _PAGE
-            wanted = min(left, _STEP_BYTES)
+            begin, wanted = first - first % _PAGE, min(left, _STEP_BYTES)
             if (first - target) % block == 0 and left >= block:  # the rest can be read in place
                 wanted = -first % block
-            memory = _scratch.memory[: -(-(first + wanted) // _PAGE) * _PAGE - begin]
-        try:
-            with _gate:
-                found = begin + os.preadv(fd, [memory], begin) - first
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                return -(error.errno or 1)
+            found, error = _pread(fd, _scratch.address, -(-(first + wanted) // _PAGE) * _PAGE - begin, begin)
+        if error:
+            if error != errno.EINVAL:
+                return -error
             if not in_place or block == _PAGE:  # accepted when it was opened, and refused now: larger blocks than pages
                 _refused(file)
                 return None
             file.direct_block = _PAGE
             continue
+        found = min(begin + found - first, wanted)
         if found <= 0:  # the file ends
             break
-        found = min(found, wanted)
         if not in_place:
             ctypes.memmove(target, _scratch.address + (first - begin), found)
         done += found
     return done
+
+
+def _pread(fd: int, address: int, nbytes: int, offset: int) -> tuple[int, int]:
+    """Read to an address; return the bytes read and 0, or below 0 and the error's number."""
+    with _gate:
+        while True:
+            found = _LIBC_PREAD(fd, address, nbytes, offset)
+            error = ctypes.get_errno() if found < 0 else 0
+            if error != errno.EINTR:
+                return found, error
 
 
 def _opened(file: OpenFile) -> int | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from safetensors import safe_open
 
 import dali_pipeline as dp
 from dali_pipeline.loaders import sequences as sequences_module
+from dali_pipeline.loaders.resident import ResidentWindow
 from dali_pipeline.reading import residency as residency_module
 from dali_pipeline.reading.residency import SLOTS, Residency
 from dali_pipeline.reading.superbatch import SequenceGatherer
@@ -266,6 +269,30 @@ def test_a_budget_of_more_than_a_window_is_gathered(ragged: dp.Dataset, monkeypa
             calls = counted(patch, SequenceGatherer)
             assert_same(list(loader), expected)
         assert least <= len(calls) <= len(expected)
+
+
+@pytest.mark.parametrize(("window_bytes", "max_steps"), [(2000, 25), (4500, 130), (6000, 60)])
+def test_slow_reads_do_not_meet_in_a_slot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window_bytes: int, max_steps: int
+) -> None:
+    """Batches of several groups are gathered, so that whole groups are passed while pieces are read."""
+    rng = np.random.default_rng(0)
+    schema = dp.Schema(sequence=dp.Field(dtype="float32", shape=(8,)))
+    with dp.ShardWriter(tmp_path / "set", schema, split=dp.SplitRule.parse("100/0/0"), shard_bytes=2048) as writer:
+        for number in range(400):
+            steps = 25 if rng.random() < 0.08 else 1
+            writer.write({"id": number, "label": 0, "sequence": np.full((steps, 8), number, np.float32)})
+    loader, gathered = both(dp.open_dataset(tmp_path / "set"), max_steps=max_steps, window_bytes=window_bytes, engine="torch")
+    read, turn = ResidentWindow._read, itertools.count()
+
+    def slow(*arguments: Any) -> Any:
+        if next(turn) % 2:
+            time.sleep(0.01)
+        return read(*arguments)
+
+    monkeypatch.setattr(ResidentWindow, "_read", slow)
+    for _ in range(2):
+        assert_same(list(loader), list(gathered))
 
 
 def test_a_budget_over_ranks_and_partitions_from_a_split_that_fits(ragged: dp.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,12 +74,12 @@ def test_a_file_that_was_replaced_is_still_the_one_that_was_opened(path: Path) -
 
 
 def test_a_read_that_fails(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: Any) -> int:
-        raise OSError(errno.EIO, "broken disk")
+    def fails(*_: Any) -> tuple[int, int]:
+        return -1, errno.EIO
 
     if not is_direct(path):
         pytest.skip("this file system has no O_DIRECT")
-    monkeypatch.setattr(os, "preadv", fails)
+    monkeypatch.setattr(direct, "_pread", fails)
     memory = np.zeros(1_000_000, np.uint8)
     found = read_past_cache([OpenFile(path)], np.array([5]), np.array([memory.ctypes.data]), np.array([len(memory)]))
     assert found.tolist() == [-errno.EIO]
@@ -96,11 +96,10 @@ def test_a_file_system_that_refuses(
             raise OSError(errno.EINVAL, "no")
         return opened(name, flags, *others)
 
-    def reads(*_: Any) -> int:
-        raise OSError(errno.EINVAL, "no")
-
-    name, refusing = ("open", opens) if when == "opened" else ("preadv", reads)
-    monkeypatch.setattr(os, name, refusing)
+    if when == "opened":
+        monkeypatch.setattr(os, "open", opens)
+    else:
+        monkeypatch.setattr(direct, "_pread", lambda *_: (-1, errno.EINVAL))
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             check(path)
@@ -108,7 +107,7 @@ def test_a_file_system_that_refuses(
 
 
 def test_no_read_is_under_way_while_the_process_forks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, may_end, read = threading.Event(), threading.Event(), os.preadv
+    begun, may_end, read = threading.Event(), threading.Event(), direct._LIBC_PREAD
     under_way: list[bool] = []
 
     def waits(*arguments: Any) -> int:
@@ -117,9 +116,9 @@ def test_no_read_is_under_way_while_the_process_forks(path: Path, monkeypatch: p
         may_end.wait(10)
         found = read(*arguments)
         under_way.clear()
-        return found
+        return int(found)
 
-    monkeypatch.setattr(os, "preadv", waits)
+    monkeypatch.setattr(direct, "_LIBC_PREAD", waits)
     memory = np.zeros(1_000_000, np.uint8)
     arguments = [OpenFile(path)], np.array([0]), np.array([memory.ctypes.data]), np.array([len(memory)])
     reader = threading.Thread(target=read_past_cache, args=arguments)
@@ -146,3 +145,30 @@ def test_a_child_reads_too(path: Path) -> None:
             os._exit(failed)
     assert os.waitpid(child, 0)[1] == 0
     check(path)
+
+
+@pytest.mark.parametrize("block", [512, 4096])
+def test_a_disk_of_larger_blocks(path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """Reads that are no multiples of its blocks are refused, and then made by way of memory of the thread's own."""
+    read, refused = direct._pread, []
+
+    def strict(fd: int, address: int, nbytes: int, offset: int) -> tuple[int, int]:
+        if address % block or nbytes % block or offset % block:
+            refused.append(offset)
+            return -1, errno.EINVAL
+        return read(fd, address, nbytes, offset)
+
+    monkeypatch.setattr(direct, "_pread", strict)
+    file, data = OpenFile(path), np.frombuffer(path.read_bytes(), np.uint8)
+    memory = np.zeros(3_000_000, np.uint8)
+    aligned = memory.ctypes.data + -memory.ctypes.data % 4096
+    for offset in (0, 512, 1024, 4096, 700):
+        target = aligned + offset % 4096
+        found = read_past_cache([file], np.array([offset]), np.array([target]), np.array([2_000_000]))
+        assert found.tolist() == [2_000_000]
+        begin = target - memory.ctypes.data
+        assert np.array_equal(memory[begin : begin + 2_000_000], data[offset : offset + 2_000_000])
+        memory[:] = 0
+    assert file.direct_block == (block if is_direct(path) else 512)
+    assert not file.refuses_direct or not is_direct(path)
+    assert len(refused) <= 1
