@@ -1,8 +1,8 @@
 """Measure the speed of sequence loading, and its limits: `python -m benchmarks.sequences`, some minutes on 2 cores.
 
-Warm page cache, shuffled, the loader alone; records `[33, 1024]` float16 by 32 and `[30, 64]` by 256, these from the resident
-window and gathered, with the usual window, which they fit in, and with a quarter of it. Every repeat runs all
-ways one after the other, each over the whole set for a second or more, after a turn that is not counted (it checks the hashes).
+Warm page cache, shuffled, the loader alone; records `[33, 1024]` float16 by 32, gathered and from a window that holds all, and
+`[30, 64]` by 256, from the resident window and gathered, with the usual window, which they fit in, and with a quarter of it.
+Every repeat runs all ways one after the other, each over the whole set for a second or more, after a turn that is not counted (it checks the hashes).
 The limits: numpy copying the same rows from memory into fresh batch arrays; the same and torch's cast to float32; the system
 copying them from the page cache into one array that is used again; DALI passing one constant array through. The peers
 (benchmarks/peers_sequences.py), each at the number of workers that was fastest in its trials, are held against each engine at
@@ -153,8 +153,11 @@ def long_records(
     for engine in get_args(Engine):
         for dtype in (torch.float16, torch.float32):
             for num_workers in (0, 1, 2, 4):
-                loader = dp.SequenceLoader(data, drop_last=True, engine=engine, dtype=dtype, num_workers=num_workers)
+                options: dict[str, Any] = {"drop_last": True, "engine": engine, "dtype": dtype, "num_workers": num_workers}
+                loader = dp.SequenceLoader(data, window="gather", **options)
                 ways[f"{engine} engine, {str(dtype)[6:]}, workers={num_workers}"] = partial(epoch, loader)
+        loader = dp.SequenceLoader(data, drop_last=True, engine=engine, dtype=torch.float16, window_bytes=2 * data.nbytes)
+        ways[f"{engine} engine, all in its window, float16"] = partial(epoch, loader)
     timed: dict[str, Callable[[], float]] = {name: partial(rate, way, seconds) for name, way in ways.items()}
     rates = alternately(timed | {peer.label: peer.sample for peer in peers if not peer.why}, repeats)
     stored = {engine: [name for name in ways if name.startswith(f"{engine} engine, float16")] for engine in get_args(Engine)}

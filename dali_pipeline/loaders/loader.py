@@ -319,13 +319,12 @@ class Loader(IterableDataset[Batch]):
 
     def _spills(self) -> bool:
         """Return whether the page cache cannot keep what this node reads, but its windows take half of the memory at most."""
-        if self._fits_memory() or not self.selection.num_records:
-            return False
-        residency = self._residency(self._first_plan)
-        return (
-            residency is not None
-            and self._window_nbytes(residency) * self.world.local_world_size <= allowed_memory()[1] * WINDOW_SHARE
-        )
+        residency = None if self._fits_memory() or not self.selection.num_records else self._residency(self._first_plan)
+        return residency is not None and self._affords(residency)
+
+    def _affords(self, residency: Residency) -> bool:
+        """Return whether the windows of this node take half of its memory at most."""
+        return self._window_nbytes(residency) * self.world.local_world_size <= allowed_memory()[1] * WINDOW_SHARE
 
     def _window_pays(self) -> bool:
         """Return whether a resident window is faster than a gather."""

@@ -235,10 +235,10 @@ class SequenceLoader(Loader[SequenceBatch]):
         window: Where batches are put together. "resident": in the memory of the device, which the shuffle's window is read into
             whole, in large pieces; takes 1.5 `window_bytes` per partition there, on a GPU as delivered. "gather": on the host,
             record by record, from the page cache. Both deliver the same batches. "auto" is "resident" on a GPU, and on a CPU
-            for single steps, for records below 32 KiB, and for splits that memory cannot keep, if it can be: without draws;
-            and, unless the split fits in the window, shuffled, without buckets, with whole partitions for each process (with
-            max_steps one process and one partition), and, of whole records that memory can keep on a CPU, with engine="torch".
-            Otherwise it is "gather".
+            for single steps, for records below 32 KiB, for splits that fit in the window, and for splits that memory cannot
+            keep, if it can be: without draws; and, unless the split fits in the window, shuffled, without buckets, with whole
+            partitions for each process (with max_steps one process and one partition), and, of whole records that memory can
+            keep on a CPU, with engine="torch". Otherwise it is "gather".
         class_balanced: Whether an epoch draws from all classes in equal numbers: as many draws as there are records, each class
             without replacement within its own pass.
         group_weights: How often each group is drawn, relative to 1 for groups that are not named; draws as with
@@ -478,11 +478,15 @@ class SequenceLoader(Loader[SequenceBatch]):
         shortest, longest = self.selection.bounds("step") or (1, 1)
         steps = self.batch_size * longest if self.order.max_steps is None else max(longest, self.order.max_steps)
         padded_bytes = steps * self._source.row_bytes  # a batch as stored, with its longest record
-        if self.device.type == "cpu" and self.engine == "dali":  # which copies every piece once more on a CPU
+        if shortest != longest and padded_bytes > SUPERBATCH_BYTES:
+            return False
+        if self.device.type == "cpu" and self.selection.cache_bytes is None:
             residency = self._residency(self._first_plan) if self.selection.num_records else None
-            if residency is None or not (residency.whole or self._spills()):
-                return False
-        return super()._window_pays() and (shortest == longest or padded_bytes <= SUPERBATCH_BYTES)
+            if residency is not None and residency.whole:  # later epochs copy each record once, from memory
+                return self._affords(residency)
+            if self.engine == "dali":  # which copies every piece once more on a CPU
+                return self._spills()
+        return super()._window_pays()
 
     def _window_nbytes(self, residency: Residency) -> int:
         per_step = self._source.row_bytes // self._source.unit.storage.itemsize * self.dtype.itemsize

@@ -328,9 +328,9 @@ def test_the_default(ragged: dp.Dataset, tmp_path: Path, monkeypatch: pytest.Mon
     assert dp.SequenceLoader(ragged).window == "resident"
     assert dp.SequenceLoader(ragged, window="gather").window == "gather"
     wide = written(tmp_path / "wide", uniform=True, count=20, sequence=dp.Field(dtype="float16", shape=(2048,)))
-    assert dp.SequenceLoader(wide, batch_size=4).window == "gather"  # 36 KB a record
-    assert dp.SequenceLoader(wide, batch_size=4, window="resident").window == "resident"
+    assert dp.SequenceLoader(wide, batch_size=4).window == "resident"  # 36 KB a record, and all fit
     assert dp.SequenceLoader(wide, batch_size=1, window_bytes=100_000, engine="torch").window == "gather"
+    assert dp.SequenceLoader(wide, batch_size=1, window_bytes=100_000, window="resident").window == "resident"
     monkeypatch.setattr("dali_pipeline.loaders.loader.allowed_memory", lambda: (10**6, 600_000))  # of 720 KB
     for engine in ("torch", "dali"):
         moving = dp.SequenceLoader(wide, batch_size=1, window_bytes=100_000, engine=engine)
