@@ -3,10 +3,10 @@
 Warm page cache, shuffled, the loader alone; records `[33, 1024]` float16 by 32, gathered and from a window that holds all, and
 `[30, 64]` by 256, from the resident window and gathered, with the usual window, which they fit in, and with a quarter of it.
 Every repeat runs all ways one after the other, each over the whole set for a second or more, after a turn that is not counted
-(it checks the hashes). The limits: numpy copying the same rows from memory into fresh batch arrays; the same and torch's cast to float32; the system
-copying them from the page cache into one array that is used again; DALI passing one constant array through. The peers
-(benchmarks/peers_sequences.py), each at the number of workers that was fastest in its trials, are held against each engine at
-its fastest float16.
+(it checks the hashes). The limits: numpy copying the same rows from memory into fresh batch arrays; the same and torch's cast
+to float32; the system copying them from the page cache into one array that is used again; DALI passing one constant array
+through. The peers (benchmarks/peers_sequences.py), each at the number of workers that was fastest in its trials, are held
+against each engine at its fastest gathered float16.
 """
 
 from __future__ import annotations

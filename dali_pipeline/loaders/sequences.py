@@ -184,8 +184,8 @@ class SequenceLoader(Loader[SequenceBatch]):
     `DataLoader(loader, batch_size=None, num_workers=0)`. Every `for` is the next epoch; `set_epoch` chooses one; `state_dict`
     and `load_state_dict` resume within an epoch, bit-identically. `Loader` documents the methods.
 
-    Opening costs a read of the manifest, which the data set has done. The first batch costs its own records, or, from a resident
-    window, the first group of the shuffle: half a window, or a split that fits in one. The memory beside the batches and the
+    Opening costs a read of the manifest, which the data set has done. The first batch costs its own records; from a resident
+    window the first group of the shuffle: half a window, or a split that fits in one. The memory beside the batches and the
     window is about 300 MB, whatever the size of the data.
 
     Args:
