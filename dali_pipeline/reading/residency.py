@@ -165,9 +165,15 @@ class Residency:
         """Number of records that the window has room for."""
         return self.slot_records * self.num_slots
 
-    def pieces(self, group: Group, record_bytes: float) -> Iterator[Piece]:
-        """Yield the pieces of a group; neighbours in a shard stay neighbours, so that they are read at once."""
-        most, first = max(1, int(PIECE_BYTES // max(1, record_bytes))), group.first
+    def pieces(self, group: Group, record_bytes: float, *, direct: bool = False) -> Iterator[Piece]:
+        """Yield the pieces of a group; neighbours in a shard stay neighbours, so that they are read at once.
+
+        Args:
+            group: The group.
+            record_bytes: Bytes of a record as stored, on average.
+            direct: Whether pieces are read straight into the window, so that larger ones take no more memory. Default: False.
+        """
+        most, first = max(1, int((2 if direct else 1) * PIECE_BYTES // max(1, record_bytes))), group.first
         runs: list[tuple[int, int]] = []
         taken = 0
         for start, count in sorted(self.plan.runs(group.partition, group.number)):

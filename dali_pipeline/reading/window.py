@@ -197,7 +197,8 @@ class WindowFiller(Generic[Rows]):
         """Return the first piece that is not being read yet."""
         while self._upcoming or self._groups:
             if not self._upcoming:
-                self._upcoming.extend(self._residency.pieces(self._groups.popleft(), self._record_bytes))
+                pieces = self._residency.pieces(self._groups.popleft(), self._record_bytes, direct=self._direct)
+                self._upcoming.extend(pieces)
                 self._left[self._upcoming[0].group.needed] += len(self._upcoming)
             piece = self._upcoming[0]
             if piece.group.last > self._free_until or piece.first != piece.group.first:
