@@ -482,7 +482,11 @@ class SequenceLoader(Loader[SequenceBatch]):
         if shortest != longest and padded_bytes > SUPERBATCH_BYTES:
             return False
         if self.device.type == "cpu" and self.selection.cache_bytes is None:
-            residency = self._residency(self._first_plan) if self.selection.num_records else None
+            most = (
+                2 * self.order.window_bytes * self.order.num_partitions
+            )  # more than slots hold; saves a look at a million runs
+            small = 0 < self.selection.nbytes.sum() <= most
+            residency = self._residency(self._first_plan) if small else None
             if residency is not None and residency.whole:  # later epochs copy each record once, from memory
                 return self._affords(residency)
             if self.engine == "dali":  # which copies every piece once more on a CPU
