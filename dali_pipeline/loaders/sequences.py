@@ -482,9 +482,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         if shortest != longest and padded_bytes > SUPERBATCH_BYTES:
             return False
         if self.device.type == "cpu" and self.selection.cache_bytes is None:
-            most = (
-                2 * self.order.window_bytes * self.order.num_partitions
-            )  # more than slots hold; saves a look at a million runs
+            most = 2 * self.order.window_bytes * self.order.num_partitions  # more than slots hold; saves a look at all runs
             small = 0 < self.selection.nbytes.sum() <= most
             residency = self._residency(self._first_plan) if small else None
             if residency is not None and residency.whole:  # later epochs copy each record once, from memory
