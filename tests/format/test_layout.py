@@ -138,7 +138,7 @@ def test_a_layers_bytes_alone_are_read(tmp_path: Path, monkeypatch: pytest.Monke
             for number, row in enumerate(rows):
                 writer.write({"id": number, "label": 0, "sequence": row})
         data = dp.open_dataset(tmp_path / name)
-        loader = dp.SequenceLoader(data, batch_size=8, layers=slice(4, 6), engine="torch", num_workers=0)
+        loader = dp.SequenceLoader(data, batch_size=8, layers=slice(4, 6), engine="torch", num_workers=0, window="gather")
         counts = []
         for _ in range(2):
             read = 0
