@@ -42,6 +42,7 @@ class Buffers:
 
     def take(self, nbytes: int, phase: int = 0) -> Array:
         """Return `nbytes` bytes, uint8, not initialised; large ones begin `phase` bytes (below 4096) after a page boundary."""
+        assert phase < PAGE_BYTES, "there would be too little memory behind it"
         if nbytes < _UNIT // 2:  # the allocator reuses it anyway
             return pinned_bytes(nbytes) if self._pinned else np.empty(nbytes, np.uint8)
         piece_bytes = -(-(nbytes + PAGE_BYTES) // _UNIT) * _UNIT

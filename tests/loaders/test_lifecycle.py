@@ -100,8 +100,8 @@ import sys
 import dali_pipeline as dp
 data = dp.open_dataset(sys.argv[1])
 assert len(data.table("train", "sequences")) > 400
-sequences = [dp.SequenceLoader(data), dp.SequenceLoader(data, engine="torch", workers=4)]
-for loader in [*sequences, dp.GraphLoader(data), dp.GraphLoader(data, workers=2)]:
+sequences = [dp.SequenceLoader(data), dp.SequenceLoader(data, engine="torch", num_workers=4)]
+for loader in [*sequences, dp.GraphLoader(data), dp.GraphLoader(data, num_workers=2)]:
     list(loader)
     print(loader.check_digest(loader.digest))
 """

@@ -210,7 +210,7 @@ def test_a_killed_run_leaves_a_cache_that_serves(server: Proxy, local: Dataset, 
     code = """
 import os, sys, dali_pipeline as dp
 data = dp.open_dataset(sys.argv[1], cache_dir=sys.argv[2], cache_bytes=int(sys.argv[3]))
-loader = dp.SequenceLoader(data, batch_size=16, window_bytes=2 << 20, engine="torch", workers=0)
+loader = dp.SequenceLoader(data, batch_size=16, window_bytes=2 << 20, engine="torch", num_workers=0)
 for step, batch in enumerate(loader):
     if step == 3: os.kill(os.getpid(), 9)  # while reads ahead are under way
 """
