@@ -16,6 +16,7 @@ from dali_pipeline.format.encoding import storage
 from dali_pipeline.format.header import DTYPES, METADATA_KEY, VERSION
 from dali_pipeline.format.references import HASHES
 from dali_pipeline.format.shard import ShardInfo
+from dali_pipeline.runtime.memory import PAGE_BYTES
 from dali_pipeline.storage.behind import WriteBehind, write_at
 from dali_pipeline.storage.whole import sync_folder
 from dali_pipeline.types import BLOCK_BYTES, Array, Kind
@@ -23,7 +24,6 @@ from dali_pipeline.types import BLOCK_BYTES, Array, Kind
 BUFFER_BYTES = 2 << 20  # values not yet written: fits in a core's cache
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_BYTES = 2048  # reserved for a header, without its hashes
-_PAGE = 4096  # the streamed array begins at a multiple of it, so that its rows can be read past the page cache (O_DIRECT)
 _EXPECTED_BYTES = 16 << 30  # largest shard for whose hashes space is reserved: 256 KiB
 
 
@@ -63,7 +63,8 @@ class ShardFile:
         self._rows = 0  # rows written
         self._hashes: list[str] = []
         self._hash, self._hashed = xxhash.xxh3_64(), 0  # hash of the current block, and its bytes so far
-        self._page = 8 if name is None else _PAGE  # what the header and its length fill
+        # what the header and its length fill; the streamed rows behind them can be read past the page cache (O_DIRECT)
+        self._page = 8 if name is None else PAGE_BYTES
         self._header_bytes = self._filling(_HEADER_BYTES + 16 * (min(expected_bytes, _EXPECTED_BYTES) // BLOCK_BYTES + 16))
         self._temporary = path.with_name(path.name + ".tmp")
         self._fd = -1

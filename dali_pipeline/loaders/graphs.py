@@ -256,7 +256,7 @@ class GraphLoader(Loader[GraphBatch]):
         memory = self._memory_of(residency)
         record_bytes = self.selection.record_bytes
         threads = self._window_threads
-        first = sum(start.cursors) if self._by_record else start.step
+        first = self._window_start(start)
         window = GraphWindow(memory, residency, first, self._source, threads=threads, record_bytes=record_bytes)
         holds_all = False
         try:

@@ -197,15 +197,11 @@ class Loader(IterableDataset[Batch]):
 
     def _packed_from_window(
         self, window: WindowFiller[Any], budget: BudgetPlan, start: Position, longest: int, most_records: int
-    ) -> Iterator[tuple[Any, bool]]:
-        """Yield packed batches or an error, as `_packed_batches` does, and whether all their records are in the window.
-
-        Whoever delivers the batches tells the window.
-        """
+    ) -> Iterator[tuple[list[Packed], bool]]:
+        """Yield packed batches, and whether all their records are in the window; who delivers the batches tells the window."""
         for packed in self._packed_batches(budget, start, longest, most_records):
             if isinstance(packed, PipelineError):
-                yield packed, False
-                return
+                raise packed
             while packed:
                 taken: list[Packed] = packed
                 if self._by_record:
@@ -287,12 +283,12 @@ class Loader(IterableDataset[Batch]):
         self._window_fails = not (windowed and self.window == "resident")
         return ReadAhead(self._source, plan, self.world, idle=lambda: not self._window_fails)
 
-    def _choose_window(self, asked: WindowKind, unfit: str) -> None:
+    def _choose_window(self, asked: WindowKind, unfit: str = "") -> None:
         """Set where batches are put together; raise UsageError if a resident window is asked for and cannot be.
 
         Args:
             asked: The loader's argument.
-            unfit: An argument that no resident window goes with, or "".
+            unfit: An argument that no resident window goes with. Default: none.
         """
         one_of("window", asked, get_args(WindowKind))
         # they read long pieces, without the interpreter lock
@@ -311,6 +307,10 @@ class Loader(IterableDataset[Batch]):
     def _by_record(self) -> bool:
         """Whether the window counts records: with a budget, whose batches then come from one partition in its order."""
         return self.budgeted and self.order.num_partitions == self.world.world_size == 1
+
+    def _window_start(self, start: Position) -> int:
+        """Return where an epoch begins as the window counts: a record with `_by_record`, otherwise a step."""
+        return sum(start.cursors) if self._by_record else start.step
 
     def _fits_memory(self) -> bool:
         """Return whether the page cache can keep what this node reads in an epoch."""

@@ -404,6 +404,10 @@ class ResidentWindow(WindowFiller[SequenceRows]):
         index, counts = self._memory.index(numbers, sizes, packed=packed)
         return Superbatch(rows=rows, valid=shares.valid, sizes=sizes, cursors=portion.cursors), index, counts
 
+    def select(self, index: torch.Tensor, *, packed: bool) -> torch.Tensor:
+        """Return the rows of one batch, (rows, *row), from its part of the index, on the device."""
+        return self._memory.select(index, packed=packed)
+
     def _next(self) -> Piece | None:
         return self._fed[0].piece if self._fed else super()._next()
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dali_pipeline.dataset.dataset import Dataset, View
-from dali_pipeline.errors import DataError, FormatError, PipelineError, UsageError
+from dali_pipeline.errors import DataError, FormatError, UsageError
 from dali_pipeline.format.digest import EpochDigest, step_hashes
 from dali_pipeline.format.layers import Layers, select, to_positions
 from dali_pipeline.format.schema import Schema
@@ -394,7 +394,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         self._padded: Padded = "packed" if self.packed else None if self._pads_in_dali else "batch"
         self._superbatches = SequenceGatherer(source, self.world, self.batch_size, self._padded, bits=bits, skips=skips)
         self._memories: Memories[WindowMemory | StepMemory] = Memories()
-        self._choose_window(window, "")
+        self._choose_window(window)
 
     def _count(self, options: LoaderOptions) -> Ints:
         if options.unit == "record":
@@ -527,7 +527,7 @@ class SequenceLoader(Loader[SequenceBatch]):
         window = (ResidentWindow if self._index is None else StepWindow)(
             memory,
             residency,
-            sum(start.cursors) if self._by_record else start.step,
+            self._window_start(start),
             self._source,
             decoding=self._decoding if self._decodes_at_load and not self._decodes_in_dali else None,
             device=self.device,
@@ -540,19 +540,14 @@ class SequenceLoader(Loader[SequenceBatch]):
         served = self._steps_served if not self.budgeted else self._budget_served
         holds_all = False
         try:
-            with closing(window), closing(served(window, memory, plan, start, under_way)) as batches:
+            with closing(window), closing(served(window, plan, start, under_way)) as batches:
                 yield from batches
             holds_all = window.holds_all
         finally:
             self._memories.give_back(memory, kept=holds_all)
 
     def _steps_served(
-        self,
-        window: ResidentWindow,
-        memory: WindowMemory | StepMemory,
-        plan: EpochPlan,
-        start: Position,
-        under_way: UnderWay,
+        self, window: ResidentWindow, plan: EpochPlan, start: Position, under_way: UnderWay
     ) -> Generator[LoadedBatch[SequenceBatch], None, None]:
         """Yield the batches of all steps."""
         step, most = start.step, SUPERBATCH_STEPS
@@ -570,7 +565,7 @@ class SequenceLoader(Loader[SequenceBatch]):
                     own, shares = shares.cut(len(steps) * self.batch_size)
                     portion = Portion(shares=own, sizes=np.full(len(steps), self.batch_size))
                     batches = (
-                        self._from_window(window, memory, portion)
+                        self._from_window(window, portion)
                         if window.serves(steps)
                         else self._gather_steps(plan, steps, under_way)
                     )
@@ -581,20 +576,13 @@ class SequenceLoader(Loader[SequenceBatch]):
                     self._window_fails |= window.fails
 
     def _budget_served(
-        self,
-        window: ResidentWindow,
-        memory: WindowMemory | StepMemory,
-        plan: EpochPlan,
-        start: Position,
-        under_way: UnderWay,
+        self, window: ResidentWindow, plan: EpochPlan, start: Position, under_way: UnderWay
     ) -> Generator[LoadedBatch[SequenceBatch], None, None]:
         """Yield the batches that a budget fills."""
         budget = self._budget(plan)
         for packed, served in self._packed_from_window(window, budget, start, self._longest_superbatch, self._most_records):
-            if isinstance(packed, PipelineError):
-                raise packed
             if served:
-                batches = self._from_window(window, memory, budget.portion(packed))
+                batches = self._from_window(window, budget.portion(packed))
             else:
                 batches = self._gather_packed(budget, packed, under_way)
             for loaded, batch in zip(batches, packed, strict=True):
@@ -622,16 +610,14 @@ class SequenceLoader(Loader[SequenceBatch]):
             for (out,) in spans("dali", iterator):
                 yield out["sequences"][0]
 
-    def _from_window(
-        self, window: ResidentWindow, memory: WindowMemory | StepMemory, portion: Portion
-    ) -> Iterator[LoadedBatch[SequenceBatch]]:
+    def _from_window(self, window: ResidentWindow, portion: Portion) -> Iterator[LoadedBatch[SequenceBatch]]:
         superbatch, index, counts = window.superbatch(portion, packed=self.packed)
         parts, longest = self._source.parts_per_record, superbatch.longest
 
         def values(index: torch.Tensor) -> Iterator[torch.Tensor]:
             for rows, steps in zip(torch.split(index, counts), longest, strict=True):
                 with span("select"):
-                    selected = memory.select(rows, packed=self.packed)
+                    selected = window.select(rows, packed=self.packed)
                 yield self._batch_view(selected, len(selected) // parts if self.packed else steps)
 
         return self._deliver(superbatch, values, [torch.from_numpy(index)], decoded=self._decodes_at_load)

@@ -131,9 +131,15 @@ class WindowFiller(Generic[Rows]):
         return not any(group.needed < steps.stop and steps.start < group.last for group in self._failed)
 
     def reach(self, step: int, end: int | None = None) -> int:
-        """Enter the pieces that `step` needs, or all steps before `end`; return the first step that needs more.
+        """Enter the pieces that some steps need, as far as their slots are free.
 
-        That is the number of steps if none needs more. It is below `end` if these steps need more groups than there are slots.
+        Args:
+            step: The first of the steps; all before it are delivered.
+            end: The step after the last of them. Default: only `step`.
+
+        Returns:
+            The first step that needs a piece that is not entered, or the number of steps. It is smaller than `end` if the steps
+            need more groups than the window has slots.
         """
         self._free_until = max(self._free_until, step)
         end = step + 1 if end is None else end

@@ -34,6 +34,15 @@ def content(batch: Any) -> dict[str, Any]:
     return {"ids": list(batch.ids), **texts, **{name: tensor.clone() for name, tensor in tensors.items()}}
 
 
+def assert_resumes(loader: Any, other: Any, expected: list[Any]) -> None:
+    """Stop `loader` in the middle of epoch 0, whose batches are expected; `other` goes on to the bit."""
+    loader.set_epoch(0)
+    batches = iter(loader)
+    first = [next(batches) for _ in range(len(expected) // 2)]
+    other.load_state_dict(loader.state_dict())
+    assert_same([*first, *other], expected)
+
+
 def fingerprint(batches: Iterable[Any]) -> str:
     """One hash of every byte that some batches hold, in order, and of their number."""
     found, count = xxhash.xxh3_128(), 0

@@ -22,7 +22,7 @@ from dali_pipeline.reading.residency import SLOTS, Residency
 from dali_pipeline.reading.superbatch import SequenceGatherer
 from dali_pipeline.reading.window import WindowFiller
 from dali_pipeline.storage.direct import read_past_cache
-from tests.helpers.batches import assert_same
+from tests.helpers.batches import assert_resumes, assert_same
 
 FIELDS = {
     "step.token": dp.Field(dtype="int32", pad=-1),
@@ -239,12 +239,7 @@ def test_a_budget_from_a_window_that_moves(
     monkeypatch.setattr(SequenceGatherer, "gather_packed", None)  # every batch is served by the window
     for expected in epochs:
         assert_same(list(loader), expected)
-    loader.set_epoch(0)
-    batches = iter(loader)
-    first = [next(batches) for _ in range(len(epochs[0]) // 2)]
-    resumed, _ = both(data, **options)
-    resumed.load_state_dict(loader.state_dict())
-    assert_same([*first, *resumed], epochs[0])
+    assert_resumes(loader, both(data, **options)[0], epochs[0])
 
 
 def counted(patch: pytest.MonkeyPatch, gatherer: Any) -> list[int]:

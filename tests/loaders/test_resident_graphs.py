@@ -12,7 +12,7 @@ import dali_pipeline as dp
 from dali_pipeline.reading.graphsource import GraphSource
 from dali_pipeline.reading.graphsuperbatch import GraphGatherer
 from dali_pipeline.reading.residency import Residency
-from tests.helpers.batches import assert_same
+from tests.helpers.batches import assert_resumes, assert_same
 from tests.helpers.graphs import FIELDS, molecules
 from tests.helpers.records import FIELDS as EVERY_FIELD
 from tests.helpers.records import SCHEMA, make_records, with_fields, write
@@ -64,12 +64,7 @@ def test_a_budget_from_a_window_that_moves(data: dp.Dataset, monkeypatch: pytest
     monkeypatch.setattr(GraphGatherer, "gather_packed", None)  # every batch is served by the window
     for expected in epochs:
         assert_same(list(loader), expected)
-    loader.set_epoch(0)
-    batches = iter(loader)
-    first = [next(batches) for _ in range(len(epochs[0]) // 2)]
-    resumed, _ = both(data, **options)
-    resumed.load_state_dict(loader.state_dict())
-    assert_same([*first, *resumed], epochs[0])
+    assert_resumes(loader, both(data, **options)[0], epochs[0])
 
 
 @pytest.mark.parametrize(
